@@ -1,0 +1,53 @@
+# Each target sets up what it needs: python3 (3.11 or newer, with pip) and make are enough.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# The oldest transformers that is supported, in an environment of its own.
+VENV451 := build/venv-transformers451
+TYPES   := build/types
+PYTEST  := -m pytest -n 2 --dist loadfile --timeout 900
+
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-451 lint typecheck clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+setup: $(VENV)/installed ## create .venv and install everything there, pinned by constraints.txt
+
+demo: $(VENV)/installed ## run a small ARMT sequentially and on diagonals
+	OMP_NUM_THREADS= $(BIN)/rmtcompile demo
+
+test: $(VENV)/installed ## run the tests (ARGS="tests/test_x.py -k name" for some of them)
+	$(BIN)/python $(PYTEST) $(ARGS)
+
+test-451: $(VENV451)/installed ## run the tests that use transformers on transformers 4.51
+	$(VENV451)/bin/python $(PYTEST) -m transformers $(ARGS)
+
+lint: $(VENV)/installed ## ruff
+	$(BIN)/ruff check .
+
+typecheck: $(VENV)/installed ## mypy
+	rm -rf $(TYPES) && mkdir -p $(TYPES)/rmtcompile
+	ln -s $(CURDIR)/rmtcompile/* $(CURDIR)/passes $(TYPES)/rmtcompile/
+	cd $(TYPES) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
+	    --cache-dir $(CURDIR)/.mypy_cache -p rmtcompile
+
+clean: ## remove the environments and everything that was built
+	rm -rf $(VENV) build dist demo-output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/installed: constraints.txt
+$(VENV451)/installed: constraints-transformers451.txt
+
+# --without-pip and pip --python: works where python3 comes without ensurepip.
+%/installed: pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo 'Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ...'; exit 1; }
+	$(PYTHON) -m venv --clear --without-pip $*
+	$(PYTHON) -m pip --python $*/bin/python install -q -c $(filter constraints%,$^) pip setuptools
+	$*/bin/python -m pip install -q -c $(filter constraints%,$^) --no-build-isolation -e '.[models,viz,dev]'
+	touch $@

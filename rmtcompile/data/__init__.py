@@ -1,0 +1,1 @@
+"""Texts for the demo and the tests."""
