@@ -1,7 +1,7 @@
 """An ARMT written the way people write one: state in plain attributes, flags and counters in Python.
 
-This is the kind of model that capture meets in the wild, on purpose written apart from `rmtcompile.models.armt` (which is the
-readable reference).  It keeps the habits that make such code hard to compile:
+This is the kind of model that capture meets in the wild, on purpose written apart from `rmtcompile.models.armt`
+(which is the readable reference).  It keeps the habits that make such code hard to compile:
 
 - the memory lives in plain tensor attributes (`W_mem`, `z`), neither buffers nor parameters, replaced in `forward`;
 - they start as zeros with a batch axis of 1, so their shape changes on the first write;
@@ -15,6 +15,7 @@ Follows the behaviour of the open implementation of arXiv 2407.04841 (equations 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -166,8 +167,8 @@ class RecurrentWrapper(nn.Module):
         for name, tensor in tensors.items():
             if tensor is None:
                 continue
-            cuts = list(range(0, tensor.shape[1], size)) + [tensor.shape[1]]
-            for s, (start, end) in enumerate(zip(cuts, cuts[1:])):
+            cuts = [*range(0, tensor.shape[1], size), tensor.shape[1]]
+            for s, (start, end) in enumerate(pairwise(cuts)):
                 if s == len(segments):
                     segments.append({})
                 segments[s][name] = tensor[:, start:end]
