@@ -1,0 +1,97 @@
+"""Give every cell a level, so that all cells of one level can run together.
+
+    before   cells (s, l) and dependence offsets {(0,1), (1,0)}
+    after    level(s, l) = alpha * s + l        layer 2 | 2 3 4 5
+                                                layer 1 | 1 2 3 4      alpha = 1: the wavefronts are diagonals
+                                                layer 0 | 0 1 2 3
+                                                          s = 0 1 2 3
+
+Requires: offsets that hold for every cell whose producer lies in the grid (dependence).
+Ensures:  each cell runs once and each dependence goes from a lower level to a higher one (`Schedule.verify`).
+
+The level function is affine because the runtime replays one step: a skew is the classic unimodular
+transformation of a loop nest (Wolf and Lam, "A Loop Transformation Theory and an Algorithm to Maximize
+Parallelism", 1991), and the wavefront of two nested loops is Lamport's hyperplane method (1974).  Where the
+longest path is shorter than the affine makespan, `Schedule.is_optimal` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rmtcompile.schedule import Carry, Offset, Schedule, longest_path_levels
+from rmtcompile.schedule.paths import check_offsets
+
+__all__ = ["blocking", "blocking_reason", "longest_path_levels", "skew", "wavefront"]
+
+
+def skew(offsets: Iterable[Offset], n_layers: int) -> int:
+    """The smallest alpha >= 0 for which level(s, l) = alpha * s + l respects every offset.
+
+    ARMT's {(0,1), (1,0)} gives 1, a carry read one layer below its writer, (1,-1), gives 2, and classic
+    RMT's (1, 1 - n_layers) gives n_layers, which is the sequential order.  Raises `DependenceError` for a
+    dependence that points backward in the program's own order.
+    """
+    return max((_skew_of(o) for o in _inside(offsets, n_layers)), default=0)
+
+
+def _skew_of(offset: Offset) -> int:
+    ds, dl = offset
+    return 0 if ds == 0 else max(0, -((dl - 1) // ds))
+
+
+def _inside(offsets: Iterable[Offset], n_layers: int) -> list[Offset]:
+    """The offsets that join two layers of the grid at all."""
+    return sorted(o for o in check_offsets(offsets) if abs(o[1]) < n_layers)
+
+
+def blocking(offsets: Iterable[Offset], n_layers: int) -> tuple[Offset, ...]:
+    """The offsets that keep every level one cell wide; none if levels can be wider, or there is one layer."""
+    if n_layers == 1 or skew(offsets, n_layers) < n_layers:
+        return ()
+    return tuple(o for o in _inside(offsets, n_layers) if _skew_of(o) >= n_layers)
+
+
+def blocking_reason(offsets: Iterable[Offset], n_layers: int) -> str:
+    """Why no two cells can run together, as one sentence; empty if they can."""
+    blocked = blocking(offsets, n_layers)
+    if not blocked:
+        return ""
+    ds, dl = blocked[0]
+    return (
+        f"offset ({ds},{dl}): the top layer {-dl} of a segment feeds layer 0 of the next one, so segment "
+        f"s + 1 cannot start before segment s has passed all {n_layers} layers (memory is written at the top "
+        "of the stack and read at its bottom, as in classic RMT), and cells run one after the other"
+    )
+
+
+def wavefront(
+    offsets: Iterable[Offset],
+    n_layers: int,
+    n_segments: int,
+    *,
+    alpha: int | None = None,
+    carries: Sequence[Carry] = (),
+    segment_variants: Sequence[str] = (),
+    layer_kinds: Sequence[str] = (),
+) -> Schedule:
+    """The verified schedule of a grid.
+
+    Args:
+        offsets: dependence offsets (ds, dl), consumer minus producer.
+        n_layers, n_segments: size of the grid.
+        alpha: a skew larger than the smallest legal one (`n_layers` asks for the sequential order).
+        carries, segment_variants, layer_kinds: kept in the schedule, see `Schedule`.
+    """
+    legal = check_offsets(offsets)
+    schedule = Schedule(
+        n_layers=n_layers,
+        n_segments=n_segments,
+        alpha=skew(legal, n_layers) if alpha is None else alpha,
+        offsets=legal,
+        carries=tuple(carries),
+        segment_variants=tuple(segment_variants),
+        layer_kinds=tuple(layer_kinds),
+    )
+    schedule.verify()
+    return schedule

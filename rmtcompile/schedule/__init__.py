@@ -1,0 +1,28 @@
+"""The schedule: which cells run together, as data that prints, draws, exports and checks itself.
+
+paths.py    offsets, longest paths, affine levels
+data.py     Schedule, Carry, Window, Phases
+text.py     str(schedule)
+svg.py      the grid as a picture;  html.py  the notebook form
+serial.py   JSON and its schema
+graph.py    networkx and Graphviz
+trace.py    trace events for Perfetto
+files.py    save(path), by suffix
+"""
+
+from __future__ import annotations
+
+from rmtcompile.schedule.data import Carry, Operation, Phases, Schedule, Window, short_type
+from rmtcompile.schedule.paths import Cell, Offset, longest_path_levels
+
+__all__ = [
+    "Carry",
+    "Cell",
+    "Offset",
+    "Operation",
+    "Phases",
+    "Schedule",
+    "Window",
+    "longest_path_levels",
+    "short_type",
+]

@@ -1,0 +1,367 @@
+"""What runs when: the schedule as frozen data that can be checked, printed, drawn and exported."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from rmtcompile.errors import InternalError
+from rmtcompile.schedule.paths import (
+    Cell,
+    Offset,
+    affine_levels,
+    check_offsets,
+    consumers,
+    longest_path_levels,
+    producers,
+)
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+_SHORT_DTYPES = {
+    "float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16",
+    "int64": "i64", "int32": "i32", "int16": "i16", "int8": "i8", "uint8": "u8", "bool": "b8",
+    "complex64": "c64", "complex128": "c128",
+}  # fmt: skip
+
+
+def short_type(dtype: str, shape: Sequence[int]) -> str:
+    """`bf16[8,64,64]` for ("torch.bfloat16", (8, 64, 64))."""
+    name = dtype.removeprefix("torch.")
+    return f"{_SHORT_DTYPES.get(name, name)}[{','.join(map(str, shape))}]"
+
+
+class Operation(Protocol):
+    """One operation of a cell, as `Schedule.to_dot(expand=...)` needs it (the viewer's `OpView` is one)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def op(self) -> str: ...
+    @property
+    def inputs(self) -> Sequence[str]: ...
+
+
+class Window(NamedTuple):
+    """The layers alive on one level: `range(start, stop, step)`."""
+
+    start: int
+    stop: int
+    step: int
+
+    @property
+    def layers(self) -> range:
+        """The layers as a range, lowest first."""
+        return range(self.start, self.stop, self.step)
+
+
+class Phases(NamedTuple):
+    """The levels split in three: windows grow, are full, shrink.
+
+    `steady` holds the levels on which every layer that this level could run is alive, so what runs repeats
+    every `Schedule.period` levels.  It is empty when there are too few segments to fill the layers.
+    """
+
+    ramp_up: range
+    steady: range
+    ramp_down: range
+
+    def of(self, level: int) -> str:
+        """ "ramp-up", "steady" or "ramp-down"."""
+        if level in self.ramp_up:
+            return "ramp-up"
+        return "steady" if level in self.steady else "ramp-down"
+
+
+@dataclasses.dataclass(frozen=True)
+class Carry:
+    """A value that flows from a cell to a later segment.
+
+    Args:
+        name: what the user's program calls it (`W_mem`).
+        offset: (segments, layers) from the cell that writes it to the cell that reads it.
+        shape, dtype: of the value of one cell.
+        nbytes: of the value of one cell.
+        producer_layers: the layers that write it; empty means every layer.
+    """
+
+    name: str
+    offset: Offset
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    producer_layers: tuple[int, ...] = ()
+
+    @property
+    def type(self) -> str:
+        """`f32[8,64,64]`."""
+        return short_type(self.dtype, self.shape)
+
+    def writers(self, n_layers: int) -> tuple[int, ...]:
+        """The layers whose value some layer of a later segment reads."""
+        layers = self.producer_layers or range(n_layers)
+        return tuple(i for i in layers if 0 <= i + self.offset[1] < n_layers)
+
+    def total_bytes(self, n_layers: int) -> int:
+        """The bytes of this carry that stay alive from one segment to the next, over all layers."""
+        return self.nbytes * len(self.writers(n_layers))
+
+    def __str__(self) -> str:
+        ds, dl = self.offset
+        return f"{self.name}: {self.type} offset ({ds},{dl})"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Schedule:
+    """Which cells run together, and in which order: level `alpha * s + l` for cell `(s, l)`.
+
+    Build one with `rmtcompile.passes.wavefront.wavefront`, which finds the smallest legal `alpha`.  `levels`
+    is what the runtime executes: the cells of one level run together, level after level.
+
+    Args:
+        n_layers, n_segments: size of the grid.
+        alpha: levels between a cell and the same layer of the next segment (the skew).  0 runs all segments
+            of a layer at once, 1 runs diagonals, `n_layers` is the sequential order.
+        offsets: the dependence offsets, consumer minus producer.
+        carries: the values that flow between segments.
+        segment_variants: the variant of each segment's cells (`("first", "later", "later")`).
+        layer_kinds: the kind of each layer; only layers of one kind can share a grouped call.
+        levels: computed from `alpha`; pass it only to restore a schedule that was saved.
+    """
+
+    n_layers: int
+    n_segments: int
+    alpha: int
+    offsets: frozenset[Offset]
+    carries: tuple[Carry, ...] = ()
+    segment_variants: tuple[str, ...] = ()
+    layer_kinds: tuple[str, ...] = ()
+    levels: tuple[tuple[Cell, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.n_layers < 1 or self.n_segments < 1:
+            raise ValueError(f"a grid has at least one cell, got {self.n_layers} x {self.n_segments}")
+        if not 0 <= self.alpha <= self.n_layers:
+            raise ValueError(f"alpha must be 0..{self.n_layers} (n_layers is sequential), got {self.alpha}")
+        self._fill("offsets", check_offsets(self.offsets))
+        self._fill("carries", tuple(self.carries))
+        self._fill("segment_variants", self.segment_variants or ("cell",) * self.n_segments)
+        self._fill("layer_kinds", self.layer_kinds or ("layer",) * self.n_layers)
+        if len(self.segment_variants) != self.n_segments or len(self.layer_kinds) != self.n_layers:
+            raise ValueError("segment_variants has one name a segment, layer_kinds one name a layer")
+        if not self.levels:
+            self._fill("levels", affine_levels(self.alpha, self.n_layers, self.n_segments))
+
+    def _fill(self, field: str, value: object) -> None:
+        object.__setattr__(self, field, value)
+
+    # -- what it says ----------------------------------------------------------------
+
+    @property
+    def n_cells(self) -> int:
+        """Cells of the grid."""
+        return self.n_layers * self.n_segments
+
+    @property
+    def n_levels(self) -> int:
+        """The makespan: steps that run one after the other."""
+        return len(self.levels)
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """The number of cells of each level."""
+        return tuple(len(cells) for cells in self.levels)
+
+    @property
+    def width(self) -> int:
+        """The most cells that run together."""
+        return max(self.widths)
+
+    @property
+    def mean_width(self) -> float:
+        """Cells per level, on average: the parallelism that the schedule has."""
+        return self.n_cells / self.n_levels
+
+    @cached_property
+    def n_calls(self) -> int:
+        """Grouped calls: one for each kind of layer on each level."""
+        kinds = self.layer_kinds
+        return sum(len({kinds[layer] for _, layer in cells}) for cells in self.levels)
+
+    @property
+    def period(self) -> int:
+        """Steady levels after which the same layers run again."""
+        return self.alpha or self.n_layers
+
+    @cached_property
+    def windows(self) -> tuple[Window, ...]:
+        """The layers alive on each level."""
+        step = max(self.alpha, 1)
+        alive = ([layer for _, layer in cells] for cells in self.levels)
+        return tuple(Window(min(layers), max(layers) + 1, step) for layers in alive)
+
+    @property
+    def phases(self) -> Phases:
+        """Ramp-up, steady state and ramp-down as ranges of levels."""
+        n = self.n_levels
+        if self.alpha == 0:
+            return Phases(range(0), range(n), range(n, n))
+        full, drained = self.n_layers - self.alpha, self.alpha * self.n_segments
+        if full >= drained:
+            return Phases(range(drained), range(drained, drained), range(drained, n))
+        return Phases(range(full), range(full, drained), range(drained, n))
+
+    def level_of(self, cell: Cell) -> int:
+        """The level on which `cell` runs."""
+        return self.alpha * cell[0] + cell[1]
+
+    def variant_of(self, cell: Cell) -> str:
+        """The variant of a cell: its segment's."""
+        return self.segment_variants[cell[0]]
+
+    def kind_of(self, cell: Cell) -> str:
+        """The kind of a cell: its layer's."""
+        return self.layer_kinds[cell[1]]
+
+    def producers(self, cell: Cell) -> tuple[Cell, ...]:
+        """The cells that `cell` waits for."""
+        return tuple(producers(cell, sorted(self.offsets), self.n_layers, self.n_segments))
+
+    def consumers(self, cell: Cell) -> tuple[Cell, ...]:
+        """The cells that wait for `cell`."""
+        return tuple(consumers(cell, sorted(self.offsets), self.n_layers, self.n_segments))
+
+    # -- what it proves --------------------------------------------------------------
+
+    @cached_property
+    def critical_path(self) -> int:
+        """Cells on the longest dependence path: no schedule has fewer levels."""
+        return 1 + max(longest_path_levels(self.offsets, self.n_layers, self.n_segments).values())
+
+    @property
+    def is_optimal(self) -> bool:
+        """Whether the schedule is as short as the dependences allow."""
+        return self.n_levels == self.critical_path
+
+    def verify(self) -> None:
+        """Check what a schedule promises; an `InternalError` names the first cell that breaks it.
+
+        Each cell of the grid runs exactly once, on the level that `alpha` says, and each dependence goes from
+        a lower level to a higher one.
+        """
+        level: dict[Cell, int] = {}
+        for t, cells in enumerate(self.levels):
+            for cell in cells:
+                if cell in level:
+                    raise InternalError(f"schedule: cell {cell} runs twice, on levels {level[cell]} and {t}")
+                if not (0 <= cell[0] < self.n_segments and 0 <= cell[1] < self.n_layers):
+                    raise InternalError(f"schedule: cell {cell} on level {t} is outside the grid")
+                level[cell] = t
+        missing = next((c for c in self._grid() if c not in level), None)
+        if missing is not None:
+            raise InternalError(f"schedule: cell {missing} never runs")
+        self._verify_dependences(level)
+        for cell, t in level.items():
+            if self.level_of(cell) != t:
+                raise InternalError(
+                    f"schedule: cell {cell} runs on level {t}, but level = {self.level_rule} "
+                    f"is {self.level_of(cell)}"
+                )
+
+    def _verify_dependences(self, level: Mapping[Cell, int]) -> None:
+        for ds, dl in sorted(self.offsets):
+            for cell in self._grid():
+                before = level.get((cell[0] - ds, cell[1] - dl))
+                if before is not None and before >= level[cell]:
+                    raise InternalError(
+                        f"schedule: cell {cell} on level {level[cell]} reads cell "
+                        f"{(cell[0] - ds, cell[1] - dl)} on level {before}, by offset ({ds},{dl})"
+                    )
+
+    def _grid(self) -> Iterable[Cell]:
+        return ((s, layer) for s in range(self.n_segments) for layer in range(self.n_layers))
+
+    @property
+    def level_rule(self) -> str:
+        """The level of a cell as a formula: `s + l`, `2s + l`, `l`."""
+        return "l" if self.alpha == 0 else f"{self.alpha if self.alpha > 1 else ''}s + l"
+
+    # -- how it is shown -------------------------------------------------------------
+
+    def __str__(self) -> str:
+        from rmtcompile.schedule.text import to_text
+
+        return to_text(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Schedule {self.n_layers} layers x {self.n_segments} segments, level = {self.level_rule}, "
+            f"{self.n_levels} levels, width {self.width}>"
+        )
+
+    def _repr_html_(self) -> str:
+        from rmtcompile.schedule.html import to_html_fragment
+
+        return to_html_fragment(self)
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """The schedule as JSON; `rmtcompile.schedule.serial.SCHEMA` documents the fields."""
+        from rmtcompile.schedule.serial import to_json
+
+        return to_json(self, indent=indent)
+
+    @staticmethod
+    def from_json(text: str | bytes) -> Schedule:
+        """Read what `to_json` wrote, and verify it."""
+        from rmtcompile.schedule.serial import from_json
+
+        return from_json(text)
+
+    def to_networkx(self) -> nx.DiGraph[Cell]:
+        """The cells as a directed graph from producers to consumers.
+
+        Nodes have `level`, `phase`, `variant` and `kind`; edges have `offset` and `carries` (names).
+        """
+        from rmtcompile.schedule.graph import to_networkx
+
+        return to_networkx(self)
+
+    def to_dot(self, expand: Mapping[Cell, Sequence[Operation]] | None = None) -> str:
+        """The cells as a Graphviz graph, the cells of a level on one rank.
+
+        Args:
+            expand: cells to open, with their operations (name, op, inputs); the others stay one box.
+        """
+        from rmtcompile.schedule.graph import to_dot
+
+        return to_dot(self, expand or {})
+
+    def to_svg(self) -> str:
+        """The grid as a picture: a column a segment, a row a layer, level numbers where they fit."""
+        from rmtcompile.schedule.svg import to_svg
+
+        return to_svg(self)
+
+    def to_chrome_trace(self, times: Sequence[float] | None = None) -> str:
+        """The schedule as trace events (open them in ui.perfetto.dev): a track a layer, a slice a cell.
+
+        Args:
+            times: measured microseconds of each level.  Without them each level is drawn 100 long.
+        """
+        from rmtcompile.schedule.trace import to_chrome_trace
+
+        return to_chrome_trace(self, times)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the schedule in the format that the suffix names.
+
+        `.svg`, `.png` (needs matplotlib), `.html` (the viewer), `.json`, `.dot`, `.trace.json` (Perfetto) or
+        `.txt`.
+        """
+        from rmtcompile.schedule.files import save
+
+        return save(self, Path(path))

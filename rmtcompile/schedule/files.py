@@ -1,0 +1,73 @@
+"""`Schedule.save`: one writer for each suffix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rmtcompile.schedule.svg import shade
+
+if TYPE_CHECKING:
+    from rmtcompile.schedule.data import Schedule
+
+
+def save(schedule: Schedule, path: Path) -> Path:
+    """Write `schedule` to `path` in the format of its suffix; gives the path back."""
+    suffix = next((s for s in (*_TEXT, ".png") if path.name.lower().endswith(s)), None)
+    if suffix is None:
+        known = ", ".join((*_TEXT, ".png"))
+        raise ValueError(f"cannot tell the format of {path.name!r}: the name should end in one of {known}")
+    if suffix == ".png":
+        _save_png(schedule, path)
+    else:
+        path.write_text(_TEXT[suffix](schedule), encoding="utf-8")
+    return path
+
+
+def _viewer(schedule: Schedule) -> str:
+    from rmtcompile.viewer import ViewModel, render
+
+    return render(ViewModel(title="schedule", schedule=schedule))
+
+
+# ".trace.json" stands before ".json": the first match counts.
+_TEXT: dict[str, Callable[[Schedule], str]] = {
+    ".trace.json": lambda schedule: schedule.to_chrome_trace(),
+    ".json": lambda schedule: schedule.to_json(indent=None) + "\n",
+    ".svg": lambda schedule: schedule.to_svg(),
+    ".html": _viewer,
+    ".dot": lambda schedule: schedule.to_dot(),
+    ".txt": lambda schedule: str(schedule) + "\n",
+}
+
+
+def _save_png(schedule: Schedule, path: Path) -> None:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.colors import to_rgb
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "saving a schedule as .png needs matplotlib: pip install 'rmtcompile[viz]' "
+            "(or save it as .svg, which needs nothing)"
+        ) from error
+    shades = [to_rgb(shade(schedule, t)) for t in range(schedule.n_levels)]
+    rows = [
+        [shades[schedule.level_of((s, layer))] for s in range(schedule.n_segments)]
+        for layer in range(schedule.n_layers)
+    ]
+    cell = max(0.08, min(0.4, 12 / schedule.n_segments))
+    inches = (max(4.5, schedule.n_segments * cell + 1), schedule.n_layers * cell + 1.2)
+    figure = Figure(figsize=inches, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.imshow(rows, origin="lower", aspect="equal", interpolation="nearest")
+    axes.set_xlabel("segment")
+    axes.set_ylabel("layer")
+    axes.set_title(repr(schedule)[len("<Schedule ") : -1], fontsize=9, loc="left")
+    if schedule.n_cells <= 400:
+        for cells in schedule.levels:
+            for s, layer in cells:
+                axes.text(s, layer, str(schedule.level_of((s, layer))), ha="center", va="center", fontsize=8)
+    figure.savefig(path, dpi=150)
