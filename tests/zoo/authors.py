@@ -1,14 +1,17 @@
 """An ARMT written the way people write one: state in plain attributes, flags and counters in Python.
 
-This is the kind of model that capture meets in the wild, on purpose written apart from `rmtcompile.models.armt`
-(which is the readable reference).  It keeps the habits that make such code hard to compile:
+This is the kind of model that capture meets in the wild, on purpose written apart from
+`rmtcompile.models.armt` (which is the readable reference).  It keeps the habits that make such code hard
+to compile:
 
-- the memory lives in plain tensor attributes (`W_mem`, `z`), neither buffers nor parameters, replaced in `forward`;
+- the memory lives in plain tensor attributes (`W_mem`, `z`), neither buffers nor parameters, replaced in
+  `forward`;
 - they start as zeros with a batch axis of 1, so their shape changes on the first write;
 - `first_seg` is a Python flag, `seg_num` a Python counter;
 - `zero_mem()` runs at the start of every forward;
 - segments are cut with Python slicing, hidden states are requested and thrown away;
-- the output holds per-segment entries (`logits_0`, ...) and a loss that is the integer 0 when there are no labels.
+- the output holds per-segment entries (`logits_0`, ...) and a loss that is the integer 0 when there are
+  no labels.
 
 Follows the behaviour of the open implementation of arXiv 2407.04841 (equations 3 to 8).
 """
@@ -40,8 +43,16 @@ class Phi:
 class AssociativeLayer(nn.Module):
     """A decoder layer with an association matrix per head, kept in attributes."""
 
-    def __init__(self, layer: nn.Module, d_model: int, num_mem_tokens: int, d_mem: int, n_heads: int = 1,
-                 correction: bool = True, info: dict[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        d_model: int,
+        num_mem_tokens: int,
+        d_mem: int,
+        n_heads: int = 1,
+        correction: bool = True,
+        info: dict[str, int] | None = None,
+    ) -> None:
         super().__init__()
         self.info = info
         self.num_mem_tokens, self.n_heads, self.correction = num_mem_tokens, n_heads, correction
@@ -65,7 +76,9 @@ class AssociativeLayer(nn.Module):
     def zero_mem(self) -> None:
         like = self.W_mq.weight
         self.first_seg = True
-        self.W_mem = torch.zeros(1, self.n_heads, self.d_key // self.n_heads, self.d_model // self.n_heads).to(like)
+        self.W_mem = torch.zeros(
+            1, self.n_heads, self.d_key // self.n_heads, self.d_model // self.n_heads
+        ).to(like)
         self.z = torch.zeros(1, self.n_heads, self.d_key // self.n_heads).to(like)
         self.seg_num = 0
 
@@ -110,7 +123,7 @@ class AssociativeLayer(nn.Module):
             hidden_states = self.associate(hidden_states) + hidden_states
         out = self.layer(hidden_states, *args, **kwargs)
         states = out[0] if isinstance(out, tuple) else out
-        self.update_mem(states[:, -self.num_mem_tokens:])
+        self.update_mem(states[:, -self.num_mem_tokens :])
         self.first_seg = False
         return out
 
@@ -118,8 +131,16 @@ class AssociativeLayer(nn.Module):
 class MemoryCell(nn.Module):
     """One segment: embeddings, memory tokens after them, the wrapped model."""
 
-    def __init__(self, base_model: Any, num_mem_tokens: int, d_mem: int, layers_attr: str = "model.layers",
-                 correction: bool = True, n_heads: int = 1, ask_hidden_states: bool = True) -> None:
+    def __init__(
+        self,
+        base_model: Any,
+        num_mem_tokens: int,
+        d_mem: int,
+        layers_attr: str = "model.layers",
+        correction: bool = True,
+        n_heads: int = 1,
+        ask_hidden_states: bool = True,
+    ) -> None:
         super().__init__()
         self.model = base_model
         self.num_mem_tokens = num_mem_tokens
@@ -127,8 +148,15 @@ class MemoryCell(nn.Module):
         embeddings = base_model.get_input_embeddings()
         self.layers = base_model.get_submodule(layers_attr)  # registered twice, as in the open implementation
         for i in range(len(self.layers)):
-            self.layers[i] = AssociativeLayer(self.layers[i], embeddings.embedding_dim, num_mem_tokens, d_mem,
-                                              n_heads, correction, info={"layer": i})
+            self.layers[i] = AssociativeLayer(
+                self.layers[i],
+                embeddings.embedding_dim,
+                num_mem_tokens,
+                d_mem,
+                n_heads,
+                correction,
+                info={"layer": i},
+            )
         std = embeddings.weight.data.std()
         self.memory = nn.Parameter(torch.randn(num_mem_tokens, embeddings.embedding_dim) * std)
 
@@ -154,7 +182,7 @@ class MemoryCell(nn.Module):
 
 
 class RecurrentWrapper(nn.Module):
-    """The segment loop.  `forward(input_ids: i64[B, T])` gives logits f[B, T, V] and one entry for each segment."""
+    """The segment loop: tokens i64[B, T] -> logits f[B, T, V], and an entry for each segment."""
 
     def __init__(self, memory_cell: MemoryCell, **rmt_kwargs: Any) -> None:
         super().__init__()
@@ -174,8 +202,9 @@ class RecurrentWrapper(nn.Module):
                 segments[s][name] = tensor[:, start:end]
         return segments
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None,
-                attention_mask: Tensor | None = None) -> Any:
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Any:
         self.memory_cell.zero_mem()
         cell_outputs = []
         for _seg_num, segment in enumerate(self.segment(input_ids=input_ids, attention_mask=attention_mask)):
@@ -193,21 +222,42 @@ class RecurrentWrapper(nn.Module):
         return out
 
 
-def authors_armt(n_layers: int = 4, segment_size: int = 8, num_mem_tokens: int = 2, d_mem: int = 4,
-                 n_heads: int = 1, correction: bool = True, ask_hidden_states: bool = True,
-                 dtype: torch.dtype = torch.float64, attn_implementation: str = "sdpa", seed: int = 0,
-                 ) -> RecurrentWrapper:
-    """A small random Llama (d_model 16, 4 query and 2 key/value heads, vocabulary 32) in the authors' wrapper.
+def authors_armt(
+    n_layers: int = 4,
+    segment_size: int = 8,
+    num_mem_tokens: int = 2,
+    d_mem: int = 4,
+    n_heads: int = 1,
+    correction: bool = True,
+    ask_hidden_states: bool = True,
+    dtype: torch.dtype = torch.float64,
+    attn_implementation: str = "sdpa",
+    seed: int = 0,
+) -> RecurrentWrapper:
+    """A small random Llama (width 16, 4 query and 2 key/value heads, 32 tokens) in the authors' wrapper.
 
     `W_mv` starts at zero there, which would hide every memory error: here all association weights are random.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = transformers.LlamaConfig(
-            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=n_layers, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=128, attn_implementation=attn_implementation)
-        cell = MemoryCell(transformers.LlamaForCausalLM(config), num_mem_tokens, d_mem, correction=correction,
-                          n_heads=n_heads, ask_hidden_states=ask_hidden_states)
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=n_layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            attn_implementation=attn_implementation,
+        )
+        cell = MemoryCell(
+            transformers.LlamaForCausalLM(config),
+            num_mem_tokens,
+            d_mem,
+            correction=correction,
+            n_heads=n_heads,
+            ask_hidden_states=ask_hidden_states,
+        )
         for layer in cell.layers:
             nn.init.normal_(layer.W_mv.weight, std=0.5)
         return RecurrentWrapper(cell, segment_size=segment_size).to(dtype).eval()

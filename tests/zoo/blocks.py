@@ -1,4 +1,4 @@
-"""The small parts that several zoo models share: attention with a context, feed-forward, and a memory writer."""
+"""Small parts that zoo models share: attention with a context, feed-forward, and a memory writer."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Writer(nn.Module):
 
 
 class MemoryBlock(nn.Module):
-    """A block that reads its memory and writes it: `forward(x, memory) -> (x', memory')`, shapes as in `Writer`."""
+    """A block that reads and writes its memory: `forward(x, memory) -> (x', memory')`, as in `Writer`."""
 
     def __init__(self, d: int, heads: int) -> None:
         super().__init__()
@@ -96,7 +96,9 @@ def tokens(batch: int, segments: int, segment: int, seed: int = 0) -> tuple[Tens
     return (torch.randint(0, VOCAB, (batch, segments * segment), generator=generator),)
 
 
-def features(batch: int, steps: int, d: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor]:
+def features(
+    batch: int, steps: int, d: int, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor]:
     """Random features f[batch, steps, d]."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(batch, steps, d, generator=generator, dtype=torch.float64).to(dtype),)

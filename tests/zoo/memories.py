@@ -1,6 +1,7 @@
 """Published kinds of recurrence, each in its own style: memory tokens, compressive matrices, caches, gates.
 
-Every model maps tokens i64[B, S * segment] to logits f[B, S * segment, VOCAB], unless its docstring says otherwise.
+Every model maps tokens i64[B, S * segment] to logits f[B, S * segment, VOCAB], unless its docstring says
+otherwise.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from .blocks import VOCAB, Attention, Block, FeedForward, MemoryBlock, Writer
 
 
 class ParallelRMT(nn.Module):
-    """Memory tokens of its own in each layer, before the segment to read and after it to write (2506.05229)."""
+    """Memory tokens of its own in each layer: before the segment to read, after it to write (2506.05229)."""
 
-    def __init__(self, d: int = 16, heads: int = 2, n_layers: int = 4, segment: int = 4, n_mem: int = 2) -> None:
+    def __init__(
+        self, d: int = 16, heads: int = 2, n_layers: int = 4, segment: int = 4, n_mem: int = 2
+    ) -> None:
         super().__init__()
         self.segment, self.n_mem = segment, n_mem
         self.embed = nn.Embedding(VOCAB, d)
@@ -36,9 +39,11 @@ class ParallelRMT(nn.Module):
 
 
 class ClassicRMT(nn.Module):
-    """The top layer's memory tokens enter the bottom of the next segment (2207.06881): nothing can run together."""
+    """The top layer's memory enters the bottom of the next segment (2207.06881): nothing can run together."""
 
-    def __init__(self, d: int = 16, heads: int = 2, n_layers: int = 4, segment: int = 4, n_mem: int = 2) -> None:
+    def __init__(
+        self, d: int = 16, heads: int = 2, n_layers: int = 4, segment: int = 4, n_mem: int = 2
+    ) -> None:
         super().__init__()
         self.segment, self.n_mem = segment, n_mem
         self.embed = nn.Embedding(VOCAB, d)
@@ -112,10 +117,17 @@ class InfiniTransformer(nn.Module):
 
 
 class BlockRecurrent(nn.Module):
-    """Only some layers are recurrent (2203.07852): state vectors with an LSTM-like gate, read by cross attention."""
+    """Only some layers are recurrent (2203.07852): gated state vectors, read by cross attention."""
 
-    def __init__(self, d: int = 16, heads: int = 2, n_layers: int = 4, segment: int = 4, n_state: int = 3,
-                 recurrent: tuple[int, ...] = (1, 3)) -> None:
+    def __init__(
+        self,
+        d: int = 16,
+        heads: int = 2,
+        n_layers: int = 4,
+        segment: int = 4,
+        n_state: int = 3,
+        recurrent: tuple[int, ...] = (1, 3),
+    ) -> None:
         super().__init__()
         self.segment, self.recurrent = segment, recurrent
         self.embed = nn.Embedding(VOCAB, d)
@@ -140,9 +152,10 @@ class BlockRecurrent(nn.Module):
 
 
 class TransformerXL(nn.Module):
-    """Each layer also sees what entered it one segment earlier (1901.02860, detached), with absolute positions.
+    """Each layer sees what entered it one segment earlier (1901.02860, detached); absolute positions.
 
-    What enters layer l is what layer l - 1 gave: the offset is (1, 1), and the first segment has no context at all.
+    What enters layer l is what layer l - 1 gave: the offset is (1, 1), and the first segment has no
+    context at all.
     """
 
     def __init__(self, d: int = 16, heads: int = 2, n_layers: int = 4, segment: int = 4) -> None:
@@ -157,7 +170,9 @@ class TransformerXL(nn.Module):
         out = []
         for start in range(0, ids.shape[1], self.segment):
             piece = ids[:, start : start + self.segment]
-            x = self.embed(piece) + self.position(torch.arange(start, start + piece.shape[1], device=ids.device))
+            x = self.embed(piece) + self.position(
+                torch.arange(start, start + piece.shape[1], device=ids.device)
+            )
             entered = []
             for i, layer in enumerate(self.layers):
                 entered.append(x.detach())
@@ -170,8 +185,16 @@ class TransformerXL(nn.Module):
 class Skewed(nn.Module):
     """One state: written from what layer `write` gave, read by layer `read` below it in the next segment."""
 
-    def __init__(self, d: int = 16, heads: int = 2, n_layers: int = 5, segment: int = 4, n_mem: int = 2,
-                 write: int = 3, read: int = 1) -> None:
+    def __init__(
+        self,
+        d: int = 16,
+        heads: int = 2,
+        n_layers: int = 5,
+        segment: int = 4,
+        n_mem: int = 2,
+        write: int = 3,
+        read: int = 1,
+    ) -> None:
         super().__init__()
         self.segment, self.n_mem, self.write, self.read = segment, n_mem, write, read
         self.embed = nn.Embedding(VOCAB, d)
@@ -205,7 +228,9 @@ class CompressedOlder(nn.Module):
         self.head = nn.Linear(d, VOCAB)
 
     def forward(self, ids: Tensor) -> Tensor:
-        empty = torch.zeros(ids.shape[0], self.segment, self.d, dtype=self.head.weight.dtype, device=ids.device)
+        empty = torch.zeros(
+            ids.shape[0], self.segment, self.d, dtype=self.head.weight.dtype, device=ids.device
+        )
         history: list[list[Tensor]] = [[empty, empty] for _ in self.layers]
         out = []
         for chunk in ids.split(self.segment, 1):
@@ -254,14 +279,17 @@ class WindowLayer(nn.Module):
 
 
 class Alternating(nn.Module):
-    """Even layers are attention with memory and a constant of their own, odd layers are MLPs without state."""
+    """Even layers are attention with memory and their own constant, odd layers are MLPs without state."""
 
-    def __init__(self, d: int = 16, heads: int = 2, n_layers: int = 6, segment: int = 4, n_mem: int = 2) -> None:
+    def __init__(
+        self, d: int = 16, heads: int = 2, n_layers: int = 6, segment: int = 4, n_mem: int = 2
+    ) -> None:
         super().__init__()
         self.segment, self.n_mem = segment, n_mem
         self.embed = nn.Embedding(VOCAB, d)
         self.layers = nn.ModuleList(
-            FeedForward(d) if i % 2 else WindowLayer(d, heads, 0.5 + 0.25 * i) for i in range(n_layers))
+            FeedForward(d) if i % 2 else WindowLayer(d, heads, 0.5 + 0.25 * i) for i in range(n_layers)
+        )
         self.head = nn.Linear(d, VOCAB)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -280,7 +308,7 @@ class Alternating(nn.Module):
 
 
 class GlueUpdate(nn.Module):
-    """The segment loop itself reads and updates the memories with bare operations; layers know nothing of memory."""
+    """The segment loop itself reads and updates the memories; the layers know nothing of memory."""
 
     def __init__(self, d: int = 16, heads: int = 2, n_layers: int = 4, segment: int = 4) -> None:
         super().__init__()
@@ -330,7 +358,9 @@ class RunningMean(nn.Module):
 class SkipConnections(nn.Module):
     """Layer l also gets what layer l - 2 gave: an edge (0, 2) beside the usual ones."""
 
-    def __init__(self, d: int = 16, heads: int = 2, n_layers: int = 5, segment: int = 4, n_mem: int = 2) -> None:
+    def __init__(
+        self, d: int = 16, heads: int = 2, n_layers: int = 5, segment: int = 4, n_mem: int = 2
+    ) -> None:
         super().__init__()
         self.segment, self.n_mem = segment, n_mem
         self.embed = nn.Embedding(VOCAB, d)
@@ -362,13 +392,17 @@ class NoCarry(nn.Module):
         self.head = nn.Linear(d, VOCAB)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return torch.cat([self.head(self.layers(self.embed(piece))) for piece in ids.split(self.segment, 1)], 1)
+        return torch.cat(
+            [self.head(self.layers(self.embed(piece))) for piece in ids.split(self.segment, 1)], 1
+        )
 
 
 class NamedOutputs(nn.Module):
-    """Gives a dictionary: `logits_0`, `logits_1`, ... f[B, segment, VOCAB] and `last`: (hidden f[B, D], memories)."""
+    """Gives a dictionary: `logits_0`, ... f[B, segment, VOCAB], and `last`: (hidden f[B, D], memories)."""
 
-    def __init__(self, d: int = 16, heads: int = 2, n_layers: int = 3, segment: int = 4, n_mem: int = 2) -> None:
+    def __init__(
+        self, d: int = 16, heads: int = 2, n_layers: int = 3, segment: int = 4, n_mem: int = 2
+    ) -> None:
         super().__init__()
         self.segment, self.n_mem = segment, n_mem
         self.embed = nn.Embedding(VOCAB, d)
@@ -376,8 +410,16 @@ class NamedOutputs(nn.Module):
         self.head = nn.Linear(d, VOCAB)
 
     def forward(self, ids: Tensor) -> dict[str, object]:
-        memory = [torch.zeros(ids.shape[0], self.n_mem, self.head.in_features, device=ids.device,
-                              dtype=self.head.weight.dtype) for _ in self.layers]
+        memory = [
+            torch.zeros(
+                ids.shape[0],
+                self.n_mem,
+                self.head.in_features,
+                device=ids.device,
+                dtype=self.head.weight.dtype,
+            )
+            for _ in self.layers
+        ]
         result: dict[str, object] = {}
         x = embedded = self.embed(ids)
         for s, x in enumerate(embedded.split(self.segment, 1)):

@@ -1,7 +1,7 @@
 """Other people's recurrences, and what is expected of each: `ZOO[name]`.
 
-A dependence offset is (segments, layers), consumer cell minus producer cell.  A cell is what one layer does for one
-segment, with the glue that belongs to it (its residual connection, its memory update).
+A dependence offset is (segments, layers), consumer cell minus producer cell.  A cell is what one layer
+does for one segment, with the glue that belongs to it (its residual connection, its memory update).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class ZooEntry:
         segment: tokens (or steps) in a segment.
         skew: k of level = l + k * s where that form describes the levels, else None.
         refused: whether a compiler has to refuse it.
-        rerolls: whether constants are affine in s, so that any number of segments can be predicted from a few.
+        rerolls: whether constants are affine in s, so that any number of segments can be predicted from a
+            few.
         d: feature size of float inputs; 0 for models that take tokens.
     """
 
@@ -47,7 +48,7 @@ class ZooEntry:
     d: int = 0
 
     def build(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Callable[..., Any]:
-        """The model with random weights of the given dtype, in eval mode; the global random state is left alone."""
+        """The model with random weights, in eval mode; the global random state is left alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self.make()
@@ -56,8 +57,10 @@ class ZooEntry:
         assert dtype == torch.float64, "models that are plain functions are float64"
         return model
 
-    def inputs(self, batch: int, segments: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor]:
-        """Example inputs: tokens i64[batch, segments * segment], or features f[batch, segments * segment, d]."""
+    def inputs(
+        self, batch: int, segments: int, dtype: torch.dtype = torch.float64, seed: int = 0
+    ) -> tuple[Tensor]:
+        """Tokens i64[batch, segments * segment], or features f[batch, segments * segment, d]."""
         if self.d:
             return features(batch, segments * self.segment, self.d, dtype, seed)
         return tokens(batch, segments, self.segment, seed)
@@ -80,9 +83,11 @@ ZOO: dict[str, ZooEntry] = {
     "sliced_state": ZooEntry(storage.SlicedState),
     "stacked_memories": ZooEntry(storage.StackedMemories),
     "rolled_memories": ZooEntry(
-        functools.partial(storage.StackedMemories, roll=-1), _offsets((1, -1), (1, 3)), skew=2),
+        functools.partial(storage.StackedMemories, roll=-1), _offsets((1, -1), (1, 3)), skew=2
+    ),
     "rolled_serial": ZooEntry(
-        functools.partial(storage.StackedMemories, roll=1), _offsets((1, 1), (1, -3)), parallel=False, skew=4),
+        functools.partial(storage.StackedMemories, roll=1), _offsets((1, 1), (1, -3)), parallel=False, skew=4
+    ),
     "buffer_copy": ZooEntry(storage.BufferCopy),
     "cache_object": ZooEntry(storage.CacheObject),
     "universal": ZooEntry(memories.Universal),
@@ -96,7 +101,11 @@ ZOO: dict[str, ZooEntry] = {
     "skip_connections": ZooEntry(memories.SkipConnections, _offsets((0, 2), (1, 0)), n_layers=5),
     "no_carry": ZooEntry(memories.NoCarry, _offsets(), n_layers=3, skew=0),
     "running_mean": ZooEntry(memories.RunningMean, n_layers=3, rerolls=False),
-    "growing_cache": ZooEntry(traps.GrowingCache, frozenset(), parallel=False, n_layers=3, skew=None, refused=True),
-    "data_dependent": ZooEntry(traps.DataDependent, frozenset(), parallel=False, n_layers=3, skew=None, refused=True),
+    "growing_cache": ZooEntry(
+        traps.GrowingCache, frozenset(), parallel=False, n_layers=3, skew=None, refused=True
+    ),
+    "data_dependent": ZooEntry(
+        traps.DataDependent, frozenset(), parallel=False, n_layers=3, skew=None, refused=True
+    ),
 }
 """Every zoo model by name."""

@@ -1,4 +1,4 @@
-"""One recurrence, many hiding places: state in slices, stacks, buffers, cache objects, and in views that alias.
+"""One recurrence, many hiding places: state in slices, stacks, buffers, caches, and views that alias.
 
 Every model maps tokens i64[B, S * segment] to logits f[B, S * segment, VOCAB].
 """
@@ -12,9 +12,11 @@ from .blocks import VOCAB, Block, MemoryBlock, Writer
 
 
 class SlicedState(nn.Module):
-    """One tensor [B, M, D, L] holds the state of all layers; each layer reads and writes its slice in place."""
+    """One tensor [B, M, D, L] holds the state of all layers; each writes its slice in place."""
 
-    def __init__(self, d: int = 16, heads: int = 2, n_layers: int = 4, segment: int = 4, n_mem: int = 2) -> None:
+    def __init__(
+        self, d: int = 16, heads: int = 2, n_layers: int = 4, segment: int = 4, n_mem: int = 2
+    ) -> None:
         super().__init__()
         self.segment, self.n_mem = segment, n_mem
         self.embed = nn.Embedding(VOCAB, d)
@@ -35,12 +37,14 @@ class SlicedState(nn.Module):
 class StackedMemories(nn.Module):
     """All memories [L, B, M, D] are stacked after each segment and, if asked, rolled over the layers.
 
-    With `roll = -1` layer l gets the memory that layer l + 1 wrote, and the last layer that of the first: offsets
-    (1, -1) and (1, L - 1).  With `roll = 1` layer 0 waits for layer L - 1 of the segment before: nothing runs together.
+    With `roll = -1` layer l gets the memory that layer l + 1 wrote, and the last layer that of the first:
+    offsets (1, -1) and (1, L - 1).  With `roll = 1` layer 0 waits for layer L - 1 of the segment before:
+    nothing runs together.
     """
 
-    def __init__(self, d: int = 16, heads: int = 2, n_layers: int = 4, segment: int = 4, n_mem: int = 2,
-                 roll: int = 0) -> None:
+    def __init__(
+        self, d: int = 16, heads: int = 2, n_layers: int = 4, segment: int = 4, n_mem: int = 2, roll: int = 0
+    ) -> None:
         super().__init__()
         self.segment, self.roll = segment, roll
         self.embed = nn.Embedding(VOCAB, d)
@@ -83,7 +87,9 @@ class BufferLayer(nn.Module):
 class BufferCopy(nn.Module):
     """State in buffers, zeroed at the start of forward and updated with `copy_`."""
 
-    def __init__(self, d: int = 16, heads: int = 2, n_layers: int = 4, segment: int = 4, n_mem: int = 2) -> None:
+    def __init__(
+        self, d: int = 16, heads: int = 2, n_layers: int = 4, segment: int = 4, n_mem: int = 2
+    ) -> None:
         super().__init__()
         self.segment = segment
         self.embed = nn.Embedding(VOCAB, d)
@@ -151,12 +157,15 @@ class CachedLayer(nn.Module):
 class AliasTrap(nn.Module):
     """Looks like "layer l reads its own memory"; in truth layer l reads what layer l + 1 wrote over it.
 
-    Layer l leaves its memory as a *view* of row l of a scratch tensor [L, B, M, D].  Later in the same segment layer
-    l + 1 writes rows l and l + 1 in place, so the view changes before the next segment reads it.  Only the last layer
-    keeps its own.  Dependences: (1, -1) for layers below the last, (1, 0) for the last.
+    Layer l leaves its memory as a *view* of row l of a scratch tensor [L, B, M, D].  Later in the same
+    segment layer l + 1 writes rows l and l + 1 in place, so the view changes before the next segment
+    reads it.  Only the last layer keeps its own.  Dependences: (1, -1) for layers below the last, (1, 0)
+    for the last.
     """
 
-    def __init__(self, d: int = 16, heads: int = 2, n_layers: int = 4, segment: int = 4, n_mem: int = 2) -> None:
+    def __init__(
+        self, d: int = 16, heads: int = 2, n_layers: int = 4, segment: int = 4, n_mem: int = 2
+    ) -> None:
         super().__init__()
         self.segment, self.n_mem = segment, n_mem
         self.embed = nn.Embedding(VOCAB, d)
@@ -180,11 +189,13 @@ class AliasTrap(nn.Module):
 class SharedScratch(nn.Module):
     """Every layer's memory is the same scratch tensor: each layer reads what the layer before it left there.
 
-    Reads like (1, 0); in truth layer l reads layer l - 1 of its own segment, and layer 0 reads the last layer of the
-    segment before: (1, 1 - L), and nothing runs together.
+    Reads like (1, 0); in truth layer l reads layer l - 1 of its own segment, and layer 0 reads the last
+    layer of the segment before: (1, 1 - L), and nothing runs together.
     """
 
-    def __init__(self, d: int = 16, heads: int = 2, n_layers: int = 3, segment: int = 4, n_mem: int = 2) -> None:
+    def __init__(
+        self, d: int = 16, heads: int = 2, n_layers: int = 3, segment: int = 4, n_mem: int = 2
+    ) -> None:
         super().__init__()
         self.segment, self.n_mem = segment, n_mem
         self.embed = nn.Embedding(VOCAB, d)

@@ -11,12 +11,17 @@ from torch import Tensor, nn
 from .blocks import VOCAB, MemoryBlock
 
 
-def plain_function(d: int = 16, n_layers: int = 4, segment: int = 4, dtype: torch.dtype = torch.float64,
-                   ) -> Callable[[Tensor], Tensor]:
-    """A function with its weights in closed-over lists: linear attention with a decayed state, no module anywhere.
+def plain_function(
+    d: int = 16,
+    n_layers: int = 4,
+    segment: int = 4,
+    dtype: torch.dtype = torch.float64,
+) -> Callable[[Tensor], Tensor]:
+    """A function with its weights in closed-over lists: linear attention with a decayed state, no module.
 
     The function maps tokens i64[B, S * segment] to logits f[B, S * segment, VOCAB].
     """
+
     def weights(rows: int, columns: int) -> Tensor:
         return (torch.randn(rows, columns, dtype=torch.float64) / columns**0.5).to(dtype)
 
@@ -46,7 +51,7 @@ def plain_function(d: int = 16, n_layers: int = 4, segment: int = 4, dtype: torc
 
 
 class GrowingCache(nn.Module):
-    """Each layer sees all of its outputs so far: the state grows with every segment, so no two segments are alike."""
+    """Each layer sees all of its outputs so far: the state grows, so no two segments are alike."""
 
     def __init__(self, d: int = 16, heads: int = 2, n_layers: int = 3, segment: int = 4) -> None:
         super().__init__()
@@ -70,7 +75,9 @@ class GrowingCache(nn.Module):
 class DataDependent(nn.Module):
     """Whether a layer writes its memory depends on the values it saw: a Python `if` on a tensor."""
 
-    def __init__(self, d: int = 16, heads: int = 2, n_layers: int = 3, segment: int = 4, n_mem: int = 2) -> None:
+    def __init__(
+        self, d: int = 16, heads: int = 2, n_layers: int = 3, segment: int = 4, n_mem: int = 2
+    ) -> None:
         super().__init__()
         self.segment, self.n_mem = segment, n_mem
         self.embed = nn.Embedding(VOCAB, d)

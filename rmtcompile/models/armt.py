@@ -1,0 +1,291 @@
+"""The Associative Recurrent Memory Transformer (ARMT, arXiv 2407.04841) around any Hugging Face decoder.
+
+```
+segment s:   [tokens, memory tokens]  ->  layer 0  ->  layer 1  ->  ...  ->  output of the tokens
+                                            | ^          | ^
+                                         A_0, z_0     A_1, z_1         (carried from segment to segment)
+```
+
+Each layer adds to its input what its association matrix A knows about it, runs, and writes what the memory
+tokens have become into A.  The plain sequential form is meant to be read and to be checked against:
+nothing here is arranged for speed, and no control flow depends on the values of tensors.  Names of
+modules are those of the open implementation (`memory_cell.model.<layers>.<i>.W_mq`, ...), so that its
+checkpoints load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from .associative import ARMTConfig, AssociativeLayer
+
+
+@dataclass
+class ARMTOutput(ModelOutput):
+    """What `ARMT.forward` gives.
+
+    Attributes:
+        loss: f[], mean next-token cross entropy, if labels were given.
+        logits: f[B, T, V] for models with a language head.
+        last_hidden_state: f[B, T, D] for models without one.
+        hidden_states: if asked for, one f[B, T, D] for what enters each layer (before association), and the
+            decoder's final hidden state.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+def find_layers(model: nn.Module) -> str:
+    """The path of the longest `nn.ModuleList` that lies in no other one.
+
+    Raises:
+        ValueError: the model has no `nn.ModuleList`.
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = {
+        name: len(module)
+        for name, module in lists.items()
+        if not any(name.startswith(f"{other}.") for other in lists)
+    }
+    if not outer:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.ModuleList of layers; name its path with layers=..."
+        )
+    return max(outer, key=lambda name: outer[name])
+
+
+class MemoryCell(nn.Module):
+    """One segment: the decoder on [tokens, memory tokens].
+
+    The decoder is changed in place: each of its layers becomes an `AssociativeLayer`.
+
+    Raises:
+        ValueError: no list of layers was found at `config.layers`.
+    """
+
+    model: Any
+    """The decoder."""
+
+    def __init__(self, model: nn.Module, config: ARMTConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.layers_path = config.layers or find_layers(model)
+        layers = self.layers
+        if not isinstance(layers, nn.ModuleList):
+            raise ValueError(
+                f"{self.layers_path} is a {type(layers).__name__}, not an nn.ModuleList of layers"
+            )
+        width: int = self.model.config.hidden_size
+        for i, layer in enumerate(layers):
+            layers[i] = AssociativeLayer(layer, width, config)
+        table = self.model.get_input_embeddings().weight
+        start = torch.randn(config.num_mem_tokens, table.shape[1], dtype=table.dtype, device=table.device)
+        self.memory = nn.Parameter(start * table.detach().std())
+
+    @property
+    def layers(self) -> Any:
+        """The decoder's layers."""
+        return self.model.get_submodule(self.layers_path)
+
+    def reset(self) -> None:
+        """Forgets everything: the next segment is the first."""
+        for layer in self.layers:
+            layer.reset()
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        write: bool = True,
+        output_hidden_states: bool = False,
+    ) -> ARMTOutput:
+        """One segment: inputs_embeds f[B, T, D], attention_mask i64[B, T] -> the output for its T tokens."""
+        memory = self.memory.expand(inputs_embeds.shape[0], -1, -1)
+        kwargs: dict[str, Any] = {
+            "inputs_embeds": torch.cat([inputs_embeds, memory], dim=1),
+            "use_cache": False,
+        }
+        if attention_mask is not None:
+            kwargs["attention_mask"] = F.pad(attention_mask, (0, self.config.num_mem_tokens), value=1)
+        if output_hidden_states:
+            kwargs["output_hidden_states"] = True
+        for layer in self.layers:
+            layer.writes = write
+        with self._entering(output_hidden_states) as entering:
+            out = self.model(**kwargs)
+        if output_hidden_states:
+            entering.append(out["hidden_states"][-1])
+        length = inputs_embeds.shape[1]
+        return ARMTOutput(
+            logits=out["logits"][:, :length] if "logits" in out else None,
+            last_hidden_state=None if "logits" in out else out["last_hidden_state"][:, :length],
+            hidden_states=tuple(h[:, :length] for h in entering) if output_hidden_states else None,
+        )
+
+    @contextlib.contextmanager
+    def _entering(self, wanted: bool) -> Iterator[list[Tensor]]:
+        """Collects what enters each layer, if wanted: versions of transformers differ in what they record."""
+        seen: list[Tensor] = []
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(args[0] if args else kwargs["hidden_states"])
+
+        hooks = (
+            [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in self.layers]
+            if wanted
+            else []
+        )
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class ARMT(nn.Module):
+    """A decoder with associative memory over any number of segments.
+
+    Args:
+        model: a Hugging Face decoder, with language head (`LlamaForCausalLM`) or without (`LlamaModel`);
+            it is
+            changed in place.
+        config: the memory.
+
+    Raises:
+        ValueError: no list of layers was found, or the sizes do not fit.
+    """
+
+    def __init__(self, model: nn.Module, config: ARMTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.memory_cell = MemoryCell(model, config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> ARMTOutput:
+        """Runs the segments in order, from an empty memory; the last segment may be shorter.
+
+        Args:
+            input_ids: i64[B, T], or
+            inputs_embeds: f[B, T, D].
+            attention_mask: i64[B, T], 1 for tokens and 0 for padding.  Memory tokens are never masked.
+            labels: i64[B, T], -100 where there is no loss; shifted here, over segment borders too.
+            output_hidden_states: whether to give the hidden states.
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`, or labels for a model without
+                language head.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.memory_cell.model.get_input_embeddings()(input_ids)
+        size = self.config.segment_size
+        self.memory_cell.reset()
+        outputs = []
+        for start in range(0, inputs_embeds.shape[1], size):
+            piece = slice(start, start + size)
+            mask = None if attention_mask is None else attention_mask[:, piece]
+            outputs.append(
+                self.memory_cell(inputs_embeds[:, piece], mask, output_hidden_states=output_hidden_states)
+            )
+        return self._join(outputs, labels)
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
+        """Greedy continuation: i64[B, T] -> i64[B, T + max_new_tokens], T >= 1.
+
+        The same tokens as taking the best last token of `forward` again and again; only the open segment
+        is run again.  A segment that is full is written to memory.
+        """
+        size, embed = self.config.segment_size, self.memory_cell.model.get_input_embeddings()
+        closed = 0
+        self.memory_cell.reset()
+        for _ in range(max_new_tokens):
+            while input_ids.shape[1] - closed > size:
+                self.memory_cell(embed(input_ids[:, closed : closed + size]))
+                closed += size
+            out = self.memory_cell(embed(input_ids[:, closed:]), write=False)
+            input_ids = torch.cat([input_ids, out.logits[:, -1:].argmax(-1)], dim=1)
+        return input_ids
+
+    @staticmethod
+    def _join(outputs: list[ARMTOutput], labels: Tensor | None) -> ARMTOutput:
+        """Concatenates the outputs of the segments, and takes the loss over all of them."""
+        joined: dict[str, Any] = {}
+        for key in ("logits", "last_hidden_state"):
+            if getattr(outputs[0], key) is not None:
+                joined[key] = torch.cat([out[key] for out in outputs], dim=1)
+        if outputs[0].hidden_states is not None:
+            layers = zip(*(out["hidden_states"] for out in outputs))
+            joined["hidden_states"] = tuple(torch.cat(pieces, dim=1) for pieces in layers)
+        if labels is not None:
+            if "logits" not in joined:
+                raise ValueError("labels need a model with a language head")
+            logits = joined["logits"][:, :-1].flatten(0, 1)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            joined["loss"] = F.cross_entropy(logits.to(wide), labels[:, 1:].flatten())
+        return ARMTOutput(**joined)
+
+
+def build(
+    config_or_model: Any,
+    *,
+    segment_size: int,
+    num_mem_tokens: int,
+    d_mem: int,
+    n_heads: int = 1,
+    correction: bool = True,
+    layers: str | None = None,
+    head: bool = True,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+) -> ARMT:
+    """An ARMT from a Hugging Face config (random weights, no download) or from a decoder (changed in place).
+
+    Args:
+        config_or_model: a `PretrainedConfig`, or a decoder with or without language head.
+        segment_size, num_mem_tokens, d_mem, n_heads, correction, layers: see `ARMTConfig`.
+        head: for a config, whether the decoder gets a language head.
+        dtype: for a config, the dtype of the parameters; None leaves it to the config.
+        attn_implementation: for a config, "sdpa", "eager", ...; None leaves it to the config.
+
+    Raises:
+        ValueError: the sizes do not fit, or no list of layers was found.
+    """
+    config = ARMTConfig(segment_size, num_mem_tokens, d_mem, n_heads, correction, layers)
+    if isinstance(config_or_model, nn.Module):
+        return ARMT(config_or_model, config)
+    auto = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+    options = decoder_options(dtype, attn_implementation)
+    return ARMT(auto.from_config(copy.deepcopy(config_or_model), **options), config)
+
+
+def decoder_options(dtype: torch.dtype | None, attn_implementation: str | None) -> dict[str, Any]:
+    """Keyword arguments for `from_config`: transformers 4.56 renamed `torch_dtype` to `dtype`."""
+    options: dict[str, Any] = {}
+    if dtype is not None:
+        major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+        options["dtype" if (major, minor) >= (4, 56) else "torch_dtype"] = dtype
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    return options
