@@ -1,0 +1,222 @@
+"""What the viewer shows, as frozen data: plain values, so that anything can fill it and tests can read it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from rmtcompile.schedule import Schedule, short_type
+
+PHASES = ("ramp_up", "steady", "ramp_down")
+
+
+@dataclasses.dataclass(frozen=True)
+class OpView:
+    """One operation of a cell.
+
+    Args:
+        name: of the value, unique in the cell (`linear_3`).
+        op: what is computed (`linear`).
+        shape, dtype: of the result.
+        source: the user's `file:line`.
+        module: path of the module that ran it, from the layer (`self_attn.q_proj`).
+        inputs: names of the operations, live-ins and parameters it reads.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    source: str = ""
+    module: str = ""
+    inputs: tuple[str, ...] = ()
+
+    @property
+    def type(self) -> str:
+        """`bf16[1,1152,2048]`, or nothing for an operation without a tensor result."""
+        return short_type(self.dtype, self.shape) if self.dtype else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueView:
+    """A value that enters or leaves a cell, or a parameter of it; `note` says where from or where to."""
+
+    name: str
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    note: str = ""
+
+    @property
+    def type(self) -> str:
+        """`f32[8,64,64]`, or nothing for a value that is no tensor."""
+        return short_type(self.dtype, self.shape) if self.dtype else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class CellView:
+    """The cells of one kind of layer and one variant of segment: they have the same operations.
+
+    Args:
+        kind: the name in `Schedule.layer_kinds`.
+        variant: the name in `Schedule.segment_variants`.
+        ops: in the order in which they run.
+        live_ins, live_outs: values that come from, and go to, other cells.
+        carries: names of the schedule's carries that this cell reads or writes.
+        params: the parameters of one cell.
+    """
+
+    kind: str
+    variant: str
+    ops: tuple[OpView, ...] = ()
+    live_ins: tuple[ValueView, ...] = ()
+    live_outs: tuple[ValueView, ...] = ()
+    carries: tuple[str, ...] = ()
+    params: tuple[ValueView, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class PassView:
+    """One pass of the pipeline: how often each operation stood in the program before it and after it."""
+
+    name: str
+    before: Mapping[str, int]
+    after: Mapping[str, int]
+    seconds: float = 0.0
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileView:
+    """Measured time.
+
+    Args:
+        level_us: microseconds of each level.
+        kind_us: microseconds of each kind of operation, over the whole run.
+        utilisation: share of the device's peak on each level, 0 to 1; empty if it was not measured.
+        sequential_us: the whole run in the sequential order, to compare with.
+    """
+
+    level_us: tuple[float, ...]
+    kind_us: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    utilisation: tuple[float, ...] = ()
+    sequential_us: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewModel:
+    """Everything that one viewer file shows; only `title` and `schedule` are needed.
+
+    Args:
+        title: what the page is called, as a rule the model's name.
+        schedule: the grid and its levels.
+        cells: one template for each (kind, variant) that occurs.
+        passes: the pipeline in order.
+        code: the emitted module.
+        code_phases: first and last line (from 1) of "ramp_up", "steady" and "ramp_down" in `code`.
+        profile: measured times.
+        device: what the profile was measured on.
+        facts: more (name, value) pairs for the page's head, such as the plan chosen.
+        notes: sentences for the reader, such as why a plan was chosen.
+    """
+
+    title: str
+    schedule: Schedule
+    cells: tuple[CellView, ...] = ()
+    passes: tuple[PassView, ...] = ()
+    code: str = ""
+    code_phases: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    profile: ProfileView | None = None
+    device: str = ""
+    facts: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        n_lines = len(self.code.splitlines())
+        for phase, (first, last) in self.code_phases.items():
+            if phase not in PHASES or not 1 <= first <= last <= n_lines:
+                raise ValueError(
+                    f"code_phases[{phase!r}] = ({first}, {last}): expected one of {', '.join(PHASES)} "
+                    f"and lines from 1 to {n_lines}"
+                )
+        if self.profile is None:
+            return
+        for name, values in (("level_us", self.profile.level_us), ("utilisation", self.profile.utilisation)):
+            if len(values) != self.schedule.n_levels and (values or name == "level_us"):
+                raise ValueError(
+                    f"profile.{name} has {len(values)} values for {self.schedule.n_levels} levels"
+                )
+
+
+def to_dict(view: ViewModel) -> dict[str, Any]:
+    """The page's data as JSON values; the names are those that the page's script reads."""
+    return {
+        "title": view.title,
+        "device": view.device,
+        "facts": [list(fact) for fact in view.facts],
+        "notes": list(view.notes),
+        "schedule": _schedule(view.schedule),
+        "cells": [_cell(cell) for cell in view.cells],
+        "passes": [
+            {**dataclasses.asdict(p), "before": dict(p.before), "after": dict(p.after)} for p in view.passes
+        ],
+        "code": view.code,
+        "codePhases": {phase: list(lines) for phase, lines in view.code_phases.items()},
+        "profile": _profile(view.profile) if view.profile else None,
+    }
+
+
+def _schedule(schedule: Schedule) -> dict[str, Any]:
+    from rmtcompile.passes.wavefront import blocking_reason
+
+    phases = schedule.phases
+    return {
+        "layers": schedule.n_layers,
+        "segments": schedule.n_segments,
+        "alpha": schedule.alpha,
+        "rule": schedule.level_rule,
+        "offsets": [list(o) for o in sorted(schedule.offsets)],
+        "levels": schedule.n_levels,
+        "criticalPath": schedule.critical_path,
+        "calls": schedule.n_calls,
+        "phases": {name: [r.start, r.stop] for name, r in zip(PHASES, phases)},
+        "carries": [
+            {
+                "name": c.name,
+                "offset": list(c.offset),
+                "type": c.type,
+                "bytes": c.nbytes,
+                "total": c.total_bytes(schedule.n_layers),
+                "layers": list(c.writers(schedule.n_layers)),
+            }
+            for c in schedule.carries
+        ],
+        "variants": list(schedule.segment_variants),
+        "kinds": list(schedule.layer_kinds),
+        "blocked": blocking_reason(schedule.offsets, schedule.n_layers),
+    }
+
+
+def _value(value: ValueView) -> dict[str, str]:
+    return {"name": value.name, "type": value.type, "note": value.note}
+
+
+def _cell(cell: CellView) -> dict[str, Any]:
+    return {
+        "kind": cell.kind,
+        "variant": cell.variant,
+        "ops": [[op.name, op.op, op.type, op.source, op.module, list(op.inputs)] for op in cell.ops],
+        "liveIns": [_value(v) for v in cell.live_ins],
+        "liveOuts": [_value(v) for v in cell.live_outs],
+        "carries": list(cell.carries),
+        "params": [_value(v) for v in cell.params],
+    }
+
+
+def _profile(profile: ProfileView) -> dict[str, Any]:
+    return {
+        "levelUs": [round(t, 3) for t in profile.level_us],
+        "kindUs": {kind: round(t, 3) for kind, t in profile.kind_us.items()},
+        "utilisation": [round(u, 4) for u in profile.utilisation],
+        "sequentialUs": profile.sequential_us,
+    }

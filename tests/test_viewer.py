@@ -1,0 +1,424 @@
+"""rmtcompile/viewer: the page's data, and the page itself in headless Chromium.
+
+Run as a script it takes the pictures of the documentation:
+
+    python tests/test_viewer.py viewer.html docs/img/viewer [tab ...]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rmtcompile.passes.wavefront import wavefront
+from rmtcompile.schedule import Carry, Schedule
+from rmtcompile.viewer import CellView, OpView, PassView, ProfileView, ValueView, ViewModel, render
+
+CHROMIUM_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+)
+HOSTILE = '</script><script>alert(1)</script><!-- {{style}} & "quotes" \\u003c'
+CODE = """def forward(tokens):
+    for level in range(3):  # ramp-up
+        step(level)
+    for level in range(3, 9):
+        step(level)
+    return finish("done")
+"""
+
+
+def armt(n_layers: int, n_segments: int) -> Schedule:
+    return wavefront(
+        {(0, 1), (1, 0)},
+        n_layers,
+        n_segments,
+        carries=[Carry("W_mem", (1, 0), (8, 64, 64), "float32", 131072)],
+        segment_variants=("first",) + ("later",) * (n_segments - 1),
+    )
+
+
+def whole_view(n_layers: int = 4, n_segments: int = 6) -> ViewModel:
+    """A view with something in every part of the page."""
+    schedule = armt(n_layers, n_segments)
+    x, memory = ValueView("x", (1, 16, 32), "bfloat16"), ValueView("W_mem", (8, 64, 64), "float32", "carried")
+    ops = (
+        OpView("linear", "linear", (1, 16, 32), "bfloat16", "model/armt.py:231", "self_attn.q_proj", ("x",)),
+        OpView("mul_3", "mul", (1, 16, 32), "bfloat16", "model/armt.py:240", "mlp", ("linear",)),
+    )
+    cells = tuple(
+        CellView("layer", variant, ops[: 1 + i], (x, memory), (x,), ("W_mem",), (ValueView("q", (32, 32)),))
+        for i, variant in enumerate(("first", "later"))
+    )
+    return ViewModel(
+        title=HOSTILE,
+        schedule=schedule,
+        cells=cells,
+        passes=(
+            PassView("capture", {}, {"mm": 24}),
+            PassView("fuse", {"mm": 24}, {"mm": 6, "split": 2}, 0.2),
+        ),
+        code=CODE,
+        code_phases={"ramp_up": (2, 3), "steady": (4, 5)},
+        profile=ProfileView(tuple(10.0 + w for w in schedule.widths), {"bmm": 80.0, "norms": 9.0}),
+        device="a test",
+        notes=("the plan was chosen by hand",),
+    )
+
+
+# -- the file
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and the text of the data element."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1][0] == "script":
+            self.scripts.append(data)
+
+
+def test_the_file_is_whole_and_asks_for_nothing() -> None:
+    text = render(whole_view())
+    page = Page(text)
+    assert "\0" not in text
+    assert [tag for tag, _ in page.tags].count("script") == 2
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "action"):
+            target = attributes.get(name) or ""
+            assert target.startswith(("#", "data:")) or not target, (tag, target)
+    assert not re.search(r"https?://|@import|url\((?!#)", text)
+    assert "default-src 'none'" in text
+
+
+def test_the_data_survives_hostile_names() -> None:
+    page = Page(render(whole_view()))
+    data = json.loads(page.scripts[0])
+    assert data["title"] == HOSTILE
+    assert data["schedule"]["levels"] == 9
+    assert data["cells"][1]["ops"][1][:3] == ["mul_3", "mul", "bf16[1,16,32]"]
+
+
+def test_a_bare_schedule_is_enough() -> None:
+    data = json.loads(Page(render(ViewModel("x", armt(2, 2)))).scripts[0])
+    assert data["profile"] is None
+    assert data["cells"] == []
+
+
+def test_rendering_is_deterministic() -> None:
+    assert render(whole_view()) == render(whole_view())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"code_phases": {"steady": (4, 99)}}, "lines from 1 to 6"),
+        ({"code_phases": {"warm-up": (1, 2)}}, "expected one of ramp_up, steady, ramp_down"),
+        ({"profile": ProfileView((1.0,))}, "profile.level_us has 1 values for 9 levels"),
+    ],
+)
+def test_views_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dataclasses.replace(whole_view(), **change)
+
+
+# -- the page in a browser
+
+
+def start_browser(profile: Path, *flags: str) -> Any:
+    """A headless Chromium driven by selenium, or a skip that says what is missing."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="the page is driven with selenium")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*CHROMIUM_FLAGS, f"--user-data-dir={profile}", *flags):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    driver = start_browser(tmp_path_factory.mktemp("chromium"), "--window-size=1366,768")
+    yield driver
+    driver.quit()
+
+
+class Viewer:
+    """What the tests do on a page."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def js(self, script: str, *args: Any) -> Any:
+        return self.driver.execute_script(script, *args)
+
+    def open(self, path: Path) -> None:
+        self.driver.get_log("browser")
+        self.driver.get(path.as_uri())
+        assert self.js("return document.body.dataset.ready") == "1"
+
+    def find(self, css: str) -> Any:
+        return self.driver.find_element("css selector", css)
+
+    def text(self, css: str) -> str:
+        return str(self.find(css).text)
+
+    @property
+    def level(self) -> int:
+        return int(self.js("return document.body.dataset.level"))
+
+    def to_cell(self, segment: int, layer: int, n_layers: int, *, click: bool = False) -> None:
+        """Move the pointer over a cell."""
+        from selenium.webdriver import ActionChains
+
+        x, y = self.js(
+            "const g = document.getElementById('grid'), d = g.dataset, r = g.getBoundingClientRect();"
+            "return [r.left + +d.left + (arguments[0] + .5) * +d.w,"
+            " r.top + +d.top + (arguments[2] - 1 - arguments[1] + .5) * +d.h];",
+            segment,
+            layer,
+            n_layers,
+        )
+        actions = ActionChains(self.driver, duration=0)
+        actions.w3c_actions.pointer_action.move_to_location(int(x), int(y))
+        if click:
+            actions.click()
+        actions.perform()
+        # Pointer moves are delivered with the next frame.
+        self.driver.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 20))")
+
+    def keys(self, *keys: str) -> None:
+        from selenium.webdriver import ActionChains
+
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def errors(self) -> list[str]:
+        return [e["message"] for e in self.driver.get_log("browser") if e["level"] in ("SEVERE", "WARNING")]
+
+
+@pytest.fixture
+def viewer(browser: Any, tmp_path: Path) -> Iterator[Viewer]:
+    path = tmp_path / "viewer.html"
+    path.write_text(render(whole_view()), encoding="utf-8")
+    page = Viewer(browser)
+    page.open(path)
+    yield page
+    assert page.errors() == []
+
+
+def test_it_opens_on_a_full_level(viewer: Viewer) -> None:
+    assert viewer.level == 3
+    assert "4 cells run together" in viewer.text("#now")
+    assert "9 steps instead of 24" in viewer.text("#lead")
+    assert "W_mem to the same layer of the next segment" in viewer.text("#lead")
+    assert viewer.text("#title") == HOSTILE
+
+
+def test_slider_and_buttons_walk_the_levels(viewer: Viewer) -> None:
+    viewer.js("const s = document.getElementById('slider'); s.value = 5; s.dispatchEvent(new Event('input'))")
+    assert viewer.level == 5
+    viewer.find("#next").click()
+    assert viewer.level == 6
+    assert "ramp-down" in viewer.text("#now")
+    viewer.find("#first").click()
+    viewer.find("#back").click()
+    assert viewer.level == 0
+    assert viewer.find("#slider").get_attribute("aria-valuetext") == "level 0 of 8, ramp-up, 1 cell"
+
+
+def test_play_walks_to_the_last_level_and_stops(viewer: Viewer) -> None:
+    viewer.js("document.getElementById('speed').value = 4")
+    viewer.find("#play").click()
+    assert viewer.find("#play").get_attribute("aria-label") == "Pause"
+    deadline = time.monotonic() + 15
+    while viewer.level < 8 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    assert viewer.level == 8
+    assert viewer.find("#play").get_attribute("aria-pressed") == "false"
+
+
+def test_a_click_opens_the_cell(viewer: Viewer) -> None:
+    viewer.to_cell(2, 3, 4, click=True)
+    assert viewer.text("#cell-h") == "Cell (2,3): segment 2, layer 3"
+    assert viewer.level == 5
+    panel = viewer.text("#cell")
+    for piece in (
+        "(2,2)",
+        "(1,3)",
+        "armt.py:240",
+        "self_attn.q_proj",
+        "f32[8,64,64]",
+        "2 operations",
+        "Live-ins",
+    ):
+        assert piece in panel, piece
+    viewer.to_cell(0, 0, 4, click=True)
+    assert "nothing: it can start at once" in viewer.text("#cell")
+    assert "1 operation" in viewer.text("#cell")
+
+
+def test_links_lead_to_the_other_cell(viewer: Viewer) -> None:
+    viewer.to_cell(2, 2, 4, click=True)
+    viewer.find('#cell [data-cell="2,1"]').click()
+    assert viewer.text("#cell-h") == "Cell (2,1): segment 2, layer 1"
+
+
+def test_hover_says_what_depends_on_what(viewer: Viewer) -> None:
+    viewer.to_cell(3, 1, 4)
+    tip = viewer.text("#tip")
+    assert "segment 3, layer 1 · level 4" in tip
+    assert "waits for (3,0), (2,1) by W_mem" in tip
+    assert "feeds (3,2), (4,1) by W_mem" in tip
+    assert viewer.text("#cell-h") != "Cell (3,1): segment 3, layer 1"
+
+
+def test_the_filter_narrows_the_operations(viewer: Viewer) -> None:
+    viewer.to_cell(2, 2, 4, click=True)
+    viewer.find("#opfilter").send_keys("mlp")
+    assert viewer.text("#opcount") == "1 of 2 operations"
+
+
+def test_keys(viewer: Viewer) -> None:
+    viewer.js("document.getElementById('grid').focus()")
+    before = viewer.text("#cell-h")
+    assert before == "Cell (2,1): segment 2, layer 1"
+    viewer.keys("\ue014", "\ue013")  # right, up
+    assert viewer.text("#cell-h") == "Cell (3,2): segment 3, layer 2"
+    assert "Waits for (3,1) (2,2)" in viewer.js("return document.getElementById('say').textContent")
+    assert viewer.level == 5
+    viewer.keys(",")
+    assert viewer.level == 4
+    viewer.keys("\ue010")
+    assert viewer.level == 8
+    viewer.keys("\ue011", ".")
+    assert viewer.level == 1
+    viewer.keys(" ")
+    assert viewer.find("#play").get_attribute("aria-pressed") == "true"
+    viewer.keys(" ")
+    assert viewer.find("#play").get_attribute("aria-pressed") == "false"
+
+
+def test_tab_reaches_every_control_with_a_visible_ring(viewer: Viewer) -> None:
+    seen = []
+    for _ in range(30):
+        viewer.keys("\ue004")
+        found = viewer.js(
+            "const e = document.activeElement, s = getComputedStyle(e);"
+            "return [e.id, s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) >= 1];"
+        )
+        seen.append(found[0])
+        assert found[1] or found[0] == "", found
+    assert {"grid", "first", "back", "play", "next", "slider", "speed", "opfilter", "tab-deps"} <= set(seen)
+
+
+def test_every_tab_shows_its_part(viewer: Viewer) -> None:
+    pieces = {
+        "deps": ["offset (1,0)", "same layer, previous segment", "W_mem", "512 KiB"],
+        "time": ["Where the time goes", "ramp-up, 3 levels", "bmm", "on a test"],
+        "pipeline": ["24 → 6", "0 → 2", "200 ms"],
+        "code": ["for level in range(3):", "steady state, line 4"],
+        "notes": ["the plan was chosen by hand"],
+    }
+    for name, expected in pieces.items():
+        viewer.find(f"#tab-{name}").click()
+        panel = viewer.text(f"#panel-{name}")
+        for piece in expected:
+            assert piece in panel, (name, piece)
+    assert len(viewer.driver.find_elements("css selector", ".line.ramp_up")) == 2
+    viewer.js("document.getElementById('tab-notes').focus()")
+    viewer.keys("\ue014")
+    assert viewer.find("#tab-deps").get_attribute("aria-selected") == "true"
+    assert viewer.driver.find_elements("css selector", "#dag .node")
+
+
+def test_32_layers_by_128_segments_load_and_play_without_lag(browser: Any, tmp_path: Path) -> None:
+    path = tmp_path / "big.html"
+    path.write_text(render(whole_view(32, 128)), encoding="utf-8")
+    page = Viewer(browser)
+    start = time.perf_counter()
+    page.open(path)
+    assert time.perf_counter() - start < 2
+    frame = page.js(
+        "const s = document.getElementById('slider'), start = performance.now();"
+        "for (let i = 0; i < 40; i += 1) { s.value = 2 * i; s.dispatchEvent(new Event('input')); }"
+        "return (performance.now() - start) / 40;"
+    )
+    assert frame < 50, f"{frame:.1f} ms a level"
+    assert page.level == 78
+    assert page.js("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.errors() == []
+
+
+@pytest.mark.parametrize(
+    "offsets", [{(0, 1), (1, -3)}, {(0, 1), (1, 1)}, {(0, 1), (1, -1)}, {(0, 1), (2, 0)}]
+)
+def test_other_schedules_are_drawn_too(browser: Any, tmp_path: Path, offsets: set[tuple[int, int]]) -> None:
+    schedule = wavefront(offsets, 4, 5)
+    path = schedule.save(tmp_path / "s.html")
+    page = Viewer(browser)
+    page.open(path)
+    for segment, layer in ((0, 0), (4, 3), (2, 1)):
+        page.to_cell(segment, layer, 4, click=True)
+        assert page.level == schedule.level_of((segment, layer))
+        together = schedule.widths[page.level]
+        assert ("1 cell runs" if together == 1 else f"{together} cells run together") in page.text("#now")
+    assert page.find("#banner").is_displayed() == (schedule.width == 1 or not schedule.is_optimal)
+    assert page.errors() == []
+
+
+def take_pictures(page: Path, stem: str, tabs: list[str]) -> None:
+    """`<stem>-light.png` and `<stem>-dark.png` of a viewer file, or `<stem>-<tab>-light.png` for each tab."""
+    import tempfile
+
+    for theme in ("light", "dark"):
+        with tempfile.TemporaryDirectory() as profile:
+            driver = start_browser(Path(profile), "--window-size=1366,900")
+            driver.execute_cdp_cmd(
+                "Emulation.setEmulatedMedia",
+                {"features": [{"name": "prefers-color-scheme", "value": theme}]},
+            )
+            view = Viewer(driver)
+            view.open(page)
+            for tab in tabs or [""]:
+                if tab:
+                    view.find(f"#tab-{tab}").click()
+                    view.js("document.querySelector('.tabs').scrollIntoView({behavior: 'instant'})")
+                time.sleep(0.3)
+                name = f"{stem}-{tab}-{theme}.png" if tab else f"{stem}-{theme}.png"
+                view.find(".tabs").screenshot(name) if tab else driver.save_screenshot(name)
+            driver.quit()
+
+
+if __name__ == "__main__":
+    take_pictures(Path(sys.argv[1]).resolve(), sys.argv[2], sys.argv[3:])
