@@ -7,7 +7,8 @@ VENV451 := build/venv-transformers451
 TYPES   := build/types
 PYTEST  := -m pytest -n 2 --dist loadfile --timeout 900
 
-export OMP_NUM_THREADS ?= 1
+# Two workers share the cores: one thread each.
+test test-451: export OMP_NUM_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
@@ -19,7 +20,7 @@ help: ## list the targets
 setup: $(VENV)/installed ## create .venv and install everything there, pinned by constraints.txt
 
 demo: $(VENV)/installed ## run a small ARMT sequentially and on diagonals
-	OMP_NUM_THREADS= $(BIN)/rmtcompile demo
+	$(BIN)/rmtcompile demo
 
 test: $(VENV)/installed ## run the tests (ARGS="tests/test_x.py -k name" for some of them)
 	$(BIN)/python $(PYTEST) $(ARGS)

@@ -1,4 +1,4 @@
-"""The one thing pyproject.toml cannot say: the folder passes/, with all below it, is the package rmtcompile.passes."""
+"""What pyproject.toml cannot say: the folder passes/, with all below it, is the package rmtcompile.passes."""
 
 from setuptools import find_packages, setup
 

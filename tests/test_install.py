@@ -1,4 +1,4 @@
-"""The three ways in: a wheel, an editable install, and a checkout on PYTHONPATH; `rmtcompile.passes` in each."""
+"""The three ways in (wheel, editable install, checkout on PYTHONPATH) and `rmtcompile.passes` in each."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ print(json.dumps({
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([*map(str, command)], cwd=cwd, env=clean | env, capture_output=True, text=True)
+    done = subprocess.run(
+        [*map(str, command)], cwd=cwd, env=clean | env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -65,8 +67,8 @@ def python(tmp_path: Path) -> Path:
 
 
 def install(python: Path, checkout: Path, *args: str | Path) -> None:
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-build-isolation", *args,
-        cwd=checkout)  # fmt: skip
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    run(*pip, "install", "--no-deps", "--no-build-isolation", *args, cwd=checkout)
 
 
 @pytest.mark.parametrize("way", ["wheel", "editable", "checkout"])
