@@ -55,6 +55,9 @@ def load(
     about: dict[str, Any] = json.loads((folder / CONFIG).read_text())
     cls = getattr(transformers, about.pop("decoder"))
     config = transformers.AutoConfig.from_pretrained(folder)
+    config._attn_implementation_autoset = (
+        False  # transformers 4.51 saves it, and would then fall back to eager
+    )
     if dtype is None:
         with safe_open(folder / WEIGHTS, "pt") as file:
             dtype = file.get_tensor("memory_cell.memory").dtype

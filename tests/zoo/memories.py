@@ -374,7 +374,7 @@ class SkipConnections(nn.Module):
         for x in x_all.split(self.segment, 1):
             trail = [x]
             for i, layer in enumerate(self.layers):
-                enter = trail[-1] + 0.5 * trail[-3] if i >= 2 else trail[-1]
+                enter = trail[-1] + 0.5 * trail[-2] if i >= 2 else trail[-1]
                 x, memory[i] = layer(enter, memory[i])
                 trail.append(x)
             out.append(x)

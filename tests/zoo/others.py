@@ -34,6 +34,8 @@ class ZooEntry:
         refused: whether a compiler has to refuse it.
         rerolls: whether constants are affine in s, so that any number of segments can be predicted from a
             few.
+        trains: whether the model itself can be differentiated (in-place writes may forbid it).
+        ragged: whether the last segment may be shorter.
         d: feature size of float inputs; 0 for models that take tokens.
     """
 
@@ -45,6 +47,8 @@ class ZooEntry:
     skew: int | None = 1
     refused: bool = False
     rerolls: bool = True
+    trains: bool = True
+    ragged: bool = True
     d: int = 0
 
     def build(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Callable[..., Any]:
@@ -75,12 +79,12 @@ ZOO: dict[str, ZooEntry] = {
     "infini_attention": ZooEntry(memories.InfiniTransformer),
     "block_recurrent": ZooEntry(memories.BlockRecurrent),
     "transformer_xl": ZooEntry(memories.TransformerXL, _offsets((1, 1)), skew=0),
-    "gru_time_major": ZooEntry(cells.TimeMajorGRU, segment=1, d=8),
-    "lstm_layer_major": ZooEntry(cells.LayerMajorLSTM, segment=1, d=8),
-    "gru_residual": ZooEntry(cells.ResidualGRU, n_layers=5, segment=1, d=8),
+    "gru_time_major": ZooEntry(cells.TimeMajorGRU, segment=1, ragged=False, d=8),
+    "lstm_layer_major": ZooEntry(cells.LayerMajorLSTM, segment=1, ragged=False, d=8),
+    "gru_residual": ZooEntry(cells.ResidualGRU, n_layers=5, segment=1, ragged=False, d=8),
     "classic_rmt": ZooEntry(memories.ClassicRMT, _offsets((1, -3)), parallel=False, skew=4),
     "skewed": ZooEntry(memories.Skewed, _offsets((1, -2)), n_layers=5, skew=3),
-    "sliced_state": ZooEntry(storage.SlicedState),
+    "sliced_state": ZooEntry(storage.SlicedState, trains=False),
     "stacked_memories": ZooEntry(storage.StackedMemories),
     "rolled_memories": ZooEntry(
         functools.partial(storage.StackedMemories, roll=-1), _offsets((1, -1), (1, 3)), skew=2
@@ -89,15 +93,17 @@ ZOO: dict[str, ZooEntry] = {
         functools.partial(storage.StackedMemories, roll=1), _offsets((1, 1), (1, -3)), parallel=False, skew=4
     ),
     "buffer_copy": ZooEntry(storage.BufferCopy),
-    "cache_object": ZooEntry(storage.CacheObject),
+    "cache_object": ZooEntry(storage.CacheObject, ragged=False),
     "universal": ZooEntry(memories.Universal),
     "glue_update": ZooEntry(memories.GlueUpdate),
-    "alternating": ZooEntry(memories.Alternating, n_layers=6),
-    "alias_trap": ZooEntry(storage.AliasTrap, _offsets((1, -1), (1, 0)), skew=2),
-    "shared_scratch": ZooEntry(storage.SharedScratch, _offsets((1, -2)), parallel=False, n_layers=3, skew=3),
+    "alternating": ZooEntry(memories.Alternating, n_layers=6, ragged=False),
+    "alias_trap": ZooEntry(storage.AliasTrap, _offsets((1, -1), (1, 0)), skew=2, trains=False),
+    "shared_scratch": ZooEntry(
+        storage.SharedScratch, _offsets((1, -2)), parallel=False, n_layers=3, skew=3, trains=False
+    ),
     "compressed_older": ZooEntry(memories.CompressedOlder, _offsets((1, 0), (2, 0))),
     "named_outputs": ZooEntry(memories.NamedOutputs, n_layers=3),
-    "plain_function": ZooEntry(traps.plain_function),
+    "plain_function": ZooEntry(traps.plain_function, trains=False),
     "skip_connections": ZooEntry(memories.SkipConnections, _offsets((0, 2), (1, 0)), n_layers=5),
     "no_carry": ZooEntry(memories.NoCarry, _offsets(), n_layers=3, skew=0),
     "running_mean": ZooEntry(memories.RunningMean, n_layers=3, rerolls=False),

@@ -175,7 +175,7 @@ class AliasTrap(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         x_all = self.embed(ids)
         scratch = x_all.new_zeros(len(self.layers), x_all.shape[0], self.n_mem, x_all.shape[2])
-        memory = list(scratch.unbind(0))
+        memory = [scratch[i] for i in range(len(self.layers))]
         out = []
         for x in x_all.split(self.segment, 1):
             for i, layer in enumerate(self.layers):
