@@ -1,0 +1,1 @@
+"""The compiler passes, in pipeline order; see README for the order."""

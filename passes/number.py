@@ -1,0 +1,81 @@
+"""Value numbering: nodes that compute the same value become one node.
+
+    cos = rotary(arange)   # layer 0, segment 0          cos = rotary(arange)   # scopes {layer 0, layer 1, ...}
+    cos_1 = rotary(arange) # layer 1, segment 0    ->
+    cos_2 = rotary(arange) # layer 0, segment 1
+
+Requires: a functional graph (no node mutates its operands). Ensures: same outputs, bit for bit; meta `scopes` of a node that
+stands for several lists the scopes of all of them, so that a later pass can see that it belongs to no single layer.
+Reference: global value numbering by hashing, as in any optimising compiler.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+_IMPURE = {torch.Tag.nondeterministic_seeded}
+
+
+def is_numberable(node: fx.Node) -> bool:
+    """Whether two such nodes with equal operands have equal values."""
+    if node.op != "call_function":
+        return False
+    tags = getattr(node.target, "tags", ())
+    if any(tag in _IMPURE for tag in tags):
+        return _is_inactive_dropout(node)
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or not schema.is_mutable
+
+
+def _is_inactive_dropout(node: fx.Node) -> bool:
+    name = getattr(node.target, "_opname", "")
+    if name == "dropout":
+        return len(node.args) > 2 and (not node.args[2] or not node.args[1])
+    if name == "scaled_dot_product_attention":
+        dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        return not dropout
+    return False
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the node draws random numbers."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags and not _is_inactive_dropout(node)
+
+
+def key_of(value: Any) -> Any:
+    """A hashable stand-in for an argument; nodes stand for themselves, numbers keep their type (1, 1.0 and True differ)."""
+    if isinstance(value, fx.Node):
+        return value
+    if isinstance(value, (list, tuple)):
+        return (type(value).__name__, *map(key_of, value))
+    if isinstance(value, dict):
+        return ("dict", *((k, key_of(v)) for k, v in value.items()))
+    if isinstance(value, slice):
+        return ("slice", key_of(value.start), key_of(value.stop), key_of(value.step))
+    if isinstance(value, float) and value != value:
+        return ("float", "nan")
+    return (type(value).__name__, value)
+
+
+def number(module: fx.GraphModule) -> fx.GraphModule:
+    """Merge equal nodes of a functional graph, in place of the given module's graph; see the module docstring."""
+    graph = module.graph
+    first: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            key: Any = ("get_attr", node.target)
+        elif is_numberable(node):
+            key = (node.target, key_of(node.args), key_of(node.kwargs), node.meta.get("context", ()))
+        else:
+            continue
+        kept = first.setdefault(key, node)
+        if kept is not node:
+            scopes = kept.meta.setdefault("scopes", {kept.meta.get("scope", ())})
+            scopes.add(node.meta.get("scope", ()))
+            node.replace_all_uses_with(kept)
+            graph.erase_node(node)
+    return module

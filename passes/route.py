@@ -1,0 +1,418 @@
+"""Route: give every value that crosses a region boundary a way to travel.
+
+    x(s, l)  <- h(s, l-1)        lane x: fed one layer up by each cell; the prologue enters at layer 0
+    A(s, l)  <- A'(s-1, l)       lane A: fed by each cell for its own layer's next segment; filled with zeros before
+    mask(s, l) <- prologue(s)    lane mask: enters at layer 0, moves one layer up with its segment
+    B(s, l)  <- B'(s-2, l)       two lanes in a chain, each one segment long
+    logits   <- epilogue(0..S)   tap: kept, one value a segment, until it is read
+
+A lane holds one value a layer. The value a cell reads must be the last one written: a write travels alpha*ds + dl levels, and
+the same producer writes again alpha levels later, so 1 <= alpha*ds + dl <= alpha holds for every direct feed; longer ways are
+cut into hops through lanes in between.
+
+Requires: rules from `reroll`, offsets from `dependence`, alpha from `wavefront`. Gives the `Program`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from rmtcompile.errors import DependenceError, RerollError
+from rmtcompile.passes.align import Merged, align, class_name
+from rmtcompile.passes.partition import CELL, EPILOGUE, INIT, PROLOGUE
+from rmtcompile.passes.reroll import ClassRule, LiveIn, Rolled
+from rmtcompile.program import Each, Feed, Group, Lane, LaneEntry, Port, Program, Source, Tap, Value
+from rmtcompile.weights import Weight
+
+
+def route(rolled: Rolled, offsets: frozenset[tuple[int, int]], alpha: int) -> Program:
+    """Build the scheduled program; see the module docstring.
+
+    Raises:
+        DependenceError: a value cannot reach its reader in time on the given schedule.
+    """
+    return _Router(rolled, alpha).program(offsets)
+
+
+@dataclass
+class _GroupDraft:
+    """A group under construction."""
+
+    name: str
+    layers: tuple[int, ...]
+    merged: Merged
+    ports: list[Port] = field(default_factory=list)
+    outputs: dict[tuple[tuple[int, int], ...], str] = field(default_factory=dict)
+
+    def output(self, nodes: dict[int, int]) -> str | None:
+        """Name of the output that holds operation nodes[c] in class c; None if no class of this group makes it."""
+        mine = {c: i for c, i in nodes.items() if c in self.merged.classes}
+        if not mine:
+            return None
+        for known, name in self.outputs.items():
+            if all(dict(known).get(c, i) == i for c, i in mine.items()):
+                combined = {**dict(known), **mine}
+                del self.outputs[known]
+                self.outputs[tuple(sorted(combined.items()))] = name
+                return name
+        name = f"out{len(self.outputs)}"
+        self.outputs[tuple(sorted(mine.items()))] = name
+        return name
+
+
+@dataclass
+class _LaneDraft:
+    name: str
+    layers: set[int]
+    val: Any
+    entry: LaneEntry | None = None
+    fills: dict[int, Source] = field(default_factory=dict)
+    feeds: dict[tuple[str, str, tuple[int, int]], set[int]] = field(default_factory=lambda: defaultdict(set))
+
+
+class _Router:
+    def __init__(self, rolled: Rolled, alpha: int) -> None:
+        self.rolled = rolled
+        self.alpha = alpha
+        self.n_layers = rolled.n_layers
+        self.groups: list[_GroupDraft] = []
+        self.lanes: dict[str, _LaneDraft] = {}
+        self.taps: dict[Any, Tap] = {}
+        self.delays: dict[Any, str] = {}
+
+    # ---- groups ----------------------------------------------------------------------------------------------------------
+
+    def program(self, offsets: frozenset[tuple[int, int]]) -> Program:
+        for i, layers in enumerate(self._kinds()):
+            sample = layers[len(layers) // 2]
+            rules = self.rolled.rules[(CELL, sample)]
+            steady = self.rolled.classes[(CELL, sample)].head
+            for j, merged in enumerate(align(rules, steady if steady in rules else min(rules))):
+                name = f"kind{i}" + (f"_{class_name(merged.classes[0])}" if j else "")
+                self.groups.append(_GroupDraft(name, layers, merged))
+        if len(self.groups) == 1:
+            self.groups[0].name = "layers"
+        for group in self.groups:
+            self._ports(group)
+        for key, by_class in self.rolled.rules.items():
+            if key[0] != CELL:
+                for rule in by_class.values():
+                    for live_in in rule.sources:
+                        self._tap_live_in(live_in, key[0])
+        for lane in self.lanes.values():
+            if lane.entry is not None:
+                for source in (lane.entry.steady, *(s for _, s in lane.entry.early)):
+                    self._tap(source, "prologue")
+            for source in lane.fills.values():
+                self._tap(source, "prologue")
+        for source in self.rolled.outputs:
+            when = ("end", source.segment) if source.relative else ("at", source.segment)
+            self._tap(source, "end", when)
+        groups = tuple(self._finish(group) for group in self.groups)
+        lanes = tuple(self._lane(lane) for lane in self.lanes.values())
+        taps = tuple(self._resolved(tap) for tap in self.taps.values())
+        return Program(self.n_layers, self.alpha, offsets, groups, lanes, taps, self.rolled)
+
+    def _kinds(self) -> list[tuple[int, ...]]:
+        kinds: dict[Any, list[int]] = defaultdict(list)
+        for layer in range(self.n_layers):
+            classes = self.rolled.classes[(CELL, layer)]
+            rules = self.rolled.rules[(CELL, layer)]
+            kinds[(classes, tuple((c, rules[c].body.key) for c in sorted(rules)))].append(layer)
+        return [tuple(layers) for layers in kinds.values()]
+
+    def _rule(self, layer: int, number: int) -> ClassRule:
+        return self.rolled.rules[(CELL, layer)][number]
+
+    def _ports(self, group: _GroupDraft) -> None:
+        for node, index in list(group.merged.live_ins.items()):
+            sources = {
+                (layer, c): self._rule(layer, c).sources[j]
+                for layer in group.layers
+                for c, j in index.items()
+            }
+            if all(source.is_invariant for source in sources.values()):
+                group.ports.append(self._invariant(node, group, sources))
+            else:
+                name = f"{group.name}_{node.name}" if len(self.groups) > 1 else node.name
+                self._lane_port(name, group, index, node.meta["val"])
+                group.ports.append(Port(node.name, "lane", name))
+        seen: set[str] = set()
+        for number, mask in group.merged.masks.items():
+            if mask.name not in seen:
+                seen.add(mask.name)
+                twins = tuple(c for c, m in group.merged.masks.items() if m is mask)
+                group.ports.append(Port(mask.name, "mask", twins))
+            del number
+
+    def _invariant(self, node: fx.Node, group: _GroupDraft, sources: dict[tuple[int, int], LiveIn]) -> Port:
+        by_layer = [next(s.steady for (k, _), s in sources.items() if k == layer) for layer in group.layers]
+        if all(source == by_layer[0] for source in by_layer):
+            return Port(node.name, "shared", by_layer[0])
+        if all(isinstance(source, Source) and source.kind == "leaf" for source in by_layer):
+            return Port(node.name, "weight", Weight(tuple((s.name,) for s in by_layer)))  # type: ignore[union-attr]
+        return Port(node.name, "stacked", tuple(by_layer))
+
+    # ---- lanes -----------------------------------------------------------------------------------------------------------
+
+    def _lane_port(self, name: str, group: _GroupDraft, index: dict[int, int], val: Any) -> None:
+        lane = self.lanes[name] = _LaneDraft(name, set(group.layers), val)
+        steady: dict[int, Source] = {}
+        for layer in group.layers:
+            steady[layer] = self._steady(layer, index)
+        for layer in group.layers:
+            self._fills(lane, layer, index, steady[layer])
+        roots: dict[Any, list[int]] = defaultdict(list)
+        for layer, source in steady.items():
+            if source.kind == CELL and source.relative and not self._shared_by_layers(steady, layer):
+                back, up = source.segment, layer - source.layer
+                self._connect(lane, source, (back, up), layer)
+            else:
+                roots[source].append(layer)
+        for source, layers in roots.items():
+            self._broadcast(lane, source, layers)
+
+    def _shared_by_layers(self, steady: dict[int, Source], layer: int) -> bool:
+        """Whether another layer reads the very same value, which then has to move up with its segment."""
+        return any(other != layer and source == steady[layer] for other, source in steady.items())
+
+    def _steady(self, layer: int, index: dict[int, int]) -> Source:
+        classes = self.rolled.classes[(CELL, layer)]
+        number = classes.head if classes.head in index else max(index)
+        source = self._rule(layer, number).sources[index[number]].steady
+        assert isinstance(source, Source)
+        nodes = dict(source.nodes)
+        for other, j in index.items():
+            again = self._rule(layer, other).sources[j].steady
+            if isinstance(again, Source) and again.way == source.way:
+                nodes.update(again.nodes)
+        return Source(
+            source.kind,
+            source.name,
+            source.segment,
+            source.relative,
+            source.layer,
+            source.node,
+            tuple(sorted(nodes.items())),
+        )
+
+    def _fills(self, lane: _LaneDraft, layer: int, index: dict[int, int], steady: Source) -> None:
+        """What early segments read instead of the steady source."""
+        classes = self.rolled.classes[(CELL, layer)]
+        early: dict[int, Source] = {}
+        for number, j in index.items():
+            live_in = self._rule(layer, number).sources[j]
+            early.update({s: source for s, source in live_in.early.items()})
+            if 0 <= number < classes.head and getattr(live_in.steady, "way", None) != steady.way:
+                assert isinstance(live_in.steady, Source)
+                early[number] = live_in.steady
+            if number < 0 and getattr(live_in.steady, "way", None) != steady.way:
+                raise DependenceError(
+                    f"the last segments of layer {layer} read a value from another place than the others",
+                    [f"{live_in.steady} against {steady}"],
+                )
+        if early and steady.kind != CELL:
+            lane.entry = LaneEntry(layer, tuple(sorted(early.items())), steady)
+            return
+        for segment, source in sorted(early.items()):
+            if source.kind in (CELL, EPILOGUE) or (
+                source.kind == PROLOGUE and source.segment_from(segment) != 0
+            ):
+                raise DependenceError(
+                    f"segment {segment} of layer {layer} reads a value that is not there before the first level",
+                    [str(source)],
+                )
+            self._fill(lane, layer, segment, source, steady)
+
+    def _fill(self, lane: _LaneDraft, layer: int, segment: int, source: Source, steady: Source) -> None:
+        if source.kind == PROLOGUE:
+            source = Source(PROLOGUE, "", 0, False, -1, source.node, source.nodes)
+        if segment == 0:
+            lane.fills[layer] = source
+        else:
+            self.delays[("fill", lane.name, layer, segment)] = source  # type: ignore[assignment]
+
+    def _connect(self, lane: _LaneDraft, source: Source, offset: tuple[int, int], layer: int) -> None:
+        """Feed `lane` at `layer` from the cell `offset` before, in hops that each arrive in time."""
+        hops = self._hops(offset)
+        nodes = dict(source.nodes)
+        at = source.layer
+        carried: str | None = None  # delay lane that holds the value now
+        back = offset[0]
+        for i, (ds, dl) in enumerate(hops):
+            target = lane
+            back -= ds
+            if i < len(hops) - 1:
+                key = (source.layer, tuple(sorted(nodes.items())), tuple(hops[: i + 1]), lane.name)
+                key = (tuple(hops[: i + 1]), lane.name)
+                name = self.delays.setdefault(key, f"{lane.name}_delay{i}")
+                target = self.lanes.setdefault(name, _LaneDraft(name, set(), lane.val))
+                target.layers.add(at + dl)
+                if ds or any(h[0] for h in hops[: i + 1]):
+                    fill = self.delays.get(("fill", lane.name, layer, back))
+                    if isinstance(fill, Source):
+                        target.fills[at + dl] = fill
+            if carried is None:
+                for group in self.groups:
+                    if at in group.layers and (output := group.output(nodes)) is not None:
+                        target.feeds[(group.name, output, (ds, dl))].add(at)
+            else:
+                target.feeds[("", carried, (ds, dl))].add(at)
+            carried, at = target.name, at + dl
+        early = [
+            s for key in self.delays if key[0] == "fill" and key[1:3] == (lane.name, layer) for s in [key[3]]
+        ]
+        time_hops = sum(1 for ds, _ in hops if ds)
+        if early and max(early) >= time_hops:
+            raise DependenceError(
+                f"layer {layer} reads different first values over {max(early) + 1} segments", [str(source)]
+            )
+
+    def _hops(self, offset: tuple[int, int]) -> list[tuple[int, int]]:
+        ds, dl = offset
+        hops: list[tuple[int, int]] = []
+        while self.alpha * ds + dl > self.alpha and dl > 0:
+            hops.append((0, 1))
+            dl -= 1
+        while ds > 1 or (ds == 1 and self.alpha + dl > self.alpha):
+            hops.append((1, 0))
+            ds -= 1
+        if (ds, dl) != (0, 0):
+            hops.append((ds, dl))
+        if any(not 1 <= self.alpha * a + b <= self.alpha for a, b in hops):
+            raise DependenceError(
+                f"a value with offset {offset} cannot reach its reader on levels {self.alpha}*s + l",
+                [str(hops)],
+            )
+        return hops
+
+    def _broadcast(self, lane: _LaneDraft, source: Source, layers: list[int]) -> None:
+        """One value of a segment read by several layers: it enters once and moves up with its segment."""
+        first = 0
+        if source.kind == CELL and source.relative and source.segment == 0:
+            first = source.layer + 1
+            self._connect(lane, source, (0, 1), first)
+        elif lane.entry is None:
+            lane.entry = LaneEntry(0, (), source)
+        else:
+            lane.entry = LaneEntry(0, lane.entry.early, lane.entry.steady)
+        lane.layers |= set(range(first, max(layers) + 1))
+        for layer in range(first, max(layers)):
+            lane.feeds[("", lane.name, (0, 1))].add(layer)
+
+    # ---- taps ------------------------------------------------------------------------------------------------------------
+
+    def _tap_live_in(self, live_in: LiveIn, reader: str) -> None:
+        for source in live_in.early.values():
+            self._tap(source, reader)
+        if isinstance(live_in.steady, Each):
+            each = live_in.steady
+            self._add(each.kind, each.layer, each.nodes, ("each",), None)
+        elif live_in.steady is not None:
+            self._tap(live_in.steady, reader)
+
+    def _tap(self, source: Source, reader: str, when: tuple[Any, ...] = ("each",)) -> None:
+        if source.kind not in (PROLOGUE, CELL, EPILOGUE):
+            return
+        if reader == "end":
+            keep: int | None = source.segment
+        elif not source.relative:
+            keep, when = None, ("at", source.segment)
+        else:
+            keep = source.segment + self.n_layers
+        self._add(source.kind, source.layer, source.nodes, when, keep)
+
+    def _add(
+        self,
+        kind: str,
+        layer: int,
+        nodes: tuple[tuple[int, int], ...],
+        when: tuple[Any, ...],
+        keep: int | None,
+    ) -> None:
+        key = (kind, layer, nodes)
+        if key in self.taps:
+            old = self.taps[key]
+            when = when if when == old.when else ("each",)
+            keep = None if keep is None or old.keep is None else max(keep, old.keep)
+            name = old.name
+        else:
+            name = f"{kind}{layer}_{len(self.taps)}" if kind == CELL else f"{kind}_{len(self.taps)}"
+        self.taps[key] = Tap(name, Value(kind, layer, nodes), (), when, keep)
+
+    def _resolved(self, tap: Tap) -> Tap:
+        return tap
+
+    # ---- results ---------------------------------------------------------------------------------------------------------
+
+    def _finish(self, draft: _GroupDraft) -> Group:
+        for key, tap in list(self.taps.items()):
+            if tap.value.kind == CELL and tap.value.layer in draft.layers:
+                output = draft.output(dict(tap.value.nodes))
+                if output is not None:
+                    self.taps[key] = Tap(
+                        tap.name, tap.value, (*tap.group_outputs, (draft.name, output)), tap.when, tap.keep
+                    )
+        graph, merged = draft.merged.graph, draft.merged
+        results = []
+        for nodes, _ in sorted(draft.outputs.items(), key=lambda item: int(item[1][3:])):
+            results.append(_by_class(graph, merged, dict(nodes)))
+        graph.output(tuple(results))
+        graph.eliminate_dead_code()
+        kept = {node.name for node in graph.nodes if node.op == "placeholder"}
+        for node in list(graph.nodes):
+            if node.op == "placeholder" and not node.users:
+                kept.discard(node.name)
+                graph.erase_node(node)
+        ports = tuple(port for port in draft.ports if port.name in kept)
+        names = tuple(sorted(draft.outputs.values(), key=lambda name: int(name[3:])))
+        return Group(draft.name, draft.layers, merged.classes, graph, ports, names)
+
+    def _lane(self, lane: _LaneDraft) -> Lane:
+        feeds = tuple(
+            Feed(group, source, offset, tuple(sorted(layers)))
+            for (group, source, offset), layers in lane.feeds.items()
+        )
+        val = lane.val
+        fills = tuple(sorted(lane.fills.items()))
+        return Lane(
+            lane.name,
+            tuple(sorted(lane.layers)),
+            tuple(val.shape),
+            val.dtype,
+            val.device,
+            lane.entry,
+            fills,
+            feeds,
+        )
+
+
+def _by_class(graph: fx.Graph, merged: Merged, nodes: dict[int, int]) -> fx.Node:
+    """The merged value that is operation nodes[c] in class c: one node, or a selection by mask."""
+    from rmtcompile.passes.align import aten
+
+    found = {c: merged.values[c][i] for c, i in nodes.items() if c in merged.classes}
+    base_class = next(c for c in merged.classes if c in found)
+    base = found[base_class]
+    for c, node in found.items():
+        if node is base or c not in merged.masks:
+            continue
+        chosen = graph.call_function(aten.where.self, (merged.masks[c], node, base))
+        chosen.meta.update(base.meta)
+        if node.meta["val"].shape != base.meta["val"].shape:
+            raise RerollError(
+                "the first segment leaves a value of another shape than later ones",
+                [
+                    f"{node.name}: {tuple(node.meta['val'].shape)}",
+                    f"{base.name}: {tuple(base.meta['val'].shape)}",
+                ],
+            )
+        base = chosen
+    return base
+
+
+__all__ = ["INIT", "route"]

@@ -1,0 +1,359 @@
+"""Capture: any callable on tensors -> one flat, functional FX graph, and what is needed to stand in for the callable.
+
+    forward(ids):                       placeholder ids
+      for s in segments:                get_attr embed                 scope ()
+        h = embed(ids[s])         ->    aten.embedding(embed, slice)   scope ()
+        for layer in layers:            aten.linear(h, w_0)            scope (layers.0 #0,)
+          h = layer(h)                  aten.linear(h, w_1)            scope (layers.1 #0,)
+
+The forward runs once on fake tensors under `make_fx(pre_dispatch=True)`, so operations such as `linear`, `einsum` and
+`scaled_dot_product_attention` stay whole, Python control flow disappears, and no memory is used beyond the weights.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.fx.experimental import proxy_tensor
+from torch.utils import _pytree as pytree
+
+from rmtcompile.errors import CaptureError
+from rmtcompile.state import DELETED, Change, Snapshot, contains_tensor, roots_of
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_HERE = os.path.dirname(__file__) + os.sep
+_SET_GRAD = torch._C._set_grad_enabled
+_ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+_EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module during the forward.
+
+    Attributes:
+        index: position among all calls.
+        path: module path, e.g. `memory_cell.model.layers.3`.
+        module: identity of the module (two paths may name one module).
+        parent: index of the call inside which this one was made, or None.
+    """
+
+    index: int
+    path: str
+    module: int
+    parent: int | None
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor that the graph reads but does not compute: a parameter, a buffer, a state attribute, a constant.
+
+    `holder`/`key` say where the model keeps it (`holder[key]` or `holder.key`); a constant has no holder and is kept here.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    holder: Any = None
+    key: Any = None
+
+    @property
+    def is_constant(self) -> bool:
+        return self.holder is None
+
+    def fetch(self) -> torch.Tensor:
+        """The tensor that the model holds now (it may have been swapped since capture)."""
+        if self.holder is None:
+            return self.tensor
+        fields = self.holder if isinstance(self.holder, (dict, list)) else self.holder.__dict__
+        return fields[self.key]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One value that the forward leaves behind in the model.
+
+    `spec` rebuilds the value from `leaves`; an integer leaf stands for that output of the graph, wrapped in `Out`.
+    `in_place` is set where the forward writes into an existing tensor instead of replacing it.
+    """
+
+    change: Change | None
+    name: str
+    spec: pytree.TreeSpec | None
+    leaves: tuple[Any, ...]
+    in_place: Leaf | None = None
+
+
+@dataclass(frozen=True)
+class Out:
+    """Stands, among the leaves of a result, for output number `index` of the graph."""
+
+    index: int
+
+
+@dataclass
+class Capture:
+    """A captured forward.
+
+    Attributes:
+        module: functional FX graph; placeholders are the tensor leaves of (args, kwargs) in pytree order; the output is a
+            flat tuple of tensors. Every node has meta `val` (fake tensor), `scope` (tuple of call indices), `source`
+            ("file:line") and `context` (contexts to run it in).
+        leaves: by the name of the `get_attr` target.
+        calls: module calls in the order of the forward.
+        result: leaves and spec of the forward's result.
+        effects: what the forward leaves behind.
+        in_spec: pytree of (args, kwargs); `inputs` its leaves, tensors replaced by None.
+    """
+
+    module: fx.GraphModule
+    leaves: dict[str, Leaf]
+    calls: list[Call]
+    result: tuple[tuple[Any, ...], pytree.TreeSpec]
+    effects: list[Effect]
+    roots: dict[str, nn.Module]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+
+def user_source(frame: Any) -> str:
+    """`file.py:123` of the innermost frame outside torch and outside this package."""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_TORCH, _HERE, "<")):
+            return f"{os.path.relpath(name) if not name.startswith(sys.prefix) else _short(name)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "?"
+
+
+def _short(name: str) -> str:
+    return os.sep.join(name.split(os.sep)[-3:])
+
+
+class _Recorder:
+    """Follows module calls while the forward runs and labels each node that is traced."""
+
+    def __init__(self, names: dict[int, str], snapshot: Snapshot) -> None:
+        self.calls: list[Call] = []
+        self.stack: list[int] = []
+        self.names = names
+        self.snapshot = snapshot
+        self.roots: dict[str, nn.Module] = {}
+
+    def enter(self, module: nn.Module, _: Any) -> None:
+        if id(module) not in self.names:  # reached by a way that `roots_of` does not see
+            name = f"module{len(self.roots)}"
+            self.roots[name] = module
+            self.snapshot.add(name, module)
+            for path, child in module.named_modules(remove_duplicate=False):
+                self.names.setdefault(id(child), f"{name}.{path}" if path else name)
+        parent = self.stack[-1] if self.stack else None
+        self.calls.append(Call(len(self.calls), self.names[id(module)], id(module), parent))
+        self.stack.append(self.calls[-1].index)
+
+    def leave(self, module: nn.Module, *_: Any) -> None:
+        if self.stack and self.calls[self.stack[-1]].module == id(module):
+            self.stack.pop()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        hooks = (
+            nn.modules.module.register_module_forward_pre_hook(self.enter),
+            nn.modules.module.register_module_forward_hook(self.leave, always_call=True),
+        )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def label_nodes(self) -> None:
+        """Make the running tracer note the scope and the user's source line on each node it creates."""
+        mode = proxy_tensor.get_proxy_mode()
+        assert mode is not None
+        tracer = mode.tracer
+        create = tracer.create_node
+
+        def create_node(*args: Any, **kwargs: Any) -> fx.Node:
+            node = create(*args, **kwargs)
+            node.meta["scope"] = tuple(self.stack)
+            node.meta["source"] = user_source(sys._getframe(1))
+            return node
+
+        tracer.create_node = create_node  # type: ignore[method-assign]
+
+
+def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+    """Trace `fn(*args, **kwargs)` on fake tensors; the modules it runs are left as they were, also when tracing fails.
+
+    Args:
+        fn: a module or any callable on tensors. Not modified.
+        args, kwargs: example inputs; tensors may be real or meta-like, only shape, dtype and device are read.
+
+    Raises:
+        CaptureError: the forward branches on values, or uses what cannot be traced; the message names the user's line.
+    """
+    roots = roots_of(fn)
+    names: dict[int, str] = {}
+    for name, root in roots.items():
+        for path, child in root.named_modules(remove_duplicate=False):
+            names.setdefault(id(child), f"{name}.{path}" if name and path else name or path)
+    snapshot = Snapshot(roots)
+    recorder = _Recorder(names, snapshot)
+    flat, in_spec = pytree.tree_flatten((args, kwargs))
+    positions = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
+    produced: dict[str, Any] = {}
+
+    def traced(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        recorder.label_nodes()
+        values = list(flat)
+        for position, tensor in zip(positions, tensors, strict=True):
+            values[position] = tensor
+        call_args, call_kwargs = pytree.tree_unflatten(values, in_spec)
+        result = fn(*call_args, **call_kwargs)
+        outputs: list[torch.Tensor] = []
+        result_leaves, result_spec = pytree.tree_flatten(result)
+        produced["result"] = (_refer(result_leaves, outputs), result_spec)
+        produced["effects"] = list(_effects(snapshot, outputs))
+        return outputs
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [_fake(mode, flat[i]) for i in positions]
+    trace = proxy_tensor.make_fx(traced, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
+    grad = torch.is_grad_enabled()
+    try:
+        with recorder.watching(), torch.inference_mode(False), torch.set_grad_enabled(grad):
+            module = trace(*fakes)
+    except CaptureError:
+        raise
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise CaptureError(
+            f"the forward depends on the values of a tensor ({error})",
+            [f"at {_raised_at(error)}"],
+            "decide it from shapes or Python values, or pass inputs for which the check is not made (for example no "
+            "attention_mask instead of one that is all ones)",
+        ) from error
+    except Exception as error:
+        if "data-dependent" in str(error) or "data dependent" in str(error):
+            what, remedy = "the forward depends on the values of a tensor", "decide it from shapes or Python values"
+        else:
+            what, remedy = f"the forward could not be traced: {type(error).__name__}: {error}", (
+                "see whether the model itself runs on these inputs; what cannot be traced can run with fallback='sequential'"
+            )
+        raise CaptureError(what, [f"at {_raised_at(error)}"], remedy) from error
+    finally:
+        snapshot.restore()
+    roots = {**roots, **recorder.roots}
+    _name_contexts(module.graph)
+    leaves = _leaves(module, snapshot)
+    return Capture(module, leaves, recorder.calls, produced["result"], produced["effects"], roots)
+
+
+def _fake(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
+    if isinstance(value, FakeTensor):
+        with mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    fake = mode.from_tensor(value.detach(), static_shapes=True)
+    return fake.requires_grad_(value.requires_grad) if value.requires_grad else fake
+
+
+def _refer(values: list[Any], outputs: list[torch.Tensor]) -> tuple[Any, ...]:
+    """Replace tensors by `Out(i)`, appending them to the outputs of the graph."""
+    refs: list[Any] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            outputs.append(value)
+            refs.append(Out(len(outputs) - 1))
+        else:
+            refs.append(value)
+    return tuple(refs)
+
+
+def _effects(snapshot: Snapshot, outputs: list[torch.Tensor]) -> Iterator[Effect]:
+    for change in snapshot.changes():
+        if change.value is DELETED:
+            yield Effect(change, change.name, None, ())
+            continue
+        leaves, spec = pytree.tree_flatten(change.value)
+        for leaf in leaves:
+            if not isinstance(leaf, torch.Tensor) and contains_tensor(leaf):
+                raise CaptureError(
+                    f"the forward leaves an object that holds tensors in {change.name}",
+                    [f"{change.name} = {type(leaf).__name__}(...)"],
+                    "keep state in tensors, lists, tuples or dicts, or drop the object at the end of the forward",
+                )
+        yield Effect(change, change.name, spec, _refer(leaves, outputs))
+
+
+def _raised_at(error: BaseException) -> str:
+    """The user's line at which an error was raised, and the source text of that line where it can be read."""
+    import linecache
+
+    best = "?"
+    trace = error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if not name.startswith((_TORCH, _HERE, "<")):
+            text = linecache.getline(name, trace.tb_lineno).strip()
+            shown = os.path.relpath(name) if not name.startswith(sys.prefix) else _short(name)
+            best = f"{shown}:{trace.tb_lineno}  {text}"
+        trace = trace.tb_next
+    return best
+
+
+def _name_contexts(graph: fx.Graph) -> None:
+    """Turn order markers (autocast and no-grad regions) into meta `context` of the nodes between them, and drop them."""
+    autocast: list[tuple[Any, ...]] = []
+    no_grad = False
+    ambient = torch.is_grad_enabled()
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is _SET_GRAD:
+            no_grad = ambient and not node.args[0]
+        elif node.op == "call_function" and node.target is _ENTER_AUTOCAST:
+            autocast.append(tuple(node.args[:4]))
+        elif node.op == "call_function" and node.target is _EXIT_AUTOCAST:
+            autocast.pop()
+        else:
+            active = [region for region in autocast[-1:] if region[2] or torch.is_autocast_enabled(region[0])]
+            names = [f"torch.autocast({d!r}, {t!r}, {e!r}, {c!r})" for d, t, e, c in active]
+            node.meta["context"] = tuple(names + ["torch.no_grad()"] * no_grad)
+            continue
+    markers = [n for n in graph.nodes if n.target in (_SET_GRAD, _ENTER_AUTOCAST, _EXIT_AUTOCAST)]
+    for node in reversed(markers):
+        node.replace_all_uses_with(None)  # type: ignore[arg-type]
+        graph.erase_node(node)
+
+
+def _leaves(module: fx.GraphModule, snapshot: Snapshot) -> dict[str, Leaf]:
+    """Find where the model keeps each tensor that the graph reads; one `get_attr` name a tensor."""
+    owners: dict[int, tuple[Any, Any, str]] = {}
+    for tensor, holder, key, name in snapshot.tensors():
+        owners.setdefault(id(tensor), (holder, key, name))
+    leaves: dict[str, Leaf] = {}
+    named: dict[int, str] = {}
+    for node in module.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        tensor = getattr(module, node.target)
+        if id(tensor) in named:
+            node.target = named[id(tensor)]
+            continue
+        named[id(tensor)] = node.target
+        holder, key, name = owners.get(id(tensor), (None, None, f"constant{len(leaves)}"))
+        leaves[node.target] = Leaf(name, tensor, holder, key)
+    return leaves

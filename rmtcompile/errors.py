@@ -1,0 +1,60 @@
+"""Errors: what the compiler refuses, and what is a bug of its own.
+
+Two families under one base.  `UnsupportedError` means that the program is outside what the compiler handles; its message
+says what, where, the evidence, and what would help.  `InternalError` means that the compiler broke one of its own rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class RMTCompileError(Exception):
+    """Base of every error that rmtcompile raises on purpose."""
+
+
+class UnsupportedError(RMTCompileError):
+    """The program is outside what rmtcompile handles.
+
+    Args:
+        what: one sentence naming what is not handled.
+        evidence: lines that show it (FX nodes, module paths, the user's file:line).
+        remedy: what the user can do about it.
+    """
+
+    def __init__(self, what: str, evidence: Sequence[str] = (), remedy: str = "") -> None:
+        self.what = what
+        self.evidence = tuple(evidence)
+        self.remedy = remedy
+        lines = [what, *(f"  {line}" for line in self.evidence)]
+        if remedy:
+            lines.append(f"  help: {remedy}")
+        super().__init__("\n".join(lines))
+
+
+class CaptureError(UnsupportedError):
+    """The forward could not be captured as a graph."""
+
+
+class PartitionError(UnsupportedError):
+    """No layer x segment grid was found in the graph."""
+
+
+class DependenceError(UnsupportedError):
+    """The dependences between cells are not a function of (segment, layer) offsets."""
+
+
+class RerollError(UnsupportedError):
+    """The unrolled segments do not follow one rule, so other lengths cannot be predicted."""
+
+
+class LiftError(UnsupportedError):
+    """An operation cannot be computed for several cells at once."""
+
+
+class VerificationError(RMTCompileError):
+    """`verify=True` found a difference from the sequential forward."""
+
+
+class InternalError(RMTCompileError):
+    """A pass broke one of the compiler's own rules: a bug in rmtcompile, please report it."""

@@ -1,0 +1,239 @@
+"""The program representation: a segment-recurrent forward as a loop over a layer x segment grid.
+
+    Body       the operations of one region (init, a prologue, a cell, an epilogue) as a list, live-ins apart
+    Rolled     what `reroll` proves: which body each region has at segment s of S, and where each live-in comes from
+    Program    what `emit` prints: functions for init, prologue and epilogue, one cell graph a kind, lanes between cells
+
+Words: a *class* says which segments share one body; a *kind* is a set of layers whose cells have the same bodies; a *lane* is
+the storage of one live-in for every cell of a kind, indexed by layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Affine:
+    """An integer that depends on the segment s and on the number of segments S: const + by_segment*s + by_count*S."""
+
+    const: int
+    by_segment: int = 0
+    by_count: int = 0
+
+    def at(self, segment: int, count: int) -> int:
+        """The integer at segment `segment` of `count`."""
+        return self.const + self.by_segment * segment + self.by_count * count
+
+    @property
+    def is_constant(self) -> bool:
+        return not (self.by_segment or self.by_count)
+
+    def __str__(self) -> str:
+        terms = [("s", self.by_segment), ("S", self.by_count)]
+        text = " + ".join(name if k == 1 else f"{k} * {name}" for name, k in terms if k)
+        if not text:
+            return str(self.const)
+        if self.const:
+            text += f" {'+' if self.const > 0 else '-'} {abs(self.const)}"
+        return text
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a value comes from, seen from a consumer at segment s.
+
+    Attributes:
+        kind: "leaf" (parameter, buffer, state, constant), "input" (argument of the forward), "init", "prologue", "cell" or
+            "epilogue".
+        name: leaf or input name, for "leaf" and "input".
+        segment: producer's segment: absolute, or relative (s - segment) where `relative` is set. Init, leaf, input: 0.
+        layer: producer's layer, for "cell".
+        node: index of the value in the producer's body.
+        nodes: in a rule: that index for each class of the producer, as (class, index).
+    """
+
+    kind: str
+    name: str = ""
+    segment: int = 0
+    relative: bool = False
+    layer: int = -1
+    node: int = -1
+    nodes: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+
+    @property
+    def way(self) -> tuple[object, ...]:
+        """What stays equal between classes of one producer: everything but the position in its body."""
+        return (self.kind, self.name, self.segment, self.relative, self.layer, self.node if self.kind == "init" else -1)
+
+    def segment_from(self, segment: int) -> int:
+        """Producer's segment for a consumer at `segment`."""
+        return segment - self.segment if self.relative else self.segment
+
+
+@dataclass(frozen=True)
+class Each:
+    """A live-in that is a list over segments: one value from each of the segments first .. s - back."""
+
+    first: int
+    back: int
+    kind: str
+    layer: int
+    nodes: tuple[tuple[int, int], ...] = field(default=(), compare=False)  # (class, index) as in `Source`
+
+
+@dataclass(frozen=True)
+class Body:
+    """The operations of one region.
+
+    Attributes:
+        key: hashable form: two regions with equal keys do the same with their live-ins.
+        nodes: the operations, in order, as nodes of the capture they were read from.
+        live_ins: values from outside, in order of first use; a tuple of nodes is a list over segments.
+    """
+
+    key: Any
+    nodes: tuple[fx.Node, ...]
+    live_ins: tuple[fx.Node | tuple[fx.Node, ...], ...]
+    ints: tuple[int, ...]
+
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value of one region as its consumers see it: in each class of the region, the index of an operation.
+
+    Attributes:
+        kind: "init", "prologue", "cell" or "epilogue".
+        layer: for "cell".
+        nodes: (class, index) pairs.
+    """
+
+    kind: str
+    layer: int
+    nodes: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Port:
+    """A live-in of a group's cells.
+
+    Attributes:
+        name: placeholder name in the group's graph.
+        role: "lane" (differs from cell to cell), "weight" (stacked by layer), "shared" (one value for all cells),
+            "stacked" (one init value a layer), "mask" (whether a cell belongs to a class).
+        source: by role: the weight, the shared source, the sources by layer, or the class number of a mask.
+    """
+
+    name: str
+    role: str
+    source: Any = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cells that run in one call: the layers of one kind, and the classes merged in one graph.
+
+    Attributes:
+        name: "layers", or "layers0", "layers1" ... where there are several kinds.
+        layers: layers of this kind, ascending.
+        classes: segment classes that this graph computes.
+        graph: one cell; placeholders as in `ports`; the output node returns the values of `outputs`.
+        outputs: names of what the graph returns, in order.
+        ports: live-ins.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    classes: tuple[int, ...]
+    graph: fx.Graph
+    ports: tuple[Port, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """A write into a lane after a cell ran: from (s, l) to the lane's layer l + up, for a later level.
+
+    Attributes:
+        source: output name of `group`, or the name of another lane (group "").
+        layers: producer layers for which the write is made.
+    """
+
+    group: str
+    source: str
+    offset: tuple[int, int]
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Storage of one live-in for every layer.
+
+    Attributes:
+        layers: consumer layers that have a place here.
+        entry: what the prologue of each segment puts at layer 0, or None.
+        fills: what each layer's place holds before the first write: (layer, source).
+        feeds: writes by cells.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: Any
+    device: Any
+    entry: LaneEntry | None
+    fills: tuple[tuple[int, Source], ...]
+    feeds: tuple[Feed, ...]
+
+    @property
+    def carries(self) -> bool:
+        """Whether the lane carries values from segment to segment."""
+        return any(feed.offset[0] for feed in self.feeds)
+
+
+@dataclass(frozen=True)
+class LaneEntry:
+    """What enters a lane at its lowest layer, segment by segment: `early[s]`, then `steady`."""
+
+    layer: int
+    early: tuple[tuple[int, Source], ...]
+    steady: Source
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A value of a region kept for a later reader outside the cells.
+
+    Attributes:
+        when: "each" (every segment), or ("end", b): only segment S - 1 - b, or ("at", s): only segment s.
+        keep: how many segments back it is read, or None if all segments are collected.
+    """
+
+    name: str
+    value: Value
+    group_outputs: tuple[tuple[str, str], ...]  # for cells: (group, output name)
+    when: tuple[Any, ...]
+    keep: int | None
+
+
+@dataclass(frozen=True)
+class Program:
+    """A scheduled program, ready to be printed as Python.
+
+    Attributes:
+        alpha: level(s, l) = alpha * s + l.
+        offsets: dependence offsets between cells, consumer minus producer.
+        rolled: the rules of init, prologue and epilogue.
+    """
+
+    n_layers: int
+    alpha: int
+    offsets: frozenset[tuple[int, int]]
+    groups: tuple[Group, ...]
+    lanes: tuple[Lane, ...]
+    taps: tuple[Tap, ...]
+    rolled: Any

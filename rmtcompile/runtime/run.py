@@ -1,0 +1,211 @@
+"""One run of an emitted program: which cells are alive on a level, their storage, and what is read and written for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rmtcompile.program import Feed, Lane, Program
+from rmtcompile.runtime.storage import LaneStore, TapStore, as_slice
+
+
+@dataclass(frozen=True)
+class Window:
+    """The cells of one group on one level: layers, ascending, with the segment and class of each.
+
+    Windows with equal keys run the same code on the same storage.
+    """
+
+    group: str
+    layers: tuple[int, ...]
+    segments: tuple[int, ...]
+    classes: tuple[int, ...]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.group, self.layers, self.classes)
+
+
+class Run:
+    """State of one run over S segments.
+
+    Attributes:
+        segments: S.
+        inputs: tensor arguments of the forward, by placeholder name.
+        leaves: parameters, buffers and constants by name.
+        weights: stacked weights by "group.port".
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        segments: int,
+        inputs: dict[str, torch.Tensor],
+        leaves: dict[str, torch.Tensor],
+        weights: dict[str, torch.Tensor],
+        functional: bool,
+        buffers: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.program = program
+        self.segments = segments
+        self.inputs = inputs
+        self.leaves = leaves
+        self.weights = weights
+        self.init: dict[int, torch.Tensor] = {}
+        self.lanes = {
+            lane.name: LaneStore(lane, functional, (buffers or {}).get(lane.name)) for lane in program.lanes
+        }
+        self.taps = {tap.name: TapStore(tap.keep) for tap in program.taps}
+        self.stacked: dict[str, torch.Tensor] = {}
+        self.compiled: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {}
+        self.device = next((lane.device for lane in program.lanes), torch.device("cpu"))
+        self._groups = {group.name: group for group in program.groups}
+        self._feeds_of = _feeds_by_producer(program)
+
+    # ---- levels ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def levels(self) -> int:
+        """Number of levels: alpha * (S - 1) + L."""
+        return self.program.alpha * (self.segments - 1) + self.program.n_layers
+
+    @property
+    def ramp_up(self) -> range:
+        """Levels on which one more layer becomes alive."""
+        return range(0, self._plateau.start)
+
+    @property
+    def steady(self) -> range:
+        """Levels of full width."""
+        return self._plateau
+
+    @property
+    def ramp_down(self) -> range:
+        """Levels on which layers finish."""
+        return range(self._plateau.stop, self.levels)
+
+    @property
+    def _plateau(self) -> range:
+        last_entry = self.program.alpha * (self.segments - 1)  # the level at which the last segment enters
+        top = self.program.n_layers - 1
+        return range(min(top, last_entry), max(top, last_entry) + 1)
+
+    def entering(self, level: int) -> int | None:
+        """The segment that enters layer 0 on this level."""
+        segment, rest = divmod(level, self.program.alpha)
+        return segment if not rest and segment < self.segments else None
+
+    def leaving(self, level: int) -> int | None:
+        """The segment that left the last layer on this level."""
+        segment, rest = divmod(level - self.program.n_layers + 1, self.program.alpha)
+        return segment if not rest and 0 <= segment < self.segments else None
+
+    def windows(self, level: int) -> list[Window]:
+        """The cells of this level, one window a group."""
+        found: list[Window] = []
+        for group in self.program.groups:
+            cells = []
+            for layer in group.layers:
+                segment, rest = divmod(level - layer, self.program.alpha)
+                if rest or not 0 <= segment < self.segments:
+                    continue
+                number = self.program.rolled.classes[("cell", layer)].of(segment, self.segments)
+                if number in group.classes:
+                    cells.append((layer, segment, number))
+            if cells:
+                layers, segments, classes = zip(*cells, strict=True)
+                found.append(Window(group.name, layers, segments, classes))
+        return found
+
+    # ---- reading and writing for a window --------------------------------------------------------------------------------
+
+    def read(self, lane: str, window: Window) -> torch.Tensor:
+        """Lane values of a window's cells, [n, ...]."""
+        return self.lanes[lane].read(window.layers)
+
+    def weight(self, name: str, window: Window) -> torch.Tensor:
+        """Stacked weights of a window's layers, [n, ...], a view."""
+        group = self._groups[window.group]
+        return _rows(self.weights[name], [group.layers.index(layer) for layer in window.layers])
+
+    def invariant(self, name: str, window: Window) -> torch.Tensor:
+        """Values computed once a run, stacked by layer, for a window's layers."""
+        group = self._groups[window.group]
+        return _rows(self.stacked[name], [group.layers.index(layer) for layer in window.layers])
+
+    def call(self, function: Callable[..., tuple[torch.Tensor, ...]], *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run a cell function, compiled where the run has a compiled form of it."""
+        return self.compiled.get(function.__name__, function)(*args)
+
+    def keep(self, names: Sequence[str], segment: int, values: Sequence[torch.Tensor]) -> None:
+        """Keep a prologue's or epilogue's results for their readers."""
+        for name, value in zip(names, values, strict=True):
+            self.taps[name].put(segment, value)
+
+    def mask(self, classes: Sequence[int], window: Window) -> torch.Tensor:
+        """Whether each cell of the window belongs to one of the classes, bool [n]."""
+        return torch.tensor([c in classes for c in window.classes], device=self.device)
+
+    def moves(self, windows: Sequence[Window]) -> list[tuple[LaneStore, list[int], torch.Tensor]]:
+        """Values that move from lane to lane with their segment; read before anything of this level is written."""
+        alive = {layer for window in windows for layer in window.layers}
+        found = []
+        for lane, feed in self._feeds_of.get("", ()):
+            layers = [layer for layer in feed.layers if layer in alive]
+            if layers:
+                values = self.lanes[feed.source].read(layers)
+                values = values if self.lanes[feed.source].functional else values.clone()
+                found.append((self.lanes[lane.name], [layer + feed.offset[1] for layer in layers], values))
+        return found
+
+    def write(self, window: Window, outputs: dict[str, torch.Tensor]) -> None:
+        """Store a window's results in the lanes that they feed, and in the taps that keep them."""
+        for lane, feed in self._feeds_of.get(window.group, ()):
+            layers = [layer for layer in window.layers if layer in feed.layers]
+            if not layers:
+                continue
+            values = outputs[feed.source]
+            if len(layers) < len(window.layers):
+                values = _rows(values, [window.layers.index(layer) for layer in layers])
+            self.lanes[lane.name].write([layer + feed.offset[1] for layer in layers], values)
+
+    def tap(self, window: Window, outputs: dict[str, torch.Tensor], copy: bool = False) -> None:
+        """Keep the values of a window's cells that are read outside the cells."""
+        for tap in self.program.taps:
+            if tap.value.kind != "cell" or tap.value.layer not in window.layers:
+                continue
+            row = window.layers.index(tap.value.layer)
+            segment = window.segments[row]
+            if tap.when[0] == "end" and segment != self.segments - 1 - tap.when[1]:
+                continue
+            if tap.when[0] == "at" and segment != tap.when[1]:
+                continue
+            for group, output in tap.group_outputs:
+                if group == window.group:
+                    value = outputs[output][row]
+                    self.taps[tap.name].put(segment, value.clone() if copy else value)
+
+
+def move(moved: list[tuple[LaneStore, list[int], torch.Tensor]]) -> None:
+    """Store the values that `Run.moves` has read."""
+    for lane, layers, values in moved:
+        lane.write(layers, values)
+
+
+def _rows(stacked: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
+    window = as_slice(ranks)
+    return stacked[window] if window is not None else stacked[list(ranks)]
+
+
+def _feeds_by_producer(program: Program) -> dict[str, list[tuple[Lane, Feed]]]:
+    found: dict[str, list[tuple[Lane, Feed]]] = {}
+    for lane in program.lanes:
+        for feed in lane.feeds:
+            kept = tuple(layer for layer in feed.layers if layer + feed.offset[1] in lane.layers)
+            if kept:
+                found.setdefault(feed.group, []).append((lane, Feed(feed.group, feed.source, feed.offset, kept)))
+    return found
+
