@@ -71,6 +71,8 @@ class MemoryCell(nn.Module):
     """One segment: the decoder on [tokens, memory tokens].
 
     The decoder is changed in place: each of its layers becomes an `AssociativeLayer`.
+    Memory tokens enter as `inputs_embeds`; whether a decoder scales those (Gemma-2) differs
+    between transformers 4 and 5.
 
     Raises:
         ValueError: no list of layers was found at `config.layers`.
@@ -188,6 +190,7 @@ class ARMT(nn.Module):
             input_ids: i64[B, T], or
             inputs_embeds: f[B, T, D].
             attention_mask: i64[B, T], 1 for tokens and 0 for padding.  Memory tokens are never masked.
+                With a mask and sdpa, transformers 4.51 branches on the mask's values (`torch.all(mask == 1)`).
             labels: i64[B, T], -100 where there is no loss; shifted here, over segment borders too.
             output_hidden_states: whether to give the hidden states.
 
