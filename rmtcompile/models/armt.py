@@ -190,7 +190,7 @@ class ARMT(nn.Module):
             input_ids: i64[B, T], or
             inputs_embeds: f[B, T, D].
             attention_mask: i64[B, T], 1 for tokens and 0 for padding.  Memory tokens are never masked.
-                With a mask and sdpa, transformers 4.51 branches on the mask's values (`torch.all(mask == 1)`).
+                With a mask and sdpa, transformers 4.51 branches on its values (`torch.all(mask == 1)`).
             labels: i64[B, T], -100 where there is no loss; shifted here, over segment borders too.
             output_hidden_states: whether to give the hidden states.
 
