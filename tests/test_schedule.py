@@ -261,10 +261,15 @@ def test_notebook_form_is_a_picture_and_a_table(armt: Schedule) -> None:
 def test_save_by_suffix(armt: Schedule, tmp_path: Path, suffix: str) -> None:
     path = armt.save(tmp_path / f"s{suffix}")
     text = path.read_text(encoding="utf-8")
-    start = {".svg": "<svg", ".html": "<!doctype html>", ".json": '{"format"', ".dot": "digraph"}
-    assert text.startswith(
-        start.get(suffix, {".trace.json": '{"traceEvents"', ".txt": "schedule"}.get(suffix))
-    )
+    start = {
+        ".svg": "<svg",
+        ".html": "<!doctype html>",
+        ".json": '{"format"',
+        ".dot": "digraph",
+        ".trace.json": '{"traceEvents"',
+        ".txt": "schedule",
+    }
+    assert text.startswith(start[suffix])
 
 
 def test_save_png(armt: Schedule, tmp_path: Path) -> None:

@@ -4,17 +4,30 @@ const templateOf = ([s, l]) => V.cells.find((c) => c.variant === G.variants[s] &
 let shownTemplate = null;
 
 function renderCell() {
-  const cell = state.cell, [s, l] = cell, t = levelOf(cell), found = templateOf(cell);
+  const cell = state.cell,
+    [s, l] = cell,
+    t = levelOf(cell),
+    found = templateOf(cell);
   $("cell-h").textContent = `Cell (${s},${l}): segment ${s}, layer ${l}`;
   const others = widths[t] - 1;
-  const sort = [G.variants[s], G.kinds[l]].filter((w) => w !== "cell" && w !== "layer").join(" · ");
+  const sort = [
+    ["variant", G.variants[s], G.variants],
+    ["kind", G.kinds[l], G.kinds],
+  ]
+    .filter(([, , all]) => new Set(all).size > 1)
+    .map(([word, name]) => `${word} <b>${esc(name)}</b>`)
+    .join(", ");
   const keep = shownTemplate === found && found && $("opfilter") ? $("opfilter").value : "";
   shownTemplate = found;
-  $("cell").innerHTML = `<p class="meta">level <b>${t}</b>, <span class="phase ${phaseOf(t)}">${PHASE_WORDS[phaseOf(t)]}</span>, `
-    + `${others ? `together with <b>${count(others, "other cell")}</b>` : "alone on its level"}${sort ? ` · ${esc(sort)}` : ""}</p>`
-    + linksHtml(cell, -1, "Waits for", "in", "nothing: it can start at once")
-    + linksHtml(cell, 1, "Feeds", "out", "nothing in the grid")
-    + carriesHtml(cell) + (found ? templateHtml(found) : `<h3>Operations</h3><p class="quiet">None were recorded in this file.</p>`);
+  $("cell").innerHTML =
+    `<p class="meta">level <b>${t}</b>, <span class="phase ${phaseOf(t)}">${PHASE_WORDS[phaseOf(t)]}</span>, ` +
+    `${others ? `together with <b>${count(others, "other cell")}</b>` : "alone on its level"}${sort ? `; ${sort}` : ""}</p>` +
+    linksHtml(cell, -1, "Waits for", "in", "nothing: it can start at once") +
+    linksHtml(cell, 1, "Feeds", "out", "nothing in the grid") +
+    carriesHtml(cell) +
+    (found
+      ? templateHtml(found)
+      : `<h3>Operations</h3><p class="quiet">None were recorded in this file.</p>`);
   if (found) {
     $("opfilter").value = keep;
     $("opfilter").addEventListener("input", () => filterOps(found));
@@ -26,7 +39,9 @@ function renderCell() {
 function linksHtml(cell, sign, title, cls, none) {
   const list = linked(cell, sign).map(([other, offset]) => {
     const writer = sign < 0 ? other : cell;
-    const carried = readsOf([writer], offset).map((c) => c.name).join(", ");
+    const carried = readsOf([writer], offset)
+      .map((c) => c.name)
+      .join(", ");
     const where = sign < 0 ? whereFrom(offset) : whereTo(offset);
     return `<button class="chip ${cls}" data-cell="${other}"><b>${pair(other)}</b><small>${esc(carried || where)}</small></button>`;
   });
@@ -34,23 +49,39 @@ function linksHtml(cell, sign, title, cls, none) {
 }
 
 function carriesHtml([s, l]) {
-  const rows = G.carries.map((c) => {
-    const reads = c.layers.includes(l - c.offset[1]) && s >= c.offset[0];
-    const writes = c.layers.includes(l) && s + c.offset[0] < G.segments;
-    const what = [reads && "reads", writes && "writes"].filter(Boolean).join(", ");
-    return what ? `<tr><td class="mono">${esc(c.name)}</td><td class="mono">${esc(c.type)}</td><td>${what}</td><td class="num">${bytes(c.bytes)}</td></tr>` : "";
-  }).join("");
+  const rows = G.carries
+    .map((c) => {
+      const reads = c.layers.includes(l - c.offset[1]) && s >= c.offset[0];
+      const writes = c.layers.includes(l) && s + c.offset[0] < G.segments;
+      const what = [reads && "reads", writes && "writes"].filter(Boolean).join(", ");
+      return what
+        ? `<tr><td class="mono">${esc(c.name)}</td><td class="mono">${esc(c.type)}</td><td>${what}</td><td class="num">${bytes(c.bytes)}</td></tr>`
+        : "";
+    })
+    .join("");
   return rows ? `<h3>Carried between segments</h3><table><tbody>${rows}</tbody></table>` : "";
 }
 
-const valuesHtml = (title, values) => values.length ? `<h3>${title}</h3><table><tbody>${values.map((v) =>
-  `<tr><td class="mono">${esc(v.name)}</td><td class="mono">${esc(v.type)}</td><td class="quiet">${esc(v.note)}</td></tr>`).join("")}</tbody></table>` : "";
+const valuesHtml = (title, values) =>
+  values.length
+    ? `${title && `<h3>${title}</h3>`}<table><tbody>${values
+        .map(
+          (v) =>
+            `<tr><td class="mono">${esc(v.name)}</td><td class="mono">${esc(v.type)}</td><td class="quiet">${esc(v.note)}</td></tr>`,
+        )
+        .join("")}</tbody></table>`
+    : "";
 
 function templateHtml(found) {
-  return valuesHtml("Live-ins", found.liveIns) + valuesHtml("Live-outs", found.liveOuts)
-    + valuesHtml(`${count(found.params.length, "parameter")} of this layer`, found.params)
-    + `<div class="opshead"><h3 id="opcount"></h3><input type="search" id="opfilter" placeholder="filter" aria-label="Filter operations by name, operation, module or source"></div>`
-    + `<table class="ops"><thead><tr><th>operation</th><th>result</th><th style="text-align:right">source</th></tr></thead><tbody id="ops"></tbody></table>`;
+  return (
+    valuesHtml("Live-ins", found.liveIns) +
+    valuesHtml("Live-outs", found.liveOuts) +
+    (found.params.length
+      ? `<details><summary>${count(found.params.length, "parameter")} of this layer</summary>${valuesHtml("", found.params)}</details>`
+      : "") +
+    `<div class="opshead"><h3 id="opcount"></h3><input type="search" id="opfilter" placeholder="filter" aria-label="Filter operations by name, operation, module or source"></div>` +
+    `<table class="ops"><thead><tr><th>operation</th><th>result</th><th style="text-align:right">source</th></tr></thead><tbody id="ops"></tbody></table>`
+  );
 }
 
 function renderOps(found) {
@@ -69,33 +100,46 @@ function renderOps(found) {
 
 /** Shade the operations that the one under the pointer reads, and those that read it. */
 function traceOp(found, row) {
-  $("ops").querySelectorAll(".uses, .used").forEach((r) => r.classList.remove("uses", "used"));
+  $("ops")
+    .querySelectorAll(".uses, .used")
+    .forEach((r) => r.classList.remove("uses", "used"));
   if (!row) return;
   const [name, , , , , inputs] = found.ops[row.dataset.op];
-  $("ops").querySelectorAll("[data-op]").forEach((r) => {
-    const other = found.ops[r.dataset.op];
-    r.classList.toggle("uses", inputs.includes(other[0]));
-    r.classList.toggle("used", other[5].includes(name));
-  });
+  $("ops")
+    .querySelectorAll("[data-op]")
+    .forEach((r) => {
+      const other = found.ops[r.dataset.op];
+      r.classList.toggle("uses", inputs.includes(other[0]));
+      r.classList.toggle("used", other[5].includes(name));
+    });
 }
 
 function filterOps(found) {
   const text = $("opfilter").value.toLowerCase();
   let shown = 0;
-  $("ops").querySelectorAll("tr").forEach((row) => {
-    const op = row.dataset.op === undefined ? null : found.ops[row.dataset.op];
-    const fits = !text || (op !== null && op.slice(0, 5).join(" ").toLowerCase().includes(text));
-    row.hidden = !fits;
-    shown += fits && op ? 1 : 0;
-  });
-  $("opcount").textContent = text ? `${shown} of ${count(found.ops.length, "operation")}` : count(found.ops.length, "operation");
+  $("ops")
+    .querySelectorAll("tr")
+    .forEach((row) => {
+      const op = row.dataset.op === undefined ? null : found.ops[row.dataset.op];
+      const fits = !text || (op !== null && op.slice(0, 5).join(" ").toLowerCase().includes(text));
+      row.hidden = !fits;
+      shown += fits && op ? 1 : 0;
+    });
+  $("opcount").textContent = text
+    ? `${shown} of ${count(found.ops.length, "operation")}`
+    : count(found.ops.length, "operation");
 }
 
 function initCell() {
   $("cell").addEventListener("click", (e) => {
     const chip = e.target.closest("[data-cell]");
-    if (chip) { setCell(chip.dataset.cell.split(",").map(Number)); $("grid").focus({ preventScroll: true }); }
+    if (chip) {
+      setCell(chip.dataset.cell.split(",").map(Number));
+      $("grid").focus({ preventScroll: true });
+    }
   });
-  watch((what) => { if (what === "cell") renderCell(); });
+  watch((what) => {
+    if (what === "cell") renderCell();
+  });
   renderCell();
 }

@@ -6,7 +6,8 @@ function flowHtml() {
   const items = G.offsets.map((offset) => {
     const carried = carriesOf(offset);
     const words = `Cell (s, l) waits for cell (${term("s", -offset[0])}, ${term("l", -offset[1])}): ${whereFrom(offset)}.`;
-    const what = carried.length ? carriedTable(carried)
+    const what = carried.length
+      ? carriedTable(carried)
       : `<p>${offset[0] ? "A value of an earlier segment." : "The activations that go up the stack of layers."}</p>`;
     return `<article class="${offset[0] ? "carry" : ""}"><b>offset ${pair(offset)}</b><p>${words}</p>${what}</article>`;
   });
@@ -15,19 +16,26 @@ function flowHtml() {
 const term = (name, by) => (by === 0 ? name : `${name} ${by < 0 ? "−" : "+"} ${Math.abs(by)}`);
 
 function carriedTable(carried) {
-  const rows = carried.map((c) => `<tr><td class="mono">${esc(c.name)}</td><td class="mono">${esc(c.type)}</td>`
-    + `<td>${c.layers.length === G.layers ? "all layers" : `layers ${spans(c.layers)}`}</td>`
-    + `<td class="num">${bytes(c.bytes)}</td><td class="num">${bytes(c.total)}</td></tr>`);
+  const rows = carried.map(
+    (c) =>
+      `<tr><td class="mono">${esc(c.name)}</td><td class="mono">${esc(c.type)}</td>` +
+      `<td>${c.layers.length === G.layers ? "all layers" : `layer${c.layers.length === 1 ? "" : "s"} ${spans(c.layers)}`}</td>` +
+      `<td class="num">${bytes(c.bytes)}</td><td class="num">${bytes(c.total)}</td></tr>`,
+  );
   return `<table><thead><tr><th>carried</th><th>type</th><th>written by</th><th class="num">a cell</th><th class="num">in all</th></tr></thead><tbody>${rows.join("")}</tbody></table>`;
 }
 
 /** The cells to draw: all of a small grid, otherwise those around the selected one. */
 function graphCells() {
   const all = [];
-  const [s0, l0] = state.cell, whole = G.layers * G.segments <= WHOLE_GRAPH;
+  const [s0, l0] = state.cell,
+    whole = G.layers * G.segments <= WHOLE_GRAPH;
   for (let s = 0; s < G.segments; s += 1) {
     for (let l = 0; l < G.layers; l += 1) {
-      const near = Math.abs(levelOf([s, l]) - levelOf([s0, l0])) <= 5 && Math.abs(l - l0) <= 3 && (G.alpha || Math.abs(s - s0) <= 2);
+      const near =
+        Math.abs(levelOf([s, l]) - levelOf([s0, l0])) <= 5 &&
+        Math.abs(l - l0) <= 3 &&
+        (G.alpha || Math.abs(s - s0) <= 2);
       if (whole || near) all.push([s, l]);
     }
   }
@@ -36,48 +44,75 @@ function graphCells() {
 
 function renderGraph() {
   const { all, whole } = graphCells();
-  const levels = all.map(levelOf), layers = all.map((c) => c[1]);
-  const [t0, t1, l0, l1] = [Math.min(...levels), Math.max(...levels), Math.min(...layers), Math.max(...layers)];
+  const levels = all.map(levelOf),
+    layers = all.map((c) => c[1]);
+  const [t0, t1, l0, l1] = [
+    Math.min(...levels),
+    Math.max(...levels),
+    Math.min(...layers),
+    Math.max(...layers),
+  ];
   const lane = G.alpha === 0 ? new Set(all.map((c) => c[0])).size : 1;
   const firstS = Math.min(...all.map((c) => c[0]));
-  const [dx, dy, w, h] = [74, 40, 48, 24];
-  const x = (c) => 50 + (levelOf(c) - t0) * dx + (G.alpha === 0 ? 6 * (c[0] - firstS) / lane : 0);
-  const y = (c) => 14 + (G.alpha === 0 ? (c[0] - firstS) : (l1 - c[1])) * dy;
+  const [dx, dy, w, h] = [70, 40, 50, 24];
+  const x = (c) => 50 + (levelOf(c) - t0) * dx + (G.alpha === 0 ? (6 * (c[0] - firstS)) / lane : 0);
+  const y = (c) => 14 + (G.alpha === 0 ? c[0] - firstS : l1 - c[1]) * dy;
   const rows = G.alpha === 0 ? lane : l1 - l0 + 1;
-  const [width, height] = [50 + (t1 - t0) * dx + 60, 14 + rows * dy + 16];
-  const drawn = new Set(all.map(String)), parts = [];
+  const [width, height] = [50 + (t1 - t0) * dx + 36, 14 + rows * dy + 16];
+  const drawn = new Set(all.map(String)),
+    parts = [];
   if (state.level >= t0 && state.level <= t1) {
-    parts.push(`<rect class="band" x="${50 + (state.level - t0) * dx - 32}" y="0" width="64" height="${height - 18}" rx="8"/>`);
+    parts.push(
+      `<rect class="band" x="${50 + (state.level - t0) * dx - 32}" y="0" width="64" height="${height - 18}" rx="8"/>`,
+    );
   }
-  all.forEach((c) => linked(c, 1).forEach(([other, offset]) => {
-    if (!drawn.has(String(other))) return;
-    const cls = same(other, state.cell) ? " in" : same(c, state.cell) ? " out" : "";
-    const [x1, y1, x2, y2] = [x(c) + w / 2, y(c) + h / 2, x(other) - w / 2, y(other) + h / 2];
-    const bend = Math.max(14, (x2 - x1) / 2);
-    parts.push(`<path class="edge${offset[0] ? " seg" : ""}${cls}" marker-end="url(#tip${cls.trim()})" d="M${x1} ${y1}C${x1 + bend} ${y1} ${x2 - bend} ${y2} ${x2 - 3} ${y2}"/>`);
-  }));
+  all.forEach((c) =>
+    linked(c, 1).forEach(([other, offset]) => {
+      if (!drawn.has(String(other))) return;
+      const cls = same(other, state.cell) ? " in" : same(c, state.cell) ? " out" : "";
+      const [x1, y1, x2, y2] = [x(c) + w / 2, y(c) + h / 2, x(other) - w / 2, y(other) + h / 2];
+      const bend = Math.max(14, (x2 - x1) / 2);
+      parts.push(
+        `<path class="edge${offset[0] ? " seg" : ""}${cls}" marker-end="url(#head${cls.trim()})" d="M${x1} ${y1}C${x1 + bend} ${y1} ${x2 - bend} ${y2} ${x2 - 3} ${y2}"/>`,
+      );
+    }),
+  );
   all.forEach((c) => {
-    const t = levelOf(c), sel = same(c, state.cell) ? " sel" : "";
-    parts.push(`<rect class="node${sel}" data-cell="${c}" x="${x(c) - w / 2}" y="${y(c)}" width="${w}" height="${h}" rx="5" `
-      + `fill="var(${PHASE_COLOURS[phaseOf(t)]}${t === state.level ? "" : "-bg"})"><title>segment ${c[0]}, layer ${c[1]}, level ${t}</title></rect>`
-      + `<text x="${x(c)}" y="${y(c) + 16}"${t === state.level ? ' style="fill:#10161a"' : ""}>${pair(c)}</text>`);
+    const t = levelOf(c),
+      sel = same(c, state.cell) ? " sel" : "";
+    parts.push(
+      `<rect class="node${sel}" data-cell="${c}" x="${x(c) - w / 2}" y="${y(c)}" width="${w}" height="${h}" rx="5" ` +
+        `fill="var(${PHASE_COLOURS[phaseOf(t)]}${t === state.level ? "" : "-bg"})"><title>segment ${c[0]}, layer ${c[1]}, level ${t}</title></rect>` +
+        `<text x="${x(c)}" y="${y(c) + 16}"${t === state.level ? ' style="fill:#10161a"' : ""}>${pair(c)}</text>`,
+    );
   });
-  for (let t = t0; t <= t1; t += 1) parts.push(`<text class="axis" x="${50 + (t - t0) * dx}" y="${height - 3}">${t === t0 ? "level " : ""}${t}</text>`);
-  const head = (id, colour) => `<marker id="${id}" viewBox="0 0 8 8" refX="5" refY="4" markerWidth="7" markerHeight="7" markerUnits="userSpaceOnUse" orient="auto"><path d="M0 0L8 4L0 8z" fill="var(${colour})"/></marker>`;
-  $("dag").innerHTML = `<svg width="${width}" height="${height}" role="img" aria-label="Dependence graph of cells"><defs>`
-    + `${head("tip", "--soft")}${head("tipin", "--in")}${head("tipout", "--out")}</defs>${parts.join("")}</svg>`;
-  $("dagnote").textContent = `${whole ? "All cells" : "Cells near the selected one"}, named (segment, layer). Time runs to the right: `
-    + "a column is a level, and its cells run together. Thick lines go to a later segment.";
+  for (let t = t0; t <= t1; t += 1)
+    parts.push(
+      `<text class="axis" x="${50 + (t - t0) * dx}" y="${height - 3}">${t === t0 ? "level " : ""}${t}</text>`,
+    );
+  const head = (id, colour) =>
+    `<marker id="${id}" viewBox="0 0 8 8" refX="5" refY="4" markerWidth="7" markerHeight="7" markerUnits="userSpaceOnUse" orient="auto"><path d="M0 0L8 4L0 8z" fill="var(${colour})"/></marker>`;
+  $("dag").innerHTML =
+    `<svg width="${width}" height="${height}" role="img" aria-label="Dependence graph of cells"><defs>` +
+    `${head("head", "--soft")}${head("headin", "--in")}${head("headout", "--out")}</defs>${parts.join("")}</svg>`;
+  $("dagnote").textContent =
+    `${whole ? "All cells" : "Cells near the selected one"}, named (segment, layer). Time runs to the right: ` +
+    "a column is a level, and its cells run together. Thick lines go to a later segment.";
 }
 
 function initGraph(panel) {
-  panel.innerHTML = `<div class="split"><div><h2>What each cell waits for</h2><p class="quiet" style="margin:2px 0 10px">The same rule holds for all cells; where the other cell lies outside the grid there is nothing to wait for.</p>${flowHtml()}</div>`
-    + `<div><h2>Graph of cells</h2><p class="quiet" id="dagnote" style="margin:2px 0 10px"></p><div class="dag" id="dag"></div></div></div>`;
+  panel.innerHTML =
+    `<div class="split"><div><h2>What each cell waits for</h2><p class="quiet" style="margin:2px 0 10px">The same rule holds for all cells; where the other cell lies outside the grid there is nothing to wait for.</p>${flowHtml()}</div>` +
+    `<div><h2>Graph of cells</h2><p class="quiet" id="dagnote" style="margin:2px 0 10px"></p><div class="dag" id="dag"></div></div></div>`;
   $("dag").addEventListener("click", (e) => {
     const node = e.target.closest("[data-cell]");
     if (node) setCell(node.dataset.cell.split(",").map(Number));
   });
-  const draw = () => { if (!panel.hidden) renderGraph(); };
-  watch((what) => { if (what === "level" || what === "cell") draw(); });
+  const draw = () => {
+    if (!panel.hidden) renderGraph();
+  };
+  watch((what) => {
+    if (what === "level" || what === "cell") draw();
+  });
   return draw;
 }

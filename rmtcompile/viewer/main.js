@@ -3,14 +3,20 @@
 function renderHead() {
   const cells = G.layers * G.segments;
   $("title").textContent = V.title;
-  const together = maxWidth > 1 ? `Cells of one level run together: up to <b>${maxWidth}</b> at once, <b>${count(G.levels, "step")}</b> instead of ${cells.toLocaleString("en")}.`
-    : "No two cells can run together, so they run one after the other.";
-  const later = G.offsets.filter((o) => o[0] > 0).map((o) => {
-    const names = carriesOf(o).map((c) => `<code>${esc(c.name)}</code>`);
-    const shown = names.length > 4 ? [...names.slice(0, 3), `${names.length - 3} more`] : names;
-    return `${listed(shown) || "a value"} to ${whereTo(o)}`;
-  });
-  const carry = later.length ? ` From segment to segment a cell hands on ${listed(later)}.` : " Nothing flows from one segment to the next.";
+  const together =
+    maxWidth > 1
+      ? `Cells of one level run together: up to <b>${maxWidth}</b> at once, <b>${count(G.levels, "step")}</b> instead of ${cells.toLocaleString("en")}.`
+      : "No two cells can run together, so they run one after the other.";
+  const later = G.offsets
+    .filter((o) => o[0] > 0)
+    .map((o) => {
+      const names = carriesOf(o).map((c) => `<code>${esc(c.name)}</code>`);
+      const shown = names.length > 4 ? [...names.slice(0, 3), `${names.length - 3} more`] : names;
+      return `${listed(shown) || "a value"} to ${whereTo(o)}`;
+    });
+  const carry = later.length
+    ? ` From segment to segment a cell hands on ${listed(later)}.`
+    : " Nothing flows from one segment to the next.";
   $("lead").innerHTML = `A cell is one layer on one segment. ${together}${carry}`;
   const tiles = [
     ["cells", `${cells.toLocaleString("en")} <small>${G.layers} × ${G.segments}</small>`],
@@ -20,33 +26,53 @@ function renderHead() {
   if (G.carries.length) tiles.push(["carried", bytes(sum(G.carries.map((c) => c.total)))]);
   if (V.profile) {
     const total = sum(V.profile.levelUs);
-    const gain = V.profile.sequentialUs ? ` <small>${(V.profile.sequentialUs / total).toFixed(2)}× faster than in order</small>` : "";
+    const gain = V.profile.sequentialUs
+      ? ` <small>${(V.profile.sequentialUs / total).toFixed(2)}× faster than in order</small>`
+      : "";
     tiles.push(["measured", `${micros(total)}${gain}`]);
   }
   V.facts.forEach(([name, value]) => tiles.push([esc(name), esc(value)]));
-  $("tiles").innerHTML = tiles.map(([name, value]) => `<div><dt>${name}</dt><dd>${value}</dd></div>`).join("");
-  if (G.blocked) { $("banner").hidden = false; $("banner").innerHTML = `<p>Why no two cells can run together: ${esc(G.blocked)}.</p>`; }
-  else if (G.levels > G.criticalPath) {
+  $("tiles").innerHTML = tiles
+    .map(([name, value]) => `<div><dt>${name}</dt><dd>${value}</dd></div>`)
+    .join("");
+  if (G.blocked) {
     $("banner").hidden = false;
-    $("banner").innerHTML = `<p>The dependences alone would allow ${count(G.criticalPath, "level")}; this schedule has ${G.levels}.</p>`;
+    $("banner").innerHTML = `<p>Why no two cells can run together: ${esc(G.blocked)}.</p>`;
+  } else if (G.levels > G.criticalPath) {
+    $("banner").hidden = false;
+    $("banner").innerHTML =
+      `<p>The dependences alone would allow ${count(G.criticalPath, "level")}; this schedule has ${G.levels}.</p>`;
   }
   const swatch = (bg, text) => `<li><i style="background:var(${bg})"></i>${text}</li>`;
   const phases = Object.keys(G.phases).filter((p) => G.phases[p][1] > G.phases[p][0]);
-  $("legend").innerHTML = phases.map((p) => swatch(PHASE_COLOURS[p], `${PHASE_WORDS[p]} (${count(G.phases[p][1] - G.phases[p][0], "level")})`)).join("")
-    + swatch("--steady-bg", "done: pale") + swatch("--later", "still to run")
-    + `<li><i class="arrow" style="background:var(--in)"></i>the cell waits for</li><li><i class="arrow" style="background:var(--out)"></i>the cell feeds</li>`;
+  $("legend").innerHTML =
+    phases
+      .map((p) =>
+        swatch(PHASE_COLOURS[p], `${PHASE_WORDS[p]} (${count(G.phases[p][1] - G.phases[p][0], "level")})`),
+      )
+      .join("") +
+    `<li><i class="thin" style="background:var(--steady-bg)"></i>done</li>` +
+    swatch("--later", "to run") +
+    `<li><i class="arrow" style="background:var(--in)"></i>it waits for</li><li><i class="arrow" style="background:var(--out)"></i>it feeds</li>`;
 }
 
 function renderNow() {
-  const t = state.level, cells = cellsOf(t), phase = phaseOf(t);
-  const layers = cells.map((c) => c[1]).sort((a, b) => a - b), segments = cells.map((c) => c[0]);
+  const t = state.level,
+    cells = cellsOf(t),
+    phase = phaseOf(t);
+  const layers = cells.map((c) => c[1]).sort((a, b) => a - b),
+    segments = cells.map((c) => c[0]);
   const alone = cells.length === 1 ? "1 cell runs" : `<b>${cells.length} cells run together</b>`;
   const took = V.profile ? `, ${micros(V.profile.levelUs[t])}` : "";
   const ls = [...new Set(layers)];
-  $("now").innerHTML = `<b>Level ${t}</b> <span class="phase ${phase}">${PHASE_WORDS[phase]}</span> ${alone}: `
-    + `layer${ls.length > 1 ? "s" : ""} ${spans(ls)} on segment${segments.length > 1 ? "s" : ""} ${spans(segments)}${took}`;
+  $("now").innerHTML =
+    `<b>Level ${t}</b> <span class="phase ${phase}">${PHASE_WORDS[phase]}</span> ${alone}: ` +
+    `layer${ls.length > 1 ? "s" : ""} ${spans(ls)} on segment${segments.length > 1 ? "s" : ""} ${spans(segments)}${took}`;
   $("slider").value = t;
-  $("slider").setAttribute("aria-valuetext", `level ${t} of ${G.levels - 1}, ${PHASE_WORDS[phase]}, ${count(cells.length, "cell")}`);
+  $("slider").setAttribute(
+    "aria-valuetext",
+    `level ${t} of ${G.levels - 1}, ${PHASE_WORDS[phase]}, ${count(cells.length, "cell")}`,
+  );
   $("levelno").textContent = `${t} / ${G.levels - 1}`;
   document.body.dataset.level = t;
 }
@@ -65,7 +91,10 @@ function play(on) {
   // The whole walk takes about ten seconds, whatever the number of levels.
   const pause = () => Math.max(30, Math.min(700, 10000 / G.levels)) / Number($("speed").value);
   const tick = () => {
-    if (state.level >= G.levels - 1) { play(false); return; }
+    if (state.level >= G.levels - 1) {
+      play(false);
+      return;
+    }
     setLevel(state.level + 1);
     timer = setTimeout(tick, pause());
   };
@@ -80,18 +109,29 @@ function initKeys() {
     e.preventDefault();
     const far = e.shiftKey ? 8 : 1;
     const clamp = (v, n) => Math.max(0, Math.min(n - 1, v));
-    setCell([clamp(state.cell[0] + far * move[0], G.segments), clamp(state.cell[1] + far * move[1], G.layers)]);
-    const [s, l] = state.cell, t = levelOf(state.cell);
-    const names = (sign) => linked(state.cell, sign).map(([c]) => pair(c)).join(" ") || "nothing";
-    $("say").textContent = `segment ${s}, layer ${l}, level ${t}, with ${widths[t] - 1} others. Waits for ${names(-1)}. Feeds ${names(1)}.`;
+    setCell([
+      clamp(state.cell[0] + far * move[0], G.segments),
+      clamp(state.cell[1] + far * move[1], G.layers),
+    ]);
+    const [s, l] = state.cell,
+      t = levelOf(state.cell);
+    const names = (sign) =>
+      linked(state.cell, sign)
+        .map(([c]) => pair(c))
+        .join(" ") || "nothing";
+    $("say").textContent =
+      `segment ${s}, layer ${l}, level ${t}, with ${widths[t] - 1} others. Waits for ${names(-1)}. Feeds ${names(1)}.`;
   });
   document.addEventListener("keydown", (e) => {
-    const at = e.target, typing = at.matches("input[type=search], select");
+    const at = e.target,
+      typing = at.matches("input[type=search], select");
     if (typing || e.ctrlKey || e.metaKey || e.altKey) return;
     const steps = { ",": -1, ".": 1 };
     if (e.key === " " && !at.matches("button, input, .code")) play(!state.playing);
-    else if (e.key in steps) { play(false); setLevel(state.level + steps[e.key]); }
-    else if (e.key === "Home" && !at.matches(".code")) setLevel(0);
+    else if (e.key in steps) {
+      play(false);
+      setLevel(state.level + steps[e.key]);
+    } else if (e.key === "Home" && !at.matches(".code")) setLevel(0);
     else if (e.key === "End" && !at.matches(".code")) setLevel(G.levels - 1);
     else return;
     e.preventDefault();
@@ -100,12 +140,26 @@ function initKeys() {
 
 function initPlayer() {
   $("slider").max = G.levels - 1;
-  $("slider").addEventListener("input", () => { play(false); setLevel(Number($("slider").value)); });
+  $("slider").addEventListener("input", () => {
+    play(false);
+    setLevel(Number($("slider").value));
+  });
   $("play").addEventListener("click", () => play(!state.playing));
-  $("first").addEventListener("click", () => { play(false); setLevel(0); });
-  $("back").addEventListener("click", () => { play(false); setLevel(state.level - 1); });
-  $("next").addEventListener("click", () => { play(false); setLevel(state.level + 1); });
-  watch((what) => { if (what === "level") renderNow(); });
+  $("first").addEventListener("click", () => {
+    play(false);
+    setLevel(0);
+  });
+  $("back").addEventListener("click", () => {
+    play(false);
+    setLevel(state.level - 1);
+  });
+  $("next").addEventListener("click", () => {
+    play(false);
+    setLevel(state.level + 1);
+  });
+  watch((what) => {
+    if (what === "level") renderNow();
+  });
 }
 
 readPalette();
@@ -120,5 +174,8 @@ initTabs();
 initKeys();
 renderNow();
 keepInSight();
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readPalette(); changed("theme"); });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  readPalette();
+  changed("theme");
+});
 document.body.dataset.ready = "1";

@@ -28,9 +28,13 @@ const widths = Array.from({ length: G.levels }, (_, t) => cellsOf(t).length);
 const maxWidth = Math.max(...widths);
 
 /** The dependences of a cell as [cell, offset]; `sign` -1: what it waits for, +1: what waits for it. */
-const linked = (cell, sign) => G.offsets
-  .map(([ds, dl]) => [[cell[0] + sign * ds, cell[1] + sign * dl], [ds, dl]])
-  .filter(([other]) => inGrid(other));
+const linked = (cell, sign) =>
+  G.offsets
+    .map(([ds, dl]) => [
+      [cell[0] + sign * ds, cell[1] + sign * dl],
+      [ds, dl],
+    ])
+    .filter(([other]) => inGrid(other));
 const carriesOf = (offset) => G.carries.filter((c) => same(c.offset, offset));
 const readsOf = ([other], offset) => carriesOf(offset).filter((c) => c.layers.includes(other[1]));
 
@@ -42,11 +46,16 @@ const esc = (text) => String(text).replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(
 const bytes = (n) => {
   const units = ["bytes", "KiB", "MiB", "GiB"];
   let i = 0;
-  while (n >= 1024 && i < 3) { n /= 1024; i += 1; }
+  while (n >= 1024 && i < 3) {
+    n /= 1024;
+    i += 1;
+  }
   return `${i === 0 || n >= 100 ? Math.round(n) : n.toFixed(1).replace(/\.0$/, "")} ${units[i]}`;
 };
-const micros = (us) => us >= 1e6 ? `${(us / 1e6).toFixed(2)} s`
-  : us >= 1000 ? `${(us / 1000).toFixed(us >= 1e5 ? 0 : 2)} ms` : `${us >= 100 ? Math.round(us) : us.toFixed(1)} µs`;
+const micros = (us) => {
+  const [value, unit] = us >= 1e6 ? [us / 1e6, "s"] : us >= 1000 ? [us / 1000, "ms"] : [us, "µs"];
+  return `${Number(value.toPrecision(value >= 100 ? Math.ceil(Math.log10(value + 1)) : 3))} ${unit}`;
+};
 const percent = (part, whole) => {
   const share = whole ? (100 * part) / whole : 0;
   return `${share < 10 ? share.toFixed(1) : Math.round(share)} %`;
@@ -56,7 +65,8 @@ function spans(numbers) {
   const out = [];
   numbers.forEach((n) => {
     const last = out[out.length - 1];
-    if (last && n === last[1] + 1) last[1] = n; else out.push([n, n]);
+    if (last && n === last[1] + 1) last[1] = n;
+    else out.push([n, n]);
   });
   const words = out.map(([a, b]) => (a === b ? `${a}` : `${a}–${b}`));
   return words.length > 4 ? `${words[0]}, ${words[1]} … ${words[words.length - 1]}` : words.join(", ");
@@ -64,24 +74,46 @@ function spans(numbers) {
 /** Where the producer of an offset stands, seen from the consumer. */
 function whereFrom([ds, dl]) {
   const segment = ds === 0 ? "same segment" : ds === 1 ? "previous segment" : `${ds} segments earlier`;
-  const layer = dl === 0 ? "same layer" : `${Math.abs(dl) === 1 ? "the layer" : count(Math.abs(dl), "layer")} ${dl > 0 ? "below" : "above"}`;
+  const layer =
+    dl === 0
+      ? "same layer"
+      : `${Math.abs(dl) === 1 ? "the layer" : count(Math.abs(dl), "layer")} ${dl > 0 ? "below" : "above"}`;
   return `${layer}, ${segment}`;
 }
 function whereTo([ds, dl]) {
   const segment = ds === 0 ? "the same segment" : ds === 1 ? "the next segment" : `${ds} segments later`;
-  const layer = dl === 0 ? "the same layer" : `${Math.abs(dl) === 1 ? "the layer" : count(Math.abs(dl), "layer")} ${dl > 0 ? "above" : "below"}`;
-  return `${layer} of ${segment}`;
+  if (dl === 0) return `the same layer of ${segment}`;
+  const layer = Math.abs(dl) === 1 ? "the layer" : `the layer ${Math.abs(dl)}`;
+  return `${layer} ${dl > 0 ? "above" : "below"} in ${segment}`;
 }
 
-const listed = (items) => items.length > 1 ? `${items.slice(0, -1).join(", ")} and ${items[items.length - 1]}` : items.join("");
+const listed = (items) =>
+  items.length > 1 ? `${items.slice(0, -1).join(", ")} and ${items[items.length - 1]}` : items.join("");
 
 // -- drawing
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 let palette = {};
 function readPalette() {
-  const names = ["up", "up-bg", "steady", "steady-bg", "down", "down-bg", "later", "later-line", "number", "select",
-    "in", "out", "soft", "ink", "card", "accent", "line"];
+  const names = [
+    "up",
+    "up-bg",
+    "steady",
+    "steady-bg",
+    "down",
+    "down-bg",
+    "later",
+    "later-line",
+    "number",
+    "select",
+    "in",
+    "out",
+    "soft",
+    "ink",
+    "card",
+    "accent",
+    "line",
+  ];
   palette = Object.fromEntries(names.map((n) => [n, css(`--${n}`)]));
 }
 const phaseColour = (phase, weak) => palette[PHASE_COLOURS[phase].slice(2) + (weak ? "-bg" : "")];
@@ -91,8 +123,10 @@ function sized(canvas, w, h) {
   const dense = Math.min(window.devicePixelRatio || 1, 2);
   const [pw, ph] = [Math.round(w * dense), Math.round(h * dense)];
   if (canvas.width !== pw || canvas.height !== ph) {
-    canvas.width = pw; canvas.height = ph;
-    canvas.style.width = `${w}px`; canvas.style.height = `${h}px`;
+    canvas.width = pw;
+    canvas.height = ph;
+    canvas.style.width = `${w}px`;
+    canvas.style.height = `${h}px`;
   }
   const ctx = canvas.getContext("2d");
   ctx.setTransform(dense, 0, 0, dense, 0, 0);

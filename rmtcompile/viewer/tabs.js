@@ -6,29 +6,49 @@ function initPipeline(panel) {
   const rows = V.passes.map((p, i) => {
     const [was, is] = [total(p.before), total(p.after)];
     const names = [...new Set([...Object.keys(p.before), ...Object.keys(p.after)])];
-    const moved = names.map((n) => [n, p.before[n] || 0, p.after[n] || 0]).filter(([, a, b]) => a !== b)
+    const moved = names
+      .map((n) => [n, p.before[n] || 0, p.after[n] || 0])
+      .filter(([, a, b]) => a !== b)
       .sort((a, b) => Math.abs(b[2] - b[1]) - Math.abs(a[2] - a[1]));
-    const chips = moved.slice(0, 10).map(([n, a, b]) =>
-      `<span class="chip"><span class="mono">${esc(n)}</span><span class="${b < a ? "less" : "more"}">${a} → ${b}</span></span>`);
+    const chips = moved
+      .slice(0, 10)
+      .map(
+        ([n, a, b]) =>
+          `<span class="chip"><span class="mono">${esc(n)}</span>${was ? `<span class="${b < a ? "less" : "more"}">${a} → ${b}</span>` : b}</span>`,
+      );
     if (moved.length > 10) chips.push(`<span class="quiet">and ${moved.length - 10} more</span>`);
-    return `<tr><td class="num quiet">${i}</td><td><b>${esc(p.name)}</b></td>`
-      + `<td class="num">${was.toLocaleString("en")} → <b>${is.toLocaleString("en")}</b></td>`
-      + `<td style="width:160px"><i class="bar was" style="width:${(100 * was) / most}%"></i><i class="bar" style="width:${(100 * is) / most}%"></i></td>`
-      + `<td><div class="chips">${chips.join("") || `<span class="quiet">same operations</span>`}</div>${p.note ? `<p class="quiet">${esc(p.note)}</p>` : ""}</td>`
-      + `<td class="num">${p.seconds ? micros(p.seconds * 1e6) : ""}</td></tr>`;
+    const first = was === 0;
+    return (
+      `<tr><td class="num quiet">${i}</td><td><b>${esc(p.name)}</b></td>` +
+      `<td class="num">${first ? "" : `${was.toLocaleString("en")} → `}<b>${is.toLocaleString("en")}</b></td>` +
+      `<td style="width:160px"><i class="bar was" style="width:${(100 * was) / most}%"></i><i class="bar" style="width:${(100 * is) / most}%"></i></td>` +
+      `<td><div class="chips">${chips.join("") || `<span class="quiet">same operations</span>`}</div>${p.note ? `<p class="quiet">${esc(p.note)}</p>` : ""}</td>` +
+      `<td class="num">${p.seconds ? micros(p.seconds * 1e6) : ""}</td></tr>`
+    );
   });
-  panel.innerHTML = `<h2>How the program was compiled</h2><p class="quiet" style="margin:2px 0 8px">Each pass, with the number of operations in the program before it and after it.</p>`
-    + `<table class="pipe"><thead><tr><th></th><th>pass</th><th class="num">operations</th><th></th><th>what changed</th><th class="num">took</th></tr></thead><tbody>${rows.join("")}</tbody></table>`;
+  panel.innerHTML =
+    `<h2>How the program was compiled</h2><p class="quiet" style="margin:2px 0 8px">Each pass, with the number of operations in the program before it and after it.</p>` +
+    `<table class="pipe"><thead><tr><th></th><th>pass</th><th class="num">operations</th><th></th><th>what changed</th><th class="num">took</th></tr></thead><tbody>${rows.join("")}</tbody></table>`;
 }
 
-const KEYWORDS = new Set(("False None True and as assert async await break class continue def del elif else except finally for from global if "
-  + "import in is lambda nonlocal not or pass raise return try while with yield").split(" "));
-const TOKEN = /("""[\s\S]*?(?:"""|$)|'''[\s\S]*?(?:'''|$)|[rbf]?"(?:[^"\\\n]|\\.)*"|[rbf]?'(?:[^'\\\n]|\\.)*')|(#[^\n]*)|\b([A-Za-z_]\w*)\b|\b(\d[\w.]*)/g;
+const KEYWORDS = new Set(
+  (
+    "False None True and as assert async await break class continue def del elif else except finally for from global if " +
+    "import in is lambda nonlocal not or pass raise return try while with yield"
+  ).split(" "),
+);
+const TOKEN =
+  /("""[\s\S]*?(?:"""|$)|'''[\s\S]*?(?:'''|$)|[rbf]?"(?:[^"\\\n]|\\.)*"|[rbf]?'(?:[^'\\\n]|\\.)*')|(#[^\n]*)|\b([A-Za-z_]\w*)\b|\b(\d[\w.]*)/g;
 
 /** Python, coloured, as one HTML string a line; strings over several lines are closed and opened at line ends. */
 function coloured(code) {
-  let out = "", at = 0;
-  const span = (cls, text) => text.split("\n").map((part) => `<span class="${cls}">${esc(part)}</span>`).join("\n");
+  let out = "",
+    at = 0;
+  const span = (cls, text) =>
+    text
+      .split("\n")
+      .map((part) => `<span class="${cls}">${esc(part)}</span>`)
+      .join("\n");
   for (const m of code.matchAll(TOKEN)) {
     out += esc(code.slice(at, m.index));
     const [text, str, comment, word, number] = m;
@@ -42,70 +62,99 @@ function coloured(code) {
 }
 
 function initCode(panel) {
-  const phaseAt = (n) => Object.keys(V.codePhases).find((p) => n >= V.codePhases[p][0] && n <= V.codePhases[p][1]) || "";
-  const lines = coloured(V.code.replace(/\n$/, "")).map((html, i) =>
-    `<span class="line ${phaseAt(i + 1)}" data-line="${i + 1}"><i>${i + 1}</i>${html}</span>`);
-  const jumps = Object.keys(V.codePhases).map((p) =>
-    `<button data-jump="${V.codePhases[p][0]}" class="phase ${p}">${PHASE_WORDS[p]}, line ${V.codePhases[p][0]}</button>`);
-  panel.innerHTML = `<h2>The code that runs</h2><div class="codehead" style="margin-top:6px">${jumps.join("") || ""}</div>`
-    + `<div class="code" tabindex="0" role="region" aria-label="Generated Python">${lines.join("")}</div>`;
+  const phaseAt = (n) =>
+    Object.keys(V.codePhases).find((p) => n >= V.codePhases[p][0] && n <= V.codePhases[p][1]) || "";
+  const lines = coloured(V.code.replace(/\n$/, "")).map(
+    (html, i) => `<span class="line ${phaseAt(i + 1)}" data-line="${i + 1}"><i>${i + 1}</i>${html}</span>`,
+  );
+  const jumps = Object.keys(V.codePhases).map(
+    (p) =>
+      `<button data-jump="${V.codePhases[p][0]}" class="phase ${p}">${PHASE_WORDS[p]}, line ${V.codePhases[p][0]}</button>`,
+  );
+  panel.innerHTML =
+    `<h2>The code that runs</h2><div class="codehead" style="margin-top:6px">${jumps.join("") || ""}</div>` +
+    `<div class="code" tabindex="0" role="region" aria-label="Generated Python">${lines.join("")}</div>`;
   panel.addEventListener("click", (e) => {
     const jump = e.target.closest("[data-jump]");
     if (!jump) return;
     const view = panel.querySelector(".code");
-    view.scrollTop = panel.querySelector(`[data-line="${jump.dataset.jump}"]`).offsetTop - view.offsetTop - 40;
+    view.scrollTop =
+      panel.querySelector(`[data-line="${jump.dataset.jump}"]`).offsetTop - view.offsetTop - 40;
   });
-  const mark = () => panel.querySelectorAll(".line").forEach((line) =>
-    line.classList.toggle("now", line.classList.contains(phaseOf(state.level))));
-  watch((what) => { if (what === "level" && !panel.hidden) mark(); });
+  const mark = () =>
+    panel
+      .querySelectorAll(".line")
+      .forEach((line) => line.classList.toggle("current", line.classList.contains(phaseOf(state.level))));
+  watch((what) => {
+    if (what === "level" && !panel.hidden) mark();
+  });
   return mark;
 }
 
 const sum = (values) => values.reduce((a, b) => a + b, 0);
-const hbar = (name, part, whole, most, cls = "") => `<div class="hbar"><span>${esc(name)}</span><span><i class="${cls}" style="width:${(100 * part) / most}%"></i></span><span>${micros(part)} <span class="quiet">${percent(part, whole)}</span></span></div>`;
+const hbar = (name, part, whole, most, cls = "") =>
+  `<div class="hbar"><span>${esc(name)}</span><span><i class="${cls}" style="width:${(100 * part) / most}%"></i></span><span>${micros(part)} <span class="quiet">${percent(part, whole)}</span></span></div>`;
 
 function initTime(panel) {
   const p = V.profile;
   if (!p) {
-    panel.innerHTML = `<h2>No measured times</h2><p class="quiet">This file holds the plan only. <code>fast.profile(inputs)</code> measures each level, and <code>fast.profile(inputs).save("profile.html")</code> writes this page with the times in it.</p>`;
+    panel.innerHTML = `<h2>No measured times</h2><p class="quiet">This file holds the plan only. A profile (<code>fast.profile(...)</code>) adds the time of each level and of each kind of operation.</p>`;
     return null;
   }
   const total = sum(p.levelUs);
-  const phases = Object.keys(G.phases).filter((n) => G.phases[n][1] > G.phases[n][0])
+  const phases = Object.keys(G.phases)
+    .filter((n) => G.phases[n][1] > G.phases[n][0])
     .map((n) => [n, sum(p.levelUs.slice(...G.phases[n]))]);
   const kinds = Object.entries(p.kindUs).sort((a, b) => b[1] - a[1]);
   const kindTotal = sum(kinds.map((k) => k[1]));
   const slowest = p.levelUs.indexOf(Math.max(...p.levelUs));
-  const faster = p.sequentialUs ? `, against ${micros(p.sequentialUs)} one cell after the other: <b>${(p.sequentialUs / total).toFixed(2)}× faster</b>` : "";
-  const used = p.utilisation.length ? ` The device was used to ${percent(sum(p.utilisation.map((u, t) => u * p.levelUs[t])), total)} of its peak.` : "";
-  panel.innerHTML = `<h2>Where the time goes</h2><p class="quiet" style="margin:2px 0 12px"><b style="color:var(--ink)">${micros(total)}</b> in all${faster}${V.device ? `, on ${esc(V.device)}` : ""}. `
-    + `${micros(total / (G.layers * G.segments))} a cell; the slowest level is ${slowest} (${micros(p.levelUs[slowest])}).${used}</p>`
-    + `<div class="times"><div><h3 style="margin-top:0">Time of each level</h3><canvas id="timechart" role="img" aria-label="Measured time of each level"></canvas></div><div>`
-    + `<h3 style="margin-top:0">By phase</h3>${phases.map(([n, t]) => hbar(`${PHASE_WORDS[n]}, ${count(G.phases[n][1] - G.phases[n][0], "level")}`, t, total, Math.max(...phases.map((x) => x[1])), n)).join("")}`
-    + (kinds.length ? `<h3>By kind of operation</h3>${kinds.map(([k, t]) => hbar(k, t, kindTotal, kinds[0][1])).join("")}` : "") + "</div></div>";
-  const draw = () => { if (!panel.hidden) drawTimes(); };
+  const faster = p.sequentialUs
+    ? `, against ${micros(p.sequentialUs)} one cell after the other: <b>${(p.sequentialUs / total).toFixed(2)}× faster</b>`
+    : "";
+  const used = p.utilisation.length
+    ? ` The device was used to ${percent(sum(p.utilisation.map((u, t) => u * p.levelUs[t])), total)} of its peak.`
+    : "";
+  panel.innerHTML =
+    `<h2>Where the time goes</h2><p class="quiet" style="margin:2px 0 12px"><b style="color:var(--ink)">${micros(total)}</b> in all${faster}${V.device ? `, on ${esc(V.device)}` : ""}. ` +
+    `${micros(total / (G.layers * G.segments))} a cell; the slowest level is ${slowest} (${micros(p.levelUs[slowest])}).${used}</p>` +
+    `<div class="times"><div><h3 style="margin-top:0">Time of each level</h3><canvas id="timechart" role="img" aria-label="Measured time of each level"></canvas></div><div>` +
+    `<h3 style="margin-top:0">By phase</h3>${phases.map(([n, t]) => hbar(`${PHASE_WORDS[n]}, ${count(G.phases[n][1] - G.phases[n][0], "level")}`, t, total, Math.max(...phases.map((x) => x[1])), n)).join("")}` +
+    (kinds.length
+      ? `<h3>By kind of operation</h3>${kinds.map(([k, t]) => hbar(k, t, kindTotal, kinds[0][1])).join("")}`
+      : "") +
+    "</div></div>";
+  const draw = () => {
+    if (!panel.hidden) drawTimes();
+  };
   dragLevels($("timechart"), 52, 8);
-  watch((what) => { if (what === "level" || what === "theme") draw(); });
+  watch((what) => {
+    if (what === "level" || what === "theme") draw();
+  });
   window.addEventListener("resize", draw);
   return draw;
 }
 
 function drawTimes() {
-  const p = V.profile, canvas = $("timechart"), wide = canvas.parentElement.clientWidth, tall = 190;
-  const ctx = sized(canvas, wide, tall + 22), most = Math.max(...p.levelUs);
+  const p = V.profile,
+    canvas = $("timechart"),
+    wide = canvas.parentElement.clientWidth,
+    tall = 190;
+  const ctx = sized(canvas, wide, tall + 22),
+    most = Math.max(...p.levelUs);
   ctx.font = "11px system-ui, sans-serif";
   ctx.textBaseline = "middle";
   ctx.textAlign = "right";
   [0, 0.5, 1].forEach((f) => {
     const y = tall - f * (tall - 10);
     ctx.fillStyle = palette.soft;
-    ctx.fillText(micros(f * most), 46, y - (f === 0 ? 2 : 0));
+    ctx.fillText(f ? micros(f * most) : "0", 46, y - (f === 0 ? 2 : 0));
     ctx.fillStyle = palette.line;
     ctx.fillRect(52, y, wide - 60, 1);
   });
   const step = (wide - 60) / G.levels;
   p.levelUs.forEach((us, t) => {
-    const h = (us / most) * (tall - 10), now = t === state.level;
+    const h = (us / most) * (tall - 10),
+      now = t === state.level;
     ctx.fillStyle = now ? palette.ink : phaseColour(phaseOf(t));
     ctx.globalAlpha = now ? 1 : 0.75;
     ctx.fillRect(52 + t * step, tall - h, Math.max(1, step - (step > 4 ? 1.5 : 0)), h);
@@ -115,13 +164,21 @@ function drawTimes() {
     ctx.strokeStyle = palette.out;
     ctx.lineWidth = 1.6;
     ctx.beginPath();
-    p.utilisation.forEach((u, t) => ctx[t ? "lineTo" : "moveTo"](52 + (t + 0.5) * step, tall - u * (tall - 10)));
+    p.utilisation.forEach((u, t) =>
+      ctx[t ? "lineTo" : "moveTo"](52 + (t + 0.5) * step, tall - u * (tall - 10)),
+    );
     ctx.stroke();
   }
   ctx.fillStyle = palette.soft;
   ctx.textAlign = "left";
-  const util = p.utilisation.length ? `, device used ${percent(p.utilisation[state.level], 1)} (line: share of peak)` : "";
-  ctx.fillText(`level ${state.level}: ${micros(p.levelUs[state.level])}, ${count(widths[state.level], "cell")}, ${micros(p.levelUs[state.level] / widths[state.level])} a cell${util}`, 52, tall + 13);
+  const util = p.utilisation.length
+    ? `, device used ${percent(p.utilisation[state.level], 1)} (line: share of peak)`
+    : "";
+  ctx.fillText(
+    `level ${state.level}: ${micros(p.levelUs[state.level])}, ${count(widths[state.level], "cell")}, ${micros(p.levelUs[state.level] / widths[state.level])} a cell${util}`,
+    52,
+    tall + 13,
+  );
 }
 
 function initNotes(panel) {
@@ -129,21 +186,29 @@ function initNotes(panel) {
 }
 
 function initTabs() {
-  const tabs = [["deps", "Dependences and carries", initGraph], ["time", "Time", initTime]];
+  const tabs = [
+    ["deps", "Dependences and carries", initGraph],
+    ["time", "Time", initTime],
+  ];
   if (V.passes.length) tabs.push(["pipeline", "Pipeline", initPipeline]);
   if (V.code) tabs.push(["code", "Code", initCode]);
   if (V.notes.length) tabs.push(["notes", "Notes", initNotes]);
   const shown = {};
-  $("tablist").innerHTML = tabs.map(([id, name]) =>
-    `<button role="tab" id="tab-${id}" aria-controls="panel-${id}" aria-selected="false" tabindex="-1">${name}</button>`).join("");
-  const select = (id, focus) => tabs.forEach(([other]) => {
-    const on = other === id;
-    $(`tab-${other}`).setAttribute("aria-selected", on);
-    $(`tab-${other}`).tabIndex = on ? 0 : -1;
-    $(`panel-${other}`).hidden = !on;
-    if (on && focus) $(`tab-${other}`).focus();
-    if (on && shown[other]) shown[other]();
-  });
+  $("tablist").innerHTML = tabs
+    .map(
+      ([id, name]) =>
+        `<button role="tab" id="tab-${id}" aria-controls="panel-${id}" aria-selected="false" tabindex="-1">${name}</button>`,
+    )
+    .join("");
+  const select = (id, focus) =>
+    tabs.forEach(([other]) => {
+      const on = other === id;
+      $(`tab-${other}`).setAttribute("aria-selected", on);
+      $(`tab-${other}`).tabIndex = on ? 0 : -1;
+      $(`panel-${other}`).hidden = !on;
+      if (on && focus) $(`tab-${other}`).focus();
+      if (on && shown[other]) shown[other]();
+    });
   tabs.forEach(([id, , init]) => {
     const panel = document.createElement("div");
     Object.assign(panel, { id: `panel-${id}`, hidden: true });
