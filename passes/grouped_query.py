@@ -101,7 +101,7 @@ def _attentions(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _expanded(node: fx.Node, shape: tuple[int, ...], dim: int) -> Repeat | None:
-    """`reshape(expand(unsqueeze(base)))`: reshapes keep the order of elements, so shapes prove it for heads."""
+    """`reshape(expand(unsqueeze(base)))`: reshapes keep elements in order, so shapes prove it for heads."""
     if node.target is not aten.expand.default:
         return None
     before, after = shape[:dim], shape[dim + 1 :]
