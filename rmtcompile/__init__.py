@@ -1,4 +1,8 @@
-"""rmtcompile: run recurrent-memory transformers a diagonal at a time, without touching the model."""
+"""rmtcompile: run recurrent-memory transformers a diagonal at a time, without touching the model.
+
+    fast = rmtcompile.optimize(model)
+    out = fast(input_ids)
+"""
 
 from __future__ import annotations
 
@@ -7,3 +11,25 @@ from pathlib import Path
 _beside = Path(__file__).parent.parent
 if not (Path(__file__).parent / "passes").exists() and (_beside / "passes" / "__init__.py").exists():
     __path__.append(str(_beside))  # a checkout that is not installed: `rmtcompile.passes` is the folder beside this one
+
+from rmtcompile.api import FallbackWarning, Optimized, SequentialScheduleWarning, optimize  # noqa: E402
+from rmtcompile.errors import (  # noqa: E402
+    CaptureError,
+    DependenceError,
+    InternalError,
+    LiftError,
+    PartitionError,
+    RerollError,
+    RMTCompileError,
+    UnsupportedError,
+    VerificationError,
+)
+from rmtcompile.schedule import Schedule  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError", "DependenceError", "FallbackWarning", "InternalError", "LiftError", "Optimized", "PartitionError",
+    "RMTCompileError", "RerollError", "Schedule", "SequentialScheduleWarning", "UnsupportedError", "VerificationError",
+    "optimize",
+]  # fmt: skip

@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
 from rmtcompile.errors import CaptureError
+from rmtcompile.guard import ModuleGuard, ReadTracker
 from rmtcompile.state import DELETED, Change, Snapshot, contains_tensor, roots_of
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -115,7 +116,8 @@ class Capture:
         calls: module calls in the order of the forward.
         result: leaves and spec of the forward's result.
         effects: what the forward leaves behind.
-        in_spec: pytree of (args, kwargs); `inputs` its leaves, tensors replaced by None.
+        roots: the modules that the forward reaches, by name.
+        guard: the Python state that the forward read.
     """
 
     module: fx.GraphModule
@@ -124,7 +126,7 @@ class Capture:
     result: tuple[tuple[Any, ...], pytree.TreeSpec]
     effects: list[Effect]
     roots: dict[str, nn.Module]
-    seconds: dict[str, float] = field(default_factory=dict)
+    guard: ModuleGuard
 
     @property
     def graph(self) -> fx.Graph:
@@ -236,8 +238,9 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     fakes = [_fake(mode, flat[i]) for i in positions]
     trace = proxy_tensor.make_fx(traced, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
     grad = torch.is_grad_enabled()
+    tracker = ReadTracker()
     try:
-        with recorder.watching(), torch.inference_mode(False), torch.set_grad_enabled(grad):
+        with recorder.watching(), tracker.watching(roots), torch.inference_mode(False), torch.set_grad_enabled(grad):
             module = trace(*fakes)
     except CaptureError:
         raise
@@ -261,7 +264,8 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     roots = {**roots, **recorder.roots}
     _name_contexts(module.graph)
     leaves = _leaves(module, snapshot)
-    return Capture(module, leaves, recorder.calls, produced["result"], produced["effects"], roots)
+    guard = ModuleGuard(snapshot, tracker.reads, roots)
+    return Capture(module, leaves, recorder.calls, produced["result"], produced["effects"], roots, guard)
 
 
 def _fake(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,363 @@
+"""What users call: `optimize` a model, `explain` what was found in it."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from rmtcompile.capture import Leaf, Out
+from rmtcompile.errors import InternalError, RMTCompileError, UnsupportedError, VerificationError
+from rmtcompile.guard import call_key, program_key
+from rmtcompile.passes.wavefront import blocking, wavefront
+from rmtcompile.pipeline import Compiled, Options, Progress, compile_forward
+from rmtcompile.probe import Segmentation, probe
+from rmtcompile.program import Affine
+from rmtcompile.runtime.execute import Executor
+from rmtcompile.schedule import Carry, Schedule
+from rmtcompile.state import DELETED, Snapshot, roots_of
+
+
+class SequentialScheduleWarning(UserWarning):
+    """No two cells of the model can run together; it runs one cell after the other."""
+
+
+class FallbackWarning(UserWarning):
+    """The model could not be compiled and runs as it is."""
+
+
+def optimize(
+    model: Callable[..., Any],
+    *,
+    segment_size: int | None = None,
+    layers: str | None = None,
+    plan: str = "auto",
+    backend: str | Callable[..., Any] = "auto",
+    cuda_graphs: str | bool = "auto",
+    fallback: str | None = None,
+    verify: bool = False,
+    progress: bool | Progress = False,
+) -> Optimized:
+    """Make a recurrent-memory model run a diagonal at a time, with the same inputs, outputs and recurrence.
+
+    Nothing is traced yet: the forward is captured at the first call, from the shapes of its inputs.
+
+    Args:
+        model: an `nn.Module` or any callable on tensors whose forward walks segments and, in each segment, layers. It is not
+            changed, except that its parameters become views of stacked storage (same names, shapes and values).
+        segment_size: override: tokens in a segment along the axis that the forward walks; found from the graph by default.
+        layers: override: path of the container of the layers, `"model.layers"`, or a regular expression for their paths.
+        plan: "auto" (the widest legal wavefront), "diagonal" (the same, but refuse a model whose wavefronts are one cell
+            wide) or "sequential" (one cell after the other, compiled).
+        backend: "eager", "inductor" or any `torch.compile` backend for the cell functions; "auto" is inductor on CUDA and
+            eager elsewhere.
+        cuda_graphs: replay levels as CUDA graphs; "auto" does so on CUDA when no gradients are recorded.
+        fallback: "sequential" runs the model as it is, with a warning, where it cannot be compiled; None raises.
+        verify: run the model as it is, too, at the first call of each program, and raise on a difference.
+        progress: print what is being done on long work, or call a function with each line.
+
+    Returns:
+        A callable with the signature of `model`, and `schedule`, `code`, `explain()`.
+
+    Raises:
+        ValueError: an option has no such value.
+
+    Source: "Diagonal Batching Unlocks Parallelism in Recurrent Memory Transformers for Long Contexts", arXiv 2506.05229.
+    """
+    if plan not in ("auto", "diagonal", "sequential"):
+        raise ValueError(f"plan must be 'auto', 'diagonal' or 'sequential', not {plan!r}")
+    if fallback not in (None, "sequential"):
+        raise ValueError(f"fallback must be None or 'sequential', not {fallback!r}")
+    if cuda_graphs not in ("auto", True, False):
+        raise ValueError(f"cuda_graphs must be 'auto', True or False, not {cuda_graphs!r}")
+    if not callable(model):
+        raise ValueError(f"model must be callable, not {type(model).__name__}")
+    if isinstance(model, Optimized):
+        model = model.model
+    report = print if progress is True else progress if callable(progress) else None
+    options = Options(layers, segment_size, plan)
+    return Optimized(model, options, backend, cuda_graphs, fallback, verify, report)
+
+
+class _Entry:
+    """A compiled program and what executes it."""
+
+    def __init__(self, compiled: Compiled, executor: Executor, segmentation: Segmentation) -> None:
+        self.compiled = compiled
+        self.executor = executor
+        self.segmentation = segmentation
+        self.checked: set[int] = set()  # short lengths that were compared with the model
+        self.only: dict[int, _Entry] = {}  # programs for single lengths that the rules do not give
+
+
+class Optimized:
+    """A model that runs on wavefronts; made by `optimize`.
+
+    Attributes of the model (parameters, `state_dict`, `config`, ...) are reached through it.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        options: Options,
+        backend: str | Callable[..., Any],
+        cuda_graphs: str | bool,
+        fallback: str | None,
+        verify: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.model = model
+        self._options = options
+        self._backend = backend
+        self._cuda_graphs = cuda_graphs
+        self._fallback = fallback
+        self._verify = verify
+        self._progress = progress
+        self._lock = threading.RLock()
+        self._segmentations: dict[Any, Segmentation] = {}
+        self._entries: dict[Any, list[_Entry]] = {}
+        self._last: tuple[_Entry, int] | None = None
+        self.captures = 0
+
+    # ---- running ---------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; same arguments, result and effects as `model(*args, **kwargs)`."""
+        with self._lock:
+            try:
+                entry, count = self._prepare(args, kwargs)
+            except UnsupportedError as error:
+                if self._fallback != "sequential":
+                    raise
+                warnings.warn(f"running the model as it is: {error}", FallbackWarning, stacklevel=2)
+                return self.model(*args, **kwargs)
+            return self._run(entry, count, args, kwargs)
+
+    def _prepare(self, args: Any, kwargs: Any) -> tuple[_Entry, int]:
+        """The program for this call, compiled now if there is none, and the number of segments."""
+        key = call_key(args, kwargs)
+        segmentation = self._segmentations.get(key)
+        if segmentation is None:
+            segmentation = probe(self.model, args, kwargs, self._options.segment_size)
+            self._segmentations[key] = segmentation
+        flat = pytree.tree_leaves((args, kwargs))
+        count, _ = segmentation.count([value.shape for value in flat if isinstance(value, torch.Tensor)])
+        if count == 0:
+            raise UnsupportedError("the input is empty", remedy="pass at least one token")
+        entries = self._entries.setdefault(program_key(args, kwargs, segmentation), [])
+        entry = next((e for e in entries if e.compiled.captures[0].guard.broken() is None and e.executor.fits()), None)
+        if entry is None:
+            entry = self._compile(args, kwargs, segmentation)
+            entries.append(entry)
+            del entries[:-8]
+        return self._for_length(entry, count, args, kwargs), count
+
+    def _compile(self, args: Any, kwargs: Any, segmentation: Segmentation, only: int | None = None) -> _Entry:
+        compiled = compile_forward(self.model, args, kwargs, segmentation, self._options, self._progress, only)
+        self.captures += 1
+        n_layers, offsets = compiled.program.n_layers, compiled.program.offsets
+        blocked = blocking(offsets, n_layers)
+        if blocked and self._options.plan != "sequential":
+            witness = "; ".join(
+                f"offset {d.offset}: {d.consumer} reads {d.producer} {d.reason}".strip()
+                for d in (compiled.dependences[offset] for offset in blocked)
+            )
+            message = f"no two cells can run together, the {n_layers} layers run one after the other: {witness}"
+            if self._options.plan == "diagonal":
+                raise UnsupportedError(message, remedy="use plan='auto' to run it as a compiled sequential program")
+            warnings.warn(message, SequentialScheduleWarning, stacklevel=4)
+        return _Entry(compiled, Executor(compiled, self._backend, self._cuda_graphs), segmentation)
+
+    def _for_length(self, entry: _Entry, count: int, args: Any, kwargs: Any) -> _Entry:
+        """The entry itself, or one compiled for just this length where its rules do not cover it."""
+        if count in entry.only:
+            return entry.only[count]
+        rolled = entry.compiled.rolled
+        shortest = rolled.proved_on[0]
+        if rolled.fixed is None and count < rolled.minimum:
+            entry.only[count] = self._compile(args, kwargs, entry.segmentation, only=count)
+            return entry.only[count]
+        if (count < shortest or self._verify) and count not in entry.checked:
+            difference = self._difference(entry, count, args, kwargs)
+            if difference is not None and count < shortest and rolled.fixed is None:
+                entry.only[count] = self._compile(args, kwargs, entry.segmentation, only=count)
+                return entry.only[count]
+            if difference is not None:
+                raise VerificationError(difference)
+            entry.checked.add(count)
+        return entry
+
+    def _run(self, entry: _Entry, count: int, args: Any, kwargs: Any) -> Any:
+        self._last = (entry, count)
+        outputs = entry.executor.run(count, _tensors(args, kwargs))
+        _leave_effects(entry.compiled, count, outputs)
+        _write_back(entry.compiled, outputs, _tensors(args, kwargs))
+        leaves, spec = entry.compiled.result
+        return pytree.tree_unflatten([_value(leaf, outputs, count) for leaf in leaves], spec)
+
+    def _difference(self, entry: _Entry, count: int, args: Any, kwargs: Any) -> str | None:
+        """Run both and compare; the model is left as it was. Returns the difference in words, or None."""
+        compiled = entry.compiled
+        snapshot = Snapshot(roots_of(self.model))
+        written = [compiled.leaves[name].fetch() for kind, name in compiled.written if kind == "leaf"]
+        kept = [tensor.detach().clone() for tensor in written]
+        with torch.no_grad():
+            try:
+                expected = self.model(*args, **kwargs)
+            finally:
+                snapshot.restore()
+                for tensor, value in zip(written, kept, strict=True):
+                    tensor.copy_(value)
+            try:
+                outputs = entry.executor.run(count, _tensors(args, kwargs))
+            except (KeyError, InternalError) as error:
+                return f"the program does not cover {count} segments ({error})"
+        leaves, spec = compiled.result
+        got = pytree.tree_unflatten([_value(leaf, outputs, count) for leaf in leaves], spec)
+        return _compare(expected, got, count)
+
+    # ---- looking ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def compiled(self) -> Compiled:
+        """The program of the last call."""
+        if self._last is None:
+            raise RMTCompileError("nothing is captured yet: call the optimized model once")
+        return self._last[0].compiled
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the last call."""
+        if self._last is None:
+            raise RMTCompileError("nothing is captured yet: call the optimized model once")
+        return schedule_of(self._last[0].compiled, self._last[1])
+
+    @property
+    def code(self) -> str:
+        """The generated Python module that the last call ran."""
+        return self.compiled.emitted.source
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model":
+            raise AttributeError(name)
+        value = getattr(self.model, name)
+        if callable(value) and name in _RETURN_SELF:
+            return lambda *args, **kwargs: self._same(value(*args, **kwargs))
+        return value
+
+    def _same(self, result: Any) -> Any:
+        return self if result is self.model else result
+
+    def __repr__(self) -> str:
+        state = "not captured yet" if self._last is None else f"{self.captures} captured"
+        name = type(self.model).__name__ if isinstance(self.model, nn.Module) else repr(self.model)
+        return f"rmtcompile.Optimized({name}, {state})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimized:
+        import copy
+
+        return Optimized(copy.deepcopy(self.model, memo), self._options, self._backend, self._cuda_graphs, self._fallback,
+                         self._verify, self._progress)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "options": self._options, "backend": self._backend, "graphs": self._cuda_graphs,
+                "fallback": self._fallback, "verify": self._verify}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["model"], state["options"], state["backend"], state["graphs"], state["fallback"],  # type: ignore[misc]
+                      state["verify"], None)
+
+
+_RETURN_SELF = ("to", "eval", "train", "cuda", "cpu", "half", "float", "double", "bfloat16", "requires_grad_")
+
+
+def schedule_of(compiled: Compiled, count: int) -> Schedule:
+    """The schedule of a compiled program over `count` segments, with its carries, variants and kinds."""
+    program = compiled.program
+    carries = []
+    for lane in program.lanes:
+        for feed in lane.feeds:
+            if feed.offset[0]:
+                size = torch.empty((), dtype=lane.dtype).element_size()
+                for n in lane.shape:
+                    size *= n
+                layers = tuple(layer for layer in feed.layers)
+                carries.append(Carry(lane.name, feed.offset, tuple(lane.shape), str(lane.dtype), size, layers))
+    first = program.rolled.classes[("cell", program.n_layers // 2)]
+    variants = tuple(_variant(first.of(s, count), first.head) for s in range(count))
+    kinds = {layer: group.name for group in reversed(program.groups) for layer in group.layers}
+    return wavefront(
+        program.offsets, program.n_layers, count, alpha=program.alpha, carries=carries, segment_variants=variants,
+        layer_kinds=tuple(kinds[layer] for layer in range(program.n_layers)),
+    )
+
+
+def _variant(number: int, head: int) -> str:
+    if number == head:
+        return "later" if head else "every"
+    return "first" if number == 0 else f"segment{number}" if number > 0 else "last"
+
+
+def _tensors(args: Any, kwargs: Any) -> list[torch.Tensor]:
+    return [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+
+
+def _value(leaf: Any, outputs: tuple[torch.Tensor, ...], count: int) -> Any:
+    if isinstance(leaf, Out):
+        return outputs[leaf.index]
+    if isinstance(leaf, Affine):
+        return leaf.at(0, count)
+    return leaf
+
+
+def _leave_effects(compiled: Compiled, count: int, outputs: tuple[torch.Tensor, ...]) -> None:
+    """Leave in the model what the forward would have left."""
+    for effect in compiled.effects:
+        assert effect.change is not None
+        if effect.spec is None:
+            effect.change.apply(DELETED)
+        else:
+            values = [_value(leaf, outputs, count) for leaf in effect.leaves]
+            effect.change.apply(pytree.tree_unflatten(values, effect.spec))
+
+
+def _write_back(compiled: Compiled, outputs: tuple[torch.Tensor, ...], inputs: list[torch.Tensor]) -> None:
+    """Store what the forward writes in place into buffers, state tensors and inputs."""
+    first = len(outputs) - len(compiled.written)
+    with torch.no_grad():
+        for (kind, name), value in zip(compiled.written, outputs[first:], strict=True):
+            target = compiled.leaves[name].fetch() if kind == "leaf" else inputs[compiled.input_names.index(name)]
+            target.copy_(value)
+
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+
+
+def _compare(expected: Any, got: Any, count: int) -> str | None:
+    a, b = pytree.tree_leaves(expected), pytree.tree_leaves(got)
+    if len(a) != len(b):
+        return f"the result has {len(b)} leaves instead of {len(a)} at {count} segments"
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        if not isinstance(x, torch.Tensor):
+            if x is not y and x != y:
+                return f"result {i} is {y!r} instead of {x!r} at {count} segments"
+            continue
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return f"result {i} is {y.dtype}{list(y.shape)} instead of {x.dtype}{list(x.shape)} at {count} segments"
+        if not x.is_floating_point():
+            if not torch.equal(x, y):
+                return f"result {i} differs in {int((x != y).sum())} places at {count} segments"
+            continue
+        wide = torch.float64 if x.device.type == "cpu" else torch.float32
+        error = (x.to(wide) - y.to(wide)).norm() / x.to(wide).norm().clamp_min(1e-30)
+        if not error <= _TOLERANCE.get(x.dtype, 1e-3) and not (x.isnan().any() and torch.equal(x.isnan(), y.isnan())):
+            return f"result {i} differs from the sequential forward by {error:.1e} relative at {count} segments"
+    return None
+
+
+__all__ = ["FallbackWarning", "Leaf", "Optimized", "SequentialScheduleWarning", "optimize", "schedule_of"]

@@ -1,0 +1,316 @@
+"""The pipeline: a forward and example inputs in, a compiled program out. Each stage is one line of `compile_forward`."""
+
+from __future__ import annotations
+
+import linecache
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from rmtcompile.capture import Capture, Effect, Leaf, Out, capture
+from rmtcompile.errors import CaptureError, RerollError
+from rmtcompile.passes.dependence import Dependence, dependences
+from rmtcompile.passes.emit import Emitted, emit
+from rmtcompile.passes.forward import forward
+from rmtcompile.passes.functionalise import functionalise
+from rmtcompile.passes.number import is_random, number
+from rmtcompile.passes.partition import call_sizes, find_layers, partition
+from rmtcompile.passes.reroll import Rolled, Unrolled, fixed, reroll, unroll
+from rmtcompile.passes.route import route
+from rmtcompile.passes.wavefront import skew
+from rmtcompile.probe import Segmentation
+from rmtcompile.program import Affine, Program
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may choose; see `rmtcompile.optimize`."""
+
+    layers: str | None = None
+    segment_size: int | None = None
+    plan: str = "auto"
+    max_segments_captured: int = 5
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage did: seconds, and operations by name before and after."""
+
+    name: str
+    seconds: float
+    before: dict[str, int]
+    after: dict[str, int]
+
+    @property
+    def difference(self) -> str:
+        """`linear: 24 -> 6, cat: 2 -> 0`."""
+        names = sorted(self.before.keys() | self.after.keys())
+        changed = [(n, self.before.get(n, 0), self.after.get(n, 0)) for n in names]
+        return ", ".join(f"{n}: {a} -> {b}" for n, a, b in changed if a != b)
+
+
+@dataclass
+class Compiled:
+    """A compiled forward.
+
+    Attributes:
+        program, emitted: the scheduled program and its source.
+        captures: the captures that the rules were proved on, smallest first.
+        dependences: offsets with their witnesses.
+        final: for each Python value that the forward leaves behind, its value as a function of the number of segments.
+        stages: what each stage did.
+    """
+
+    program: Program
+    emitted: Emitted
+    captures: tuple[Capture, ...]
+    rolled: Rolled
+    dependences: dict[tuple[int, int], Dependence]
+    layer_paths: tuple[str, ...]
+    effects: list[Effect]
+    result: tuple[tuple[Any, ...], pytree.TreeSpec]
+    leaves: dict[str, Leaf]
+    input_names: tuple[str, ...]
+    written: tuple[tuple[str, str], ...]
+    namespace: dict[str, Any]
+    stages: list[Stage] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+
+class _Log:
+    """Times stages, counts operations and reports progress."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.stages: list[Stage] = []
+        self.progress = progress
+
+    @contextmanager
+    def stage(self, name: str, module: fx.GraphModule | None = None) -> Any:
+        before = op_counts(module.graph) if module is not None else {}
+        box: list[fx.GraphModule] = []
+        start = time.perf_counter()
+        if self.progress:
+            self.progress(name)
+        yield box
+        after = op_counts(box[0].graph) if box else before
+        self.stages.append(Stage(name, time.perf_counter() - start, before, after))
+
+
+def op_counts(graph: fx.Graph) -> dict[str, int]:
+    """Operations of a graph by name."""
+    return dict(Counter(getattr(n.target, "_opname", str(n.target)) for n in graph.nodes if n.op == "call_function"))
+
+
+def compile_forward(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    segmentation: Segmentation,
+    options: Options,
+    progress: Progress | None = None,
+    only: int | None = None,
+) -> Compiled:
+    """Capture `fn` with few segments and compile it for any number of them.
+
+    Args:
+        only: compile for exactly this number of segments, without rerolling.
+
+    Raises:
+        UnsupportedError: with the evidence and a remedy.
+    """
+    log = _Log(progress)
+    if only is not None:
+        small_capture, small, paths, written = _unrolled(fn, args, kwargs, segmentation, only, options, log)
+        rolled, captures = fixed(small), (small_capture,)
+    else:
+        rolled, captures, paths, written = _reroll(fn, args, kwargs, segmentation, options, log)
+    with log.stage("dependence"):
+        found = dependences(rolled)
+    with log.stage("wavefront"):
+        n_layers = rolled.n_layers
+        alpha = n_layers if options.plan == "sequential" else max(1, min(n_layers, skew(found, n_layers)))
+        alpha = max(alpha, skew(found, n_layers))
+    with log.stage("route, align"):
+        program = route(rolled, frozenset(found), alpha)
+    with log.stage("lift, emit"):
+        emitted = emit(program, "Generated by rmtcompile: what print(fast.code) shows is what runs.")
+    effects, result = _effects(captures, rolled)
+    leaves = {leaf.name: leaf for leaf in captures[0].leaves.values()}
+    names = tuple(str(n.target) for n in captures[0].graph.nodes if n.op == "placeholder")
+    namespace = load(emitted.source)
+    return Compiled(
+        program, emitted, captures, rolled, found, paths, effects, result, leaves, names, written, namespace, log.stages
+    )
+
+
+_loaded = 0
+
+
+def load(source: str) -> dict[str, Any]:
+    """Import emitted source under a file name that tracebacks and debuggers can read."""
+    global _loaded
+    _loaded += 1
+    name = f"<rmtcompile program {_loaded}>"
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    namespace: dict[str, Any] = {"__name__": f"rmtcompile_program_{_loaded}"}
+    exec(compile(source, name, "exec"), namespace)  # noqa: S102 - our own emitted module
+    return namespace
+
+
+def _reroll(
+    fn: Callable[..., Any], args: Any, kwargs: Any, segmentation: Segmentation, options: Options, log: _Log
+) -> tuple[Rolled, tuple[Capture, ...], tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """Capture two lengths that follow one rule, the shortest that do."""
+    failure: RerollError | None = None
+    capture_a, small, paths, written = _unrolled(fn, args, kwargs, segmentation, 2, options, log)
+    for count in range(3, options.max_segments_captured + 1):
+        capture_b, large, _, _ = _unrolled(fn, args, kwargs, segmentation, count, options, log)
+        try:
+            _same_leaves(capture_a, capture_b)
+            with log.stage(f"reroll {small.count} -> {large.count}"):
+                return reroll(small, large), (capture_a, capture_b), paths, written
+        except RerollError as error:
+            failure = error
+        capture_a, small = capture_b, large
+    assert failure is not None
+    raise failure
+
+
+def _unrolled(
+    fn: Callable[..., Any], args: Any, kwargs: Any, segmentation: Segmentation, count: int, options: Options, log: _Log
+) -> tuple[Capture, Unrolled, tuple[str, ...], tuple[tuple[str, str], ...]]:
+    args, kwargs = resize(args, kwargs, segmentation, count)
+    with log.stage(f"capture, {count} segments") as box:
+        captured = capture(fn, args, kwargs)
+        box.append(captured.module)
+    _refuse_random(captured)
+    with log.stage("functionalise", captured.module) as box:
+        functional = functionalise(captured.module)
+        written = _flatten_writes(functional.module, tuple(functional.writes), captured)
+        captured.module = functional.module
+        box.append(captured.module)
+    with log.stage("forward", captured.module) as box:
+        captured.module = forward(captured.module)
+        box.append(captured.module)
+    with log.stage("number", captured.module) as box:
+        captured.module = number(captured.module)
+        captured.module.graph.eliminate_dead_code()
+        box.append(captured.module)
+    with log.stage("partition"):
+        graph = captured.module.graph
+        layers = find_layers(captured.calls, call_sizes(graph, captured.calls), count, options.layers)
+        parts = partition(graph, layers, count)
+        unrolled = unroll(graph, parts, {target: leaf.name for target, leaf in captured.leaves.items()})
+    return captured, unrolled, layers.paths, written
+
+
+def resize(args: Any, kwargs: Any, segmentation: Segmentation, count: int) -> tuple[Any, Any]:
+    """Inputs like the given ones, with another number of segments; values are not kept."""
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    positions = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
+    shapes = segmentation.shapes([flat[i].shape for i in positions], count)
+    values = list(flat)
+    with FakeTensorMode():
+        for position, shape in zip(positions, shapes, strict=True):
+            old = flat[position]
+            if old.shape != shape:
+                values[position] = torch.empty(shape, dtype=old.dtype, device=old.device)
+    return pytree.tree_unflatten(values, spec)
+
+
+def _refuse_random(captured: Capture) -> None:
+    random = [node for node in captured.graph.nodes if node.op == "call_function" and is_random(node)]
+    if random:
+        raise CaptureError(
+            "the forward draws random numbers, and cells that run in another order would draw others",
+            [f"{node.target} at {node.meta.get('source')}" for node in random[:4]],
+            "switch dropout off (model.eval(), or dropout=0)",
+        )
+
+
+def _flatten_writes(
+    module: fx.GraphModule, names: tuple[str, ...], captured: Capture
+) -> tuple[tuple[str, str], ...]:
+    """Turn (outputs, writes) into one flat tuple; return ("leaf" | "input", name) for each written tensor."""
+    if not names:
+        return ()
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    results, writes = output.args[0]  # type: ignore[misc]
+    output.args = ((*results, *writes),)  # type: ignore[misc]
+    placeholders = {str(node.target) for node in module.graph.nodes if node.op == "placeholder"}
+    found = []
+    for name in names:
+        leaf = captured.leaves.get(name)
+        if name in placeholders:
+            found.append(("input", name))
+        elif leaf is None:
+            found.append(("leaf", name))
+        elif isinstance(leaf.tensor, torch.nn.Parameter):
+            raise CaptureError(
+                "the forward writes into a parameter",
+                [leaf.name],
+                "run the model once before optimizing it if this happens on the first call only",
+            )
+        else:
+            found.append(("leaf", leaf.name))
+    return tuple(found)
+
+
+def _same_leaves(a: Capture, b: Capture) -> None:
+    """Constants have names by position; check that equal names mean equal values."""
+    mine = {leaf.name: leaf for leaf in a.leaves.values() if leaf.is_constant}
+    for leaf in b.leaves.values():
+        other = mine.get(leaf.name)
+        if leaf.is_constant and other is not None and other.tensor is not leaf.tensor:
+            if other.tensor.shape != leaf.tensor.shape or not torch.equal(other.tensor, leaf.tensor):
+                raise RerollError("a constant changes with the number of segments", [leaf.name])
+
+
+def _effects(
+    captures: tuple[Capture, ...], rolled: Rolled
+) -> tuple[list[Effect], tuple[tuple[Any, ...], pytree.TreeSpec]]:
+    """Effects and result leaves with Python integers as functions of the number of segments."""
+    first, last = captures[0], captures[-1]
+    counts = rolled.proved_on
+    if first is last:
+        return first.effects, first.result
+    if len(first.effects) != len(last.effects) or first.result[1] != last.result[1]:
+        raise RerollError(
+            "the structure of what the forward returns or leaves behind changes with the number of segments",
+            [f"{counts[0]} segments: {first.result[1]}", f"{counts[1]} segments: {last.result[1]}"],
+            "return one tensor for all segments",
+        )
+    effects = []
+    for a, b in zip(first.effects, last.effects, strict=True):
+        if a.name != b.name or a.spec != b.spec:
+            raise RerollError(f"what the forward leaves in {a.name} changes its structure with the segments",
+                              [f"{a.spec}", f"{b.spec}"])
+        effects.append(replace(a, leaves=tuple(_unify(x, y, counts, a.name) for x, y in zip(a.leaves, b.leaves, strict=True))))
+    leaves = tuple(_unify(x, y, counts, "the result") for x, y in zip(first.result[0], last.result[0], strict=True))
+    return effects, (leaves, first.result[1])
+
+
+def _unify(a: Any, b: Any, counts: tuple[int, ...], where: str) -> Any:
+    if isinstance(a, Out) or isinstance(b, Out):
+        if a != b:
+            raise RerollError(f"{where} holds another output with one more segment", [f"{a} against {b}"])
+        return a
+    if type(a) is int and type(b) is int and a != b:
+        slope = (b - a) // (counts[1] - counts[0])
+        return Affine(a - slope * counts[0], 0, slope)
+    if type(a) is not type(b) or (isinstance(a, (bool, int, float, str)) and a != b):
+        raise RerollError(f"{where} changes with the number of segments", [f"{a!r} against {b!r}"])
+    return a

@@ -1,0 +1,228 @@
+"""Probe: along which axis of which input the forward walks, and how long a segment is.
+
+The forward runs once on fake tensors until it has taken two segments; every view that it takes of an input is located in the
+input by offset and strides, so slicing, splitting, unbinding, reshaping into segments or indexing all look alike.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rmtcompile.errors import PartitionError
+from rmtcompile.state import Snapshot, roots_of
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of one input that grows with the number of segments.
+
+    Attributes:
+        leaf: index among the tensor leaves of (args, kwargs).
+        dim: the dimension.
+        length: elements of one segment along it.
+    """
+
+    leaf: int
+    dim: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The axes along which inputs are cut; the first one counts the segments."""
+
+    axes: tuple[Axis, ...]
+
+    def count(self, shapes: list[torch.Size]) -> tuple[int, int]:
+        """(segments, elements in an incomplete one) for inputs of these shapes."""
+        axis = self.axes[0]
+        whole, rest = divmod(shapes[axis.leaf][axis.dim], axis.length)
+        return whole + (rest > 0), rest
+
+    def shapes(self, shapes: list[torch.Size], segments: int) -> list[torch.Size]:
+        """Shapes of inputs with another number of segments, the incomplete one kept."""
+        count, _ = self.count(shapes)
+        resized = [list(shape) for shape in shapes]
+        for axis in self.axes:
+            resized[axis.leaf][axis.dim] += (segments - count) * axis.length
+        return [torch.Size(shape) for shape in resized]
+
+
+class _Enough(BaseException):
+    """Two segments have been seen."""
+
+
+class _Views(TorchDispatchMode):
+    """Collects the boxes (start and length by dimension) that views of the inputs cover, in the order they are taken."""
+
+    def __init__(self, leaves: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.shapes = [leaf.shape for leaf in leaves]
+        self.strides = [leaf.stride() for leaf in leaves]
+        self.storages = {leaf.untyped_storage()._cdata: i for i, leaf in enumerate(leaves)}
+        self.taken: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+        self.limit = 200_000
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (list, tuple)) else (result,):
+            if isinstance(value, torch.Tensor):
+                self._note(value)
+        self.limit -= 1
+        if self.limit < 0:
+            raise _Enough
+        return result
+
+    def _note(self, value: torch.Tensor) -> None:
+        leaf = self.storages.get(value.untyped_storage()._cdata)
+        if leaf is None or not value.numel():
+            return
+        box = _box(value, self.shapes[leaf], self.strides[leaf])
+        for dim, (start, length) in enumerate(box):
+            seen = self.taken[(leaf, dim)]
+            if length < self.shapes[leaf][dim] and (start, length) not in seen:
+                if seen and start == 0 and seen[-1][0] > 0 and len(seen) > 2:
+                    continue
+                seen.append((start, length))
+                if len(_tiles(seen)) >= 3:
+                    raise _Enough
+
+
+def _box(value: torch.Tensor, shape: torch.Size, strides: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Start and length of a view along each dimension of the tensor it views."""
+    order = sorted(range(len(shape)), key=lambda d: -strides[d])
+    offset, starts = int(value.storage_offset()), [0] * len(shape)
+    for dim in order:
+        if shape[dim] > 1 and strides[dim]:
+            starts[dim], offset = divmod(offset, strides[dim])
+    extents = [0] * len(shape)
+    for size, stride in zip(value.shape, value.stride(), strict=True):
+        if size == 1 or not stride:
+            continue
+        for dim in order:
+            if shape[dim] > 1 and strides[dim] and stride >= strides[dim]:
+                extents[dim] += (size - 1) * stride // strides[dim]
+                break
+    return [(start, min(extent + 1, shape[d])) for d, (start, extent) in enumerate(zip(starts, extents, strict=True))]
+
+
+def _tiles(seen: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The longest run of boxes from 0 on in which each starts where the one before ends."""
+    best: list[tuple[int, int]] = []
+    for first in [box for box in seen if box[0] == 0]:
+        run = [first]
+        for start, length in seen:
+            if start == run[-1][0] + run[-1][1]:
+                run.append((start, length))
+        best = max(best, run, key=len)
+    return best
+
+
+def probe(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], length: int | None = None) -> Segmentation:
+    """Find the segment axis of a forward from the views that it takes of its inputs.
+
+    Args:
+        fn: the forward; left as it was.
+        args, kwargs: inputs; only their shapes and types are read.
+        length: override: the segment length along the walked axis.
+
+    Raises:
+        PartitionError: no input is cut into pieces.
+    """
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    positions = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
+    shapes = [flat[i].shape for i in positions]
+    if length is not None:
+        for dim in (1, 0, 2):
+            leaf = next((i for i, shape in enumerate(shapes) if len(shape) > dim and shape[dim] >= min(length, 2)), None)
+            if leaf is not None:
+                return _with_partners(Axis(leaf, dim, length), {}, shapes)
+    grown = [tuple(shape) for shape in shapes]
+    for attempt in range(7):
+        found = _attempt(fn, flat, positions, spec, grown)
+        axes = _axes(found, grown)
+        if axes:
+            return _with_partners(axes[0], {(a.leaf, a.dim): a for a in axes}, shapes)
+        candidates = [(i, d) for i, shape in enumerate(grown) for d in (1, 0) if len(shape) > d]
+        if not candidates:
+            break
+        leaf, dim = candidates[0]
+        size = shapes[leaf][dim]
+        grown = [
+            tuple(n * 4 if n == grown[leaf][dim] and (i, d) in ((leaf, dim), *_same(shapes, size, dim)) else n
+                  for d, n in enumerate(shape))
+            for i, shape in enumerate(grown)
+        ]
+        del attempt
+    raise PartitionError(
+        "the forward does not cut any of its inputs into segments",
+        [f"input {i}: shape {tuple(shape)}" for i, shape in enumerate(shapes)],
+        "give segment_size=, or check that the forward walks its input segment by segment",
+    )
+
+
+def _same(shapes: list[torch.Size], size: int, dim: int) -> list[tuple[int, int]]:
+    return [(i, dim) for i, shape in enumerate(shapes) if len(shape) > dim and shape[dim] == size]
+
+
+def _attempt(
+    fn: Callable[..., Any], flat: list[Any], positions: list[int], spec: pytree.TreeSpec, shapes: list[Any]
+) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """Run the forward on fake inputs of the given shapes until two segments were seen."""
+    snapshot = Snapshot(roots_of(fn))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    values = list(flat)
+    fakes = []
+    with mode:
+        for position, shape in zip(positions, shapes, strict=True):
+            old = flat[position]
+            values[position] = torch.empty(shape, dtype=old.dtype, device=old.device)
+            fakes.append(values[position])
+    views = _Views(fakes)
+    args, kwargs = pytree.tree_unflatten(values, spec)
+    try:
+        with torch.no_grad(), mode, views:
+            fn(*args, **kwargs)
+    except _Enough:
+        pass
+    except Exception:  # noqa: BLE001 - capture runs the same code and reports what is wrong with it
+        if not views.taken:
+            return {}
+    finally:
+        snapshot.restore()
+    return views.taken
+
+
+def _axes(taken: dict[tuple[int, int], list[tuple[int, int]]], shapes: list[Any]) -> list[Axis]:
+    axes = []
+    for (leaf, dim), seen in taken.items():
+        tiles = _tiles(seen)
+        if len(tiles) >= 2:
+            lengths = [length for _, length in tiles]
+            axes.append(Axis(leaf, dim, lengths[1] if len(tiles) > 2 else max(lengths)))
+        elif len(tiles) == 1 and tiles[0][1] * 2 > shapes[leaf][dim]:
+            continue
+    return sorted(axes, key=lambda axis: (axis.leaf, axis.dim))
+
+
+def _with_partners(first: Axis, cut: dict[tuple[int, int], Axis], shapes: list[torch.Size]) -> Segmentation:
+    """Add the axes that grow with the first one: those that are cut too, and those of equal size."""
+    axes = [first]
+    size = shapes[first.leaf][first.dim]
+    for leaf, shape in enumerate(shapes):
+        for dim, n in enumerate(shape):
+            if (leaf, dim) == (first.leaf, first.dim):
+                continue
+            if (leaf, dim) in cut:
+                axes.append(cut[(leaf, dim)])
+            elif n == size and dim == first.dim and size > 1:
+                axes.append(Axis(leaf, dim, first.length))
+    return Segmentation(tuple(axes))
