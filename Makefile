@@ -48,7 +48,8 @@ $(VENV451)/installed: constraints-transformers451.txt
 %/installed: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo 'Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ...'; exit 1; }
+	@echo 'installing into $* (once; some minutes, mostly torch)'
 	$(PYTHON) -m venv --clear --without-pip $*
-	$(PYTHON) -m pip --python $*/bin/python install -q -c $(filter constraints%,$^) pip setuptools
-	$*/bin/python -m pip install -q -c $(filter constraints%,$^) --no-build-isolation -e '.[models,viz,dev]'
+	$(PYTHON) -m pip --python $*/bin/python install -qq -c $(filter constraints%,$^) pip setuptools
+	$*/bin/python -m pip install -qq -c $(filter constraints%,$^) --no-build-isolation -e '.[models,viz,dev]'
 	touch $@

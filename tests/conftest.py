@@ -24,7 +24,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
-USES_TRANSFORMERS = re.compile(r"\btransformers\b|\brmtcompile\.models\b")
+USES_TRANSFORMERS = re.compile(r"\b(transformers|rmtcompile\.models|zoo)\b")
 
 torch.set_num_threads(1)
 
