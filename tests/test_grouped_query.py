@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from rmtcompile.passes.grouped_query import grouped_query
@@ -163,6 +164,17 @@ def test_leaves_others_alone(name: str) -> None:
     cell, args = LEFT_ALONE[name]
     graph = trace(cell, args)
     assert grouped_query(graph) is graph
+
+
+@pytest.mark.parametrize(("dtype", "is_taken"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_types_without_a_kernel_are_left_alone_on_cuda(dtype: torch.dtype, is_taken: bool) -> None:
+    args = [value.to(dtype) for value in inputs_of()]
+    graph = trace(attend(REPEATS["interleave"], REPEATS["interleave"]), args)
+    with FakeTensorMode():
+        for node in graph.nodes:
+            if "val" in node.meta:
+                node.meta["val"] = torch.empty(node.meta["val"].shape, dtype=dtype, device="cuda")
+    assert (grouped_query(graph) is not graph) == is_taken
 
 
 def test_meta_of_new_nodes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from rmtcompile.errors import InternalError, LiftError
@@ -585,6 +587,8 @@ def test_context_of_nodes_is_respected() -> None:
     args = [rand(2, 3, dtype=torch.float32), rand(4, 3, dtype=torch.float32)]
     with torch.autocast("cpu", torch.bfloat16):
         graph = trace(F.linear, *args)
+    with pytest.raises(InternalError, match=r"expected torch\.bfloat16"):
+        lift(graph, ["x0", "x1"])
     for node in graph.nodes:
         node.meta["context"] = ("torch.autocast('cpu', torch.bfloat16, True, True)",)
     lifted = lift(graph, ["x0", "x1"])
@@ -601,15 +605,45 @@ def test_everything_else_goes_through_vmap() -> None:
     assert_lifts(graph, args, [0])
 
 
+def test_boolean_masks_and_index_put_go_through_vmap() -> None:
+    args = [rand(4, 3), torch.tensor([2, 0]), rand(2, 3)]
+    graph = trace(lambda x, i, y: x.index_put((i,), y, accumulate=True), *args)
+    for batched in [(0,), (1,), (0, 2), (0, 1, 2)]:
+        assert_lifts(graph, args, batched)
+
+
+def test_sizes_and_plain_numbers() -> None:
+    args = [rand(4, 3)]
+    graph = trace(lambda x: x + 1, *args)
+    x, add, _ = graph.nodes
+    with graph.inserting_before(add):
+        size = graph.call_function(aten.sym_size.int, (x, 0))
+        double = graph.call_function(operator.mul, (size, 2))
+        shift = graph.placeholder("x1")
+    size.meta["val"], double.meta["val"], shift.meta["val"] = 4, 8, 3
+    add.args = (x, double)
+    add.kwargs = {"alpha": shift}
+    x.append(shift)
+    lifted = lift(graph, ["x0"])
+    inputs = rand(5, 4, 3)
+    torch.testing.assert_close(run(lifted.graph, inputs, 3), [inputs + 24], rtol=0, atol=0)
+
+
 def test_lifted_graph_compiles_once_for_any_n() -> None:
+    def cell(*args: torch.Tensor) -> torch.Tensor:
+        y = mlp(*args)
+        return y + torch.cdist(y, y).sum(-1, keepdim=True)
+
     args = BLOCKS["mlp"][1]
-    lifted = lift(trace(mlp, *args), [f"x{i}" for i in range(5)])
+    lifted = lift(trace(cell, *args), [f"x{i}" for i in range(5)])
+    assert vmapped in [node.target for node in lifted.graph.nodes]
     module = fx.GraphModule(nn.Module(), lifted.graph)
-    compiled = torch.compile(module, backend="aot_eager", dynamic=True, fullgraph=True)
-    with torch.compiler.set_stance("default"):
-        for n in (3, 5, 7):
-            inputs = [stacked(value, n) for value in args]
-            torch.testing.assert_close(compiled(*inputs), module(*inputs), rtol=1e-12, atol=1e-12)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, backend=counter, dynamic=True, fullgraph=True)
+    for n in (3, 5, 7):
+        inputs = [stacked(value, n) for value in args]
+        torch.testing.assert_close(compiled(*inputs), module(*inputs), rtol=1e-12, atol=1e-12)
+    assert counter.frame_count == 1
 
 
 def test_no_batched_placeholder_is_a_copy() -> None:

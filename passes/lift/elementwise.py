@@ -86,13 +86,13 @@ def norm(b: Builder, call: Call) -> Any:
         return b.again(call)
     plain = _without_weights(b, call, _widened(b, x, x.node))
     if not isinstance(call.out, list | tuple):
-        return _affine(b, plain, x, weight, bias)
+        return _cast(b, _affine(b, plain, x, weight, bias), call.out.dtype)
     parts = [b.emit(operator.getitem, plain, i) for i in range(3)]  # native_layer_norm: also statistics
     statistics = [
         _cast(b, b.spread(Value(part, x.batched, cell)), cell.dtype)
         for part, cell in zip(parts[1:], call.out[1:], strict=True)
     ]
-    return (_affine(b, parts[0], x, weight, bias), *statistics)
+    return (_cast(b, _affine(b, parts[0], x, weight, bias), call.out[0].dtype), *statistics)
 
 
 def group_norm(b: Builder, call: Call) -> fx.Node:
@@ -106,7 +106,8 @@ def group_norm(b: Builder, call: Call) -> fx.Node:
     plain = _without_weights(b, call, _widened(b, x, folded))
     if x.batched:
         plain = b.reshape(plain, x.shape)
-    return _affine(b, plain, x, _channels(b, weight, x), _channels(b, bias, x))
+    y = _affine(b, plain, x, _channels(b, weight, x), _channels(b, bias, x))
+    return _cast(b, y, call.out.dtype)
 
 
 def embedding(b: Builder, call: Call) -> fx.Node:
@@ -149,7 +150,7 @@ def _affine(b: Builder, y: fx.Node, x: Value, weight: Value | None, bias: Value 
         y = b.emit(aten.mul.Tensor, y, b.aligned(weight, x.rank))
     if bias is not None:
         y = b.emit(aten.add.Tensor, y, b.aligned(bias, x.rank))
-    return _cast(b, y, x.dtype)
+    return y
 
 
 def _channels(b: Builder, value: Value | None, x: Value) -> Value | None:

@@ -72,11 +72,11 @@ class _Walk:
             self.values[node] = self.lifted(node) if is_reached else self.copied(node)
 
     def value_of(self, argument: Any) -> Any:
-        """The lifted value of a node; numbers that the cell computes from sizes are plain constants."""
+        """The lifted value of a node; for a number (a size, or a placeholder for one) what stands for it."""
         if not isinstance(argument, fx.Node):
             return argument
         value = self.values[argument]
-        return value if isinstance(value.node, fx.Node | tuple) else value.node
+        return value.node if isinstance(value.cell, int | float) else value
 
     def placeholder(self, node: fx.Node) -> Value:
         copy = self.b.graph.node_copy(node)
@@ -96,7 +96,7 @@ class _Walk:
         if is_random and not _is_idle_dropout(node):
             raise refusal(node, "its random numbers would be the same in all cells")
         cell = self.b.refake(node.meta.get("val"))
-        if isinstance(cell, int | float | bool) and not isinstance(cell, torch.Tensor):
+        if isinstance(cell, int | float):
             return Value(cell, False, cell)
         copy = self.b.graph.node_copy(node, self.node_of)
         copy.meta = inherited(node) | ({"val": cell} if "val" in node.meta else {})
@@ -113,7 +113,7 @@ class _Walk:
         if node.target._schema.is_mutable:
             raise refusal(node, "it writes into its operand; the cell's graph must be functional")
         cell = self.b.refake(_val(node))
-        if cell is None or isinstance(cell, int | float | bool):
+        if cell is None or isinstance(cell, int | float):
             return self.number(node, cell)
         op, plain_args, plain_kwargs = without_pattern(node)
         call = bind(node, op, *replaced((plain_args, plain_kwargs), self.value_of))
