@@ -29,9 +29,9 @@ def can_fuse(linear: fx.Node, weights: Mapping[str, Weight]) -> bool:
     """Whether a linear's weight (a matrix) and bias are parameters of this linear alone."""
     _, weight, bias = _operands(linear)
     own = [parameter for parameter in (weight, bias) if parameter is not None]
-    if not all(node.op == "placeholder" and node.target in weights and len(node.users) == 1 for node in own):
+    if not all(node.op == "placeholder" and node.name in weights and len(node.users) == 1 for node in own):
         return False
-    return weight.meta["val"].dim() == 2 and len({weights[node.target].n_layers for node in own}) == 1
+    return weight.meta["val"].dim() == 2 and len({weights[node.name].n_layers for node in own}) == 1
 
 
 def parallel_linears(graph: fx.Graph, weights: Mapping[str, Weight]) -> list[list[fx.Node]]:
@@ -40,7 +40,7 @@ def parallel_linears(graph: fx.Graph, weights: Mapping[str, Weight]) -> list[lis
     for node in graph.nodes:
         if node.target is aten.linear.default and can_fuse(node, weights):
             x, weight, bias = _operands(node)
-            n_layers = weights[weight.target].n_layers
+            n_layers = weights[weight.name].n_layers
             key = (x, bias is None, weight.meta["val"].dtype, n_layers, node.meta.get("context", ()))
             groups.setdefault(key, []).append(node)
     return [group for group in groups.values() if len(group) > 1]
@@ -51,7 +51,7 @@ def fuse_linears(graph: fx.Graph, weights: Mapping[str, Weight]) -> tuple[fx.Gra
 
     Args:
         graph: the cell; not modified.
-        weights: leaves of each weight placeholder, by the placeholder's target.
+        weights: leaves of each weight placeholder, by the placeholder's name.
 
     Returns:
         The new graph and weights, or the same objects where nothing is parallel.  In the new graph `view` is
@@ -101,12 +101,14 @@ def _fuse(graph: fx.Graph, linears: Sequence[fx.Node], weights: dict[str, Weight
 
 def _concatenated(graph: fx.Graph, nodes: Sequence[fx.Node], weights: dict[str, Weight]) -> fx.Node:
     """A placeholder for several weights, concatenated along dim 0."""
-    name = _unused(graph, joined([str(node.target) for node in nodes]))
     with graph.inserting_before(nodes[0]):
-        placeholder = graph.placeholder(name)
+        placeholder = graph.placeholder(joined([node.name for node in nodes]))
+    placeholder.target = placeholder.name  # made unique
     placeholder.meta = nodes[0].meta | {"val": torch.cat([node.meta["val"] for node in nodes])}
-    old = [weights.pop(str(node.target)) for node in nodes]
-    weights[name] = Weight(tuple(sum(layer, ()) for layer in zip(*(weight.leaves for weight in old))))
+    old = [weights.pop(node.name) for node in nodes]
+    weights[placeholder.name] = Weight(
+        tuple(sum(layer, ()) for layer in zip(*(weight.leaves for weight in old)))
+    )
     return placeholder
 
 
@@ -124,13 +126,6 @@ def _common(words: Sequence[Sequence[str]], limit: int) -> int:
     """How many leading parts all words share, `limit` at most."""
     columns = list(zip(*words))[:limit]
     return next((i for i, column in enumerate(columns) if len(set(column)) > 1), len(columns))
-
-
-def _unused(graph: fx.Graph, name: str) -> str:
-    taken = {str(node.target) for node in graph.nodes if node.op == "placeholder"}
-    while name in taken:
-        name += "_"
-    return name
 
 
 def _call(graph: fx.Graph, source: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:

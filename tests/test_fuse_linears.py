@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from rmtcompile.passes.fuse_linears import fuse_linears, joined
+from rmtcompile.passes.lift import lift
 from rmtcompile.weights import Weight
 
 aten = torch.ops.aten
@@ -43,8 +44,8 @@ def run(graph: fx.Graph, weights: Mapping[str, Weight], inputs: Mapping[str, tor
     """Run with each weight placeholder filled from layer 0's leaves, concatenated."""
     leaves = {f"layers.0.{name}": value for name, value in inputs.items()}
     args = [
-        torch.cat([leaves[part] for part in weights[node.target].leaves[0]])
-        if node.target in weights
+        torch.cat([leaves[part] for part in weights[node.name].leaves[0]])
+        if node.name in weights
         else inputs[node.target]
         for node in graph.nodes
         if node.op == "placeholder"
@@ -196,6 +197,18 @@ def test_views_of_parts_that_are_not_contiguous() -> None:
     assert count(fused, aten.view.default) == 0
 
 
+def test_lifts_after_fusing() -> None:
+    def cell(x: Any, w0: Any, w1: Any) -> Any:
+        return F.silu(F.linear(x, w0)).view(10, 4) * F.linear(x, w1).view(10, 4)
+
+    inputs = {"x": rand(2, 5, 6), "w0": rand(4, 6), "w1": rand(4, 6)}
+    fused, _ = assert_same(cell, inputs)
+    lifted = lift(fused, ["x", "w0_w1"])
+    x, w0, w1 = rand(3, 2, 5, 6), rand(3, 4, 6), rand(3, 4, 6)
+    got = fx.GraphModule(nn.Module(), lifted.graph)(x, torch.cat([w0, w1], 1))
+    torch.testing.assert_close(got, torch.stack(list(map(cell, x, w0, w1))), rtol=1e-12, atol=1e-12)
+
+
 def test_meta_of_new_nodes() -> None:
     inputs = {"x": rand(5, 4), "w0": rand(4, 4), "w1": rand(3, 4)}
     graph = trace(lambda x, w0, w1: F.linear(x, w0).sum() + F.linear(x, w1), inputs)
@@ -216,7 +229,7 @@ def test_name_of_a_fused_placeholder_says_what_is_shared_once() -> None:
     inputs = {"w0_w1": rand(5, 4), "w0": rand(4, 4), "w1": rand(4, 4)}
     graph = trace(lambda x, w0, w1: F.linear(x, w0) + F.linear(x, w1), inputs)
     _, weights = fuse_linears(graph, {name: Weight(((name,),)) for name in ("w0", "w1")})
-    assert list(weights) == ["w0_w1_"]
+    assert list(weights) == ["w0_w1_1"]
 
 
 def test_layers_with_other_numbers_of_parts_are_refused() -> None:

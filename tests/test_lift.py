@@ -187,6 +187,10 @@ CONVOLUTIONS: dict[str, tuple[Cell, list[torch.Tensor]]] = {
     "conv1d_groups": (lambda x, w: F.conv1d(x, w, stride=2, groups=2), [rand(2, 4, 7), rand(6, 2, 3)]),
     "conv1d_no_batch": (F.conv1d, [rand(4, 7), rand(6, 4, 3), rand(6)]),
     "conv1d_same": (lambda x, w: F.conv1d(x, w, padding="same"), [rand(2, 4, 7), rand(6, 4, 3)]),
+    "conv_transposed": (
+        lambda x, w, b: torch.convolution(x, w, b, [2], [0], [1], True, [0], 2),
+        [rand(2, 4, 7), rand(4, 3, 3), rand(6)],
+    ),
     "conv2d": (F.conv2d, [rand(2, 4, 7, 6), rand(6, 4, 3, 2), rand(6)]),
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import string
 from collections.abc import Sequence
 from typing import Any
@@ -35,8 +34,7 @@ def addmm(b: Builder, call: Call) -> fx.Node:
     per_column = not bias.batched and (bias.rank < 2 or bias.shape[0] == 1)
     if weight.batched or not per_column:
         return _product(b, bias, _rows(b, x), b.spread(weight), **scale)
-    rows = b.reshape(x.node, x.shape[1:], factor=x.shape[0])
-    return b.reshape(b.again(call, mat1=rows), call.shape)
+    return b.reshape(b.again(call, mat1=b.folded(x.node)), call.shape)
 
 
 def baddbmm(b: Builder, call: Call) -> fx.Node:
@@ -94,17 +92,20 @@ def convolution(b: Builder, call: Call) -> fx.Node:
     batch = (1,) if x.rank == weight.rank - 1 else ()
     shape, out = batch + x.shape, batch + call.shape
     if not weight.batched and (bias is None or not bias.batched):
-        folded = b.reshape(x.node, shape[1:], factor=shape[0])
+        folded = x.node if batch else b.folded(x.node)
         return b.reshape(b.again(call, input=folded), call.shape)
     cells = b.emit(aten.transpose.int, b.reshape(b.spread(x), shape), 0, 1)
-    groups = call.args["groups"]
-    changes: dict[str, Any] = {
-        "input": b.emit(aten.reshape.default, cells, [shape[0], -1, *shape[2:]]),
-        "weight": b.reshape(b.spread(weight), weight.shape[1:], factor=weight.shape[0]),
-        "groups": b.n() if groups == 1 else b.emit(operator.mul, b.n(), groups),
+    by_group, groups = b.spread(weight), call.args["groups"]
+    if groups > 1:
+        rows = weight.shape[0] // groups
+        by_group = b.emit(aten.reshape.default, by_group, [-1, rows, *weight.shape[1:]])
+    changes = {
+        "input": b.emit(aten.flatten.using_ints, cells, 1, 2),
+        "weight": b.folded(by_group),
+        "groups": b.emit(aten.sym_size.int, by_group, 0),
     }
     if bias is not None:
-        changes["bias"] = b.emit(aten.reshape.default, b.spread(bias), [-1])
+        changes["bias"] = b.folded(b.spread(bias))
     y = b.emit(aten.reshape.default, b.again(call, **changes), [out[0], -1, *out[1:]])
     return b.reshape(b.emit(aten.transpose.int, y, 0, 1), call.shape)
 
@@ -135,7 +136,7 @@ def _folded(b: Builder, value: Value, batch: int, rank: int) -> fx.Node:
     node = b.aligned(value, rank)
     if not value.batched or value.shape != (batch, *rest):
         node = b.emit(aten.expand.default, node, [-1 if value.batched else b.n(), batch, *rest])
-    return b.reshape(node, rest, factor=batch)
+    return b.folded(node)
 
 
 def _explicit(equation: str) -> tuple[Sequence[str], str]:

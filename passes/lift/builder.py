@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -150,7 +149,8 @@ class Builder:
     def emit(self, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
         """Add one call; operands may be nodes or `Value`s."""
         args, kwargs = replaced((args, kwargs), lambda a: a.node if isinstance(a, Value) else a)
-        name = target._opname if isinstance(target, torch._ops.OpOverload) else target.__name__
+        op = args[0] if args and isinstance(args[0], torch._ops.OpOverload) else target  # vmapped(op, ...)
+        name = op._opname if isinstance(op, torch._ops.OpOverload) else op.__name__
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         assert self.source is not None
         node.meta = inherited(self.source)
@@ -179,17 +179,15 @@ class Builder:
             self._n = self.emit(aten.sym_size.int, self.reference, 0)
         return self._n
 
-    def leading(self, rest: tuple[int, ...], factor: int = 1) -> int | fx.Node:
-        """Leading size of a reshape to [n * factor, *rest]: -1, unless an empty dim makes that ambiguous."""
-        if math.prod(rest) != 0:
-            return -1
-        return self.n() if factor == 1 else self.emit(operator.mul, self.n(), factor)
-
-    def reshape(self, node: fx.Node, shape: tuple[int, ...], factor: int = 1) -> fx.Node:
-        """Reshape to [n * factor, *shape]."""
-        if tuple(node.meta["val"].shape) == (EXAMPLE_N * factor, *shape):
+    def reshape(self, node: fx.Node, shape: tuple[int, ...]) -> fx.Node:
+        """Reshape to [n, *shape]; the leading size is -1 unless an empty dim makes that ambiguous."""
+        if tuple(node.meta["val"].shape) == (EXAMPLE_N, *shape):
             return node
-        return self.emit(aten.reshape.default, node, [self.leading(shape, factor), *shape])
+        return self.emit(aten.reshape.default, node, [-1 if math.prod(shape) else self.n(), *shape])
+
+    def folded(self, node: fx.Node) -> fx.Node:
+        """Fold the axis into the cell's first dim: [n, B, ...] to [n * B, ...]."""
+        return self.emit(aten.flatten.using_ints, node, 0, 1)
 
     def spread(self, value: Value) -> fx.Node:
         """The value with the axis: a value that all cells share is expanded, without a copy."""

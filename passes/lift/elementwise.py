@@ -100,7 +100,7 @@ def group_norm(b: Builder, call: Call) -> fx.Node:
     x = call.args["input"]
     weight, bias = call.args["weight"], call.args["bias"]
     shared = not (_is_batched(weight) or _is_batched(bias))
-    folded = b.reshape(x.node, x.shape[1:], factor=x.shape[0]) if x.batched else x.node
+    folded = b.folded(x.node) if x.batched else x.node
     if shared:
         return b.reshape(b.again(call, input=folded), call.shape)
     plain = _without_weights(b, call, _widened(b, x, folded))
@@ -118,12 +118,11 @@ def embedding(b: Builder, call: Call) -> fx.Node:
     if not indices.batched:
         flat = b.emit(aten.reshape.default, indices, [-1])
         return b.reshape(b.emit(aten.index_select.default, weight, 1, flat), call.shape)
-    vocabulary, width = weight.shape
     first_row = b.emit(aten.arange.default, b.n(), device=weight.cell.device)
-    first_row = b.emit(aten.mul.Tensor, first_row, vocabulary)
+    first_row = b.emit(aten.mul.Tensor, first_row, weight.shape[0])
     offset = b.aligned(Value(first_row, True, weight.cell.new_empty(())), indices.rank)
     rows = b.emit(aten.add.Tensor, indices, offset)
-    return b.emit(aten.embedding.default, b.reshape(weight.node, (width,), factor=vocabulary), rows)
+    return b.emit(aten.embedding.default, b.folded(weight.node), rows)
 
 
 def _is_batched(value: Value | None) -> bool:

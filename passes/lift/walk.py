@@ -37,13 +37,13 @@ def lift(graph: fx.Graph, batched: Collection[str]) -> Lifted:
 
     Args:
         graph: the cell, functional aten operations; not modified. Its output is a node or a flat tuple.
-        batched: targets of the placeholders that get the axis; the cells share all others.
+        batched: names of the placeholders that get the axis; the cells share all others.
 
     Raises:
         LiftError: an operation has no rule and `torch.vmap` cannot do it either, or it writes, reads strides
             or draws random numbers in a way that n cells at once would change.
     """
-    unknown = set(batched) - {node.target for node in graph.nodes if node.op == "placeholder"}
+    unknown = set(batched) - {node.name for node in graph.nodes if node.op == "placeholder"}
     if unknown:
         raise ValueError(f"no such placeholders: {sorted(unknown)}")
     walk = _Walk(graph, frozenset(batched))
@@ -81,7 +81,7 @@ class _Walk:
     def placeholder(self, node: fx.Node) -> Value:
         copy = self.b.graph.node_copy(node)
         cell = self.b.refake(_val(node))
-        is_batched = node.target in self.batched
+        is_batched = node.name in self.batched
         copy.meta = inherited(node)
         copy.meta["val"] = cell
         if is_batched:
