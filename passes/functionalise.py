@@ -148,6 +148,22 @@ def remove_dead(graph: fx.Graph) -> int:
     return count
 
 
+def alias_root(node: fx.Node) -> fx.Node:
+    """The node whose memory a node is a view of, as far as schemas tell; itself if it is no view."""
+    while node.op == "call_function" and node.all_input_nodes:
+        target = node.target
+        if target is not operator.getitem:
+            if not isinstance(target, torch._ops.OpOverload):
+                break
+            views = any(
+                r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns
+            )
+            if not views and overload_name(node) not in _UNDECLARED:
+                break
+        node = node.all_input_nodes[0]
+    return node
+
+
 def where(node: fx.Node) -> str:
     """A node as one line of evidence: its text, and the user's file:line if the capture recorded it."""
     trace = str(node.meta.get("stack_trace") or "").splitlines()
@@ -194,7 +210,7 @@ class Values:
         with self.mode:
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
-    def run(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def run(self, target: Any, args: Any, kwargs: Any) -> Any:
         """What a call on nodes gives, as a fake value."""
         get = lambda n: self.local(n.meta["val"])  # noqa: E731
         with self.mode, torch.no_grad():
@@ -928,15 +944,31 @@ class _Rewriter:
                 base.tangled += (f"{other} and {name} overlap",)
                 root.alias.base.tangled += (f"{name} and {other} overlap",)
 
+    def _read_output(self, node: fx.Node) -> Any:
+        value, now = self.env[node], self.read(node)
+        name = value.alias.base.name if isinstance(value, _Object) else None
+        return self._owned(now, name) if isinstance(now, fx.Node) else now
+
+    def _owned(self, node: fx.Node, name: str | None) -> fx.Node:
+        """A result that was memory of its own stays so, though it is now an input or attribute itself."""
+        root = alias_root(node)
+        external = root.op in ("placeholder", "get_attr") and isinstance(root.meta.get("val"), torch.Tensor)
+        if not external or str(root.target) == name or not self.changed:
+            return node
+        known = self.roots.get(str(root.target))
+        if known is not None and known.alias.base.name == name and name is not None:
+            return node
+        return self.call(aten.clone.default, node)
+
     def _output(self, node: fx.Node) -> Functional:
         if not self.changed:
             return Functional(self.gm, {})
-        result = map_arg(node.args[0], self.read)
+        result = map_arg(node.args[0], self._read_output)
         writes = {}
         for item in self.roots.values():
             root = item.alias.root
-            if root.base.version and root.base.name is not None:
-                writes[root.base.name] = self.current(root)
+            if root.base.version and root.base.name is not None and root.base.name not in writes:
+                writes[root.base.name] = self._owned(self.current(root), None)
         output = self.graph.output((result, list(writes.values())) if writes else result)
         output.meta = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta")}
         remove_dead(self.graph)
