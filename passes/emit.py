@@ -133,6 +133,8 @@ def literal(value: Any, name: Callable[[Any], str]) -> str:
         return repr(value) if abs(value) != float("inf") and value == value else f'float("{value}")'
     if isinstance(value, torch.device):
         return f'torch.device("{value}")'
+    if isinstance(value, torch._ops.OpOverload):
+        return target_name(value)
     if isinstance(value, slice):
         return f"slice({', '.join(literal(v, name) for v in (value.start, value.stop, value.step))})"
     return repr(value)

@@ -54,7 +54,8 @@ class _GroupDraft:
         if not mine:
             return None
         for known, name in self.outputs.items():
-            if all(dict(known).get(c, i) == i for c, i in mine.items()):
+            shared = dict(known).keys() & mine.keys()
+            if shared and all(dict(known)[c] == mine[c] for c in shared):
                 combined = {**dict(known), **mine}
                 del self.outputs[known]
                 self.outputs[tuple(sorted(combined.items()))] = name

@@ -65,34 +65,41 @@ class _Views(TorchDispatchMode):
 
     def __init__(self, leaves: list[torch.Tensor]) -> None:
         super().__init__()
-        self.shapes = [leaf.shape for leaf in leaves]
-        self.strides = [leaf.stride() for leaf in leaves]
-        self.storages = {leaf.untyped_storage()._cdata: i for i, leaf in enumerate(leaves)}
+        self.bases: dict[int, tuple[torch.Tensor, dict[int, tuple[int, int]]]] = {}
+        self.axis_of_size: dict[int, tuple[int, int]] = {}
+        for i, leaf in enumerate(leaves):
+            self.bases[leaf.untyped_storage()._cdata] = (leaf, {d: (i, d) for d in range(leaf.dim())})
+            for d, size in enumerate(leaf.shape):
+                if size > 2:
+                    self.axis_of_size.setdefault(size, (i, d))
         self.taken: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-        self.limit = 200_000
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(value, torch.Tensor):
                 self._note(value)
-        self.limit -= 1
-        if self.limit < 0:
-            raise _Enough
         return result
 
     def _note(self, value: torch.Tensor) -> None:
-        leaf = self.storages.get(value.untyped_storage()._cdata)
-        if leaf is None or not value.numel():
+        """Locate a view in what it views; a new tensor as long as an input's axis is followed like the input."""
+        found = self.bases.get(value.untyped_storage()._cdata)
+        if found is None:
+            axes = {d: self.axis_of_size[n] for d, n in enumerate(value.shape) if n in self.axis_of_size}
+            if axes and value.is_contiguous():
+                self.bases[value.untyped_storage()._cdata] = (value, axes)
             return
-        box = _box(value, self.shapes[leaf], self.strides[leaf])
-        for dim, (start, length) in enumerate(box):
-            seen = self.taken[(leaf, dim)]
-            if length < self.shapes[leaf][dim] and (start, length) not in seen:
-                if seen and start == 0 and seen[-1][0] > 0 and len(seen) > 2:
-                    continue
+        base, axes = found
+        if not value.numel():
+            return
+        for dim, (start, length) in enumerate(_box(value, base.shape, base.stride())):
+            if dim not in axes or length >= base.shape[dim]:
+                continue
+            seen = self.taken[axes[dim]]
+            if (start, length) not in seen:
                 seen.append((start, length))
-                if len(_tiles(seen)) >= 3:
+                tiles = _tiles(seen)
+                if len(tiles) >= 3 or (len(tiles) == 2 and tiles[0][1] == tiles[1][1]):
                     raise _Enough
 
 
