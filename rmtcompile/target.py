@@ -1,0 +1,156 @@
+"""What the command line works on: a model of the user's, named `module:function`, or a small ARMT built from sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class UsageError(Exception):
+    """What was asked for on the command line does not exist or does not fit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A model with the arguments of one call."""
+
+    name: str
+    model: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A small ARMT on a Llama decoder with random weights.
+
+    Attributes:
+        layers, hidden, heads: of the decoder; the feed-forward is twice `hidden` wide.
+        segment: tokens in a segment, memory tokens not counted.
+        segments: segments of the example input.
+        memory: memory tokens of a segment.
+        d_mem: size of memory keys.
+        vocabulary: 256 reads bytes.
+    """
+
+    layers: int = 4
+    hidden: int = 128
+    heads: int = 4
+    segment: int = 64
+    segments: int = 8
+    memory: int = 8
+    d_mem: int = 16
+    vocabulary: int = 256
+    seed: int = 0
+
+
+def small_armt(sizes: Sizes, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The reference ARMT at these sizes, in eval mode.
+
+    `W_mv` starts at zero, which makes the memory empty: here it is random, so that a wrong memory shows.
+
+    Raises:
+        UsageError: transformers is missing, or the sizes do not fit each other.
+    """
+    try:
+        import transformers
+
+        from rmtcompile.models import build
+    except ImportError as error:
+        raise UsageError(f"{error}: the reference model needs pip install 'rmtcompile[models]'") from error
+    torch.manual_seed(sizes.seed)
+    try:
+        config = transformers.LlamaConfig(
+            vocab_size=sizes.vocabulary,
+            hidden_size=sizes.hidden,
+            intermediate_size=2 * sizes.hidden,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=sizes.heads,
+            num_key_value_heads=max(1, sizes.heads // 2),
+            max_position_embeddings=max(512, sizes.segment + sizes.memory),
+        )
+        model = build(config, segment_size=sizes.segment, num_mem_tokens=sizes.memory, d_mem=sizes.d_mem, dtype=dtype)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"no model of these sizes: {error}") from error
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("W_mv.weight"):
+                parameter.normal_(std=sizes.hidden**-0.5)
+    return model.to(device).eval()
+
+
+def armt_target(sizes: Sizes, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Target:
+    """A small ARMT with random tokens."""
+    model = small_armt(sizes, device, dtype)
+    tokens = torch.randint(0, sizes.vocabulary, (1, sizes.segment * sizes.segments), device=device)
+    name = f"ARMT, {sizes.layers} layers of width {sizes.hidden}, segments of {sizes.segment} + {sizes.memory}"
+    return Target(name, model, (tokens,), {})
+
+
+def load_target(spec: str, tokens: int, device: str | None = None, dtype: torch.dtype | None = None) -> Target:
+    """Call the function that `spec` names, `package.module:function` or `file.py:function`.
+
+    It gives (model, args), (model, args, kwargs), or a model alone, which then gets `tokens` random token ids.
+
+    Raises:
+        UsageError: there is no such function, or it gives something else.
+    """
+    where, _, name = spec.rpartition(":")
+    if not where or not name:
+        raise UsageError(f"{spec!r} names no function: write package.module:function or file.py:function")
+    function = getattr(_module(where), name, None)
+    if function is None:
+        raise UsageError(f"{where} has no {name!r}")
+    made = function() if callable(function) and not isinstance(function, nn.Module) else function
+    model, args, kwargs = _parts(spec, made, tokens)
+    if isinstance(model, nn.Module) and (device is not None or dtype is not None):
+        model.to(device=device, dtype=dtype)
+        args, kwargs = torch.utils._pytree.tree_map(
+            lambda value: _moved(value, device, dtype), (args, kwargs)
+        )
+    return Target(spec, model, args, kwargs)
+
+
+def _module(where: str) -> Any:
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the folder that the command runs in, as `python -m` has it
+    try:
+        if where.endswith(".py"):
+            path = Path(where)
+            if not path.exists():
+                raise UsageError(f"there is no file {where}")
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[path.stem] = module
+            spec.loader.exec_module(module)
+            return module
+        return importlib.import_module(where)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"cannot import {where}: {error}") from error
+
+
+def _parts(spec: str, made: Any, tokens: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    if isinstance(made, tuple) and len(made) in (2, 3) and callable(made[0]):
+        args = tuple(made[1]) if isinstance(made[1], (tuple, list)) else (made[1],)
+        return made[0], args, dict(made[2]) if len(made) == 3 else {}
+    if isinstance(made, nn.Module):
+        table = next((m for m in made.modules() if isinstance(m, nn.Embedding)), None)
+        if table is None:
+            raise UsageError(f"{spec} gives a model without an embedding: return (model, args) instead")
+        ids = torch.randint(0, table.num_embeddings, (1, tokens), device=table.weight.device)
+        return made, (ids,), {}
+    raise UsageError(f"{spec} gives a {type(made).__name__}: return a model, (model, args) or (model, args, kwargs)")
+
+
+def _moved(value: Any, device: str | None, dtype: torch.dtype | None) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
