@@ -27,27 +27,29 @@ start here
 
 a model is named as a function that makes it
   package.module:function    or    file.py:function
-  The function takes no argument and returns (model, args), (model, args, kwargs), or a model alone, which then
-  reads random token ids.  Without a name the command takes a small ARMT; --layers, --hidden, --segment and
-  --segments choose its size.
+  The function takes no argument and returns (model, args), (model, args, kwargs), or a model alone,
+  which then reads random token ids.  Without a name the command takes a small ARMT; --layers, --hidden,
+  --segment and --segments choose its size.
 
 exit status
   0  done      1  the model was refused, or something failed      2  the command line makes no sense
 """
 
 _DEMO = """\
-Build a small ARMT with random weights, read the bytes of a text as tokens, capture, and compare the model with its
-diagonal form: largest difference, both times.  Writes the schedule as a picture, the viewer and the generated code.
+Build a small ARMT with random weights, read the bytes of a text as tokens, capture, and compare the
+model with its diagonal form: largest difference, both times.  Writes the schedule as a picture, the
+viewer and the generated code.
 
 examples
   rmtcompile demo
-  rmtcompile demo --text book.txt --segments 32 --out /tmp/demo
+  rmtcompile demo --text book.txt --segments 32 --out book-demo
   rmtcompile demo --layers 8 --hidden 256 --device cuda
 """
 
 _EXPLAIN = """\
-Capture a model and say what was found: layers, segments, dependence offsets with their witnesses in the model's own
-source, carries, parallelism, the plan and why.  A model that is refused is explained too (exit status 1).
+Capture a model and say what was found: layers, segments, dependence offsets with their witnesses in the
+model's own source, carries, parallelism, the plan and why.  A model that is refused is explained too
+(exit status 1).
 
 examples
   rmtcompile explain                               a small ARMT
@@ -58,8 +60,9 @@ examples
 """
 
 _VIEW = """\
-Write the viewer: one HTML file with the grid of cells, the dependences, each cell's operations with their source lines,
-the passes and the generated code.  Other suffixes give the schedule alone: .svg .png .dot .json .trace.json .txt
+Write the viewer: one HTML file with the grid of cells, the dependences, each cell's operations with their
+source lines, the passes and the generated code.  Other suffixes give the schedule alone:
+.svg .png .dot .json .trace.json .txt
 
 examples
   rmtcompile view mymodel:build -o schedule.html
@@ -68,12 +71,12 @@ examples
 """
 
 _DUMP = """\
-Write one numbered file for each stage of the compiler: the captured graph, the regions, the dependences, the rules, the
-lifted cells, and last the module that runs, which can be imported.
+Write one numbered file for each stage of the compiler: the captured graph, the regions, the dependences,
+the rules, the lifted cells, and last the module that runs, which can be imported.
 
 examples
   rmtcompile dump mymodel:build -o passes
-  rmtcompile dump --layers 2 --hidden 32 --segment 16 && less rmtcompile-dump/*_dependences.txt
+  rmtcompile dump --layers 2 --hidden 32 --segment 16 && less rmtcompile-dump/*dependence*
 """
 
 
@@ -115,15 +118,23 @@ def _run(options: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser, `bench` included for its help only."""
-    parser = _Parser(prog="rmtcompile", description=_MAIN, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        prog="rmtcompile", description=_MAIN, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--version", action="version", version=f"rmtcompile {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="command", title="commands")
     demo = _command(commands, "demo", "a small ARMT reads a text in both orders", _DEMO, _demo)
     demo.add_argument("--text", metavar="FILE", help="the text to read (default: the one that is shipped)")
-    demo.add_argument("--out", default="demo-output", metavar="FOLDER", help="where to write (default: %(default)s)")
-    demo.add_argument("--repeats", type=_positive, default=5, metavar="N", help="timed runs, median (default: 5)")
+    demo.add_argument(
+        "--out", default="demo-output", metavar="FOLDER", help="where to write (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--repeats", type=_positive, default=5, metavar="N", help="timed runs, median (default: 5)"
+    )
     _add_sizes(demo, segments=16)
-    explain = _command(commands, "explain", "what was found in a model, and why it runs as it does", _EXPLAIN, _explain)
+    explain = _command(
+        commands, "explain", "what was found in a model, and why it runs as it does", _EXPLAIN, _explain
+    )
     _add_model(explain)
     explain.add_argument("--html", action="store_true", help="print a page instead of text")
     view = _command(commands, "view", "write the viewer, or the schedule as a picture", _VIEW, _view)
@@ -133,7 +144,9 @@ def build_parser() -> argparse.ArgumentParser:
     dump = _command(commands, "dump", "write one file for each stage of the compiler", _DUMP, _dump)
     _add_model(dump)
     dump.add_argument("-o", "--out", default="rmtcompile-dump", metavar="FOLDER", help="default: %(default)s")
-    commands.add_parser("bench", help="time each way of running a model (rmtcompile bench --help)", add_help=False)
+    commands.add_parser(
+        "bench", help="time each way of running a model (rmtcompile bench --help)", add_help=False
+    )
     return parser
 
 
@@ -179,22 +192,34 @@ def _add_sizes(parser: argparse.ArgumentParser, segments: int = 8) -> None:
         ("memory", 8, "memory tokens of a segment"),
         ("d-mem", 16, "size of memory keys"),
     ):
-        group.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=f"{text} (default: {default})")
+        group.add_argument(
+            f"--{name}", type=_positive, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the random weights (default: 0)")
     parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: where the model is)")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="package.module:function (default: a small ARMT)")
-    parser.add_argument("--dtype", choices=("float64", "float32", "bfloat16", "float16"), help="of model and inputs")
-    parser.add_argument("--plan", choices=("auto", "diagonal", "sequential"), default="auto", help="default: auto")
-    parser.add_argument("--segment-size", type=_positive, metavar="N", help="override what is found from the graph")
-    parser.add_argument("--layers-at", metavar="PATH", help="override: path of the layers, such as model.layers")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="package.module:function; default: a small ARMT"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float64", "float32", "bfloat16", "float16"), help="of model and inputs"
+    )
+    parser.add_argument(
+        "--plan", choices=("auto", "diagonal", "sequential"), default="auto", help="default: auto"
+    )
+    parser.add_argument(
+        "--segment-size", type=_positive, metavar="N", help="override what is found from the graph"
+    )
+    parser.add_argument(
+        "--layers-at", metavar="PATH", help="override: path of the layers, such as model.layers"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
     _add_sizes(parser)
 
 
-# ---- commands ------------------------------------------------------------------------------------------------------------
+# -- commands
 
 
 def _sizes(options: argparse.Namespace) -> Sizes:

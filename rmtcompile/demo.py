@@ -1,6 +1,6 @@
 """The demo: a small ARMT reads a text, sequentially and on diagonals.
 
-    rmtcompile demo --text book.txt --out demo-output
+rmtcompile demo --text book.txt --out demo-output
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -99,7 +98,7 @@ def run_demo(
     result = _measured(model, fast, tokens, repeats, name, seconds)
     for line in verdict(result, repeats):
         say(f"               {line}")
-    written = _written(fast, folder, result)
+    written = _written(fast, folder)
     say(f"5/5  wrote     {written[0]}")
     for path in written[1:]:
         say(f"               {path}")
@@ -162,24 +161,23 @@ def verdict(result: DemoResult, repeats: int) -> list[str]:
         f"largest difference {result.difference:.1e} in logits of up to {result.magnitude:.1f}; "
         f"{same} predicted everywhere",
         f"sequential {result.sequential * 1e3:8.1f} ms   the model as it is, eager (median of {repeats})",
-        f"diagonal   {result.diagonal * 1e3:8.1f} ms   {result.layers * result.segments} cells in {result.levels} levels, "
-        f"up to {result.width} at once: {ratio:.2f} x as fast",
+        f"diagonal   {result.diagonal * 1e3:8.1f} ms   {result.layers * result.segments} cells in "
+        f"{result.levels} levels, up to {result.width} at once: {ratio:.2f} x as fast",
     ]
     if result.device == "cpu":
         lines += [
-            "on a CPU the gain is what fewer and larger calls save: it shrinks as cells grow (try --hidden 512),",
-            "and says little about a GPU; rmtcompile bench measures each way of running a model",
+            "on a CPU the gain is what fewer and larger calls save: it shrinks as cells grow (--hidden 512), and",
+            "says little about a GPU; rmtcompile bench measures each way of running a model",
         ]
     else:
         lines += [
-            "most of an eager model's time is launch overhead: the honest opponent is the sequential order, compiled",
-            "and in CUDA graphs; rmtcompile bench measures it",
+            "most of an eager model's time is launch overhead: the honest opponent is the sequential order,",
+            "compiled and in CUDA graphs; rmtcompile bench measures it",
         ]
     return lines
 
 
-def _written(fast: Optimized, folder: Path, result: DemoResult) -> list[Path]:
+def _written(fast: Optimized, folder: Path) -> list[Path]:
     code = folder / "generated.py"
     code.write_text(fast.code, encoding="utf-8")
-    paths: list[Any] = [fast.schedule.save(folder / "schedule.svg"), fast.schedule.save(folder / "viewer.html"), code]
-    return paths
+    return [fast.schedule.save(folder / "schedule.svg"), fast.schedule.save(folder / "viewer.html"), code]

@@ -1,4 +1,4 @@
-"""What the command line works on: a model of the user's, named `module:function`, or a small ARMT built from sizes."""
+"""What the command line works on: a model named as `module:function`, or a small ARMT built from sizes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def small_armt(sizes: Sizes, device: str = "cpu", dtype: torch.dtype = torch.flo
             num_key_value_heads=max(1, sizes.heads // 2),
             max_position_embeddings=max(512, sizes.segment + sizes.memory),
         )
-        model = build(config, segment_size=sizes.segment, num_mem_tokens=sizes.memory, d_mem=sizes.d_mem, dtype=dtype)
+        model = build(
+            config, segment_size=sizes.segment, num_mem_tokens=sizes.memory, d_mem=sizes.d_mem, dtype=dtype
+        )
     except (ValueError, RuntimeError) as error:
         raise UsageError(f"no model of these sizes: {error}") from error
     with torch.no_grad():
@@ -90,14 +92,16 @@ def armt_target(sizes: Sizes, device: str = "cpu", dtype: torch.dtype = torch.fl
     """A small ARMT with random tokens."""
     model = small_armt(sizes, device, dtype)
     tokens = torch.randint(0, sizes.vocabulary, (1, sizes.segment * sizes.segments), device=device)
-    name = f"ARMT, {sizes.layers} layers of width {sizes.hidden}, segments of {sizes.segment} + {sizes.memory}"
+    name = f"ARMT, {sizes.layers} layers of width {sizes.hidden}"
     return Target(name, model, (tokens,), {})
 
 
-def load_target(spec: str, tokens: int, device: str | None = None, dtype: torch.dtype | None = None) -> Target:
+def load_target(
+    spec: str, tokens: int, device: str | None = None, dtype: torch.dtype | None = None
+) -> Target:
     """Call the function that `spec` names, `package.module:function` or `file.py:function`.
 
-    It gives (model, args), (model, args, kwargs), or a model alone, which then gets `tokens` random token ids.
+    It gives (model, args), (model, args, kwargs), or a model alone, which gets `tokens` random token ids.
 
     Raises:
         UsageError: there is no such function, or it gives something else.
@@ -147,7 +151,9 @@ def _parts(spec: str, made: Any, tokens: int) -> tuple[Any, tuple[Any, ...], dic
             raise UsageError(f"{spec} gives a model without an embedding: return (model, args) instead")
         ids = torch.randint(0, table.num_embeddings, (1, tokens), device=table.weight.device)
         return made, (ids,), {}
-    raise UsageError(f"{spec} gives a {type(made).__name__}: return a model, (model, args) or (model, args, kwargs)")
+    raise UsageError(
+        f"{spec} gives a {type(made).__name__}: return a model, (model, args) or (model, args, kwargs)"
+    )
 
 
 def _moved(value: Any, device: str | None, dtype: torch.dtype | None) -> Any:

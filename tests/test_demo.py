@@ -53,7 +53,11 @@ def test_it_writes_picture_viewer_and_code(ran: tuple[DemoResult, list[str], Pat
     assert [Path(name).name for name in result.files] == ["schedule.svg", "viewer.html", "generated.py"]
     assert ElementTree.parse(folder / "schedule.svg").getroot().tag.endswith("svg")
     assert "<!doctype html>" in (folder / "viewer.html").read_text().lower()
-    functions = {n.name for n in ast.parse((folder / "generated.py").read_text()).body if isinstance(n, ast.FunctionDef)}
+    functions = {
+        n.name
+        for n in ast.parse((folder / "generated.py").read_text()).body
+        if isinstance(n, ast.FunctionDef)
+    }
     assert {"init", "prologue", "epilogue", "level", "forward"} <= functions
 
 
