@@ -83,7 +83,7 @@ def align(rules: Mapping[int, ClassRule], steady: int) -> list[Merged]:
     """
     distinct: dict[Any, list[int]] = {}
     for number in sorted(rules, key=lambda c: (c != steady, c)):
-        distinct.setdefault((rules[number].body.key, _ports_key(rules[number])), []).append(number)
+        distinct.setdefault((rules[number].body.key, ports_key(rules[number])), []).append(number)
     merged: list[_Builder] = []
     for numbers in distinct.values():
         for builder in merged:
@@ -97,7 +97,8 @@ def align(rules: Mapping[int, ClassRule], steady: int) -> list[Merged]:
     return [builder.finish() for builder in merged]
 
 
-def _ports_key(rule: ClassRule) -> Any:
+def ports_key(rule: ClassRule) -> Any:
+    """Types of a body's live-ins."""
     return tuple(shape_of(_val(node)) for node in rule.body.live_ins)
 
 

@@ -401,10 +401,11 @@ def _lane_summary(lane: Lane) -> str:
         f"from cell (s{f' - {ds}' if ds else ''}, l{f' - {dl}' if dl > 0 else f' + {-dl}' if dl else ''})"
         for ds, dl in ways
     ]
-    if lane.entry is not None:
-        parts.append(f"entered by the prologue at layer {lane.entry.layer}")
-    if lane.fills:
-        parts.append("filled before the first segment")
+    entered = [str(entry.layer) for entry in lane.entries if entry.steady is not None]
+    if entered:
+        parts.append(f"entered at layer {', '.join(entered)}")
+    if any(entry.early for entry in lane.entries):
+        parts.append("with a first value")
     return "; ".join(parts)
 
 
@@ -428,10 +429,9 @@ class _Regions:
                 for live_in in rule.sources:
                     yield from (s for s in (*live_in.early.values(), live_in.steady) if isinstance(s, Source))
         for lane in self.program.lanes:
-            yield from (source for _, source in lane.fills)
-            if lane.entry is not None:
-                yield from (lane.entry.steady, *(s for _, s in lane.entry.early))
-        yield from self.rolled.outputs
+            for entry in lane.entries:
+                yield from entry.sources
+        yield from (source for source in self.rolled.outputs if isinstance(source, Source))
 
     def _init_reads(self) -> set[int]:
         return {source.node for source in self._sources() if source.kind == INIT}
@@ -583,29 +583,49 @@ class _Regions:
 
     def write_enter(self, writer: _Writer) -> None:
         writer.function(
-            "enter", ["run", "s"], "Segment s enters: its prologue, then the lanes at the lowest layer."
+            "enter", ["run", "s"], "Segment s enters: its prologue."
         )
         writer.line("S = run.segments")
         self._call(writer, PROLOGUE)
-        fills = [(lane, layer, source) for lane in self.program.lanes for layer, source in lane.fills]
-        if fills:
-            writer.line("if s == 0:")
-            grouped: dict[tuple[str, str], list[int]] = {}
-            for lane, layer, source in fills:
-                grouped.setdefault((lane.name, self.expression(source)), []).append(layer)
-            for (lane_name, text), layers in grouped.items():
-                writer.line(f"    for layer in {layers!r}:")
-                writer.line(f"        run.lanes[{lane_name!r}].fill(layer, {text})")
-        for lane in self.program.lanes:
-            if lane.entry is not None:
-                text = self.expression(lane.entry.steady)
-                for segment, source in reversed(lane.entry.early):
-                    text = f"{self.expression(source)} if s == {segment} else {text}"
-                sources = (lane.entry.steady, *(source for _, source in lane.entry.early))
-                made = all(self._always_made(source) for source in sources)
-                test = "" if made else f"if s in run.taps[{self.tap_name(lane.entry.steady)!r}]: "
-                writer.line(f"{test}run.lanes[{lane.name!r}].fill({lane.entry.layer}, {text})")
         writer.end()
+        writer.function("fill", ["run", "t"], "What the cells of level t read that no cell has written.")
+        writer.line("S = run.segments")
+        entries: dict[Any, list[tuple[str, int]]] = {}
+        for lane in self.program.lanes:
+            for entry in lane.entries:
+                entries.setdefault((entry.early, entry.steady), []).append((lane.name, entry.layer))
+        for (early, steady), places in entries.items():
+            by_layers: dict[tuple[int, ...], list[str]] = {}
+            for name in dict.fromkeys(name for name, _ in places):
+                by_layers.setdefault(tuple(layer for n, layer in places if n == name), []).append(name)
+            for layers, names in by_layers.items():
+                self._write_entry(writer, early, steady, layers, names)
+        if not entries:
+            writer.line("pass")
+        writer.end()
+
+    def _write_entry(
+        self, writer: _Writer, early: Any, steady: Source | None, layers: tuple[int, ...], names: list[str]
+    ) -> None:
+        if steady is None:
+            last = max(s for s, _ in early)
+            writer.line(f"for s, layer in run.alive(t, {list(layers)!r}, last={last}):")
+        else:
+            writer.line(f"for s, layer in run.alive(t, {list(layers)!r}):")
+        writer.depth += 1
+        cases = [(f"s == {segment}", source) for segment, source in early]
+        if steady is not None:
+            made = self._always_made(steady)
+            cases.append(("" if made else f"s in run.taps[{self.tap_name(steady)!r}]", steady))
+        for i, (test, source) in enumerate(cases):
+            body = [f"run.lanes[{name!r}].fill(layer, {self.expression(source)})" for name in names]
+            if test:
+                writer.line(("if " if not i else "elif ") + test + ":")
+            elif i:
+                writer.line("else:")
+            for line in body:
+                writer.line("    " * bool(test or i) + line)
+        writer.depth -= 1
 
     def write_leave(self, writer: _Writer) -> None:
         writer.function("leave", ["run", "s"], "Segment s leaves the last layer: its epilogue.")
@@ -627,7 +647,11 @@ class _Regions:
     def write_outputs(self, writer: _Writer) -> None:
         writer.line("return (")
         for source in self.rolled.outputs:
-            writer.line(f"    {self.expression(source, 'S - 1')},")
+            if isinstance(source, Each):
+                text = f"run.taps[{self.tap_name(source)!r}].between({source.first}, S - 1 - {source.back})"
+                writer.line(f"    {text},")
+            else:
+                writer.line(f"    {self.expression(source, 'S - 1')},")
         writer.line(")")
 
 
@@ -672,6 +696,7 @@ def _write_forward(writer: _Writer, regions: _Regions) -> dict[str, tuple[int, i
     )
     writer.line("if (s := run.entering(t)) is not None:")
     writer.line("    enter(run, s)")
+    writer.line("fill(run, t)")
     writer.line("level(run, t)")
     writer.line("if (s := run.leaving(t)) is not None:")
     writer.line("    leave(run, s)")

@@ -268,27 +268,49 @@ def _place_dependent(nodes: list[fx.Node], region: dict[fx.Node, Region], layers
                 found |= reads.get(operand, set())
         reads[node] = found
     feeds = _first_hits(nodes, region)
-    for node in nodes:
-        if node in region:
-            continue
-        segments = [s for s, _ in reads[node]]
-        segments += [region[op].segment for op in node.all_input_nodes if op in region]
-        if not reads[node]:
-            continue
-        segment = max(segments)
-        entering = {s for s, _ in _source_segments(node, region, feeds)}
-        segment = max([segment, *entering])
-        inside = [layer for s, layer in reads[node] if s == segment]
-        later = [layer for s, layer in feeds.get(node, ()) if s == segment]
-        if not inside:
-            region[node] = Region(PROLOGUE, segment)
-        elif later and (high := min(later)) > max(inside):
-            carried = any(s < segment and layer >= high for s, layer in reads[node])
-            region[node] = Region(CELL, segment, high if carried else max(inside))
-        elif max(inside) < last and all(s > segment for s, _ in feeds.get(node, ())):
-            region[node] = Region(CELL, segment, max(inside))
-        else:
-            region[node] = Region(EPILOGUE, segment)
+    habits: dict[object, str] = {}  # where later segments have the same code: with the cell below it or above it
+    for first_pass in (True, False):
+        placed: dict[fx.Node, Region] = dict(region)
+        for node in nodes:
+            if node in region or not reads[node]:
+                continue
+            place, habit = _between(node, reads[node], placed, feeds, last, habits)
+            placed[node] = place
+            if first_pass and habit and place.segment > 0:
+                habits.setdefault(_site(node), habit)
+    region.update(placed)
+
+
+def _site(node: fx.Node) -> object:
+    """The place in the user's code that made a node."""
+    return (node.target, node.meta.get("source"), len(node.meta.get("scope", ())))
+
+
+def _between(
+    node: fx.Node,
+    reads: set[tuple[int, int]],
+    region: dict[fx.Node, Region],
+    feeds: dict[fx.Node, set[tuple[int, int]]],
+    last: int,
+    habits: dict[object, str],
+) -> tuple[Region, str]:
+    """Region of a node between cells, and on which side of it: "below" or "above" ("" where there is no choice)."""
+    segments = [s for s, _ in reads]
+    segments += [region[op].segment for op in node.all_input_nodes if op in region]
+    entering = {s for s, _ in _source_segments(node, region, feeds)}
+    segment = max([*segments, *entering])
+    inside = [layer for s, layer in reads if s == segment]
+    later = [layer for s, layer in feeds.get(node, ()) if s == segment]
+    if not inside:
+        return Region(PROLOGUE, segment), ""
+    low = max(inside)
+    if later and (high := min(later)) > low:
+        carried = any(s < segment and layer >= high for s, layer in reads)
+        habit = "above" if carried else habits.get(_site(node), "below") if segment == 0 else "below"
+        return Region(CELL, segment, high if habit == "above" else low), habit
+    if low < last and all(s > segment for s, _ in feeds.get(node, ())):
+        return Region(CELL, segment, low), ""
+    return Region(EPILOGUE, segment), ""
 
 
 def _first_hits(nodes: list[fx.Node], region: dict[fx.Node, Region]) -> dict[fx.Node, set[tuple[int, int]]]:

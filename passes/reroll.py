@@ -34,7 +34,7 @@ class Unrolled:
     """A partitioned capture with `count` segments: the body of every region, and the place of every value.
 
     Attributes:
-        outputs: the graph's outputs (results first, then effects).
+        outputs: the graph's outputs (results, what is left behind, what is written); a tuple has one for each segment.
         leaf_names: name of the tensor behind each `get_attr` target, equal in all captures of one model.
     """
 
@@ -42,7 +42,7 @@ class Unrolled:
     n_layers: int
     bodies: dict[Region, Body]
     place: dict[fx.Node, tuple[Region, int]]
-    outputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node | tuple[fx.Node, ...], ...]
     leaf_names: dict[str, str]
 
     def source(self, node: fx.Node) -> Source:
@@ -232,7 +232,7 @@ class Rolled:
     n_layers: int
     classes: dict[Key, Classes]
     rules: dict[Key, dict[int, ClassRule]]
-    outputs: tuple[Source, ...]  # absolute segments count from the end where `relative`: S - 1 - segment
+    outputs: tuple[Source | Each, ...]  # absolute segments count from the end where `relative`: S - 1 - segment
     base: Unrolled
     minimum: int = 1
     fixed: int | None = None
@@ -281,7 +281,7 @@ def fixed(only: Unrolled) -> Rolled:
         classes[key] = Classes(head, 0)
     for key in keys:
         rules[key] = _class_rules(key, classes, only, only)
-    outputs = tuple(_ruled([(only, _output_source(node, only))], classes, True) for node in only.outputs)
+    outputs = _outputs(only, only, classes)
     return Rolled(only.n_layers, classes, rules, outputs, only, only.count, only.count, (only.count,))
 
 
@@ -490,15 +490,14 @@ def _output_source(node: fx.Node, unrolled: Unrolled) -> Source:
     return source
 
 
-def _outputs(small: Unrolled, large: Unrolled, classes: dict[Key, Classes]) -> tuple[Source, ...]:
-    if len(small.outputs) != len(large.outputs):
-        raise RerollError(
-            "the number of tensors that the forward returns or leaves behind changes with the number of segments",
-            [f"{len(small.outputs)} for {small.count} segments, {len(large.outputs)} for {large.count}"],
-            "return one tensor for all segments (torch.cat, torch.stack)",
-        )
-    found: list[Source] = []
+def _outputs(small: Unrolled, large: Unrolled, classes: dict[Key, Classes]) -> tuple[Source | Each, ...]:
+    found: list[Source | Each] = []
     for a, b in zip(small.outputs, large.outputs, strict=True):
+        if isinstance(a, tuple) and isinstance(b, tuple):
+            seen = [(small, small.count - 1, a), (large, large.count - 1, b)]
+            found.append(_each(("the outputs", -1), seen, classes))
+            continue
+        assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
         x, y = _output_source(a, small), _output_source(b, large)
         from_end = (x.kind, x.name, x.segment, x.layer) == (y.kind, y.name, y.segment, y.layer)
         if not from_end:
@@ -506,18 +505,15 @@ def _outputs(small: Unrolled, large: Unrolled, classes: dict[Key, Classes]) -> t
             if (x.kind, x.segment, x.layer) != (y.kind, y.segment, y.layer):
                 raise RerollError(
                     "an output comes from another place with one more segment",
-                    [
-                        f"{a.format_node()}   {a.meta.get('source')}",
-                        f"{b.format_node()}   {b.meta.get('source')}",
-                    ],
+                    [f"{a.format_node()}   {a.meta.get('source')}", f"{b.format_node()}   {b.meta.get('source')}"],
                 )
         found.append(_ruled([(small, x), (large, y)], classes, from_end))
     return tuple(found)
 
 
 def _complete(
-    rules: dict[Key, dict[int, ClassRule]], outputs: tuple[Source, ...]
-) -> tuple[dict[Key, dict[int, ClassRule]], tuple[Source, ...]]:
+    rules: dict[Key, dict[int, ClassRule]], outputs: tuple[Source | Each, ...]
+) -> tuple[dict[Key, dict[int, ClassRule]], tuple[Source | Each, ...]]:
     """Give each source the index of its value in every class that any consumer of the same value has shown.
 
     The last state of layer l is read from a later segment in any capture with several segments; that segment 0 holds the same

@@ -22,7 +22,7 @@ from typing import Any
 from torch import fx
 
 from rmtcompile.errors import DependenceError, RerollError
-from rmtcompile.passes.align import Merged, align, class_name
+from rmtcompile.passes.align import Merged, align, class_name, ports_key
 from rmtcompile.passes.partition import CELL, EPILOGUE, INIT, PROLOGUE
 from rmtcompile.passes.reroll import ClassRule, LiveIn, Rolled
 from rmtcompile.program import Each, Feed, Group, Lane, LaneEntry, Port, Program, Source, Tap, Value
@@ -70,8 +70,7 @@ class _LaneDraft:
     name: str
     layers: set[int]
     val: Any
-    entry: LaneEntry | None = None
-    fills: dict[int, Source] = field(default_factory=dict)
+    entries: dict[int, LaneEntry] = field(default_factory=dict)
     feeds: dict[tuple[str, str, tuple[int, int]], set[int]] = field(default_factory=lambda: defaultdict(set))
 
 
@@ -105,12 +104,13 @@ class _Router:
                     for live_in in rule.sources:
                         self._tap_live_in(live_in, key[0])
         for lane in self.lanes.values():
-            if lane.entry is not None:
-                for source in (lane.entry.steady, *(s for _, s in lane.entry.early)):
-                    self._tap(source, "prologue")
-            for source in lane.fills.values():
-                self._tap(source, "prologue")
+            for entry in lane.entries.values():
+                for source in entry.sources:
+                    self._tap(source, "entry")
         for source in self.rolled.outputs:
+            if isinstance(source, Each):
+                self._add(source.kind, source.layer, source.nodes, ("each",), None)
+                continue
             when = ("end", source.segment) if source.relative else ("at", source.segment)
             self._tap(source, "end", when)
         groups = tuple(self._finish(group) for group in self.groups)
@@ -123,7 +123,8 @@ class _Router:
         for layer in range(self.n_layers):
             classes = self.rolled.classes[(CELL, layer)]
             rules = self.rolled.rules[(CELL, layer)]
-            kinds[(classes, tuple((c, rules[c].body.key) for c in sorted(rules)))].append(layer)
+            key = tuple((c, rules[c].body.key, ports_key(rules[c])) for c in sorted(rules))
+            kinds[(classes, key)].append(layer)
         return [tuple(layers) for layers in kinds.values()]
 
     def _rule(self, layer: int, number: int) -> ClassRule:
@@ -166,16 +167,24 @@ class _Router:
         for layer in group.layers:
             steady[layer] = self._steady(layer, index)
         for layer in group.layers:
-            self._fills(lane, layer, index, steady[layer])
+            self._early(lane, layer, index, steady[layer])
         roots: dict[Any, list[int]] = defaultdict(list)
         for layer, source in steady.items():
             if source.kind == CELL and source.relative and not self._shared_by_layers(steady, layer):
-                back, up = source.segment, layer - source.layer
-                self._connect(lane, source, (back, up), layer)
+                self._connect(lane, source, (source.segment, layer - source.layer), layer)
             else:
                 roots[source].append(layer)
         for source, layers in roots.items():
-            self._broadcast(lane, source, layers)
+            if len(layers) > 1 and len(roots) == 1:
+                self._broadcast(lane, source, layers)
+            else:
+                for layer in layers:
+                    self._enter(lane, layer, source)
+
+    def _enter(self, lane: _LaneDraft, layer: int, source: Source) -> None:
+        """Put `source` in the layer's place whenever a cell of the layer is about to run."""
+        early = lane.entries[layer].early if layer in lane.entries else ()
+        lane.entries[layer] = LaneEntry(layer, early, source)
 
     def _shared_by_layers(self, steady: dict[int, Source], layer: int) -> bool:
         """Whether another layer reads the very same value, which then has to move up with its segment."""
@@ -201,77 +210,44 @@ class _Router:
             tuple(sorted(nodes.items())),
         )
 
-    def _fills(self, lane: _LaneDraft, layer: int, index: dict[int, int], steady: Source) -> None:
+    def _early(self, lane: _LaneDraft, layer: int, index: dict[int, int], steady: Source) -> None:
         """What early segments read instead of the steady source."""
         classes = self.rolled.classes[(CELL, layer)]
         early: dict[int, Source] = {}
         for number, j in index.items():
             live_in = self._rule(layer, number).sources[j]
-            early.update({s: source for s, source in live_in.early.items()})
-            if 0 <= number < classes.head and getattr(live_in.steady, "way", None) != steady.way:
-                assert isinstance(live_in.steady, Source)
-                early[number] = live_in.steady
-            if number < 0 and getattr(live_in.steady, "way", None) != steady.way:
-                raise DependenceError(
-                    f"the last segments of layer {layer} read a value from another place than the others",
-                    [f"{live_in.steady} against {steady}"],
-                )
-        if early and steady.kind != CELL:
-            lane.entry = LaneEntry(layer, tuple(sorted(early.items())), steady)
-            return
-        for segment, source in sorted(early.items()):
-            if source.kind in (CELL, EPILOGUE) or (
-                source.kind == PROLOGUE and source.segment_from(segment) != 0
-            ):
-                raise DependenceError(
-                    f"segment {segment} of layer {layer} reads a value that is not there before the first level",
-                    [str(source)],
-                )
-            self._fill(lane, layer, segment, source, steady)
-
-    def _fill(self, lane: _LaneDraft, layer: int, segment: int, source: Source, steady: Source) -> None:
-        if source.kind == PROLOGUE:
-            source = Source(PROLOGUE, "", 0, False, -1, source.node, source.nodes)
-        if segment == 0:
-            lane.fills[layer] = source
-        else:
-            self.delays[("fill", lane.name, layer, segment)] = source  # type: ignore[assignment]
+            early.update(live_in.early)
+            assert isinstance(live_in.steady, Source)
+            if live_in.steady.way != steady.way:
+                if number < 0:
+                    raise DependenceError(
+                        f"the last segments of layer {layer} read a value from another place than the others",
+                        [f"{live_in.steady} against {steady}"],
+                    )
+                if number < classes.head:
+                    early[number] = live_in.steady
+        if early:
+            lane.entries[layer] = LaneEntry(layer, tuple(sorted(early.items())), None)
 
     def _connect(self, lane: _LaneDraft, source: Source, offset: tuple[int, int], layer: int) -> None:
         """Feed `lane` at `layer` from the cell `offset` before, in hops that each arrive in time."""
         hops = self._hops(offset)
         nodes = dict(source.nodes)
         at = source.layer
-        carried: str | None = None  # delay lane that holds the value now
-        back = offset[0]
+        held: str | None = None  # the lane that holds the value now
         for i, (ds, dl) in enumerate(hops):
             target = lane
-            back -= ds
             if i < len(hops) - 1:
-                key = (source.layer, tuple(sorted(nodes.items())), tuple(hops[: i + 1]), lane.name)
-                key = (tuple(hops[: i + 1]), lane.name)
-                name = self.delays.setdefault(key, f"{lane.name}_delay{i}")
+                name = self.delays.setdefault((tuple(hops[: i + 1]), lane.name), f"{lane.name}_delay{i}")
                 target = self.lanes.setdefault(name, _LaneDraft(name, set(), lane.val))
                 target.layers.add(at + dl)
-                if ds or any(h[0] for h in hops[: i + 1]):
-                    fill = self.delays.get(("fill", lane.name, layer, back))
-                    if isinstance(fill, Source):
-                        target.fills[at + dl] = fill
-            if carried is None:
+            if held is None:
                 for group in self.groups:
                     if at in group.layers and (output := group.output(nodes)) is not None:
                         target.feeds[(group.name, output, (ds, dl))].add(at)
             else:
-                target.feeds[("", carried, (ds, dl))].add(at)
-            carried, at = target.name, at + dl
-        early = [
-            s for key in self.delays if key[0] == "fill" and key[1:3] == (lane.name, layer) for s in [key[3]]
-        ]
-        time_hops = sum(1 for ds, _ in hops if ds)
-        if early and max(early) >= time_hops:
-            raise DependenceError(
-                f"layer {layer} reads different first values over {max(early) + 1} segments", [str(source)]
-            )
+                target.feeds[("", held, (ds, dl))].add(at)
+            held, at = target.name, at + dl
 
     def _hops(self, offset: tuple[int, int]) -> list[tuple[int, int]]:
         ds, dl = offset
@@ -297,10 +273,8 @@ class _Router:
         if source.kind == CELL and source.relative and source.segment == 0:
             first = source.layer + 1
             self._connect(lane, source, (0, 1), first)
-        elif lane.entry is None:
-            lane.entry = LaneEntry(0, (), source)
         else:
-            lane.entry = LaneEntry(0, lane.entry.early, lane.entry.steady)
+            self._enter(lane, 0, source)
         lane.layers |= set(range(first, max(layers) + 1))
         for layer in range(first, max(layers)):
             lane.feeds[("", lane.name, (0, 1))].add(layer)
@@ -379,17 +353,9 @@ class _Router:
             for (group, source, offset), layers in lane.feeds.items()
         )
         val = lane.val
-        fills = tuple(sorted(lane.fills.items()))
-        return Lane(
-            lane.name,
-            tuple(sorted(lane.layers)),
-            tuple(val.shape),
-            val.dtype,
-            val.device,
-            lane.entry,
-            fills,
-            feeds,
-        )
+        entries = tuple(lane.entries[layer] for layer in sorted(lane.entries))
+        layers = tuple(sorted(lane.layers))
+        return Lane(lane.name, layers, tuple(val.shape), val.dtype, val.device, entries, feeds)
 
 
 def _by_class(graph: fx.Graph, merged: Merged, nodes: dict[int, int]) -> fx.Node:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from rmtcompile.capture import Leaf, Out
+from rmtcompile.capture import Leaf
 from rmtcompile.errors import InternalError, RMTCompileError, UnsupportedError, VerificationError
 from rmtcompile.guard import call_key, program_key
 from rmtcompile.passes.wavefront import blocking, wavefront
 from rmtcompile.pipeline import Compiled, Options, Progress, compile_forward
 from rmtcompile.probe import Segmentation, probe
-from rmtcompile.program import Affine
+from rmtcompile.results import value_of
 from rmtcompile.runtime.execute import Executor
 from rmtcompile.schedule import Carry, Schedule
 from rmtcompile.state import DELETED, Snapshot, roots_of
+
+if TYPE_CHECKING:
+    from rmtcompile.report import Explanation, Profile
 
 
 class SequentialScheduleWarning(UserWarning):
@@ -122,6 +126,7 @@ class Optimized:
         self._segmentations: dict[Any, Segmentation] = {}
         self._entries: dict[Any, list[_Entry]] = {}
         self._last: tuple[_Entry, int] | None = None
+        self.last_profile: Profile | None = None
         self.captures = 0
 
     # ---- running ---------------------------------------------------------------------------------------------------------
@@ -137,6 +142,12 @@ class Optimized:
                 warnings.warn(f"running the model as it is: {error}", FallbackWarning, stacklevel=2)
                 return self.model(*args, **kwargs)
             return self._run(entry, count, args, kwargs)
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Optimized:
+        """Compile for these arguments without running the program; returns self."""
+        with self._lock:
+            self._last = self._prepare(args, kwargs)
+        return self
 
     def _prepare(self, args: Any, kwargs: Any) -> tuple[_Entry, int]:
         """The program for this call, compiled now if there is none, and the number of segments."""
@@ -197,8 +208,7 @@ class Optimized:
         outputs = entry.executor.run(count, _tensors(args, kwargs))
         _leave_effects(entry.compiled, count, outputs)
         _write_back(entry.compiled, outputs, _tensors(args, kwargs))
-        leaves, spec = entry.compiled.result
-        return pytree.tree_unflatten([_value(leaf, outputs, count) for leaf in leaves], spec)
+        return value_of(entry.compiled.result, outputs, count)
 
     def _difference(self, entry: _Entry, count: int, args: Any, kwargs: Any) -> str | None:
         """Run both and compare; the model is left as it was. Returns the difference in words, or None."""
@@ -217,8 +227,7 @@ class Optimized:
                 outputs = entry.executor.run(count, _tensors(args, kwargs))
             except (KeyError, InternalError) as error:
                 return f"the program does not cover {count} segments ({error})"
-        leaves, spec = compiled.result
-        got = pytree.tree_unflatten([_value(leaf, outputs, count) for leaf in leaves], spec)
+        got = value_of(compiled.result, outputs, count)
         return _compare(expected, got, count)
 
     # ---- looking ---------------------------------------------------------------------------------------------------------
@@ -241,6 +250,30 @@ class Optimized:
     def code(self) -> str:
         """The generated Python module that the last call ran."""
         return self.compiled.emitted.source
+
+    def explain(self) -> Explanation:
+        """What was found in the model, and why it runs as it does, for the last call."""
+        from rmtcompile.report import explain_last
+
+        return explain_last(self)
+
+    def dump(self, folder: str | Path) -> list[Path]:
+        """Write one numbered file a pass; the last one is the module that runs."""
+        from rmtcompile.report import dump
+
+        return dump(self, folder)
+
+    def view(self, path: str | Path) -> Path:
+        """Write the viewer of the last call's program as one HTML file."""
+        from rmtcompile.report import save_view
+
+        return save_view(self, path)
+
+    def profile(self, *args: Any, **kwargs: Any) -> Profile:
+        """Run the model and measure each level; later `view`s and `explain`s show the times."""
+        from rmtcompile.report import profile
+
+        return profile(self, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name == "model":
@@ -278,7 +311,9 @@ _RETURN_SELF = ("to", "eval", "train", "cuda", "cpu", "half", "float", "double",
 
 def schedule_of(compiled: Compiled, count: int) -> Schedule:
     """The schedule of a compiled program over `count` segments, with its carries, variants and kinds."""
-    program = compiled.program
+    from rmtcompile.report.names import lane_names
+
+    program, names = compiled.program, lane_names(compiled)
     carries = []
     for lane in program.lanes:
         for feed in lane.feeds:
@@ -287,7 +322,8 @@ def schedule_of(compiled: Compiled, count: int) -> Schedule:
                 for n in lane.shape:
                     size *= n
                 layers = tuple(layer for layer in feed.layers)
-                carries.append(Carry(lane.name, feed.offset, tuple(lane.shape), str(lane.dtype), size, layers))
+                name = names.get(lane.name, lane.name)
+                carries.append(Carry(name, feed.offset, tuple(lane.shape), str(lane.dtype), size, layers))
     first = program.rolled.classes[("cell", program.n_layers // 2)]
     variants = tuple(_variant(first.of(s, count), first.head) for s in range(count))
     kinds = {layer: group.name for group in reversed(program.groups) for layer in group.layers}
@@ -307,26 +343,14 @@ def _tensors(args: Any, kwargs: Any) -> list[torch.Tensor]:
     return [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
 
 
-def _value(leaf: Any, outputs: tuple[torch.Tensor, ...], count: int) -> Any:
-    if isinstance(leaf, Out):
-        return outputs[leaf.index]
-    if isinstance(leaf, Affine):
-        return leaf.at(0, count)
-    return leaf
-
-
-def _leave_effects(compiled: Compiled, count: int, outputs: tuple[torch.Tensor, ...]) -> None:
+def _leave_effects(compiled: Compiled, count: int, outputs: tuple[Any, ...]) -> None:
     """Leave in the model what the forward would have left."""
-    for effect in compiled.effects:
+    for effect, rule in compiled.effects:
         assert effect.change is not None
-        if effect.spec is None:
-            effect.change.apply(DELETED)
-        else:
-            values = [_value(leaf, outputs, count) for leaf in effect.leaves]
-            effect.change.apply(pytree.tree_unflatten(values, effect.spec))
+        effect.change.apply(DELETED if effect.spec is None else value_of(rule, outputs, count))
 
 
-def _write_back(compiled: Compiled, outputs: tuple[torch.Tensor, ...], inputs: list[torch.Tensor]) -> None:
+def _write_back(compiled: Compiled, outputs: tuple[Any, ...], inputs: list[torch.Tensor]) -> None:
     """Store what the forward writes in place into buffers, state tensors and inputs."""
     first = len(outputs) - len(compiled.written)
     with torch.no_grad():

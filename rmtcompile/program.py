@@ -175,8 +175,7 @@ class Lane:
 
     Attributes:
         layers: consumer layers that have a place here.
-        entry: what the prologue of each segment puts at layer 0, or None.
-        fills: what each layer's place holds before the first write: (layer, source).
+        entries: what is put in a layer's place before its cell reads it.
         feeds: writes by cells.
     """
 
@@ -185,8 +184,7 @@ class Lane:
     shape: tuple[int, ...]
     dtype: Any
     device: Any
-    entry: LaneEntry | None
-    fills: tuple[tuple[int, Source], ...]
+    entries: tuple[LaneEntry, ...]
     feeds: tuple[Feed, ...]
 
     @property
@@ -197,11 +195,20 @@ class Lane:
 
 @dataclass(frozen=True)
 class LaneEntry:
-    """What enters a lane at its lowest layer, segment by segment: `early[s]`, then `steady`."""
+    """What cells of one layer find in a lane that no cell has put there.
+
+    Attributes:
+        early: (segment, source) for the segments that read something else than later ones: an initial state.
+        steady: source for all other segments, or None where cells feed the lane.
+    """
 
     layer: int
     early: tuple[tuple[int, Source], ...]
-    steady: Source
+    steady: Source | None
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (*(source for _, source in self.early), *((self.steady,) if self.steady is not None else ()))
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,6 @@ class Executor:
             if port.role == "weight"
         }
         self.stacks = Stacks(weights, compiled.leaves)
-        self.stacked_leaves = {
-            name for weight in weights.values() for parts in weight.leaves for name in parts
-        }
         self.device = next((lane.device for lane in self.program.lanes), torch.device("cpu"))
         self.backend = ("inductor" if self.device.type == "cuda" else "eager") if backend == "auto" else backend
         self.cuda_graphs = cuda_graphs
@@ -57,14 +54,12 @@ class Executor:
                 return False
         return True
 
-    def run(self, segments: int, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def run(self, segments: int, inputs: list[torch.Tensor]) -> tuple[Any, ...]:
         """Run the program over `segments` segments; returns the captured graph's outputs."""
-        leaves = {
-            name: leaf.fetch() for name, leaf in self.compiled.leaves.items() if name not in self.stacked_leaves
-        }
+        leaves = {name: leaf.fetch() for name, leaf in self.compiled.leaves.items()}
         named = dict(zip(self.compiled.input_names, inputs, strict=True))
         functional = torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (*(leaf.fetch() for leaf in self.compiled.leaves.values()), *inputs)
+            tensor.requires_grad for tensor in (*leaves.values(), *inputs)
         )
         run = Run(self.program, segments, named, leaves, self.stacks.current(), functional)
         run.compiled = self.cells

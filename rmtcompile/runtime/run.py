@@ -103,6 +103,15 @@ class Run:
         segment, rest = divmod(level - self.program.n_layers + 1, self.program.alpha)
         return segment if not rest and 0 <= segment < self.segments else None
 
+    def alive(self, level: int, layers: Sequence[int], last: int | None = None) -> list[tuple[int, int]]:
+        """(segment, layer) of the cells of this level among `layers`, up to segment `last`."""
+        found = []
+        for layer in layers:
+            segment, rest = divmod(level - layer, self.program.alpha)
+            if not rest and 0 <= segment < self.segments and (last is None or segment <= last):
+                found.append((segment, layer))
+        return found
+
     def windows(self, level: int) -> list[Window]:
         """The cells of this level, one window a group."""
         found: list[Window] = []

@@ -1,0 +1,189 @@
+"""Results whose structure grows with the number of segments: `logits_0`, `logits_1`, ...; a list with one tensor a segment.
+
+Two results of the same forward, over k and k + 1 segments, are compared container by container. Where one has more entries,
+the entries that differ only in a number form a family with one member a segment.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from rmtcompile.capture import Out
+from rmtcompile.errors import RerollError
+from rmtcompile.program import Affine
+
+
+@dataclass(frozen=True)
+class Family:
+    """One tensor a segment: output `index` of the program is a list.
+
+    Attributes:
+        keys: `("logits_", "")` for the keys `logits_0`, `logits_1`, ..., or None in a sequence.
+        first: number in the first key.
+    """
+
+    index: int
+    keys: tuple[str, str] | None = None
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Node:
+    """A container: its type and context as pytree knows them, and its children."""
+
+    kind: Any
+    context: Any
+    children: tuple[Any, ...]  # Node | Family | Out | Affine | static values
+
+    def build(self, outputs: tuple[Any, ...], count: int) -> Any:
+        """The result for `count` segments."""
+        values: list[Any] = []
+        keys: list[Any] | None = [] if isinstance(self.context, list) else None
+        for i, child in enumerate(self.children):
+            if isinstance(child, Family):
+                members = outputs[child.index]
+                values += members
+                if keys is not None and child.keys is not None:
+                    keys += [f"{child.keys[0]}{child.first + j}{child.keys[1]}" for j in range(len(members))]
+                continue
+            values.append(value_of(child, outputs, count))
+            if keys is not None and self.context is not None:
+                keys.append(self.context[i])
+        return pytree.SUPPORTED_NODES[self.kind].unflatten_fn(values, keys if keys is not None else self.context)
+
+
+def value_of(rule: Any, outputs: tuple[Any, ...], count: int) -> Any:
+    """One value of a result: an output, an integer that grows with the segments, a container, or itself."""
+    if isinstance(rule, Node):
+        return rule.build(outputs, count)
+    if isinstance(rule, Out):
+        return outputs[rule.index]
+    if isinstance(rule, Affine):
+        return rule.at(0, count)
+    return rule
+
+
+def outs_of(rule: Any) -> list[Out]:
+    """Every output that a rule holds by itself."""
+    if isinstance(rule, Node):
+        return [out for child in rule.children for out in outs_of(child)]
+    return [rule] if isinstance(rule, Out) else []
+
+
+Pairs = list[tuple[tuple[int, ...], tuple[int, ...], bool]]  # outputs of both captures that correspond; whether a family
+
+
+class Aligner:
+    """Aligns two results, or two values left behind, and collects which outputs of the two captures correspond."""
+
+    def __init__(self, counts: tuple[int, int]) -> None:
+        self.counts = counts
+        self.pairs: Pairs = []
+
+    def align(self, small: tuple[Any, Any], large: tuple[Any, Any], where: str) -> Any:
+        """Rule for one value, given as (leaves, spec) in both captures."""
+        self._where = where
+        rule, rest_a, rest_b = self._walk(small[1], large[1], list(small[0]), list(large[0]))
+        assert not rest_a and not rest_b
+        return rule
+
+    def _walk(self, a: Any, b: Any, leaves_a: list[Any], leaves_b: list[Any]) -> tuple[Any, list[Any], list[Any]]:
+        if a.is_leaf() and b.is_leaf():
+            return self._leaf(leaves_a[0], leaves_b[0]), leaves_a[1:], leaves_b[1:]
+        if a.is_leaf() or b.is_leaf() or a.type is not b.type:
+            raise self._error(f"{a}", f"{b}")
+        children_a, children_b = _children(a), _children(b)
+        if len(children_a) == len(children_b) and a.context == b.context:
+            children = []
+            for x, y in zip(children_a, children_b, strict=True):
+                child, leaves_a, leaves_b = self._walk(x, y, leaves_a, leaves_b)
+                children.append(child)
+            return Node(a.type, a.context, tuple(children)), leaves_a, leaves_b
+        node = self._grown(a, b, _split(children_a, leaves_a), _split(children_b, leaves_b))
+        return node, leaves_a[a.num_leaves :], leaves_b[b.num_leaves :]
+
+    def _leaf(self, a: Any, b: Any) -> Any:
+        if isinstance(a, Out) and isinstance(b, Out):
+            self.pairs.append(((a.index,), (b.index,), False))
+            return Out(len(self.pairs) - 1)
+        if type(a) is int and type(b) is int and a != b:
+            slope = (b - a) // (self.counts[1] - self.counts[0])
+            return Affine(a - slope * self.counts[0], 0, slope)
+        plain = isinstance(a, (bool, int, float, str, torch.dtype, torch.device))
+        if type(a) is not type(b) or (plain and a != b):
+            raise self._error(repr(a), repr(b))
+        return a
+
+    def _grown(self, a: Any, b: Any, parts_a: list[Any], parts_b: list[Any]) -> Node:
+        """A container with more entries over more segments; parts are (spec, leaves) of each entry."""
+        if not isinstance(a.context, list):
+            if (len(parts_a), len(parts_b)) != self.counts:
+                raise self._error(f"{len(parts_a)} entries", f"{len(parts_b)} entries")
+            return Node(a.type, a.context, (self._family(parts_a, parts_b, None, 0),))
+        numbered_a, numbered_b = _numbered(a.context), _numbered(b.context)
+        growing = {k for k, v in numbered_b.items() if (len(numbered_a.get(k, ())), len(v)) == self.counts}
+        children: list[Any] = []
+        context: list[Any] = []
+        done: set[Any] = set()
+        for i, key in enumerate(a.context):
+            pattern = _pattern(key)
+            if pattern is None or pattern[:2] not in growing:
+                if key not in b.context:
+                    raise self._error(str(a.context), str(b.context))
+                other = parts_b[b.context.index(key)]
+                child, _, _ = self._walk(parts_a[i][0], other[0], parts_a[i][1], other[1])
+                children.append(child)
+                context.append(key)
+            elif pattern[:2] not in done:
+                done.add(pattern[:2])
+                members_a = [parts_a[j] for j in numbered_a[pattern[:2]]]
+                members_b = [parts_b[j] for j in numbered_b[pattern[:2]]]
+                children.append(self._family(members_a, members_b, pattern[:2], pattern[2]))
+                context.append(key)
+        return Node(a.type, context, tuple(children))
+
+    def _family(self, parts_a: list[Any], parts_b: list[Any], keys: tuple[str, str] | None, first: int) -> Family:
+        a, b = [leaves for _, leaves in parts_a], [leaves for _, leaves in parts_b]
+        if not all(len(leaves) == 1 and isinstance(leaves[0], Out) for leaves in (*a, *b)):
+            raise self._error(f"{a}", f"{b}")
+        self.pairs.append((tuple(x[0].index for x in a), tuple(x[0].index for x in b), True))
+        return Family(len(self.pairs) - 1, keys, first)
+
+    def _error(self, a: str, b: str) -> RerollError:
+        return RerollError(
+            f"{self._where} changes its structure with the number of segments",
+            [f"{self.counts[0]} segments: {a}", f"{self.counts[1]} segments: {b}"],
+            "return one tensor for all segments, or one a segment under numbered keys",
+        )
+
+
+def _children(spec: Any) -> list[Any]:
+    return list(spec.children()) if callable(getattr(spec, "children", None)) else list(spec.children_specs)
+
+
+def _split(children: list[Any], leaves: list[Any]) -> list[tuple[Any, list[Any]]]:
+    """(spec, its leaves) of each child."""
+    parts = []
+    for child in children:
+        parts.append((child, leaves[: child.num_leaves]))
+        leaves = leaves[child.num_leaves :]
+    return parts
+
+
+def _pattern(key: Any) -> tuple[str, str, int] | None:
+    match = re.fullmatch(r"(\D*)(\d+)(\D*)", key) if isinstance(key, str) else None
+    return (match[1], match[3], int(match[2])) if match else None
+
+
+def _numbered(keys: list[Any]) -> dict[tuple[str, str], list[int]]:
+    found: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for i, key in enumerate(keys):
+        if (pattern := _pattern(key)) is not None:
+            found[pattern[:2]].append(i)
+    return dict(found)
