@@ -1,0 +1,27 @@
+"""`rmtcompile bench`: the optimized model beside its opponents, in one process and one run.
+
+```
+shapes     which model, and what it costs (FLOPs, bytes)
+opponents  what is timed: full attention, sequential, sequential in CUDA graphs, optimized, hand-written
+graphed    the honest opponent, put together by hand
+measure    clocks, memory, ceilings
+session    one run: build, check, time
+numerics   errors against a reference, and how they accumulate
+kernels    the profile of one steady step
+report     tables, JSON          plots     pictures
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; the command line is in `rmtcompile.bench.cli`."""
+    from rmtcompile.bench.cli import run
+
+    return run(argv)
+
+
+__all__ = ["main"]

@@ -1,0 +1,202 @@
+"""The command line of the benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from rmtcompile.bench.session import Settings
+
+OPPONENTS = ("full", "sequential", "graphed", "diagonal")
+SMALL = {"segment": [32], "memory": 4, "d_mem": 8, "tokens": [128, 256], "dtype": "f32"}
+LARGE = {
+    "segment": [1024],
+    "memory": 128,
+    "d_mem": 64,
+    "tokens": [4096, 8192, 32768, 131072],
+    "dtype": "bf16",
+}
+SHAPE_FLAGS = ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab")
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 0 if every piece worked, 1 if one failed, 2 for a bad command line."""
+    args = parser().parse_args(argv)
+    try:
+        import torch
+
+        from rmtcompile.bench import plots, report
+        from rmtcompile.bench.session import Session
+    except ImportError as error:
+        print(f"the benchmark needs {error.name}: pip install 'rmtcompile[models]'", file=sys.stderr)
+        return 2
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        settings = settings_of(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    def save(record: dict[str, Any]) -> None:
+        if args.json:
+            report.save(record, args.json)
+
+    session = Session(settings, device, save)
+    try:
+        session.run()
+    except KeyboardInterrupt:
+        session.failed.append("interrupted")
+        session.record["failed"] = session.failed
+        save(session.record)
+    report.show(session.record)
+    if args.plots:
+        try:
+            plots.draw(session.record, args.plots)
+        except ImportError:
+            print("plots need matplotlib: pip install 'rmtcompile[viz]'", file=sys.stderr)
+            return 1
+    return 1 if session.failed else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All flags."""
+    top = argparse.ArgumentParser(
+        prog="rmtcompile bench",
+        description="Time the optimized model beside full attention and sequential runs, in turn.",
+    )
+    model = top.add_argument_group("model (random weights)")
+    model.add_argument(
+        "--preset", choices=("tiny", "160m", "1b", "3b", "8b"), default="1b", help="default: 1b"
+    )
+    for name in SHAPE_FLAGS:
+        model.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the preset's")
+    model.add_argument(
+        "--segment", type=int, nargs="+", help="tokens in a segment, several for several models"
+    )
+    model.add_argument("--memory", type=int, help="memory tokens of a segment")
+    model.add_argument("--d-mem", type=int, help="size of memory keys before the feature map")
+    model.add_argument("--head", action=argparse.BooleanOptionalAction, default=False, help="language head")
+    model.add_argument("--dtype", choices=("bf16", "f16", "f32", "f64"))
+    model.add_argument("--seed", type=int, default=0)
+    inputs = top.add_argument_group("inputs")
+    inputs.add_argument("--tokens", type=int, nargs="+", help="lengths, multiples of the segments")
+    inputs.add_argument("--batch", type=int, default=1)
+    inputs.add_argument("--device", help="cuda if there is one, else cpu")
+    who = top.add_argument_group("opponents")
+    who.add_argument(
+        "--opponents", nargs="+", choices=OPPONENTS, default=list(OPPONENTS), help="default: all"
+    )
+    who.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="for optimize(), e.g. cuda_graphs=False",
+    )
+    who.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME:KEY=VALUE,...",
+        help="one more optimized form beside the others, of a copy of the model",
+    )
+    who.add_argument("--handwritten", type=Path, metavar="PATH", help="script with Runner(segment, memory)")
+    what = top.add_argument_group("what is measured")
+    what.add_argument("--rounds", type=int, default=5, help="turns of every opponent at every length")
+    what.add_argument(
+        "--errors", type=int, nargs="?", const=-1, default=0, metavar="TOKENS",
+        help="errors against float64 (4 segments, or so many tokens)",
+    )  # fmt: skip
+    what.add_argument(
+        "--accumulation", type=int, nargs="?", const=-1, default=0, metavar="TOKENS",
+        help="errors per segment against float32 (up to the longest length, or so many tokens)",
+    )  # fmt: skip
+    what.add_argument("--profile", action="store_true", help="kernels of one steady step")
+    what.add_argument("--wavefronts", action="store_true", help="time of a wavefront by its width")
+    what.add_argument(
+        "--budget", type=float, default=float("inf"), help="begin nothing after so many seconds"
+    )
+    out = top.add_argument_group("output")
+    out.add_argument("--json", type=Path, metavar="FILE", help="everything, written after each piece")
+    out.add_argument("--plots", type=Path, metavar="DIR", help="pictures")
+    return top
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """What the flags ask for.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    from rmtcompile.bench.session import Settings
+    from rmtcompile.bench.shapes import DTYPES, SHAPES, Case
+
+    defaults = SMALL if args.preset == "tiny" else LARGE
+    given = {name: value for name in defaults if (value := getattr(args, name)) is not None}
+    chosen: dict[str, Any] = {**defaults, **given}
+    changed = {name: value for name in SHAPE_FLAGS if (value := getattr(args, name)) is not None}
+    shape = dataclasses.replace(SHAPES[args.preset], **changed)
+    dtype: torch.dtype = DTYPES[chosen["dtype"]]
+    cases = tuple(
+        Case(shape, segment, chosen["memory"], chosen["d_mem"], args.batch, dtype, args.head, args.seed)
+        for segment in chosen["segment"]
+    )
+    for case in cases:
+        for tokens in chosen["tokens"]:
+            if tokens < 1 or tokens % case.segment:
+                raise ValueError(f"{tokens} tokens are not a whole number of segments of {case.segment}")
+    if args.rounds < 1:
+        raise ValueError(f"rounds must be at least 1, not {args.rounds}")
+    longest = max(chosen["segment"])
+    return Settings(
+        cases=cases,
+        tokens=tuple(sorted(chosen["tokens"])),
+        opponents=tuple(args.opponents),
+        options=options_of(args.option),
+        variants=dict(variant_of(text) for text in args.variant),
+        handwritten=args.handwritten,
+        rounds=args.rounds,
+        error_tokens=4 * longest if args.errors < 0 else args.errors,
+        accumulation=max(chosen["tokens"]) if args.accumulation < 0 else args.accumulation,
+        profile=args.profile,
+        wavefronts=args.wavefronts,
+        budget=args.budget,
+    )
+
+
+def options_of(texts: Sequence[str]) -> dict[str, Any]:
+    """["cuda_graphs=False", "plan=sequential"] -> keyword arguments; what is no Python value is text.
+
+    Raises:
+        ValueError: there is no "=".
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, sign, value = text.partition("=")
+        if not sign:
+            raise ValueError(f"{text!r} has to be KEY=VALUE")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found
+
+
+def variant_of(text: str) -> tuple[str, dict[str, Any]]:
+    """ "plain:cuda_graphs=False,plan=auto" -> its name and its options.
+
+    Raises:
+        ValueError: it has no name.
+    """
+    name, sign, options = text.partition(":")
+    if not sign or not name:
+        raise ValueError(f"{text!r} has to be NAME:KEY=VALUE,...")
+    return name, options_of(options.split(","))
