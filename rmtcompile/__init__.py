@@ -24,12 +24,13 @@ from rmtcompile.errors import (  # noqa: E402
     UnsupportedError,
     VerificationError,
 )
+from rmtcompile.report import Explanation, Profile, explain  # noqa: E402
 from rmtcompile.schedule import Schedule  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "CaptureError", "DependenceError", "FallbackWarning", "InternalError", "LiftError", "Optimized", "PartitionError",
-    "RMTCompileError", "RerollError", "Schedule", "SequentialScheduleWarning", "UnsupportedError", "VerificationError",
-    "optimize",
+    "CaptureError", "DependenceError", "Explanation", "FallbackWarning", "InternalError", "LiftError", "Optimized",
+    "PartitionError", "Profile", "RMTCompileError", "RerollError", "Schedule", "SequentialScheduleWarning",
+    "UnsupportedError", "VerificationError", "explain", "optimize",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from rmtcompile.capture import Leaf
@@ -91,10 +92,11 @@ def optimize(
 class _Entry:
     """A compiled program and what executes it."""
 
-    def __init__(self, compiled: Compiled, executor: Executor, segmentation: Segmentation) -> None:
+    def __init__(self, compiled: Compiled, executor: Executor, segmentation: Segmentation, example: Any) -> None:
         self.compiled = compiled
         self.executor = executor
         self.segmentation = segmentation
+        self.example = example  # (args, kwargs) with fake tensors
         self.checked: set[int] = set()  # short lengths that were compared with the model
         self.only: dict[int, _Entry] = {}  # programs for single lengths that the rules do not give
 
@@ -182,7 +184,7 @@ class Optimized:
             if self._options.plan == "diagonal":
                 raise UnsupportedError(message, remedy="use plan='auto' to run it as a compiled sequential program")
             warnings.warn(message, SequentialScheduleWarning, stacklevel=4)
-        return _Entry(compiled, Executor(compiled, self._backend, self._cuda_graphs), segmentation)
+        return _Entry(compiled, Executor(compiled, self._backend, self._cuda_graphs), segmentation, _faked(args, kwargs))
 
     def _for_length(self, entry: _Entry, count: int, args: Any, kwargs: Any) -> _Entry:
         """The entry itself, or one compiled for just this length where its rules do not cover it."""
@@ -341,6 +343,16 @@ def _variant(number: int, head: int) -> str:
 
 def _tensors(args: Any, kwargs: Any) -> list[torch.Tensor]:
     return [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+
+
+def _faked(args: Any, kwargs: Any) -> Any:
+    """The arguments without the memory of their tensors."""
+
+    def fake(value: Any) -> Any:
+        return torch.empty_like(value) if isinstance(value, torch.Tensor) else value
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return pytree.tree_map(fake, (args, kwargs))
 
 
 def _leave_effects(compiled: Compiled, count: int, outputs: tuple[Any, ...]) -> None:

@@ -309,12 +309,12 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _view(options: argparse.Namespace) -> int:
-    from rmtcompile.report import prepare, save_view
+    from rmtcompile.report import save_view
     from rmtcompile.target import UsageError
 
     target = _target(options)
     fast = _optimized(options, target)
-    prepare(fast, target.args, target.kwargs)
+    fast.prepare(*target.args, **target.kwargs)
     if options.profile:
         fast.profile(*target.args, **target.kwargs)
     try:
@@ -326,11 +326,11 @@ def _view(options: argparse.Namespace) -> int:
 
 
 def _dump(options: argparse.Namespace) -> int:
-    from rmtcompile.report import dump, prepare
+    from rmtcompile.report import dump
 
     target = _target(options)
     fast = _optimized(options, target)
-    prepare(fast, target.args, target.kwargs)
+    fast.prepare(*target.args, **target.kwargs)
     paths = [str(path) for path in dump(fast, options.out)]
     _report(options, {"files": paths}, "\n".join(f"wrote {path}" for path in paths))
     return OK

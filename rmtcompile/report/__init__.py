@@ -1,0 +1,28 @@
+"""What there is to look at: explanations, dumps, views and profiles of compiled programs.
+
+names.py             what the user's program calls a value
+explanation.py       what was found, and why it runs as it does
+explanation_text.py  the same as text and HTML
+texts.py             each stage of the compiler as text;  dump.py writes them to a folder
+view.py              a compiled program for the viewer
+profiling.py         time of each level, and of each kind of operation
+"""
+
+from __future__ import annotations
+
+from rmtcompile.report.dump import dump
+from rmtcompile.report.explanation import Explanation, Refusal, explain, explain_last
+from rmtcompile.report.profiling import Profile, profile
+from rmtcompile.report.view import save_view, view_model
+
+__all__ = [
+    "Explanation",
+    "Profile",
+    "Refusal",
+    "dump",
+    "explain",
+    "explain_last",
+    "profile",
+    "save_view",
+    "view_model",
+]

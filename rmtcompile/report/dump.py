@@ -1,0 +1,94 @@
+"""Dump: one numbered file a stage, `00_capture.txt` ... `10_emit.py`; the last one can be imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from rmtcompile.errors import RMTCompileError
+from rmtcompile.pipeline import _Log
+from rmtcompile.report import texts
+from rmtcompile.report.explanation import inputs_of
+from rmtcompile.report.names import model_name
+
+if TYPE_CHECKING:
+    from rmtcompile.api import Optimized
+
+
+def dump(fast: Optimized, folder: str | Path) -> list[Path]:
+    """Write what each stage of the compiler made of the last call's program; returns the files in order.
+
+    The graphs between capture and partition are not kept, so the forward is captured once more, with the
+    fewest segments that the rules were read from.
+
+    Raises:
+        RMTCompileError: nothing was captured yet.
+    """
+    if fast._last is None:
+        raise RMTCompileError("nothing is captured yet: call the optimized model once")
+    entry, _ = fast._last
+    compiled, schedule = entry.compiled, fast.schedule
+    program = texts.program_text(compiled, schedule, model_name(fast.model), inputs_of(fast)[0])
+    stages: list[tuple[str, str]] = [
+        *_front(fast),
+        ("partition.txt", texts.partition_text(compiled)),
+        ("reroll.txt", texts.rules_text(compiled)),
+        ("dependence.txt", texts.dependence_text(compiled)),
+        ("wavefront.txt", program),
+        ("route.txt", texts.route_text(compiled)),
+        ("lift.txt", texts.lift_text(compiled)),
+        ("emit.py", compiled.emitted.source),
+    ]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("[0-9][0-9]_*"):
+        old.unlink()
+    paths = []
+    for i, (name, text) in enumerate(stages):
+        path = folder / f"{i:02d}_{name}"
+        path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+        paths.append(path)
+    return paths
+
+
+def _front(fast: Optimized) -> list[tuple[str, str]]:
+    """The graph after capture and after each pass on it."""
+    from rmtcompile.pipeline import _unrolled
+
+    assert fast._last is not None
+    entry, _ = fast._last
+    args, kwargs = entry.example
+    base = entry.compiled.captures[0]
+    log = _Notes([call.path for call in base.calls])
+    count = entry.compiled.rolled.base.count
+    _unrolled(fast.model, args, kwargs, entry.segmentation, count, fast._options, log)
+    return log.found
+
+
+class _Notes(_Log):
+    """Writes down the graph after each stage.
+
+    Args:
+        paths: module path by index of call; the forward makes the same calls each time.
+    """
+
+    def __init__(self, paths: list[str]) -> None:
+        super().__init__(None)
+        self.paths = paths
+        self.found: list[tuple[str, str]] = []
+
+    @contextmanager
+    def stage(self, name: str, module: fx.GraphModule | None = None) -> Iterator[list[fx.GraphModule]]:
+        box: list[fx.GraphModule] = []
+        yield box
+        if box:
+            file = name.partition(",")[0].replace(" ", "_")
+            self.found.append((f"{file}.txt", texts.graph_text(box[0], self._path)))
+
+    def _path(self, node: fx.Node) -> str:
+        scope = node.meta.get("scope", ())
+        return self.paths[scope[-1]] if scope and scope[-1] < len(self.paths) else ""

@@ -1,0 +1,176 @@
+"""An `Explanation` as text and as HTML: one list of sections, printed twice."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from html import escape
+from typing import TYPE_CHECKING
+
+from rmtcompile.report.names import pattern, ranges
+
+if TYPE_CHECKING:
+    from rmtcompile.report.explanation import Explanation, Offset, StageReport
+
+_WIDTH = 108
+_SHOWN = 8
+
+Section = tuple[str, list[str]]
+
+
+def sections(found: Explanation) -> Iterator[Section]:
+    """(title, lines) in the order in which they are shown."""
+    yield "model", [found.model, *(f"reads {text}" for text in found.inputs)]
+    if found.refusal is not None:
+        stage = f" (in {found.refusal.stage})" if found.refusal.stage else ""
+        yield "refused", [f"{found.refusal.error}{stage}: {found.refusal.what}"]
+        if found.refusal.evidence:
+            yield "evidence", list(found.refusal.evidence)
+        if found.refusal.remedy:
+            yield "help", [found.refusal.remedy]
+        return
+    yield "layers", [f"{len(found.layers)}: {pattern(found.layers)}"]
+    yield "segments", list(_segments(found))
+    yield "variants", [_variant(v.name, v.segments, v.operations) for v in found.variants]
+    if len(found.kinds) > 1:
+        yield (
+            "kinds",
+            [f"{k.name}: layers {ranges(k.layers)}, {k.weights} stacked weights" for k in found.kinds],
+        )
+    yield "offsets", [line for offset in found.offsets for line in _offset(offset)]
+    yield "carries", list(_carries(found)) or ["nothing flows from segment to segment"]
+    yield "hoisted", [_hoisted(found)]
+    yield "shrunk", list(_shrunk(found))
+    yield "parallel", list(_parallel(found))
+    yield "plan", [f"{found.plan}: {found.why}", *_speedups(found), f"cell functions run on {found.backend}"]
+    yield "compiled", [f"in {found.seconds:.1f} s", *map(_stage, found.stages)]
+
+
+def _segments(found: Explanation) -> Iterator[str]:
+    for i, axis in enumerate(found.axes):
+        text = f"{axis.length} elements along dimension {axis.dim} of {axis.input}"
+        rest = f", the last one {axis.rest}" if axis.rest else ""
+        yield f"{found.segments} of {text}{rest}" if i == 0 else f"with {text}"
+    if found.only is not None:
+        yield f"the program serves this number of segments only ({found.only})"
+    else:
+        lengths = " and ".join(map(str, found.proved_on))
+        yield f"captured with {lengths} segments; serves any number from {found.shortest} on"
+
+
+def _variant(name: str, segments: tuple[int, ...], operations: int) -> str:
+    plural = "s" if len(segments) > 1 else ""
+    return f"{name}: segment{plural} {ranges(segments)}, {operations} operations a cell"
+
+
+def offset_words(offset: tuple[int, int]) -> str:
+    """Where the producer stands, seen from the consumer."""
+    ds, dl = offset
+    segment = "same segment" if ds == 0 else "previous segment" if ds == 1 else f"{ds} segments before"
+    layer = "same layer" if dl == 0 else f"{abs(dl)} layer{'s' if abs(dl) > 1 else ''} "
+    return f"{segment}, {layer if dl == 0 else layer + ('below' if dl > 0 else 'above')}"
+
+
+def _offset(offset: Offset) -> Iterator[str]:
+    ds, dl = offset.offset
+    asks = f"needs a skew of {offset.skew}" if ds else "orders the layers of a segment"
+    yield f"({ds},{dl})  {offset_words(offset.offset)}; {asks}{', which blocks every overlap' if offset.blocks else ''}"
+    yield f"       {offset.consumer}"
+    yield f"       reads {offset.producer} {offset.reason}".rstrip()
+
+
+def _carries(found: Explanation) -> Iterator[str]:
+    for carry in found.carries:
+        total = carry.total_bytes(len(found.layers))
+        yield (
+            f"{carry.name}: {carry.type}, offset ({carry.offset[0]},{carry.offset[1]}), "
+            f"{carry.nbytes:,} bytes a cell, {total:,} over all layers"
+        )
+
+
+def _hoisted(found: Explanation) -> str:
+    total = sum(number for _, number in found.hoisted)
+    if not total:
+        return "nothing is the same for all segments"
+    names = [f"{name} x {number}" if number > 1 else name for name, number in found.hoisted]
+    more = f", ... {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{total} operations run once for all segments: {', '.join(names[:_SHOWN])}{more}"
+
+
+def _shrunk(found: Explanation) -> Iterator[str]:
+    captured, rules = found.operations
+    longest = max(found.proved_on, default=0)
+    yield f"{found.merged} operations merged by value numbering or dropped, as nothing reads them"
+    yield f"{captured:,} operations captured over {longest} segments, {rules:,} in the rules for any number"
+
+
+def _parallel(found: Explanation) -> Iterator[str]:
+    schedule = found.schedule
+    if schedule is None:
+        return
+    reached = "reached" if schedule.is_optimal else "not reached by one skew"
+    yield f"level of cell (s, l) = {schedule.level_rule}: skew {schedule.alpha}"
+    yield (
+        f"{schedule.n_cells:,} cells in {schedule.n_levels:,} levels and {schedule.n_calls:,} grouped calls: "
+        f"mean width {schedule.mean_width:.2f}, widest {schedule.width}"
+    )
+    yield f"critical path {schedule.critical_path:,} levels, {reached}"
+
+
+def _speedups(found: Explanation) -> Iterator[str]:
+    for row in found.speedups:
+        if row.plan == "sequential":
+            yield f"sequential  {row.steps:,} steps"
+        else:
+            measured = f", measured {row.measured:.2f} x" if row.measured is not None else ""
+            yield (
+                f"{row.plan:<10}  {row.steps:,} steps, at most {row.predicted:.2f} x as fast "
+                f"(if a level takes as long as a cell){measured}"
+            )
+
+
+def _stage(stage: StageReport) -> str:
+    counts = f"{stage.before:,} -> {stage.after:,} operations" if stage.before != stage.after else ""
+    return f"{stage.seconds:7.2f} s  {stage.name:<20} {counts}".rstrip()
+
+
+def to_text(found: Explanation) -> str:
+    """The text form, without a final newline."""
+    lines: list[str] = []
+    for title, entries in sections(found):
+        for i, entry in enumerate(entries):
+            indent = len(entry) - len(entry.lstrip())
+            lines += textwrap.wrap(
+                entry,
+                _WIDTH,
+                initial_indent=f"{title if i == 0 else '':<11}",
+                subsequent_indent=" " * (13 + indent),
+                drop_whitespace=True,
+                break_long_words=False,
+                break_on_hyphens=False,
+            ) or [title]
+    return "\n".join(lines)
+
+
+def to_html_fragment(found: Explanation) -> str:
+    """A table for a notebook cell: no script, no network."""
+    cell = 'style="text-align:left;vertical-align:top;padding:2px 12px 2px 0'
+    rows = "".join(
+        f'<tr><th {cell}">{escape(title)}</th><td {cell};white-space:pre-wrap">{escape(chr(10).join(entries))}</td></tr>'
+        for title, entries in sections(found)
+    )
+    picture = found.schedule.to_svg() if found.schedule is not None else ""
+    return f'<div style="overflow-x:auto;max-width:100%">{picture}<table><tbody>{rows}</tbody></table></div>'
+
+
+def to_html(found: Explanation) -> str:
+    """The table as a page."""
+    title = f"rmtcompile explain: {found.model}"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{escape(title)}</title><style>"
+        ":root{color-scheme:light dark}body{font:14px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;"
+        "padding:0 1rem}h1{font-size:1.3rem}td{font-family:ui-monospace,monospace;font-size:12.5px}"
+        f"</style></head><body><h1>{escape(title)}</h1>{to_html_fragment(found)}</body></html>\n"
+    )

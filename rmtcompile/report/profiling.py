@@ -1,0 +1,281 @@
+"""Profile: measured time of each level, by phase and by kind of operation, as a table and for the viewer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from rmtcompile.schedule import Schedule
+from rmtcompile.viewer import ProfileView
+
+if TYPE_CHECKING:
+    from rmtcompile.api import Optimized
+
+_KINDS = (
+    ("attention", ("attention", "flash", "fmha")),
+    ("matrix products", ("mm", "matmul", "linear", "einsum", "gemm", "dot", "cutlass", "conv")),
+    ("norms and reductions", ("mean", "sum", "norm", "softmax", "var", "max", "min", "cumsum", "any", "all")),
+    ("data movement", ("copy", "cat", "stack", "clone", "contiguous", "index", "gather", "roll", "embedding",
+                       "fill", "zero", "empty", "slice", "select", "view", "reshape", "expand", "transpose", "permute",
+                       "as_strided", "squeeze", "unbind", "split", "memcpy", "memset", "arange", "to", "detach",
+                       "alias", "resize", "t")),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """Measured time of one call.
+
+    Attributes:
+        schedule: the schedule that ran.
+        device: what it ran on, and how.
+        level_us: microseconds of each level with what enters before it and leaves after it, median of the repeats;
+            the device is waited for after each level, so their sum is more than `total_us` on a GPU.
+        total_us: microseconds of a whole call without waiting between levels.
+        sequential_us: microseconds of the model as it is, called in turn with the program.
+        kind_us: microseconds of each kind of operation over one call.
+        flops: floating-point operations of the matrix products and attentions of each level.
+        peak: floating-point operations a second of one large matrix product on this device.
+        repeats: timed calls.
+    """
+
+    schedule: Schedule
+    device: str
+    level_us: tuple[float, ...]
+    total_us: float
+    sequential_us: float
+    kind_us: dict[str, float]
+    flops: tuple[int, ...]
+    peak: float
+    repeats: int
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast as the model as it is."""
+        return self.sequential_us / self.total_us
+
+    @property
+    def utilisation(self) -> tuple[float, ...]:
+        """For each level, its floating-point rate as a share of `peak`, at most 1."""
+        if not self.peak or not any(self.flops):
+            return ()
+        pairs = zip(self.flops, self.level_us, strict=True)
+        return tuple(min(1.0, flops / (us * 1e-6) / self.peak) if us else 0.0 for flops, us in pairs)
+
+    def view(self) -> ProfileView:
+        """For the viewer."""
+        return ProfileView(self.level_us, self.kind_us, self.utilisation, self.sequential_us)
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """The measured numbers."""
+        names = ("device", "level_us", "total_us", "sequential_us", "kind_us", "flops", "peak", "repeats")
+        data: dict[str, Any] = {name: getattr(self, name) for name in names}
+        data |= {"speedup": self.speedup, "utilisation": self.utilisation, "widths": self.schedule.widths}
+        return json.dumps(data, indent=indent)
+
+    def to_chrome_trace(self) -> str:
+        """Trace events with the measured times, for Perfetto."""
+        return self.schedule.to_chrome_trace(self.level_us)
+
+    def __str__(self) -> str:
+        return "\n".join(_table(self))
+
+
+def _table(found: Profile) -> Iterator[str]:
+    schedule, used = found.schedule, found.utilisation
+    yield (
+        f"profile   {found.total_us / 1e3:.2f} ms a call, the model as it is {found.sequential_us / 1e3:.2f} ms: "
+        f"{found.speedup:.2f} x as fast"
+    )
+    yield f"          {found.device}, median of {found.repeats}"
+    yield ""
+    yield f"  {'level':>5}  {'phase':<9}  {'cells':>5}  {'ms':>9}  {'us a cell':>9}" + "  of peak" * bool(
+        used
+    )
+    phases = schedule.phases
+    for level, us in enumerate(found.level_us):
+        width = schedule.widths[level]
+        share = f"  {used[level]:>7.1%}" if used else ""
+        yield f"  {level:>5}  {phases.of(level):<9}  {width:>5}  {us / 1e3:>9.3f}  {us / width:>9.1f}{share}"
+    yield ""
+    for name, levels in zip(("ramp-up", "steady", "ramp-down"), phases, strict=True):
+        if levels:
+            us = sum(found.level_us[level] for level in levels)
+            yield f"  {name:<22} {us / 1e3:>9.3f} ms  {us / sum(found.level_us):>6.1%}"
+    total = sum(found.kind_us.values())
+    for name, us in sorted(found.kind_us.items(), key=lambda item: -item[1]):
+        yield f"  {name:<22} {us / 1e3:>9.3f} ms  {us / total:>6.1%}"
+
+
+def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repeats: int = 5) -> Profile:
+    """Run the program several times, and the model as it is in turn with it, and measure; no effect is left behind.
+
+    Args:
+        fast: what `optimize` gave.
+        args, kwargs: of the call.
+        repeats: timed calls of each.
+    """
+    from rmtcompile.state import Snapshot, roots_of
+
+    fast.prepare(*args, **kwargs)
+    assert fast._last is not None
+    entry, count = fast._last
+    tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+    device = entry.executor.device
+    executor, namespace = entry.executor, entry.compiled.namespace
+
+    def program() -> None:
+        executor.run(count, tensors)
+
+    def model() -> None:
+        snapshot = Snapshot(roots_of(fast.model))
+        try:
+            fast.model(*args, **kwargs)
+        finally:
+            snapshot.restore()
+
+    with torch.no_grad():
+        program()
+        model()
+        whole, sequential = _in_turn(program, model, device, repeats)
+        levels = [_levels(program, namespace, device) for _ in range(repeats)]
+        kinds = _kinds(program, device)
+        flops = _flops(program, executor, namespace)
+        peak = _peak(device, next((t.dtype for t in fast_parameters(fast)), torch.float32))
+    schedule = fast.schedule
+    fits = all(len(times) == schedule.n_levels for times in levels)
+    result = Profile(
+        schedule,
+        _device_name(device, executor.backend),
+        tuple(statistics.median(times) for times in zip(*levels, strict=True)) if fits else (),
+        whole,
+        sequential,
+        kinds,
+        tuple(flops) if len(flops) == schedule.n_levels else (),
+        peak,
+        repeats,
+    )
+    fast.last_profile = result
+    return result
+
+
+def fast_parameters(fast: Optimized) -> Iterator[torch.Tensor]:
+    """The floating-point tensors of the model that the last program reads."""
+    return (leaf.tensor for leaf in fast.compiled.leaves.values() if leaf.tensor.is_floating_point())
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _timed(run: Callable[[], None], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return (time.perf_counter() - start) * 1e6
+
+
+def _in_turn(
+    one: Callable[[], None], other: Callable[[], None], device: torch.device, repeats: int
+) -> tuple[float, float]:
+    pairs = [(_timed(one, device), _timed(other, device)) for _ in range(repeats)]
+    a, b = zip(*pairs, strict=True)
+    return statistics.median(a), statistics.median(b)
+
+
+@contextmanager
+def _around_levels(namespace: dict[str, Any], wrap: Callable[[Callable[..., Any]], Any]) -> Iterator[None]:
+    """Wrap the emitted function that runs one level."""
+    step = namespace["step"]
+    namespace["step"] = wrap(step)
+    try:
+        yield
+    finally:
+        namespace["step"] = step
+
+
+def _levels(program: Callable[[], None], namespace: dict[str, Any], device: torch.device) -> list[float]:
+    times: list[float] = []
+
+    def wrap(step: Callable[..., Any]) -> Any:
+        return lambda *args: times.append(_timed(lambda: step(*args), device))
+
+    with _around_levels(namespace, wrap):
+        program()
+    return times
+
+
+def _flops(program: Callable[[], None], executor: Any, namespace: dict[str, Any]) -> list[int]:
+    """Counted once on the uncompiled cell functions."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counts: list[int] = []
+
+    def wrap(step: Callable[..., Any]) -> Any:
+        def counted(*args: Any) -> None:
+            with FlopCounterMode(display=False) as counter:
+                step(*args)
+            counts.append(int(counter.get_total_flops()))
+
+        return counted
+
+    cells, executor.cells = executor.cells, {}
+    try:
+        with _around_levels(namespace, wrap):
+            program()
+    finally:
+        executor.cells = cells
+    return counts
+
+
+def kind_of(name: str) -> str:
+    """The kind of an operation or kernel, by its name."""
+    words = name.removeprefix("aten::").strip("_").lower()
+    parts = words.replace("::", "_").split("_")
+    for kind, keys in _KINDS:
+        if any((key in words) if len(key) > 5 else key in parts or words.endswith(key) for key in keys):
+            return kind
+    return "pointwise"
+
+
+def _kinds(program: Callable[[], None], device: torch.device) -> dict[str, float]:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    cuda = device.type == "cuda"
+    with torch_profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as events:
+        program()
+        _wait(device)
+    found: dict[str, float] = {}
+    for event in events.key_averages():
+        us = event.self_device_time_total if cuda else event.self_cpu_time_total
+        if us > 0 and (cuda or event.key.startswith("aten::")):
+            kind = kind_of(event.key)
+            found[kind] = found.get(kind, 0.0) + us
+    return found
+
+
+def _peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product."""
+    size = 4096 if device.type == "cuda" else 512
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    times = [_timed(lambda: torch.mm(a, a), device) for _ in range(6)]
+    return 2 * size**3 / (min(times) * 1e-6)
+
+
+def _device_name(device: torch.device, backend: Any) -> str:
+    how = backend if isinstance(backend, str) else getattr(backend, "__name__", "custom backend")
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {how}"
+    threads = torch.get_num_threads()
+    return f"CPU with {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}, {how}"

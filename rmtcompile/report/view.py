@@ -1,0 +1,286 @@
+"""A compiled program for the viewer: its cells with their operations, its passes, its code."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx, nn
+
+from rmtcompile.passes.partition import CELL, EPILOGUE, INIT, PROLOGUE
+from rmtcompile.pipeline import Compiled, op_counts
+from rmtcompile.program import Each, Source
+from rmtcompile.report.explanation import explain_last, offset_line
+from rmtcompile.report.names import (
+    inside,
+    model_name,
+    module_of,
+    op_name,
+    state_names,
+    value_name,
+    where_from,
+)
+from rmtcompile.schedule import Schedule
+from rmtcompile.viewer import CellView, OpView, PassView, ValueView, ViewModel, render
+
+if TYPE_CHECKING:
+    from rmtcompile.api import Optimized
+    from rmtcompile.passes.reroll import ClassRule
+
+Readers = Mapping[tuple[int, int, int], list[str]]  # (layer, class, operation) -> who reads it
+
+
+def save_view(fast: Optimized, path: str | Path, title: str | None = None) -> Path:
+    """Write the viewer of the last call's program; a suffix other than `.html` gives the schedule alone.
+
+    Raises:
+        RMTCompileError: nothing was captured yet.
+        ValueError: the suffix is unknown.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".html", ".htm"):
+        return fast.schedule.save(path)
+    path.write_text(render(view_model(fast, title)), encoding="utf-8")
+    return path
+
+
+def view_model(fast: Optimized, title: str | None = None) -> ViewModel:
+    """Everything that the viewer shows of the last call's program."""
+    compiled, schedule = fast.compiled, fast.schedule
+    found = explain_last(fast)
+    measured = fast.last_profile
+    if measured is not None and measured.schedule != schedule:
+        measured = None
+    lengths = " and ".join(map(str, found.proved_on))
+    facts = [
+        ("plan", found.plan),
+        ("skew", str(schedule.alpha)),
+        ("compiled in", f"{found.seconds:.1f} s"),
+        ("captured", f"{lengths} segments"),
+    ]
+    return ViewModel(
+        title=title or model_name(fast.model),
+        schedule=schedule,
+        cells=tuple(_cells(compiled, schedule)),
+        passes=tuple(_passes(compiled)),
+        code=compiled.emitted.source,
+        code_phases={name: lines for name, lines in compiled.emitted.phases.items()},
+        profile=measured.view() if measured is not None else None,
+        device=measured.device if measured is not None else "",
+        facts=tuple(facts),
+        notes=(
+            f"{found.plan}: {found.why}",
+            *(offset_line(offset) for offset in found.offsets),
+            *(f"reads {text}" for text in found.inputs),
+        ),
+    )
+
+
+# -- cells
+
+
+def _cells(compiled: Compiled, schedule: Schedule) -> Iterator[CellView]:
+    """One view for each pair of kind and variant, from the first cell that is one."""
+    seen: set[tuple[str, str]] = set()
+    readers, states = _readers(compiled), state_names(compiled)
+    for layer in range(schedule.n_layers):
+        for segment in range(schedule.n_segments):
+            which = (schedule.layer_kinds[layer], schedule.segment_variants[segment])
+            if which in seen:
+                continue
+            seen.add(which)
+            number = compiled.rolled.classes[(CELL, layer)].of(segment, schedule.n_segments)
+            if number in compiled.rolled.rules[(CELL, layer)]:
+                yield _cell(compiled, *which, layer, number, readers, states)
+
+
+def _cell(
+    compiled: Compiled,
+    kind: str,
+    variant: str,
+    layer: int,
+    number: int,
+    readers: Readers,
+    states: dict[tuple[int, int, int], str],
+) -> CellView:
+    rule = compiled.rolled.rules[(CELL, layer)][number]
+    path = compiled.layer_paths[layer]
+    names = _names(rule, layer, number, path, states)
+    live_ins, params = _entering(compiled, rule, layer, path, names)
+    ops = tuple(_op(compiled, node, path, names) for node in rule.body.nodes)
+    live_outs = []
+    for i, node in enumerate(rule.body.nodes):
+        notes = readers.get((layer, number, i))
+        if notes:
+            state = states.get((layer, number, i))
+            shown = f"{names[node]}, carried as {state}" if state else names[node]
+            live_outs.append(_value(shown, node, "to " + ", ".join(notes)))
+    carried = {states[key] for key in states if key[0] == layer}
+    return CellView(
+        kind, variant, ops, tuple(live_ins), tuple(live_outs), tuple(sorted(carried)), tuple(params)
+    )
+
+
+def _names(
+    rule: ClassRule, layer: int, number: int, path: str, states: dict[tuple[int, int, int], str]
+) -> dict[fx.Node, str]:
+    """Names by position for operations, and what the model calls them for values from outside."""
+    names: dict[fx.Node, str] = {}
+    taken: Counter[str] = Counter()
+
+    def fresh(name: str) -> str:
+        taken[name] += 1
+        return name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
+
+    for live_in, node in zip(rule.sources, rule.body.live_ins, strict=True):
+        if not isinstance(node, fx.Node):
+            continue
+        steady = live_in.steady
+        if isinstance(steady, Source) and steady.kind in ("leaf", "input"):
+            names[node] = fresh(inside(steady.name, path))
+        else:
+            hidden = isinstance(steady, Source) and steady.kind in (CELL, PROLOGUE) and layer >= 0
+            names[node] = fresh(value_name(steady, states) or ("x" if hidden else op_name(node)))
+    for node in rule.body.nodes:
+        names[node] = fresh(op_name(node))
+    return names
+
+
+def _entering(
+    compiled: Compiled, rule: ClassRule, layer: int, path: str, names: dict[fx.Node, str]
+) -> tuple[list[ValueView], list[ValueView]]:
+    live_ins: list[ValueView] = []
+    params: list[ValueView] = []
+    for live_in, node in zip(rule.sources, rule.body.live_ins, strict=True):
+        if not isinstance(node, fx.Node):
+            continue
+        steady = live_in.steady
+        if isinstance(steady, Source) and steady.kind == "leaf":
+            tensor = compiled.leaves[steady.name].tensor
+            shown = ValueView(names[node], tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            if isinstance(tensor, nn.Parameter):
+                params.append(shown)
+                continue
+        live_ins.append(_value(names[node], node, where_from(live_in, layer)))
+    return live_ins, params
+
+
+def _op(compiled: Compiled, node: fx.Node, path: str, names: dict[fx.Node, str]) -> OpView:
+    shape, dtype = _type(node)
+    return OpView(
+        names[node],
+        op_name(node),
+        shape,
+        dtype,
+        str(node.meta.get("source", "")),
+        inside(module_of(node, compiled), path),
+        tuple(names[operand] for operand in node.all_input_nodes if operand in names),
+    )
+
+
+def _value(name: str, node: fx.Node, note: str) -> ValueView:
+    return ValueView(name, *_type(node), note)
+
+
+def _type(node: fx.Node) -> tuple[tuple[int, ...], str]:
+    val = node.meta.get("val")
+    if not isinstance(val, torch.Tensor):
+        return (), ""
+    return tuple(int(n) for n in val.shape), str(val.dtype).removeprefix("torch.")
+
+
+def _readers(compiled: Compiled) -> dict[tuple[int, int, int], list[str]]:
+    """For each value of a cell, who reads it outside the cell."""
+    found: dict[tuple[int, int, int], list[str]] = {}
+
+    def note(source: Source | Each | None, text: str) -> None:
+        if source is None or source.kind != CELL:
+            return
+        for number, node in source.nodes:
+            notes = found.setdefault((source.layer, number, node), [])
+            if text not in notes:
+                notes.append(text)
+
+    for (kind, layer), by_class in compiled.rolled.rules.items():
+        for rule in by_class.values():
+            for live_in in rule.sources:
+                for source in (*live_in.early.values(), live_in.steady):
+                    if isinstance(source, (Source, Each)) and source.kind == CELL:
+                        note(source, _reader(kind, layer, source))
+    for source in compiled.rolled.outputs:
+        note(source, "the result, or what the model keeps")
+    return found
+
+
+def _reader(kind: str, layer: int, source: Source | Each) -> str:
+    ahead = source.segment if isinstance(source, Source) and source.relative else 0
+    segment = f"s + {ahead}" if ahead else "s"
+    if kind == CELL:
+        up = layer - source.layer
+        return f"cell ({segment}, {'l' if not up else f'l + {up}' if up > 0 else f'l - {-up}'})"
+    return f"{kind}({segment})"
+
+
+# -- passes
+
+
+def _passes(compiled: Compiled) -> Iterator[PassView]:
+    """The stages of the last capture and what follows, each with the operations before and after it."""
+    stages = list(compiled.stages)
+    start = max((i for i, s in enumerate(stages) if s.name.startswith("capture")), default=0)
+    earlier = sum(stage.seconds for stage in stages[:start])
+    counts: dict[str, int] = {}
+    if earlier:
+        note = "the fewest segments, with all the passes below up to partition"
+        yield PassView("shorter captures", counts, counts, earlier, note)
+    for stage in stages[start:]:
+        after = _after(compiled, stage.name) or stage.after or counts
+        before = stage.before or counts
+        yield PassView(stage.name, before, after, stage.seconds, _note(stage.name))
+        counts = after
+
+
+def _after(compiled: Compiled, name: str) -> dict[str, int]:
+    """Operations after the stages that do not work on one graph."""
+    total: Counter[str] = Counter()
+    if name.startswith("reroll"):
+        bodies = {rule.body.key: rule.body for by in compiled.rolled.rules.values() for rule in by.values()}
+        for body in bodies.values():
+            total.update(op_name(node) for node in body.nodes)
+    elif name.startswith(("route", "align")):
+        total.update(_outside(compiled))
+        for group in compiled.program.groups:
+            total.update(op_counts(group.graph))
+    elif name.startswith(("lift", "emit")):
+        total.update(_outside(compiled))
+        for cell in compiled.emitted.cells:
+            total.update(op_counts(cell.graph))
+    return dict(total)
+
+
+def _outside(compiled: Compiled) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for kind in (INIT, PROLOGUE, EPILOGUE):
+        for rule in compiled.rolled.rules[(kind, -1)].values():
+            total.update(op_name(node) for node in rule.body.nodes)
+    return total
+
+
+_NOTES = {
+    "capture": "the model's own forward, traced once on tensors without memory",
+    "functionalise": "no operation writes into its operands any more",
+    "number": "equal operations become one: what is the same for all segments is found here",
+    "partition": "each operation gets its place on the grid; the operations stay",
+    "reroll": "one body for each class of segments instead of one for each segment",
+    "dependence": "offsets between cells; the operations stay",
+    "wavefront": "a level for each cell; the operations stay",
+    "route": "one graph for each kind of layer, its variants merged",
+    "lift": "each cell function computes n cells; one function for each mixture of variants",
+}
+
+
+def _note(name: str) -> str:
+    return next((text for key, text in _NOTES.items() if name.startswith(key)), "")
