@@ -593,25 +593,24 @@ class _Regions:
         entries: dict[Any, list[tuple[str, int]]] = {}
         for lane in self.program.lanes:
             for entry in lane.entries:
-                entries.setdefault((entry.early, entry.steady), []).append((lane.name, entry.layer))
-        for (early, steady), places in entries.items():
+                key = (lane.classes, entry.early, entry.steady)
+                entries.setdefault(key, []).append((lane.name, entry.layer))
+        for (classes, early, steady), places in entries.items():
             by_layers: dict[tuple[int, ...], list[str]] = {}
             for name in dict.fromkeys(name for name, _ in places):
                 by_layers.setdefault(tuple(layer for n, layer in places if n == name), []).append(name)
             for layers, names in by_layers.items():
-                self._write_entry(writer, early, steady, layers, names)
+                self._write_entry(writer, classes, early, steady, layers, names)
         if not entries:
             writer.line("pass")
         writer.end()
 
     def _write_entry(
-        self, writer: _Writer, early: Any, steady: Source | None, layers: tuple[int, ...], names: list[str]
+        self, writer: _Writer, classes: Any, early: Any, steady: Source | None, layers: tuple[int, ...], names: list[str]
     ) -> None:
-        if steady is None:
-            last = max(s for s, _ in early)
-            writer.line(f"for s, layer in run.alive(t, {list(layers)!r}, last={last}):")
-        else:
-            writer.line(f"for s, layer in run.alive(t, {list(layers)!r}):")
+        only = "" if classes is None else f", classes={classes!r}"
+        only += f", last={max(s for s, _ in early)}" if steady is None else ""
+        writer.line(f"for s, layer in run.alive(t, {list(layers)!r}{only}):")
         writer.depth += 1
         cases = [(f"s == {segment}", source) for segment, source in early]
         if steady is not None:

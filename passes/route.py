@@ -70,6 +70,7 @@ class _LaneDraft:
     name: str
     layers: set[int]
     val: Any
+    classes: tuple[int, ...] | None = None
     entries: dict[int, LaneEntry] = field(default_factory=dict)
     feeds: dict[tuple[str, str, tuple[int, int]], set[int]] = field(default_factory=lambda: defaultdict(set))
 
@@ -162,7 +163,9 @@ class _Router:
     # ---- lanes -----------------------------------------------------------------------------------------------------------
 
     def _lane_port(self, name: str, group: _GroupDraft, index: dict[int, int], val: Any) -> None:
-        lane = self.lanes[name] = _LaneDraft(name, set(group.layers), val)
+        alone = sum(1 for other in self.groups if other.layers == group.layers) == 1
+        classes = None if alone else group.merged.classes
+        lane = self.lanes[name] = _LaneDraft(name, set(group.layers), val, classes)
         steady: dict[int, Source] = {}
         for layer in group.layers:
             steady[layer] = self._steady(layer, index)
@@ -355,7 +358,7 @@ class _Router:
         val = lane.val
         entries = tuple(lane.entries[layer] for layer in sorted(lane.entries))
         layers = tuple(sorted(lane.layers))
-        return Lane(lane.name, layers, tuple(val.shape), val.dtype, val.device, entries, feeds)
+        return Lane(lane.name, layers, lane.classes, tuple(val.shape), val.dtype, val.device, entries, feeds)
 
 
 def _by_class(graph: fx.Graph, merged: Merged, nodes: dict[int, int]) -> fx.Node:

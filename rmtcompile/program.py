@@ -175,12 +175,14 @@ class Lane:
 
     Attributes:
         layers: consumer layers that have a place here.
+        classes: classes of the cells that read it; None where every class does.
         entries: what is put in a layer's place before its cell reads it.
         feeds: writes by cells.
     """
 
     name: str
     layers: tuple[int, ...]
+    classes: tuple[int, ...] | None
     shape: tuple[int, ...]
     dtype: Any
     device: Any

@@ -6,6 +6,7 @@ the entries that differ only in a number form a family with one member a segment
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -55,7 +56,20 @@ class Node:
             values.append(value_of(child, outputs, count))
             if keys is not None and self.context is not None:
                 keys.append(self.context[i])
-        return pytree.SUPPORTED_NODES[self.kind].unflatten_fn(values, keys if keys is not None else self.context)
+        context = keys if keys is not None else self.context
+        if keys is not None and dataclasses.is_dataclass(self.kind) and issubclass(self.kind, dict):
+            return _with_extra_keys(self.kind, dict(zip(keys, values, strict=True)))
+        return pytree.SUPPORTED_NODES[self.kind].unflatten_fn(values, context)
+
+
+def _with_extra_keys(kind: Any, items: dict[str, Any]) -> Any:
+    """A dict-like dataclass (a `ModelOutput`) that may hold more keys than it has fields."""
+    fields = {field.name for field in dataclasses.fields(kind)}
+    made = kind(**{key: value for key, value in items.items() if key in fields})
+    for key, value in items.items():
+        if key not in fields:
+            made[key] = value
+    return made
 
 
 def value_of(rule: Any, outputs: tuple[Any, ...], count: int) -> Any:

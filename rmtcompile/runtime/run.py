@@ -103,14 +103,21 @@ class Run:
         segment, rest = divmod(level - self.program.n_layers + 1, self.program.alpha)
         return segment if not rest and 0 <= segment < self.segments else None
 
-    def alive(self, level: int, layers: Sequence[int], last: int | None = None) -> list[tuple[int, int]]:
-        """(segment, layer) of the cells of this level among `layers`, up to segment `last`."""
+    def alive(
+        self, level: int, layers: Sequence[int], classes: Sequence[int] | None = None, last: int | None = None
+    ) -> list[tuple[int, int]]:
+        """(segment, layer) of this level's cells among `layers`, of some classes only, up to segment `last`."""
         found = []
         for layer in layers:
             segment, rest = divmod(level - layer, self.program.alpha)
-            if not rest and 0 <= segment < self.segments and (last is None or segment <= last):
+            if rest or not 0 <= segment < self.segments or (last is not None and segment > last):
+                continue
+            if classes is None or self._class(layer, segment) in classes:
                 found.append((segment, layer))
         return found
+
+    def _class(self, layer: int, segment: int) -> int:
+        return int(self.program.rolled.classes[("cell", layer)].of(segment, self.segments))
 
     def windows(self, level: int) -> list[Window]:
         """The cells of this level, one window a group."""
@@ -121,7 +128,7 @@ class Run:
                 segment, rest = divmod(level - layer, self.program.alpha)
                 if rest or not 0 <= segment < self.segments:
                     continue
-                number = self.program.rolled.classes[("cell", layer)].of(segment, self.segments)
+                number = self._class(layer, segment)
                 if number in group.classes:
                     cells.append((layer, segment, number))
             if cells:
