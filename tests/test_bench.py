@@ -240,6 +240,7 @@ def test_error_against_float64_shows_a_broken_run() -> None:
 # ---- the command line ----
 
 
+@pytest.mark.slow
 def test_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.json"
     flags = ["--preset", "tiny", "--segment", "16", "--layers", "3", "--tokens", "32", "64", "--rounds", "1"]

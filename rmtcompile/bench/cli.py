@@ -40,7 +40,8 @@ def run(argv: Sequence[str] | None = None) -> int:
         return 2
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        settings = settings_of(args)
+        given = tuple(sys.argv[1:] if argv is None else argv)
+        settings = dataclasses.replace(settings_of(args), flags=given)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,6 +19,14 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def release(device: torch.device) -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
     """One run by the host's clock, from an idle device to an idle device."""
     synchronise(device)
@@ -97,9 +105,7 @@ class Memory:
         self.peak = 0
 
     def _reserved(self) -> int:
-        gc.collect()
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
+        release(self.device)
         return torch.cuda.memory_reserved(self.device)
 
     def holding(self, function: Callable[[], Any]) -> Any:

@@ -189,7 +189,7 @@ def _by_length(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, dict[str
 def _profile(name: str, found: dict[str, Any]) -> Table:
     rows = [
         (row["kernel"][:70], row["kind"], f"{row['count']:.1f}", f"{row['us']:.1f}", f"{row['share']:.1%}")
-        for row in found["kernels"][:30]
+        for row in found["kernels"][:16]
     ]
     kinds = ", ".join(f"{kind} {us:.0f}" for kind, us in sorted(found["kinds"].items(), key=lambda x: -x[1]))
     floors = ", ".join(f"{kind} {us:.0f}" for kind, us in found["floors_us"].items())

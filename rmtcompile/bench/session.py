@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -43,6 +43,7 @@ class Settings:
     profile: bool = False
     wavefronts: bool = False
     budget: float = float("inf")
+    flags: tuple[str, ...] = ()
 
 
 class Session:
@@ -58,7 +59,11 @@ class Session:
         self.settings, self.device, self.save = settings, device, save
         self.started = time.monotonic()
         self.failed: list[str] = []
-        self.record: dict[str, Any] = {"environment": environment(device), "models": [], "ceilings": []}
+        self.record: dict[str, Any] = {
+            "environment": environment(device, settings.flags),
+            "models": [],
+            "ceilings": [],
+        }
 
     def run(self) -> None:
         """Everything, model by model; saved after each piece."""
@@ -84,6 +89,8 @@ class Session:
             "rows": [],
         }
         self.record["models"].append(entry)
+        torch.compiler.reset()  # of the model before: its compiled forms would count against this one's
+        measure.release(self.device)
         self.say(
             f"building {case.shape.layers} layers of width {case.shape.hidden}, segments of {case.segment}"
         )
@@ -332,13 +339,13 @@ def stages_of(diagonal: Diagonal) -> dict[str, float]:
     return {stage.name: stage.seconds for stage in getattr(diagonal.fast.compiled, "stages", ())}
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, flags: Sequence[str]) -> dict[str, Any]:
     """Versions, date, device and command line."""
     import transformers
 
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": ["python", "-m", "rmtcompile.bench", *sys.argv[1:]],
+        "command": ["rmtcompile", "bench", *flags],
         "rmtcompile": rmtcompile.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
