@@ -153,6 +153,40 @@ def test_hand_written_script_of_another_shape_is_left_out(tmp_path: Path) -> Non
         Handwritten(TINY, script)
 
 
+SCRIPT = """
+import torch
+D, H, KV, HD, FF, L, D_MEM = 64, 4, 2, 16, 128, 4, 8
+calls = []
+
+class Runner:
+    def __init__(self, segment, n_mem):
+        self.segment = segment
+        self.p = {"w": torch.zeros(3, dtype=torch.bfloat16)}
+        self.embed = self.memory = self.norm = torch.zeros(1, dtype=torch.bfloat16)
+
+    def plan(self, n):
+        return ((i, ("key", i)) for i in range(n))
+
+    def graph(self, *key):
+        calls.append(key)
+
+    def diagonal(self, ids):
+        return ids[:, None].float()
+"""
+
+
+def test_hand_written_script_takes_part(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    case = Case(SHAPES["tiny"], 16, 4, 8, batch=1, dtype=torch.bfloat16)
+    opponent = Handwritten(case, script)
+    ids = case.ids(32, CPU)
+    opponent.prepare(ids)
+    assert opponent.module.calls == [("key", 0), ("key", 1)]
+    assert opponent(ids).shape == (1, 32, 1) and opponent.own_bytes == 2 * 6
+    assert opponent.flops(32) == case.armt_flops(32)
+
+
 # ---- how figures are taken ----
 
 

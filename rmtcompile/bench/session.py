@@ -143,8 +143,8 @@ class Session:
                 start = time.perf_counter()
                 opponent = memory.holding(lambda make=make: prepared(make, ids))  # type: ignore[misc]
                 about["first_call_s"] = time.perf_counter() - start
-                about["held_bytes"] = memory.held - opponent.own_bytes
-                about["first_call_peak_bytes"] = memory.peak - opponent.own_bytes
+                about["held_bytes"] = max(0, memory.held - opponent.own_bytes)
+                about["first_call_peak_bytes"] = max(0, memory.peak - opponent.own_bytes)
                 if isinstance(opponent, Graphed) and opponent.runner.attention:
                     about["attention"] = opponent.runner.attention
                 if isinstance(opponent, Diagonal):
