@@ -97,6 +97,7 @@ class _Entry:
         self.executor = executor
         self.segmentation = segmentation
         self.example = example  # (args, kwargs) with fake tensors
+        self.settled = False  # whether hooks that the first forward registers are registered
         self.checked: set[int] = set()  # short lengths that were compared with the model
         self.only: dict[int, _Entry] = {}  # programs for single lengths that the rules do not give
 
@@ -209,6 +210,10 @@ class Optimized:
         self._last = (entry, count)
         outputs = entry.executor.run(count, _tensors(args, kwargs))
         _leave_effects(entry.compiled, count, outputs)
+        if not entry.settled:
+            entry.settled = True
+            if any(effect.change is not None and effect.change.is_hook for effect, _ in entry.compiled.effects):
+                entry.compiled.captures[0].guard.settle()
         _write_back(entry.compiled, outputs, _tensors(args, kwargs))
         return value_of(entry.compiled.result, outputs, count)
 

@@ -231,7 +231,7 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         outputs: list[torch.Tensor] = []
         result_leaves, result_spec = pytree.tree_flatten(result)
         produced["result"] = (_refer(result_leaves, outputs), result_spec)
-        produced["effects"] = list(_effects(snapshot, outputs))
+        produced["effects"] = list(_effects(snapshot, tracker.written, outputs))
         return outputs
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -288,8 +288,10 @@ def _refer(values: list[Any], outputs: list[torch.Tensor]) -> tuple[Any, ...]:
     return tuple(refs)
 
 
-def _effects(snapshot: Snapshot, outputs: list[torch.Tensor]) -> Iterator[Effect]:
-    for change in snapshot.changes():
+def _effects(
+    snapshot: Snapshot, written: set[tuple[int, str]], outputs: list[torch.Tensor]
+) -> Iterator[Effect]:
+    for change in snapshot.changes(written):
         if change.value is DELETED:
             yield Effect(change, change.name, None, ())
             continue

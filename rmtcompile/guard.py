@@ -111,6 +111,10 @@ class ModuleGuard:
             for path, module in root.named_modules():
                 self._structures.append((module.__dict__, _structure(module.__dict__), f"{name}.{path}".strip(".")))
 
+    def settle(self) -> None:
+        """Take the hooks that are registered now for those of the capture: the forward itself has registered them."""
+        self._structures = [(space, _structure(space), name) for space, _, name in self._structures]
+
     def broken(self) -> str | None:
         """What changed since capture, in words, or None."""
         for space, key, value, name in self._atoms:

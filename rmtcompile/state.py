@@ -8,7 +8,7 @@ is part of the program's result, so it has to be described well enough to be lef
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +75,6 @@ class Snapshot:
         elif (fields := _fields(value)) is not None:
             self._records[id(value)] = _Record(value, path, fields.copy())
             for key, item in fields.items():
-                if isinstance(value, nn.Module) and key.endswith("_hooks"):
-                    continue
                 self._record(item, (*path, ("attr", key)), depth + 1)
 
     def restore(self) -> None:
@@ -90,8 +88,13 @@ class Snapshot:
                 fields.clear()
                 fields.update(record.copy)
 
-    def changes(self) -> list[Change]:
-        """What differs now from the snapshot, one entry a value, in a deterministic order."""
+    def changes(self, written: Collection[tuple[int, str]] = ()) -> list[Change]:
+        """What differs now from the snapshot, one entry a value, in a deterministic order.
+
+        Args:
+            written: (id of module, attribute) pairs that were assigned; a flag or counter among them counts as changed also
+                where it was assigned the value it had.
+        """
         found: list[Change] = []
         for record in self._records.values():
             target = record.target
@@ -104,7 +107,8 @@ class Snapshot:
                 continue
             kind, fields = ("item", target) if isinstance(target, dict) else ("attr", target.__dict__)
             for key, new in fields.items():
-                if key not in record.copy or _differs(record.copy[key], new):
+                again = isinstance(new, _ATOMS) and (id(target), key) in written
+                if key not in record.copy or again or _differs(record.copy[key], new):
                     found.append(Change(record, (kind, key), new))
             found += [Change(record, (kind, key), DELETED) for key in record.copy if key not in fields]
         return found
@@ -158,8 +162,13 @@ class Change:
     value: Any
 
     @property
+    def is_hook(self) -> bool:
+        """Whether the forward registered or removed a hook; hooks are numbered anew each time."""
+        return any(isinstance(key, str) and key.endswith("_hooks") for _, key in self.record.path)
+
+    @property
     def name(self) -> str:
-        return path_name((*self.record.path, self.step))
+        return path_name(self.record.path if self.is_hook else (*self.record.path, self.step))
 
     def apply(self, value: Any) -> None:
         """Leave `value` where the forward left its own."""
