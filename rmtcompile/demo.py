@@ -166,8 +166,8 @@ def verdict(result: DemoResult, repeats: int) -> list[str]:
     ]
     if result.device == "cpu":
         lines += [
-            "on a CPU the gain is what fewer and larger calls save: it shrinks as cells grow (--hidden 512), and",
-            "says little about a GPU; rmtcompile bench measures each way of running a model",
+            "on a CPU the gain is what fewer and larger calls save: it shrinks as cells grow (--hidden 512),",
+            "and says little about a GPU; rmtcompile bench measures each way of running a model",
         ]
     else:
         lines += [

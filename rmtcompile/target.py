@@ -65,22 +65,23 @@ def small_armt(sizes: Sizes, device: str = "cpu", dtype: torch.dtype = torch.flo
         from rmtcompile.models import build
     except ImportError as error:
         raise UsageError(f"{error}: the reference model needs pip install 'rmtcompile[models]'") from error
+    if sizes.hidden % (2 * sizes.heads):
+        raise UsageError(
+            f"no model of these sizes: --hidden {sizes.hidden} is not a multiple of twice --heads"
+        )
     torch.manual_seed(sizes.seed)
-    try:
-        config = transformers.LlamaConfig(
-            vocab_size=sizes.vocabulary,
-            hidden_size=sizes.hidden,
-            intermediate_size=2 * sizes.hidden,
-            num_hidden_layers=sizes.layers,
-            num_attention_heads=sizes.heads,
-            num_key_value_heads=max(1, sizes.heads // 2),
-            max_position_embeddings=max(512, sizes.segment + sizes.memory),
-        )
-        model = build(
-            config, segment_size=sizes.segment, num_mem_tokens=sizes.memory, d_mem=sizes.d_mem, dtype=dtype
-        )
-    except (ValueError, RuntimeError) as error:
-        raise UsageError(f"no model of these sizes: {error}") from error
+    config = transformers.LlamaConfig(
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.hidden,
+        intermediate_size=2 * sizes.hidden,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.heads if sizes.heads % 2 else sizes.heads // 2,
+        max_position_embeddings=max(512, sizes.segment + sizes.memory),
+    )
+    model = build(
+        config, segment_size=sizes.segment, num_mem_tokens=sizes.memory, d_mem=sizes.d_mem, dtype=dtype
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("W_mv.weight"):

@@ -63,7 +63,8 @@ def _front(fast: Optimized) -> list[tuple[str, str]]:
     entry, _ = fast._last
     args, kwargs = entry.example
     base = entry.compiled.captures[0]
-    log = _Notes([call.path for call in base.calls])
+    leaves = {target: leaf.name for target, leaf in base.leaves.items()}
+    log = _Notes([call.path for call in base.calls], leaves)
     count = entry.compiled.rolled.base.count
     _unrolled(fast.model, args, kwargs, entry.segmentation, count, fast._options, log)
     return log.found
@@ -74,11 +75,13 @@ class _Notes(_Log):
 
     Args:
         paths: module path by index of call; the forward makes the same calls each time.
+        leaves: names of the tensors that the graph reads.
     """
 
-    def __init__(self, paths: list[str]) -> None:
+    def __init__(self, paths: list[str], leaves: dict[str, str]) -> None:
         super().__init__(None)
         self.paths = paths
+        self.leaves = leaves
         self.found: list[tuple[str, str]] = []
 
     @contextmanager
@@ -87,7 +90,7 @@ class _Notes(_Log):
         yield box
         if box:
             file = name.partition(",")[0].replace(" ", "_")
-            self.found.append((f"{file}.txt", texts.graph_text(box[0], self._path)))
+            self.found.append((f"{file}.txt", texts.graph_text(box[0], self._path, self.leaves)))
 
     def _path(self, node: fx.Node) -> str:
         scope = node.meta.get("scope", ())

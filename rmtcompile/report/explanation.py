@@ -194,8 +194,8 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Explanation:
     A model that is refused is explained, too: the evidence, and what would help.
 
     Args:
-        model: an `nn.Module` or any callable on tensors, or what `optimize` gave for one.  Without further arguments,
-            the program of its last call is explained.
+        model: an `nn.Module` or any callable on tensors, or what `optimize` gave for one.  Without
+            further arguments, the program of its last call is explained.
 
     Raises:
         RMTCompileError: without arguments, and nothing was captured yet.
@@ -366,14 +366,16 @@ def plan_of(fast: Optimized, compiled: Compiled, schedule: Schedule) -> tuple[st
     if blocked:
         witness = compiled.dependences[blocked[0]]
         return "sequential", (
-            f"{blocking_reason(offsets, n_layers)}; {witness.consumer} reads {witness.producer} {witness.reason}".strip()
+            f"{blocking_reason(offsets, n_layers)}; {witness.consumer} reads {witness.producer} "
+            f"{witness.reason}".rstrip()
         )
     if schedule.n_segments == 1:
         return "diagonal", "one segment alone has one cell a level; more segments will overlap"
     ends = "" if schedule.is_optimal else f" (the longest dependence path has {schedule.critical_path})"
     return "diagonal", (
-        f"levels {schedule.level_rule} keep every dependence: {schedule.n_cells} cells in {schedule.n_levels} "
-        f"levels{ends}, {schedule.mean_width:.2f} cells at once on average and {schedule.width} at most"
+        f"levels {schedule.level_rule} keep every dependence: {schedule.n_cells} cells in "
+        f"{schedule.n_levels} levels{ends}, {schedule.mean_width:.2f} at once on average, "
+        f"{schedule.width} at most"
     )
 
 

@@ -74,7 +74,8 @@ def offset_words(offset: tuple[int, int]) -> str:
 def _offset(offset: Offset) -> Iterator[str]:
     ds, dl = offset.offset
     asks = f"needs a skew of {offset.skew}" if ds else "orders the layers of a segment"
-    yield f"({ds},{dl})  {offset_words(offset.offset)}; {asks}{', which blocks every overlap' if offset.blocks else ''}"
+    blocks = ", which blocks every overlap" if offset.blocks else ""
+    yield f"({ds},{dl})  {offset_words(offset.offset)}; {asks}{blocks}"
     yield f"       {offset.consumer}"
     yield f"       reads {offset.producer} {offset.reason}".rstrip()
 
@@ -154,9 +155,10 @@ def to_text(found: Explanation) -> str:
 
 def to_html_fragment(found: Explanation) -> str:
     """A table for a notebook cell: no script, no network."""
-    cell = 'style="text-align:left;vertical-align:top;padding:2px 12px 2px 0'
+    left = "text-align:left;vertical-align:top;padding:2px 12px 2px 0"
     rows = "".join(
-        f'<tr><th {cell}">{escape(title)}</th><td {cell};white-space:pre-wrap">{escape(chr(10).join(entries))}</td></tr>'
+        f'<tr><th style="{left}">{escape(title)}</th>'
+        f'<td style="{left};white-space:pre-wrap">{escape(chr(10).join(entries))}</td></tr>'
         for title, entries in sections(found)
     )
     picture = found.schedule.to_svg() if found.schedule is not None else ""
@@ -170,7 +172,7 @@ def to_html(found: Explanation) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>"
-        ":root{color-scheme:light dark}body{font:14px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;"
-        "padding:0 1rem}h1{font-size:1.3rem}td{font-family:ui-monospace,monospace;font-size:12.5px}"
+        ":root{color-scheme:light dark}body{font:14px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem "
+        "auto;padding:0 1rem}h1{font-size:1.3rem}td{font-family:ui-monospace,monospace;font-size:12.5px}"
         f"</style></head><body><h1>{escape(title)}</h1>{to_html_fragment(found)}</body></html>\n"
     )

@@ -86,8 +86,9 @@ def outputs_in(rule: Any) -> list[int]:
 
 
 def state_names(compiled: Compiled) -> dict[tuple[int, int, int], str]:
-    """What the model calls the values of cells that it is left with: (layer, class, operation) -> `association`."""
-    outputs, found = compiled.rolled.outputs, {}
+    """What the model calls the values that cells leave in it: (layer, class, operation) -> `association`."""
+    outputs = compiled.rolled.outputs
+    found: dict[tuple[int, int, int], str] = {}
     named = [(effect.name, index) for effect, rule in compiled.effects for index in outputs_in(rule)]
     first = len(outputs) - len(compiled.written)
     named += [(name, first + i) for i, (_, name) in enumerate(compiled.written)]
@@ -125,7 +126,7 @@ def value_name(source: Source | Each | None, states: dict[tuple[int, int, int], 
 
 
 def where_from(live_in: LiveIn, layer: int) -> str:
-    """`cell (s - 1, l)`, `the prologue of the segment`, `hoisted`, and what the first segments read instead."""
+    """`cell (s - 1, l)`, `prologue(s)`, `hoisted`, and what the first segments read instead."""
     text = _where(live_in.steady, layer)
     for segment, source in sorted(live_in.early.items()):
         text += f"; in segment {segment} {_where(source, layer)}"

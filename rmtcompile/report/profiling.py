@@ -23,10 +23,11 @@ _KINDS = (
     ("attention", ("attention", "flash", "fmha")),
     ("matrix products", ("mm", "matmul", "linear", "einsum", "gemm", "dot", "cutlass", "conv")),
     ("norms and reductions", ("mean", "sum", "norm", "softmax", "var", "max", "min", "cumsum", "any", "all")),
-    ("data movement", ("copy", "cat", "stack", "clone", "contiguous", "index", "gather", "roll", "embedding",
-                       "fill", "zero", "empty", "slice", "select", "view", "reshape", "expand", "transpose", "permute",
-                       "as_strided", "squeeze", "unbind", "split", "memcpy", "memset", "arange", "to", "detach",
-                       "alias", "resize", "t")),
+    ("data movement", (
+        "copy", "cat", "stack", "clone", "contiguous", "index", "gather", "roll", "embedding", "fill", "zero",
+        "empty", "slice", "select", "view", "reshape", "expand", "transpose", "permute", "as_strided",
+        "squeeze", "unbind", "split", "memcpy", "memset", "arange", "to", "detach", "alias", "resize", "t",
+    )),
 )  # fmt: skip
 
 
@@ -37,8 +38,8 @@ class Profile:
     Attributes:
         schedule: the schedule that ran.
         device: what it ran on, and how.
-        level_us: microseconds of each level with what enters before it and leaves after it, median of the repeats;
-            the device is waited for after each level, so their sum is more than `total_us` on a GPU.
+        level_us: microseconds of each level, what enters before it and leaves after it included, median of
+            the repeats; the device is waited for after each level, so the sum may be more than `total_us`.
         total_us: microseconds of a whole call without waiting between levels.
         sequential_us: microseconds of the model as it is, called in turn with the program.
         kind_us: microseconds of each kind of operation over one call.
@@ -92,8 +93,8 @@ class Profile:
 def _table(found: Profile) -> Iterator[str]:
     schedule, used = found.schedule, found.utilisation
     yield (
-        f"profile   {found.total_us / 1e3:.2f} ms a call, the model as it is {found.sequential_us / 1e3:.2f} ms: "
-        f"{found.speedup:.2f} x as fast"
+        f"profile   {found.total_us / 1e3:.2f} ms a call, the model as it is "
+        f"{found.sequential_us / 1e3:.2f} ms: {found.speedup:.2f} x as fast"
     )
     yield f"          {found.device}, median of {found.repeats}"
     yield ""
@@ -116,7 +117,9 @@ def _table(found: Profile) -> Iterator[str]:
 
 
 def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repeats: int = 5) -> Profile:
-    """Run the program several times, and the model as it is in turn with it, and measure; no effect is left behind.
+    """Run the program several times, in turn with the model as it is, and measure; no effect is left behind.
+
+    Gradients are recorded if they are at a call now: wrap it in `torch.no_grad()` to measure inference.
 
     Args:
         fast: what `optimize` gave.
@@ -142,14 +145,13 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
         finally:
             snapshot.restore()
 
-    with torch.no_grad():
-        program()
-        model()
-        whole, sequential = _in_turn(program, model, device, repeats)
-        levels = [_levels(program, namespace, device) for _ in range(repeats)]
-        kinds = _kinds(program, device)
-        flops = _flops(program, executor, namespace)
-        peak = _peak(device, next((t.dtype for t in fast_parameters(fast)), torch.float32))
+    program()
+    model()
+    whole, sequential = _in_turn(program, model, device, repeats)
+    levels = [_levels(program, namespace, device) for _ in range(repeats)]
+    kinds = _kinds(program, device)
+    flops = _flops(program, executor, namespace)
+    peak = _peak(device, next((t.dtype for t in fast_parameters(fast)), torch.float32))
     schedule = fast.schedule
     fits = all(len(times) == schedule.n_levels for times in levels)
     result = Profile(
@@ -177,7 +179,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _timed(run: Callable[[], None], device: torch.device) -> float:
+def _timed(run: Callable[[], Any], device: torch.device) -> float:
     _wait(device)
     start = time.perf_counter()
     run()

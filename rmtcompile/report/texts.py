@@ -8,7 +8,7 @@ schedule  11 levels, width 4, 32 cells in 11 grouped calls
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,15 +63,21 @@ def operation(node: fx.Node) -> str:
     return f"{node.name} = {op_name(node)}({', '.join(args)})"
 
 
-def graph_text(module: fx.GraphModule, path_of: Callable[[fx.Node], str]) -> str:
-    """A captured graph: a heading a module call, types and source lines on the right."""
+def graph_text(module: fx.GraphModule, path_of: Callable[[fx.Node], str], leaves: Mapping[str, str]) -> str:
+    """A captured graph: a heading a module call, types and source lines on the right.
+
+    Args:
+        path_of: path of the module that ran a node.
+        leaves: what the model calls the tensors that the graph reads.
+    """
     lines: list[str] = []
     heading: str | None = None
     for node in module.graph.nodes:
         if node.op == "placeholder":
             lines.append(beside(f"input {node.name}", type_of(node)))
         elif node.op == "get_attr":
-            lines.append(beside(f"read {node.name} = {node.target}", type_of(node) or _held(module, node)))
+            name = leaves.get(str(node.target), str(node.target))
+            lines.append(beside(f"{node.name} = {name}", type_of(node) or _held(module, node)))
         elif node.op == "output":
             lines += ["", f"return {argument(node.args[0])}"]
         else:
@@ -210,7 +216,7 @@ def route_text(compiled: Compiled) -> str:
             if node.op == "call_function"
         ]
         output = next(node for node in group.graph.nodes if node.op == "output")
-        pairs = zip(group.outputs, output.args[0], strict=True)  # type: ignore[arg-type]
+        pairs = zip(group.outputs, output.args[0], strict=True)
         lines += [f"  {name} = {argument(value)}" for name, value in pairs]
         lines.append("")
     lines += [line for lane in program.lanes for line in _lane(lane, names)]
@@ -237,7 +243,8 @@ def _alias(lane: str, names: dict[str, str]) -> str:
 
 
 def _lane(lane: Lane, names: dict[str, str]) -> Iterator[str]:
-    yield f"lane {lane.name}{_alias(lane.name, names)}: {short_type(str(lane.dtype), lane.shape)}, layers {ranges(lane.layers)}"
+    kind = short_type(str(lane.dtype), lane.shape)
+    yield f"lane {lane.name}{_alias(lane.name, names)}: {kind}, layers {ranges(lane.layers)}"
     for feed in lane.feeds:
         source = f"{feed.source} of {feed.group}" if feed.group else f"lane {feed.source}"
         yield f"  offset ({feed.offset[0]},{feed.offset[1]}) from {source}, layers {ranges(feed.layers)}"
@@ -274,7 +281,7 @@ def program_text(compiled: Compiled, schedule: Schedule, title: str, inputs: tup
 
 
 def result_types(compiled: Compiled, count: int) -> list[str]:
-    """Types of the tensors that the forward returns for `count` segments; sizes grow evenly with the segments."""
+    """Types of the tensors that the forward returns for `count` segments; sizes grow evenly."""
     from rmtcompile.report.names import outputs_in
 
     rolled = compiled.rolled

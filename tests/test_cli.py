@@ -1,0 +1,178 @@
+"""rmtcompile on the command line: what it prints, what it writes, how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rmtcompile.cli import main
+
+TESTS = Path(__file__).parent
+TOYS = str(TESTS / "reported.py")
+TINY = [
+    "--layers",
+    "2",
+    "--hidden",
+    "16",
+    "--heads",
+    "2",
+    "--segment",
+    "8",
+    "--segments",
+    "3",
+    "--memory",
+    "2",
+]
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for piece in ("rmtcompile demo", "package.module:function", "exit status", "bench"):
+        assert piece in out, piece
+    for command in ("demo", "explain", "view", "dump"):
+        assert main([command, "--help"]) == 0
+        out = capsys.readouterr().out
+        assert "examples\n  rmtcompile " in out
+        assert "--json" in out and "--layers" in out
+        assert max(map(len, out.splitlines())) <= 110
+
+
+def test_version_and_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("rmtcompile 0.")
+    assert main([]) == 2
+    assert "start here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["explode"], "invalid choice: 'explode'"),
+        (["explain", "--layers", "0"], "has to be at least 1"),
+        (["explain", "nothing"], "'nothing' names no function"),
+        (["explain", "no_such_package:build"], "cannot import no_such_package"),
+        (["explain", "no_such_file.py:build"], "there is no file no_such_file.py"),
+        (["explain", f"{TOYS}:absent"], "has no 'absent'"),
+        (["explain", f"{TOYS}:wrong"], "gives a int: return a model, (model, args)"),
+        (["explain", "--device", "nowhere"], "there is no device 'nowhere'"),
+        (["explain", "--hidden", "10", "--heads", "4"], "no model of these sizes"),
+        (["demo", "--text", "no_such_text"], "cannot read no_such_text"),
+        (["view", f"{TOYS}:own", "-o", "x.nothing", "--quiet"], "cannot tell the format"),
+    ],
+)
+def test_what_makes_no_sense_ends_with_2(
+    argv: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_explain_says_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", f"{TOYS}:own"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("model      Own\n")
+    assert "plan       diagonal" in out
+    assert "  capture, 2 segments\n" in err
+
+
+def test_explain_as_json_and_html(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", f"{TOYS}:classic", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["plan"] == "sequential"
+    assert err == ""
+    assert main(["explain", f"{TOYS}:own", "--html", "--quiet"]) == 0
+    assert capsys.readouterr().out.startswith("<!doctype html>")
+
+
+def test_a_refused_model_ends_with_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["explain", f"{TOYS}:whole", "--quiet"]) == 1
+    assert "refused    PartitionError" in capsys.readouterr().out
+    assert main(["dump", f"{TOYS}:whole", "--quiet", "-o", str(tmp_path)]) == 1
+    assert "PartitionError: the forward does not cut" in capsys.readouterr().err
+    assert (
+        main(["view", f"{TOYS}:classic", "--plan", "diagonal", "--json", "-o", str(tmp_path / "x.html")]) == 1
+    )
+    assert json.loads(capsys.readouterr().out)["error"] == "UnsupportedError"
+
+
+def test_a_function_that_fails_is_the_users(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError, match="the weights are not here"):
+        main(["explain", f"{TOYS}:failing"])
+
+
+def test_view_and_dump_write_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "v.html"
+    assert main(["view", f"{TOYS}:own", "-o", str(page), "--profile", "--quiet"]) == 0
+    assert capsys.readouterr().out == f"wrote {page}\n"
+    assert '"levelUs":[' in page.read_text()
+    assert main(["dump", f"{TOYS}:own", "-o", str(tmp_path / "dump"), "--json"]) == 0
+    written = [Path(name) for name in json.loads(capsys.readouterr().out)["files"]]
+    assert written[-1].name.endswith("_emit.py") and all(path.exists() for path in written)
+
+
+def test_modules_of_the_working_folder_are_found(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mymodel_of_the_test.py").write_text((TESTS / "reported.py").read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["explain", "mymodel_of_the_test:own", "--quiet"]) == 0
+    assert "mymodel_of_the_test.py:" in capsys.readouterr().out
+
+
+def test_the_small_armt_takes_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--json", *TINY, "--dtype", "float64"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert len(data["layers"]) == 2
+    assert data["inputs"] == ["input_ids: i64[1,24]"]
+    assert [c["name"] for c in data["carries"]] == ["normaliser", "association"]
+    assert {c["dtype"] for c in data["carries"]} == {"torch.float64"}
+
+
+def test_a_model_alone_reads_random_tokens(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "alone.py").write_text(
+        "from rmtcompile.target import Sizes, small_armt\n"
+        "def build():\n    return small_armt(Sizes(2, 16, 2, 8, 3, 2, 4))\n"
+    )
+    argv = ["explain", f"{tmp_path / 'alone.py'}:build", "--json", "--segment", "8", "--segments", "4"]
+    assert main(argv) == 0
+    assert json.loads(capsys.readouterr().out)["segments"] == 4
+
+
+def test_demo_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["demo", "--json", "--out", str(tmp_path), "--repeats", "1", *TINY]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["segments"] == 3 and data["difference"] < 1e-5
+    assert len(data["files"]) == 3
+
+
+def test_bench_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    import rmtcompile.bench
+
+    seen: list[list[str]] = []
+    monkeypatch.setattr(rmtcompile.bench, "main", lambda argv: seen.append(argv) or 3)
+    assert main(["bench", "--quick", "x"]) == 3
+    assert seen == [["--quick", "x"]]
+
+
+@pytest.mark.slow
+def test_it_runs_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rmtcompile.cli", "explain", "nothing"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=TESTS.parent,
+    )
+    assert done.returncode == 2
+    assert "names no function" in done.stderr

@@ -1,0 +1,370 @@
+"""rmtcompile/report: explanations, dumps, views and profiles of compiled programs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import warnings
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reported import SEGMENT, WIDTH, ByValue, Classic, Own, Whole
+
+import rmtcompile
+from rmtcompile.report import Profile, view_model
+from rmtcompile.report.names import pattern, ranges
+from rmtcompile.report.profiling import kind_of
+from rmtcompile.runtime import Run
+from rmtcompile.viewer.view_model import to_dict
+
+X = torch.randn(1, 5 * SEGMENT, WIDTH)
+
+
+@pytest.fixture(scope="module")
+def fast() -> rmtcompile.Optimized:
+    torch.manual_seed(0)
+    optimized = rmtcompile.optimize(Own())
+    optimized(X)
+    return optimized
+
+
+@pytest.fixture(scope="module")
+def found(fast: rmtcompile.Optimized) -> rmtcompile.Explanation:
+    return fast.explain()
+
+
+# -- explain
+
+
+def test_what_was_found(found: rmtcompile.Explanation) -> None:
+    assert found.refusal is None
+    assert found.layers == ("layers.0", "layers.1", "layers.2")
+    assert (found.segments, found.axes[0].length, found.axes[0].dim, found.axes[0].input) == (
+        5,
+        SEGMENT,
+        1,
+        "x",
+    )
+    assert found.inputs == (f"x: f32[1,{5 * SEGMENT},{WIDTH}]",)
+    assert [(v.name, v.segments) for v in found.variants] == [("first", (0,)), ("later", (1, 2, 3, 4))]
+    assert {o.offset: o.skew for o in found.offsets} == {(0, 1): 0, (1, 0): 1}
+    assert [(c.name, c.shape, c.nbytes) for c in found.carries] == [("memory", (1, 1, WIDTH), 4 * WIDTH)]
+    assert dict(found.hoisted)["rsqrt"] == 1
+    assert found.merged > 0
+    assert found.schedule is not None and found.schedule.n_levels == 7
+    assert found.plan == "diagonal"
+    assert "15 cells in 7 levels" in found.why
+
+
+def test_witnesses_name_the_users_lines(found: rmtcompile.Explanation) -> None:
+    for offset in found.offsets:
+        assert re.search(r"reported\.py:\d+", offset.consumer), offset
+    assert {o.consumer.partition(" ")[0] for o in found.offsets} == {"cell"}
+
+
+def test_text_says_it_all(found: rmtcompile.Explanation) -> None:
+    text = str(found)
+    for piece in (
+        "model      Own",
+        f"reads x: f32[1,{5 * SEGMENT},{WIDTH}]",
+        "layers     3: layers.{0..2}",
+        f"segments   5 of {SEGMENT} elements along dimension 1 of x",
+        "captured with 2 and 3 segments; serves any number from 1 on",
+        "first: segment 0, ",
+        "later: segments 1..4, ",
+        "(1,0)  previous segment, same layer; needs a skew of 1",
+        f"memory: f32[1,1,{WIDTH}], offset (1,0), 32 bytes a cell, 96 over all layers",
+        "operations run once for all segments",
+        "15 cells in 7 levels and 7 grouped calls: mean width 2.14, widest 3",
+        "critical path 7 levels, reached",
+        "plan       diagonal",
+        "at most 2.14 x as fast",
+    ):
+        assert piece in text, piece
+    assert max(map(len, text.splitlines())) <= 108
+
+
+def test_json_holds_the_same(found: rmtcompile.Explanation) -> None:
+    data = json.loads(found.to_json())
+    assert data["refusal"] is None
+    assert data["parallelism"] == {
+        "cells": 15,
+        "levels": 7,
+        "level_rule": "s + l",
+        "alpha": 1,
+        "width": 3,
+        "mean_width": 15 / 7,
+        "critical_path": 7,
+        "optimal": True,
+        "grouped_calls": 7,
+    }
+    assert [o["offset"] for o in data["offsets"]] == [[0, 1], [1, 0]]
+    assert data["seconds"] == pytest.approx(sum(s["seconds"] for s in data["stages"]))
+    assert any("->" in s["difference"] for s in data["stages"])
+
+
+def test_html_is_one_page_without_script(found: rmtcompile.Explanation) -> None:
+    page = found.to_html()
+    parser = HTMLParser()
+    parser.feed(page)
+    assert (
+        page.count("<svg") == 1
+        and "<script" not in page
+        and "http" not in page.replace("www.w3.org", "")[:200]
+    )
+    assert "offsets</th>" in found._repr_html_()
+
+
+def test_no_arguments_and_no_call_is_an_error() -> None:
+    with pytest.raises(rmtcompile.RMTCompileError, match="call the optimized model once"):
+        rmtcompile.explain(Own())
+
+
+def test_explaining_runs_nothing_and_leaves_the_model_as_it_was() -> None:
+    model = Own()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = rmtcompile.explain(model, X)
+    assert found.plan == "diagonal"
+    assert all(layer.memory is None for layer in model.layers)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_blocked_model_is_explained_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = rmtcompile.explain(Classic(), X)
+    assert found.plan == "sequential"
+    blocked = next(offset for offset in found.offsets if offset.blocks)
+    assert blocked.offset == (1, -2)
+    assert blocked.skew == 3
+    assert "offset (1,-2): the top layer 2 of a segment feeds layer 0 of the next one" in str(found).replace(
+        "\n             ", " "
+    )
+    assert "which blocks every overlap" in str(found)
+    assert "reported.py" in found.why
+    assert found.schedule is not None and found.schedule.width == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "evidence", "remedy"),
+    [
+        (ByValue(), "CaptureError", "if (pieces[0] > 0).all():", "decide it from shapes"),
+        (Whole(), "PartitionError", f"(1, {5 * SEGMENT}, {WIDTH})", "segment_size="),
+    ],
+)
+def test_refusals_are_explained_not_raised(model: Any, error: str, evidence: str, remedy: str) -> None:
+    found = rmtcompile.explain(model, X)
+    assert found.refusal is not None
+    assert found.refusal.error == error
+    text = str(found)
+    assert text.startswith(f"model      {type(model).__name__}\n")
+    assert re.search(rf"^refused    {error} \(in [^)]+\): ", text, re.MULTILINE)
+    assert evidence in " ".join(found.refusal.evidence)
+    assert remedy in found.refusal.remedy
+    assert "\nhelp       " in text
+    data = json.loads(found.to_json())
+    assert data["refusal"]["evidence"] == list(found.refusal.evidence)
+    assert data["parallelism"] is None
+    assert "refused</th>" in found.to_html()
+
+
+# -- dump
+
+
+@pytest.fixture(scope="module")
+def dumped(fast: rmtcompile.Optimized, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("dump")
+    (folder / "99_old.txt").write_text("from an earlier dump")
+    return fast.dump(folder)
+
+
+def test_files_are_numbered_in_pipeline_order(dumped: list[Path]) -> None:
+    names = [path.name for path in dumped]
+    assert [name[:3] for name in names] == [f"{i:02d}_" for i in range(len(names))]
+    stages = [name[3:] for name in names]
+    assert stages[0] == "capture.txt"
+    assert stages[1] == "functionalise.txt"
+    assert stages[-7:] == [
+        "partition.txt", "reroll.txt", "dependence.txt", "wavefront.txt", "route.txt", "lift.txt", "emit.py",
+    ]  # fmt: skip
+    assert sorted(path.name for path in dumped[0].parent.iterdir()) == names
+
+
+def text_of(dumped: list[Path], name: str) -> str:
+    return next(path for path in dumped if path.name[3:] == name).read_text()
+
+
+def test_the_texts_say_what_each_stage_found(dumped: list[Path]) -> None:
+    captured = text_of(dumped, "capture.txt")
+    assert "-- layers.1.up" in captured
+    assert re.search(r"^linear\w* = linear\(.*# f32\[1,4,8\]  .*reported\.py:\d+$", captured, re.MULTILINE)
+    assert " = layers.0.up.weight  " in captured
+    assert "cell (1, 2): " in text_of(dumped, "partition.txt")
+    rules = text_of(dumped, "reroll.txt")
+    assert "memory: f32[1,1,8] <- cell (s - 1, l)" in rules
+    assert "4 * s, 4 * s + 4" in rules or "split" in rules
+    assert "(1,0)  previous segment, same layer" in text_of(dumped, "dependence.txt")
+    program = text_of(dumped, "wavefront.txt")
+    assert program.startswith("program Own(x: f32[1,20,8]) -> f32[1,20,8]")
+    assert "# 3 layers x 5 segments, 15 cells" in program
+    assert re.search(
+        r"^cell layers \(.*memory: f32\[1,1,8\]; W: 2 params\) +# \d+ ops$", program, re.MULTILINE
+    )
+    assert re.search(r"^grid  memory\(s,l\) <- \w+\(s-1,l\)  offset \(1,0\)$", program, re.MULTILINE)
+    assert "weight layers.{0..2}.up.weight" in text_of(dumped, "route.txt")
+    assert "bmm" in text_of(dumped, "lift.txt")
+
+
+def test_the_last_file_runs(fast: rmtcompile.Optimized, dumped: list[Path]) -> None:
+    spec = importlib.util.spec_from_file_location("emitted", dumped[-1])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert fast._last is not None
+    entry, count = fast._last
+    leaves = {name: leaf.fetch() for name, leaf in entry.compiled.leaves.items()}
+    inputs = dict(zip(entry.compiled.input_names, [X], strict=True))
+    with torch.no_grad():
+        run = Run(entry.compiled.program, count, inputs, leaves, entry.executor.stacks.current(), False)
+        result = module.forward(run)[0]
+        torch.testing.assert_close(result, fast.model(X))
+
+
+def test_dump_needs_a_call(tmp_path: Path) -> None:
+    with pytest.raises(rmtcompile.RMTCompileError, match="call the optimized model once"):
+        rmtcompile.optimize(Own()).dump(tmp_path)
+
+
+# -- view
+
+
+def test_the_view_has_cells_passes_and_code(fast: rmtcompile.Optimized) -> None:
+    view = view_model(fast)
+    assert view.title == "Own"
+    assert [(cell.kind, cell.variant) for cell in view.cells] == [("layers", "first"), ("layers", "later")]
+    first, later = view.cells
+    assert len(later.ops) > len(first.ops)
+    assert [p.name for p in later.params] == ["up.weight", "up.bias"]
+    assert "up" in {op.module for op in later.ops}
+    linear = next(op for op in later.ops if op.op == "linear")
+    assert linear.type == f"f32[1,{SEGMENT},{WIDTH}]"
+    assert re.search(r"reported\.py:\d+$", linear.source)
+    assert {"up.weight", "up.bias"} <= set(linear.inputs)
+    notes = {value.name: value.note for value in later.live_ins}
+    assert notes["memory"].startswith("cell (s - 1, l)")
+    assert later.carries == ("memory",)
+    assert any("cell (s + 1, l)" in value.note for value in later.live_outs)
+    names = [op.name for op in later.ops]
+    assert len(names) == len(set(names))
+    assert all(name in {*names, *notes, "up.weight", "up.bias"} for op in later.ops for name in op.inputs)
+
+
+def test_passes_start_from_nothing_and_shrink(fast: rmtcompile.Optimized) -> None:
+    passes = view_model(fast).passes
+    captured = next(p for p in passes if p.name.startswith("capture"))
+    reroll = next(p for p in passes if p.name.startswith("reroll"))
+    assert not captured.before
+    assert sum(reroll.after.values()) < sum(reroll.before.values()) <= sum(captured.after.values())
+    assert all(p.after for p in passes[1:])
+
+
+def test_a_view_is_written_and_holds_the_phases(fast: rmtcompile.Optimized, tmp_path: Path) -> None:
+    data = to_dict(view_model(fast))
+    assert set(data["codePhases"]) == {"ramp_up", "steady", "ramp_down"}
+    for phase, (line, _) in data["codePhases"].items():
+        assert f"run.{phase}" in data["code"].splitlines()[line - 1]
+    page = fast.view(tmp_path / "v.html")
+    assert "layers.0" not in page.read_text()[:100] and page.stat().st_size > 20_000
+    assert fast.view(tmp_path / "v.svg").read_text().startswith("<svg")
+    with pytest.raises(ValueError, match="cannot tell the format"):
+        fast.view(tmp_path / "v.xyz")
+
+
+# -- profile
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[rmtcompile.Optimized, Profile]:
+    torch.manual_seed(0)
+    optimized = rmtcompile.optimize(Own())
+    with torch.no_grad():
+        return optimized, optimized.profile(X)
+
+
+def test_every_level_is_timed(measured: tuple[rmtcompile.Optimized, Profile]) -> None:
+    optimized, profile = measured
+    assert len(profile.level_us) == optimized.schedule.n_levels == 7
+    assert all(us > 0 for us in profile.level_us)
+    assert profile.total_us > 0 and profile.sequential_us > 0
+    assert profile.kind_us["matrix products"] > 0
+    assert profile.flops[0] > 0 and profile.flops[3] == pytest.approx(3 * profile.flops[0], rel=0.2)
+    assert all(0 <= share <= 1 for share in profile.utilisation)
+
+
+def test_the_table_and_the_data(measured: tuple[rmtcompile.Optimized, Profile]) -> None:
+    _, profile = measured
+    text = str(profile)
+    assert re.match(r"profile   [\d.]+ ms a call, the model as it is [\d.]+ ms: [\d.]+ x as fast\n", text)
+    assert len(re.findall(r"^ +\d+  (?:ramp-up|steady|ramp-down) ", text, re.MULTILINE)) == 7
+    data = json.loads(profile.to_json())
+    assert data["widths"] == [1, 2, 3, 3, 3, 2, 1]
+    assert data["speedup"] == pytest.approx(profile.sequential_us / profile.total_us)
+    assert len(json.loads(profile.to_chrome_trace())["traceEvents"]) > 15
+
+
+def test_view_and_explanation_show_the_measurement(measured: tuple[rmtcompile.Optimized, Profile]) -> None:
+    optimized, profile = measured
+    view = view_model(optimized)
+    assert view.profile is not None and view.profile.level_us == profile.level_us
+    assert "CPU" in view.device
+    assert f"measured {profile.speedup:.2f} x" in str(optimized.explain())
+    with torch.no_grad():
+        optimized(X[:, : 2 * SEGMENT])  # another length: the profile is of another schedule
+    assert view_model(optimized).profile is None
+
+
+def test_profiling_leaves_nothing_behind(measured: tuple[rmtcompile.Optimized, Profile]) -> None:
+    optimized, _ = measured
+    model = optimized.model
+    with torch.no_grad():
+        expected = model(X)
+        memory = model.layers[0].memory
+        optimized.profile(torch.randn_like(X))
+        assert model.layers[0].memory is memory
+        torch.testing.assert_close(optimized(X), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("aten::bmm", "matrix products"),
+        ("aten::addmm", "matrix products"),
+        ("sm90_xmma_gemm_bf16bf16", "matrix products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("aten::mean", "norms and reductions"),
+        ("aten::native_layer_norm", "norms and reductions"),
+        ("aten::copy_", "data movement"),
+        ("aten::t", "data movement"),
+        ("aten::mul", "pointwise"),
+        ("aten::tanh", "pointwise"),
+        ("triton_poi_fused_silu_mul_3", "pointwise"),
+    ],
+)
+def test_kinds_of_operations(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+# -- words
+
+
+def test_ranges_and_patterns() -> None:
+    assert ranges([3, 0, 1, 5]) == "0..1, 3, 5"
+    assert pattern(["a.0.b", "a.1.b", "a.2.b"]) == "a.{0..2}.b"
+    assert pattern(["a.0", "b.1"]) == "a.0, b.1"
+    assert pattern(["only.0"]) == "only.0"
