@@ -322,12 +322,15 @@ def _write_level(writer: _Writer, program: Program, cells: list[CellFunction]) -
         "level", ["run", "t"], f"One wavefront: every cell (s, l) with {_level_formula(program)} = t."
     )
     writer.line("windows = run.windows(t)")
+    writer.line("results = run.launch(wave, windows)")
+    writer.line("run.tap(windows, results)")
+    writer.end()
+    writer.function("wave", ["run", "windows"], "The grouped calls of a level; all is read before anything is written.")
     writer.line("moved = run.moves(windows)")
     writer.line("results = [CELLS[w.group](run, w) for w in windows]")
     writer.line("move(moved)")
-    writer.line("for w, outputs in zip(windows, results):")
-    writer.line("    run.write(w, outputs)")
-    writer.line("    run.tap(w, outputs)")
+    writer.line("run.write(windows, results)")
+    writer.line("return results")
     writer.end()
     for group in program.groups:
         mine = [cell for cell in cells if cell.group == group.name]
@@ -338,9 +341,9 @@ def _write_level(writer: _Writer, program: Program, cells: list[CellFunction]) -
         for i, cell in enumerate(mine):
             params = [args[node.name] for node in cell.graph.nodes if node.op == "placeholder"]
             if len(mine) > 1 and i < len(mine) - 1:
-                writer.line(f"if set(w.classes) <= {set(cell.classes)!r}:")
+                writer.line(f"if run.is_only(w, {set(cell.classes)!r}):")
                 writer.depth += 1
-            writer.line(f"values = run.call({cell.name},")
+            writer.line(f"values = run.call({cell.name}, w,")
             writer.block("\n".join(f"    {param}," for param in params))
             writer.line(")")
             writer.line(f"return dict(zip({list(group.outputs)!r}, values))")
@@ -636,7 +639,7 @@ class _Regions:
         rule = self.rolled.rules[(INIT, -1)][0]
         if self.init_nodes:
             writer.line(f"values = init(S, {', '.join(self.arguments(rule))})")
-            writer.line(f"run.init = dict(zip({self.init_nodes!r}, values))")
+            writer.line(f"run.set_init({self.init_nodes!r}, values)")
         for group in self.program.groups:
             for port in group.ports:
                 if port.role == "stacked":

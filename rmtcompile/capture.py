@@ -36,6 +36,7 @@ from rmtcompile.state import DELETED, Change, Snapshot, contains_tensor, roots_o
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
+_MODELS = os.path.join(_HERE, "models") + os.sep  # user's models as far as the compiler goes
 _SET_GRAD = torch._C._set_grad_enabled
 _ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 _EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
@@ -133,11 +134,15 @@ class Capture:
         return self.module.graph
 
 
+def _is_ours(name: str) -> bool:
+    return name.startswith((_TORCH, _HERE, "<")) and not name.startswith(_MODELS)
+
+
 def user_source(frame: Any) -> str:
     """`file.py:123` of the innermost frame outside torch and outside this package."""
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith((_TORCH, _HERE, "<")):
+        if not _is_ours(name):
             return f"{os.path.relpath(name) if not name.startswith(sys.prefix) else _short(name)}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
@@ -314,7 +319,7 @@ def _raised_at(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        if not name.startswith((_TORCH, _HERE, "<")):
+        if not _is_ours(name):
             text = linecache.getline(name, trace.tb_lineno).strip()
             shown = os.path.relpath(name) if not name.startswith(sys.prefix) else _short(name)
             best = f"{shown}:{trace.tb_lineno}  {text}"

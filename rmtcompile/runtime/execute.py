@@ -1,4 +1,4 @@
-"""Execute a compiled program: weights stacked once, cell functions compiled, one `Run` a call."""
+"""Execute a compiled program: weights stacked once, an engine for the cells, one `Run` a call."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from rmtcompile.pipeline import Compiled
+from rmtcompile.runtime.engine import DirectEngine, GraphEngine
 from rmtcompile.runtime.run import Run
 from rmtcompile.runtime.stacks import Stacks
 
@@ -17,7 +18,7 @@ class Executor:
 
     Args:
         backend: "eager", "inductor", another `torch.compile` backend, or "auto" (inductor on CUDA, eager elsewhere).
-        cuda_graphs: "auto", True or False.
+        cuda_graphs: "auto" (on CUDA, where no gradients are recorded), True or False.
     """
 
     def __init__(self, compiled: Compiled, backend: str | Callable[..., Any], cuda_graphs: str | bool) -> None:
@@ -30,14 +31,24 @@ class Executor:
             if port.role == "weight"
         }
         self.stacks = Stacks(weights, compiled.leaves)
-        self.device = next((lane.device for lane in self.program.lanes), torch.device("cpu"))
-        self.backend = ("inductor" if self.device.type == "cuda" else "eager") if backend == "auto" else backend
-        self.cuda_graphs = cuda_graphs
-        self.cells: dict[str, Callable[..., Any]] = {}
-        if self.backend != "eager":
-            for cell in compiled.emitted.cells:
-                function = compiled.namespace[cell.name]
-                self.cells[cell.name] = torch.compile(function, backend=self.backend, dynamic=True)
+        device = next((lane.device for lane in self.program.lanes), torch.device("cpu"))
+        self.backend = ("inductor" if device.type == "cuda" else "eager") if backend == "auto" else backend
+        self.use_graphs = device.type == "cuda" and cuda_graphs is not False
+        self.direct = DirectEngine(self.program, self.backend)
+        self._graphed: GraphEngine | None = None
+        self.shared = {
+            port.source.name
+            for group in self.program.groups
+            for port in group.ports
+            if port.role == "shared" and port.source.kind == "leaf"
+        }
+
+    @property
+    def graphed(self) -> GraphEngine:
+        """The engine that replays CUDA graphs, made when it is first needed."""
+        if self._graphed is None:
+            self._graphed = GraphEngine(self.program, self.backend)
+        return self._graphed
 
     def fits(self) -> bool:
         """Whether the model still holds tensors of the captured shapes, dtypes and devices."""
@@ -61,6 +72,10 @@ class Executor:
         functional = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (*leaves.values(), *inputs)
         )
-        run = Run(self.program, segments, named, leaves, self.stacks.current(), functional)
-        run.compiled = self.cells
+        weights = self.stacks.current()
+        engine: DirectEngine = self.direct
+        if self.use_graphs and not functional:
+            engine = self.graphed
+            self.graphed.check_addresses([*weights.values(), *(leaves[name] for name in sorted(self.shared))])
+        run = Run(self.program, segments, named, leaves, weights, engine, functional)
         return self.compiled.namespace["forward"](run)  # type: ignore[no-any-return]

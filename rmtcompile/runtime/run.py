@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from rmtcompile.program import Feed, Lane, Program
+from rmtcompile.program import Feed, Lane, Program, Tap
 from rmtcompile.runtime.storage import LaneStore, TapStore, as_slice
+
+
+Outputs = dict[str, torch.Tensor]
+
+
+class Engine(Protocol):
+    """How the cells of a run are executed: which functions, which storage, launched how."""
+
+    def cell(self, function: Callable[..., Any], width: int) -> Callable[..., Any]: ...
+    def prefers_mixed(self, width: int) -> bool: ...
+    def launch(self, run: Run, wave: Callable[..., Any], windows: list[Window]) -> list[Outputs] | None: ...
+    def place_init(self, values: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]: ...
+    def mask(self, bits: tuple[bool, ...]) -> torch.Tensor: ...
+    def buffer(self, lane: Lane) -> torch.Tensor | None: ...
+    def staged(self, tap: str) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,7 @@ class Run:
         segments: S.
         inputs: tensor arguments of the forward, by placeholder name.
         leaves: parameters, buffers and constants by name.
+        engine: executes the cells.
         weights: stacked weights by "group.port".
     """
 
@@ -46,8 +62,8 @@ class Run:
         inputs: dict[str, torch.Tensor],
         leaves: dict[str, torch.Tensor],
         weights: dict[str, torch.Tensor],
+        engine: Engine,
         functional: bool,
-        buffers: dict[str, torch.Tensor] | None = None,
     ) -> None:
         self.program = program
         self.segments = segments
@@ -55,13 +71,11 @@ class Run:
         self.leaves = leaves
         self.weights = weights
         self.init: dict[int, torch.Tensor] = {}
-        self.lanes = {
-            lane.name: LaneStore(lane, functional, (buffers or {}).get(lane.name)) for lane in program.lanes
-        }
+        self.engine = engine
+        self.lanes = {lane.name: LaneStore(lane, functional, engine.buffer(lane)) for lane in program.lanes}
         self.taps = {tap.name: TapStore(tap.keep) for tap in program.taps}
         self.stacked: dict[str, torch.Tensor] = {}
-        self.compiled: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {}
-        self.device = next((lane.device for lane in program.lanes), torch.device("cpu"))
+        self._cell_taps = [tap for tap in program.taps if tap.value.kind == "cell"]
         self._groups = {group.name: group for group in program.groups}
         self._feeds_of = _feeds_by_producer(program)
 
@@ -152,9 +166,25 @@ class Run:
         group = self._groups[window.group]
         return _rows(self.stacked[name], [group.layers.index(layer) for layer in window.layers])
 
-    def call(self, function: Callable[..., tuple[torch.Tensor, ...]], *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Run a cell function, compiled where the run has a compiled form of it."""
-        return self.compiled.get(function.__name__, function)(*args)
+    def call(
+        self, function: Callable[..., tuple[torch.Tensor, ...]], window: Window, *args: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Run a cell function for a window, in the form that the engine has compiled for its width."""
+        return self.engine.cell(function, len(window.layers))(*args)  # type: ignore[no-any-return]
+
+    def is_only(self, window: Window, classes: set[int]) -> bool:
+        """Whether to run the window by the function for these classes alone."""
+        return set(window.classes) <= classes and not self.engine.prefers_mixed(len(window.layers))
+
+    def launch(
+        self, wave: Callable[[Run, list[Window]], list[Outputs]], windows: list[Window]
+    ) -> list[Outputs] | None:
+        """Run the grouped calls of one level; None where their results are only in lanes and staging buffers."""
+        return self.engine.launch(self, wave, windows)
+
+    def set_init(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> None:
+        """Keep what is the same for all segments."""
+        self.init = self.engine.place_init(dict(zip(indices, values, strict=True)))
 
     def keep(self, names: Sequence[str], segment: int, values: Sequence[torch.Tensor]) -> None:
         """Keep a prologue's or epilogue's results for their readers."""
@@ -163,7 +193,7 @@ class Run:
 
     def mask(self, classes: Sequence[int], window: Window) -> torch.Tensor:
         """Whether each cell of the window belongs to one of the classes, bool [n]."""
-        return torch.tensor([c in classes for c in window.classes], device=self.device)
+        return self.engine.mask(tuple(c in classes for c in window.classes))
 
     def moves(self, windows: Sequence[Window]) -> list[tuple[LaneStore, list[int], torch.Tensor]]:
         """Values that move from lane to lane with their segment; read before anything of this level is written."""
@@ -177,32 +207,37 @@ class Run:
                 found.append((self.lanes[lane.name], [layer + feed.offset[1] for layer in layers], values))
         return found
 
-    def write(self, window: Window, outputs: dict[str, torch.Tensor]) -> None:
-        """Store a window's results in the lanes that they feed, and in the taps that keep them."""
-        for lane, feed in self._feeds_of.get(window.group, ()):
-            layers = [layer for layer in window.layers if layer in feed.layers]
-            if not layers:
-                continue
-            values = outputs[feed.source]
-            if len(layers) < len(window.layers):
-                values = _rows(values, [window.layers.index(layer) for layer in layers])
-            self.lanes[lane.name].write([layer + feed.offset[1] for layer in layers], values)
+    def write(self, windows: Sequence[Window], results: Sequence[Outputs]) -> None:
+        """Store the results of a level in the lanes that they feed."""
+        for window, outputs in zip(windows, results, strict=True):
+            for lane, feed in self._feeds_of.get(window.group, ()):
+                layers = [layer for layer in window.layers if layer in feed.layers]
+                if not layers:
+                    continue
+                values = outputs[feed.source]
+                if len(layers) < len(window.layers):
+                    values = _rows(values, [window.layers.index(layer) for layer in layers])
+                self.lanes[lane.name].write([layer + feed.offset[1] for layer in layers], values)
 
-    def tap(self, window: Window, outputs: dict[str, torch.Tensor], copy: bool = False) -> None:
-        """Keep the values of a window's cells that are read outside the cells."""
-        for tap in self.program.taps:
-            if tap.value.kind != "cell" or tap.value.layer not in window.layers:
-                continue
-            row = window.layers.index(tap.value.layer)
-            segment = window.segments[row]
-            if tap.when[0] == "end" and segment != self.segments - 1 - tap.when[1]:
-                continue
-            if tap.when[0] == "at" and segment != tap.when[1]:
-                continue
-            for group, output in tap.group_outputs:
-                if group == window.group:
-                    value = outputs[output][row]
-                    self.taps[tap.name].put(segment, value.clone() if copy else value)
+    def tap(self, windows: Sequence[Window], results: Sequence[Outputs] | None) -> None:
+        """Keep the values of a level's cells that are read outside the cells."""
+        for i, window in enumerate(windows):
+            for tap, row, output in self.tapped(window):
+                segment = window.segments[row]
+                if tap.when[0] == "end" and segment != self.segments - 1 - tap.when[1]:
+                    continue
+                if tap.when[0] == "at" and segment != tap.when[1]:
+                    continue
+                value = self.engine.staged(tap.name) if results is None else results[i][output][row]
+                self.taps[tap.name].put(segment, value)
+
+    def tapped(self, window: Window) -> Iterator[tuple[Tap, int, str]]:
+        """(tap, row of the window, output) of the taps that keep values of this window's layers."""
+        for tap in self._cell_taps:
+            if tap.value.layer in window.layers:
+                for group, output in tap.group_outputs:
+                    if group == window.group:
+                        yield tap, window.layers.index(tap.value.layer), output
 
 
 def move(moved: list[tuple[LaneStore, list[int], torch.Tensor]]) -> None:

@@ -1,0 +1,41 @@
+"""Optimise: the passes that pay on one cell's graph, applied to every group of a program.
+
+Exact: none drops or reorders a value; `causal`, `grouped_query` and `fuse_linears` may pick kernels that round differently.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rmtcompile.passes.causal import causal
+from rmtcompile.passes.fuse_linears import fuse_linears
+from rmtcompile.passes.grouped_query import grouped_query
+from rmtcompile.program import Group, Port, Program
+
+PASSES = ("causal", "grouped_query", "fuse_linears")
+
+
+def optimise(program: Program, switched_off: frozenset[str] = frozenset()) -> Program:
+    """Apply the passes that are not switched off."""
+    if "causal" not in switched_off:
+        program = causal(program)
+    groups = tuple(_optimised(group, switched_off) for group in program.groups)
+    if all(new is old for new, old in zip(groups, program.groups, strict=True)):
+        return program
+    return replace(program, groups=groups)
+
+
+def _optimised(group: Group, switched_off: frozenset[str]) -> Group:
+    graph = group.graph
+    weights = {port.name: port.source for port in group.ports if port.role == "weight"}
+    if "grouped_query" not in switched_off:
+        graph = grouped_query(graph)
+    fused = weights
+    if "fuse_linears" not in switched_off:
+        graph, fused = fuse_linears(graph, weights)  # type: ignore[assignment]
+    if graph is group.graph:
+        return group
+    names = [node.name for node in graph.nodes if node.op == "placeholder"]
+    others = {port.name: port for port in group.ports if port.role != "weight"}
+    ports = tuple(others[name] if name in others else Port(name, "weight", fused[name]) for name in names)
+    return replace(group, graph=graph, ports=ports)
