@@ -14,6 +14,7 @@ from rmtcompile.pipeline import _Log
 from rmtcompile.report import texts
 from rmtcompile.report.explanation import inputs_of
 from rmtcompile.report.names import model_name
+from rmtcompile.report.stages import changes, programs
 
 if TYPE_CHECKING:
     from rmtcompile.api import Optimized
@@ -39,7 +40,7 @@ def dump(fast: Optimized, folder: str | Path) -> list[Path]:
         ("reroll.txt", texts.rules_text(compiled)),
         ("dependence.txt", texts.dependence_text(compiled)),
         ("wavefront.txt", program),
-        ("route.txt", texts.route_text(compiled)),
+        *_cells(fast),
         ("lift.txt", texts.lift_text(compiled)),
         ("emit.py", compiled.emitted.source),
     ]
@@ -53,6 +54,16 @@ def dump(fast: Optimized, folder: str | Path) -> list[Path]:
         path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
         paths.append(path)
     return paths
+
+
+def _cells(fast: Optimized) -> list[tuple[str, str]]:
+    """The program as it was routed, and after the passes on its cells."""
+    found = []
+    said = dict(changes(fast.compiled, fast._options.passes_off))
+    for name, program in programs(fast.compiled, fast._options.passes_off):
+        head = f"{said[name]}\n\n" if name in said else ""
+        found.append((f"{name.partition(',')[0]}.txt", head + texts.route_text(fast.compiled, program)))
+    return found
 
 
 def _front(fast: Optimized) -> list[tuple[str, str]]:

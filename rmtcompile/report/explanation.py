@@ -17,6 +17,7 @@ from rmtcompile.passes.partition import CELL, INIT
 from rmtcompile.passes.wavefront import blocking, blocking_reason
 from rmtcompile.pipeline import Compiled
 from rmtcompile.report.names import input_labels, model_name, op_name, type_of
+from rmtcompile.report.stages import changes
 from rmtcompile.schedule import Carry, Schedule, short_type
 
 
@@ -109,6 +110,7 @@ class Explanation:
         shortest: the fewest segments that the rules cover; `only` if the program serves this length alone.
         operations: operations of the largest capture, and those of the rules.
         hoisted: operations that run once instead of once a segment, by name.
+        optimised: what each pass on the cells changed, as (pass, words).
         merged: operations found equal to others, or read by nothing, in the largest capture.
         plan, why: the plan chosen, and the reason.
         speedups: what each plan promises, and gave if it was measured.
@@ -131,6 +133,7 @@ class Explanation:
     operations: tuple[int, int] = (0, 0)
     hoisted: tuple[tuple[str, int], ...] = ()
     merged: int = 0
+    optimised: tuple[tuple[str, str], ...] = ()
     schedule: Schedule | None = None
     plan: str = ""
     why: str = ""
@@ -267,6 +270,7 @@ def explain_last(fast: Optimized) -> Explanation:
         operations=_operations(compiled),
         hoisted=_hoisted(compiled),
         merged=_merged(compiled),
+        optimised=tuple(changes(compiled, fast._options.passes_off)),
         schedule=schedule,
         plan=plan,
         why=why,

@@ -41,6 +41,7 @@ def sections(found: Explanation) -> Iterator[Section]:
     yield "carries", list(_carries(found)) or ["nothing flows from segment to segment"]
     yield "hoisted", [_hoisted(found)]
     yield "shrunk", list(_shrunk(found))
+    yield "optimised", [f"{name}: {text}" for name, text in found.optimised]
     yield "parallel", list(_parallel(found))
     yield "plan", [f"{found.plan}: {found.why}", *_speedups(found), f"cell functions run on {found.backend}"]
     yield "compiled", [f"in {found.seconds:.1f} s", *map(_stage, found.stages)]

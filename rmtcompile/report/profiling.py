@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from rmtcompile.api import Optimized
 
 _KINDS = (
-    ("attention", ("attention", "flash", "fmha")),
-    ("matrix products", ("mm", "matmul", "linear", "einsum", "gemm", "dot", "cutlass", "conv")),
+    ("attention", ("attention", "flash", "fmha", "sdpa")),
+    ("matrix products", ("mm", "matmul", "linear", "einsum", "gemm", "dot", "cutlass", "nvjet", "conv")),
     ("norms and reductions", ("mean", "sum", "norm", "softmax", "var", "max", "min", "cumsum", "any", "all")),
     ("data movement", (
         "copy", "cat", "stack", "clone", "contiguous", "index", "gather", "roll", "embedding", "fill", "zero",
@@ -132,8 +133,8 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
     assert fast._last is not None
     entry, count = fast._last
     tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-    device = entry.executor.device
     executor, namespace = entry.executor, entry.compiled.namespace
+    device = executor.direct.device
 
     def program() -> None:
         executor.run(count, tensors)
@@ -221,6 +222,8 @@ def _flops(program: Callable[[], None], executor: Any, namespace: dict[str, Any]
     """Counted once on the uncompiled cell functions."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    from rmtcompile.runtime.engine import DirectEngine
+
     counts: list[int] = []
 
     def wrap(step: Callable[..., Any]) -> Any:
@@ -231,12 +234,13 @@ def _flops(program: Callable[[], None], executor: Any, namespace: dict[str, Any]
 
         return counted
 
-    cells, executor.cells = executor.cells, {}
+    kept = executor.direct, executor.use_graphs
+    executor.direct, executor.use_graphs = DirectEngine(executor.program, "eager"), False
     try:
         with _around_levels(namespace, wrap):
             program()
     finally:
-        executor.cells = cells
+        executor.direct, executor.use_graphs = kept
     return counts
 
 
@@ -251,17 +255,22 @@ def kind_of(name: str) -> str:
 
 
 def _kinds(program: Callable[[], None], device: torch.device) -> dict[str, float]:
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as torch_profile
+    from torch.profiler import profile as record
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes its progress to standard error
     cuda = device.type == "cuda"
-    with torch_profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as events:
+    with record(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as events:
         program()
         _wait(device)
     found: dict[str, float] = {}
     for event in events.key_averages():
-        us = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if us > 0 and (cuda or event.key.startswith("aten::")):
+        if cuda:  # kernels only: the operations that launched them count the same time again
+            us = event.self_device_time_total if event.device_type == DeviceType.CUDA else 0
+        else:
+            us = event.self_cpu_time_total if event.key.startswith("aten::") else 0
+        if us > 0:
             kind = kind_of(event.key)
             found[kind] = found.get(kind, 0.0) + us
     return found

@@ -31,7 +31,7 @@ from rmtcompile.schedule import Schedule, short_type
 if TYPE_CHECKING:
     from rmtcompile.passes.reroll import ClassRule
     from rmtcompile.pipeline import Compiled
-    from rmtcompile.program import Group, Lane, LaneEntry
+    from rmtcompile.program import Group, Lane, LaneEntry, Program
 
 _CODE = 84  # column at which types and sources begin
 
@@ -203,9 +203,9 @@ def dependence_text(compiled: Compiled) -> str:
 # -- the program
 
 
-def route_text(compiled: Compiled) -> str:
+def route_text(compiled: Compiled, program: Program) -> str:
     """Groups with their ports, lanes with what feeds them, taps."""
-    program, names = compiled.program, lane_names(compiled)
+    names = lane_names(compiled)
     lines = []
     for group in program.groups:
         lines += [f"group {group.name}: layers {ranges(group.layers)}, classes {sorted(group.classes)}"]

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from rmtcompile.passes.partition import CELL, EPILOGUE, INIT, PROLOGUE
-from rmtcompile.pipeline import Compiled, op_counts
+from rmtcompile.pipeline import Compiled
 from rmtcompile.program import Each, Source
 from rmtcompile.report.explanation import explain_last, offset_line
 from rmtcompile.report.names import (
@@ -23,6 +23,7 @@ from rmtcompile.report.names import (
     value_name,
     where_from,
 )
+from rmtcompile.report.stages import cell_counts, counts_of, programs
 from rmtcompile.schedule import Schedule
 from rmtcompile.viewer import CellView, OpView, PassView, ValueView, ViewModel, render
 
@@ -65,7 +66,7 @@ def view_model(fast: Optimized, title: str | None = None) -> ViewModel:
         title=title or model_name(fast.model),
         schedule=schedule,
         cells=tuple(_cells(compiled, schedule)),
-        passes=tuple(_passes(compiled)),
+        passes=tuple(_passes(compiled, fast._options.passes_off)),
         code=compiled.emitted.source,
         code_phases=dict(compiled.emitted.phases),
         profile=measured.view() if measured is not None else None,
@@ -227,38 +228,41 @@ def _reader(kind: str, layer: int, source: Source | Each) -> str:
 # -- passes
 
 
-def _passes(compiled: Compiled) -> Iterator[PassView]:
-    """The stages of the last capture and what follows, each with the operations before and after it."""
+def _passes(compiled: Compiled, switched_off: frozenset[str]) -> Iterator[PassView]:
+    """The stages of the last capture and what follows, each with the operations before it and after it."""
     stages = list(compiled.stages)
     start = max((i for i, s in enumerate(stages) if s.name.startswith("capture")), default=0)
-    earlier = sum(stage.seconds for stage in stages[:start])
     counts: dict[str, int] = {}
-    if earlier:
-        note = "the fewest segments, with all the passes below up to partition"
-        yield PassView("shorter captures", counts, counts, earlier, note)
+    if start:
+        note = "the same stages with fewer segments, up to partition"
+        yield PassView("shorter captures", counts, counts, sum(s.seconds for s in stages[:start]), note)
+    around = _outside(compiled)
     for stage in stages[start:]:
-        after = _after(compiled, stage.name) or stage.after or counts
-        before = stage.before or counts
-        yield PassView(stage.name, before, after, stage.seconds, _note(stage.name))
-        counts = after
+        steps = _steps(compiled, stage.name, switched_off) or [(stage.name, stage.after or counts)]
+        for i, (name, after) in enumerate(steps):
+            if stage.name.startswith(_ON_CELLS):
+                after = dict(around + Counter(after))
+            before = stage.before or counts
+            yield PassView(name, before, after, stage.seconds if not i else 0.0, _note(name))
+            counts = after
 
 
-def _after(compiled: Compiled, name: str) -> dict[str, int]:
-    """Operations after the stages that do not work on one graph."""
-    total: Counter[str] = Counter()
+_ON_CELLS = ("route", "align", "optimise", "lift", "emit")
+
+
+def _steps(compiled: Compiled, name: str, switched_off: frozenset[str]) -> list[tuple[str, dict[str, int]]]:
+    """The operations after a stage that does not work on one graph; its passes one by one."""
     if name.startswith("reroll"):
         bodies = {rule.body.key: rule.body for by in compiled.rolled.rules.values() for rule in by.values()}
-        for body in bodies.values():
-            total.update(op_name(node) for node in body.nodes)
-    elif name.startswith(("route", "align")):
-        total.update(_outside(compiled))
-        for group in compiled.program.groups:
-            total.update(op_counts(group.graph))
-    elif name.startswith(("lift", "emit")):
-        total.update(_outside(compiled))
-        for cell in compiled.emitted.cells:
-            total.update(op_counts(cell.graph))
-    return dict(total)
+        total = Counter(op_name(node) for body in bodies.values() for node in body.nodes)
+        return [(name, dict(total))]
+    if name.startswith(("route", "align", "optimise")):
+        first = name.startswith("optimise")
+        found = [(n, cell_counts(program)) for n, program in programs(compiled, switched_off)]
+        return found[1:] if first else [(name, found[0][1])]
+    if name.startswith(("lift", "emit")):
+        return [(name, counts_of(cell.graph for cell in compiled.emitted.cells))]
+    return []
 
 
 def _outside(compiled: Compiled) -> Counter[str]:
@@ -278,6 +282,9 @@ _NOTES = {
     "dependence": "offsets between cells; the operations stay",
     "wavefront": "a level for each cell; the operations stay",
     "route": "one graph for each kind of layer, its variants merged",
+    "causal": "a mask that lets each token see those before it becomes a flag of the attention",
+    "grouped_query": "key and value heads are no longer repeated for the query heads that share them",
+    "fuse_linears": "linears over the same input become one",
     "lift": "each cell function computes n cells; one function for each mixture of variants",
 }
 
