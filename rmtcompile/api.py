@@ -185,7 +185,7 @@ class Optimized:
             if self._options.plan == "diagonal":
                 raise UnsupportedError(message, remedy="use plan='auto' to run it as a compiled sequential program")
             warnings.warn(message, SequentialScheduleWarning, stacklevel=4)
-        return _Entry(compiled, Executor(compiled, self._backend, self._cuda_graphs), segmentation, _faked(args, kwargs))
+        return _Entry(compiled, Executor(compiled, segmentation, self._backend, self._cuda_graphs), segmentation, _faked(args, kwargs))
 
     def _for_length(self, entry: _Entry, count: int, args: Any, kwargs: Any) -> _Entry:
         """The entry itself, or one compiled for just this length where its rules do not cover it."""

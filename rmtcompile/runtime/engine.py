@@ -21,10 +21,13 @@ _ATTENTION = [
 class DirectEngine:
     """Runs cell functions one after the other, compiled or not; storage is made anew for each run.
 
-    A function is compiled twice at most: for the full width, with all sizes fixed, and for every other width, with the number
-    of cells left open. One cell alone runs as it is: both ends of a run are one cell wide, and a compiled form for that would
-    cost more than it saves.
+    A function is compiled with all sizes fixed for the full width, and with the number of cells left open for every other
+    one; the widths of the first short inputs that are seen (`fix_width`) get a form of their own too, since fixed sizes make
+    faster kernels. One cell alone runs as it is: both ends of a run are one cell wide, and a compiled form for that would cost
+    more than it saves.
     """
+
+    MAX_FIXED_WIDTHS = 2
 
     def __init__(self, program: Program, backend: str | Callable[..., Any]) -> None:
         self.program = program
@@ -32,12 +35,18 @@ class DirectEngine:
         self.device = next((lane.device for lane in program.lanes), torch.device("cpu"))
         self.is_sequential = program.alpha >= program.n_layers
         self.full = 1 if self.is_sequential else min(len(group.layers) for group in program.groups)
+        self.fixed_widths: set[int] = set()
         self._compiled: dict[tuple[str, int], Callable[..., Any]] = {}
         self._masks: dict[tuple[bool, ...], torch.Tensor] = {}
 
     @property
     def is_compiled(self) -> bool:
         return self.backend != "eager"
+
+    def fix_width(self, width: int) -> None:
+        """Give this width a compiled form of its own, if there is room for one more."""
+        if 1 < width < self.full and len(self.fixed_widths) < self.MAX_FIXED_WIDTHS:
+            self.fixed_widths.add(width)
 
     def prefers_mixed(self, width: int) -> bool:
         """With compilation, windows that are neither full nor one cell wide share the function for mixed classes."""
@@ -46,7 +55,7 @@ class DirectEngine:
     def cell(self, function: Callable[..., Any], width: int) -> Callable[..., Any]:
         if not self.is_compiled or (width == 1 and not self.is_sequential):
             return function
-        form = width if width == self.full else 0
+        form = width if width == self.full or width in self.fixed_widths else 0
         key = (function.__name__, form)
         if key not in self._compiled:
             self._compiled[key] = self._compile(function, form)
@@ -61,10 +70,11 @@ class DirectEngine:
         batched = self._batched(function)
 
         def call(*args: torch.Tensor) -> Any:
-            for arg, has_axis in zip(args, batched, strict=True):
-                if has_axis:
-                    torch._dynamo.mark_dynamic(arg, 0)
-            return compiled(*args)
+            views = [arg[:] if has_axis else arg for arg, has_axis in zip(args, batched, strict=True)]
+            for view, has_axis in zip(views, batched, strict=True):
+                if has_axis:  # the mark stays on a tensor object, so it goes on a view made for this call
+                    torch._dynamo.mark_dynamic(view, 0)
+            return compiled(*views)
 
         return call
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from rmtcompile.pipeline import Compiled
+from rmtcompile.probe import Segmentation
 from rmtcompile.runtime.engine import DirectEngine, GraphEngine
 from rmtcompile.runtime.run import Run
 from rmtcompile.runtime.stacks import Stacks
@@ -21,8 +22,17 @@ class Executor:
         cuda_graphs: "auto" (on CUDA, where no gradients are recorded), True or False.
     """
 
-    def __init__(self, compiled: Compiled, backend: str | Callable[..., Any], cuda_graphs: str | bool) -> None:
+    def __init__(
+        self,
+        compiled: Compiled,
+        segmentation: Segmentation,
+        backend: str | Callable[..., Any],
+        cuda_graphs: str | bool,
+    ) -> None:
         self.compiled = compiled
+        self.segmentation = segmentation
+        self._prepared = False
+        self._lengths: set[int] = set()
         self.program = compiled.program
         weights = {
             f"{group.name}.{port.name}": port.source
@@ -66,7 +76,29 @@ class Executor:
         return True
 
     def run(self, segments: int, inputs: list[torch.Tensor]) -> tuple[Any, ...]:
-        """Run the program over `segments` segments; returns the captured graph's outputs."""
+        """Run the program over `segments` segments; returns the captured graph's outputs.
+
+        The first run compiles all forms of the cell functions that any number of segments needs, on inputs of zeros where
+        `segments` itself does not need them all; the first two lengths shorter than the number of layers get forms of their
+        own. Later runs compile nothing.
+        """
+        if self.direct.is_compiled:
+            self._lengths.add(segments)
+            if len(self._lengths) <= 2:
+                for engine in filter(None, (self.direct, self.graphed if self.use_graphs else None)):
+                    engine.fix_width(segments)
+            if not self._prepared:
+                self._prepared = True
+                enough = self.program.n_layers + 1
+                if segments < enough and self.compiled.rolled.fixed is None:
+                    self._run(enough, self._zeros(enough, inputs))
+        return self._run(segments, inputs)
+
+    def _zeros(self, wanted: int, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        shapes = self.segmentation.shapes([tensor.shape for tensor in inputs], wanted)
+        return [torch.zeros(shape, dtype=x.dtype, device=x.device) for shape, x in zip(shapes, inputs, strict=True)]
+
+    def _run(self, segments: int, inputs: list[torch.Tensor]) -> tuple[Any, ...]:
         leaves = {name: leaf.fetch() for name, leaf in self.compiled.leaves.items()}
         named = dict(zip(self.compiled.input_names, inputs, strict=True))
         functional = torch.is_grad_enabled() and any(
