@@ -143,7 +143,7 @@ def _where(source: Source | Each | None, layer: int) -> str:
     if source.kind in (PROLOGUE, EPILOGUE):
         return f"{source.kind}({_segment(source)})"
     if source.kind == INIT:
-        return "hoisted: computed once for all segments"
+        return "hoisted, computed once"
     return "argument of the forward" if source.kind == "input" else "of the model"
 
 

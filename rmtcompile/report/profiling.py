@@ -7,7 +7,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -67,14 +67,13 @@ class Profile:
     @property
     def utilisation(self) -> tuple[float, ...]:
         """For each level, its floating-point rate as a share of `peak`, at most 1."""
-        if not self.peak or not any(self.flops):
-            return ()
-        pairs = zip(self.flops, self.level_us, strict=True)
-        return tuple(min(1.0, flops / (us * 1e-6) / self.peak) if us else 0.0 for flops, us in pairs)
+        return _shares(self.flops, self.level_us, self.peak)
 
     def view(self) -> ProfileView:
-        """For the viewer."""
-        return ProfileView(self.level_us, self.kind_us, self.utilisation, self.sequential_us)
+        """For the viewer: the time of a whole call, divided as the levels were timed one by one."""
+        scale = self.total_us / sum(self.level_us)
+        levels = tuple(us * scale for us in self.level_us)
+        return ProfileView(levels, self.kind_us, _shares(self.flops, levels, self.peak), self.sequential_us)
 
     def to_json(self, *, indent: int | None = None) -> str:
         """The measured numbers."""
@@ -89,6 +88,12 @@ class Profile:
 
     def __str__(self) -> str:
         return "\n".join(_table(self))
+
+
+def _shares(flops: Sequence[int], level_us: Sequence[float], peak: float) -> tuple[float, ...]:
+    if not peak or not any(flops):
+        return ()
+    return tuple(min(1.0, n / (us * 1e-6) / peak) for n, us in zip(flops, level_us, strict=True))
 
 
 def _table(found: Profile) -> Iterator[str]:

@@ -84,33 +84,32 @@ def view_model(fast: Optimized, title: str | None = None) -> ViewModel:
 
 
 def _cells(compiled: Compiled, schedule: Schedule) -> Iterator[CellView]:
-    """One view for each pair of kind and variant, from the first cell that is one."""
-    seen: set[tuple[str, str]] = set()
+    """One view for each pair of kind and variant, from a layer in the middle of the kind."""
     readers, states = _readers(compiled), state_names(compiled)
-    for layer in range(schedule.n_layers):
-        for segment in range(schedule.n_segments):
-            which = (schedule.layer_kinds[layer], schedule.segment_variants[segment])
-            if which in seen:
-                continue
-            seen.add(which)
+    for kind in dict.fromkeys(schedule.layer_kinds):
+        layers = [layer for layer, name in enumerate(schedule.layer_kinds) if name == kind]
+        layer = layers[len(layers) // 2]
+        for variant in dict.fromkeys(schedule.segment_variants):
+            segment = schedule.segment_variants.index(variant)
             number = compiled.rolled.classes[(CELL, layer)].of(segment, schedule.n_segments)
             if number in compiled.rolled.rules[(CELL, layer)]:
-                yield _cell(compiled, *which, layer, number, readers, states)
+                yield _cell(compiled, kind, variant, (layers[0], layer), number, readers, states)
 
 
 def _cell(
     compiled: Compiled,
     kind: str,
     variant: str,
-    layer: int,
+    layers: tuple[int, int],
     number: int,
     readers: Readers,
     states: dict[tuple[int, int, int], str],
 ) -> CellView:
+    layer = layers[1]
     rule = compiled.rolled.rules[(CELL, layer)][number]
     path = compiled.layer_paths[layer]
     names = _names(rule, layer, number, path, states)
-    live_ins, params = _entering(compiled, rule, layer, path, names)
+    live_ins, params = _entering(compiled, number, layers, path, names)
     ops = tuple(_op(compiled, node, path, names) for node in rule.body.nodes)
     live_outs = []
     for i, node in enumerate(rule.body.nodes):
@@ -151,11 +150,15 @@ def _names(
 
 
 def _entering(
-    compiled: Compiled, rule: ClassRule, layer: int, path: str, names: dict[fx.Node, str]
+    compiled: Compiled, number: int, layers: tuple[int, int], path: str, names: dict[fx.Node, str]
 ) -> tuple[list[ValueView], list[ValueView]]:
+    """Live-ins and parameters of `layers[1]`; what the lowest layer reads from elsewhere is noted."""
+    lowest, layer = layers
+    rule = compiled.rolled.rules[(CELL, layer)][number]
+    below = compiled.rolled.rules[(CELL, lowest)].get(number, rule)
     live_ins: list[ValueView] = []
     params: list[ValueView] = []
-    for live_in, node in zip(rule.sources, rule.body.live_ins, strict=True):
+    for live_in, first, node in zip(rule.sources, below.sources, rule.body.live_ins, strict=True):
         if not isinstance(node, fx.Node):
             continue
         steady = live_in.steady
@@ -165,7 +168,10 @@ def _entering(
             if isinstance(tensor, nn.Parameter):
                 params.append(shown)
                 continue
-        live_ins.append(_value(names[node], node, where_from(live_in, layer)))
+        where, at_first = where_from(live_in, layer), where_from(first, lowest)
+        if at_first != where:
+            where += f"; in layer {lowest} {at_first}"
+        live_ins.append(_value(names[node], node, where))
     return live_ins, params
 
 
@@ -211,8 +217,11 @@ def _readers(compiled: Compiled) -> dict[tuple[int, int, int], list[str]]:
                 for source in (*live_in.early.values(), live_in.steady):
                     if isinstance(source, (Source, Each)) and source.kind == CELL:
                         note(source, _reader(kind, layer, source))
+    states = state_names(compiled)
     for source in compiled.rolled.outputs:
-        note(source, "the result, or what the model keeps")
+        if source.kind == CELL:
+            kept = any((source.layer, number, node) in states for number, node in source.nodes)
+            note(source, "the model, which keeps it" if kept else "the result")
     return found
 
 
@@ -234,17 +243,26 @@ def _passes(compiled: Compiled, switched_off: frozenset[str]) -> Iterator[PassVi
     start = max((i for i, s in enumerate(stages) if s.name.startswith("capture")), default=0)
     counts: dict[str, int] = {}
     if start:
-        note = "the same stages with fewer segments, up to partition"
-        yield PassView("shorter captures", counts, counts, sum(s.seconds for s in stages[:start]), note)
+        last = next(s for s in reversed(stages[:start]) if s.after)
+        took = sum(s.seconds for s in stages[:start])
+        yield PassView(
+            stages[0].name, {}, _plain(last.after), took, "with the stages below it, up to partition"
+        )
     around = _outside(compiled)
     for stage in stages[start:]:
         steps = _steps(compiled, stage.name, switched_off) or [(stage.name, stage.after or counts)]
         for i, (name, after) in enumerate(steps):
             if stage.name.startswith(_ON_CELLS):
                 after = dict(around + Counter(after))
-            before = stage.before or counts
+            before = _plain(stage.before) or counts
+            after = _plain(after)
             yield PassView(name, before, after, stage.seconds if not i else 0.0, _note(name))
             counts = after
+
+
+def _plain(counts: Mapping[str, int]) -> dict[str, int]:
+    """`getitem` for `<built-in function getitem>`."""
+    return {name.removeprefix("<built-in function ").removesuffix(">"): n for name, n in counts.items()}
 
 
 _ON_CELLS = ("route", "align", "optimise", "lift", "emit")
