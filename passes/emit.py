@@ -28,7 +28,7 @@ from rmtcompile.passes.align import Merged, class_name
 from rmtcompile.passes.lift import lift
 from rmtcompile.passes.partition import CELL, EPILOGUE, INIT, PROLOGUE
 from rmtcompile.passes.reroll import ClassRule
-from rmtcompile.program import Affine, Each, Group, Lane, Program, Source
+from rmtcompile.program import Affine, Each, Group, Lane, LaneEntry, Program, Source
 from rmtcompile.schedule.data import short_type
 
 _UP = 0
@@ -593,12 +593,13 @@ class _Regions:
         writer.end()
         writer.function("fill", ["run", "t"], "What the cells of level t read that no cell has written.")
         writer.line("S = run.segments")
-        entries: dict[Any, list[tuple[str, int]]] = {}
+        entries: dict[Any, list[tuple[str, LaneEntry]]] = {}
         for lane in self.program.lanes:
             for entry in lane.entries:
-                key = (lane.classes, entry.early, entry.steady)
-                entries.setdefault(key, []).append((lane.name, entry.layer))
-        for (classes, early, steady), places in entries.items():
+                entries.setdefault((lane.classes, entry.key), []).append((lane.name, entry))
+        for (classes, _), found in entries.items():
+            early, steady = found[0][1].early, found[0][1].steady
+            places = [(name, entry.layer) for name, entry in found]
             by_layers: dict[tuple[int, ...], list[str]] = {}
             for name in dict.fromkeys(name for name, _ in places):
                 by_layers.setdefault(tuple(layer for n, layer in places if n == name), []).append(name)

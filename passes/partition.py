@@ -183,22 +183,13 @@ def _grid(members: list[Call], n_segments: int) -> Layers:
 
 
 def _merge_columns(row: list[Call]) -> list[int]:
-    """Neighbouring calls with one index in containers of one size (`attn.3`, `ffn.3`) are one layer."""
+    """Neighbouring calls with one index in several containers (`attn.3`, `ffn.3`, `writers.3`) are one layer."""
     keys = [split_index(call.path) for call in row]
-    sizes: dict[str, int] = defaultdict(int)
-    for key in keys:
-        sizes[key[0] if key else ""] += 1
     layer_of: list[int] = []
     seen: set[str] = set()
     for i, key in enumerate(keys):
         before = keys[i - 1] if i else None
-        joins = (
-            key is not None
-            and before is not None
-            and key[1] == before[1]
-            and key[0] not in seen
-            and sizes[key[0]] == sizes[before[0]]
-        )
+        joins = key is not None and before is not None and key[1] == before[1] and key[0] not in seen
         if not joins:
             seen = set()
         seen.add(key[0] if key else "")
@@ -231,7 +222,7 @@ def partition(graph: fx.Graph, layers: Layers, n_segments: int) -> Partition:
             region[node] = Region(CELL, *next(iter(cells)))
     scoped = set(region)
     _place_dependent(nodes, region, layers)
-    _place_sources(nodes, region)
+    _place_sources(nodes, region, n_segments)
     _claim(region, scoped, n_segments, len(layers.paths))
     ordered = {node: region[node] for node in nodes}
     _check_acyclic(ordered)
@@ -340,15 +331,24 @@ def _source_segments(
     return found
 
 
-def _place_sources(nodes: list[fx.Node], region: dict[fx.Node, Region]) -> None:
-    """Place nodes that depend on no cell: prologue of the one segment they feed, or init."""
+def _place_sources(nodes: list[fx.Node], region: dict[fx.Node, Region], n_segments: int) -> None:
+    """Place nodes that depend on no cell: prologue of the segment they feed first, or init.
+
+    What a segment reads of its input may be read again one segment later (a cached embedding); only what all segments read,
+    or what depends on no input and serves several, is the same for all.
+    """
+    from_input: set[fx.Node] = set()
+    for node in nodes:
+        if any(operand.op == "placeholder" or operand in from_input for operand in node.all_input_nodes):
+            from_input.add(node)
     for node in reversed(nodes):
         if node in region:
             continue
         users = {region[user].segment for user in node.users if user in region}
         exits = any(user.op == "output" for user in node.users)
-        if len(users) == 1 and not exits and (segment := next(iter(users))) >= 0:
-            region[node] = Region(PROLOGUE, segment)
+        several = len(users) > 1 and (node not in from_input or len(users) == n_segments)
+        if users and not several and not exits and min(users) >= 0:
+            region[node] = Region(PROLOGUE, min(users))
         else:
             region[node] = Region(INIT)
 

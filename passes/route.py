@@ -176,8 +176,9 @@ class _Router:
             if source.kind == CELL and source.relative and not self._shared_by_layers(steady, layer):
                 self._connect(lane, source, (source.segment, layer - source.layer), layer)
             else:
-                roots[source].append(layer)
-        for source, layers in roots.items():
+                roots[source.identity].append(layer)
+        for layers in roots.values():
+            source = steady[layers[0]]
             if len(layers) > 1 and len(roots) == 1:
                 self._broadcast(lane, source, layers)
             else:
@@ -191,7 +192,7 @@ class _Router:
 
     def _shared_by_layers(self, steady: dict[int, Source], layer: int) -> bool:
         """Whether another layer reads the very same value, which then has to move up with its segment."""
-        return any(other != layer and source == steady[layer] for other, source in steady.items())
+        return any(other != layer and source.identity == steady[layer].identity for other, source in steady.items())
 
     def _steady(self, layer: int, index: dict[int, int]) -> Source:
         classes = self.rolled.classes[(CELL, layer)]

@@ -69,6 +69,11 @@ class Source:
         """What stays equal between classes of one producer: everything but the position in its body."""
         return (self.kind, self.name, self.segment, self.relative, self.layer, self.node if self.kind == "init" else -1)
 
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for rules that give one and the same value."""
+        return (*self.way, self.nodes)
+
     def segment_from(self, segment: int) -> int:
         """Producer's segment for a consumer at `segment`."""
         return segment - self.segment if self.relative else self.segment
@@ -207,6 +212,12 @@ class LaneEntry:
     layer: int
     early: tuple[tuple[int, Source], ...]
     steady: Source | None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for entries that put the same values in."""
+        early = tuple((segment, source.identity) for segment, source in self.early)
+        return (early, self.steady.identity if self.steady is not None else None)
 
     @property
     def sources(self) -> tuple[Source, ...]:

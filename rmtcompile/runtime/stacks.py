@@ -8,7 +8,6 @@ import torch
 
 from rmtcompile.capture import Leaf
 from rmtcompile.errors import UnsupportedError
-from rmtcompile.runtime.storage import as_slice
 from rmtcompile.weights import Weight
 
 
@@ -58,27 +57,58 @@ class Stack:
         self.tensor = stack
         self.pointers = [tensor.data_ptr() for parts in tensors for tensor in parts]
 
-    def window(self, ranks: Sequence[int], stacked: torch.Tensor) -> torch.Tensor:
-        """Rows `ranks` of the stack: a view where they are evenly spaced."""
-        where = as_slice(ranks)
-        return stacked[where] if where is not None else stacked[list(ranks)]
+
+class Derived:
+    """A stack whose leaves already live in other stacks: rows of one where they are evenly spaced there, else a copy a call."""
+
+    def __init__(self, weight: Weight, leaves: dict[str, Leaf], owner: dict[str, Stack]) -> None:
+        self.weight = weight
+        self.leaves = [[leaves[name] for name in parts] for parts in weight.leaves]
+        self.owners = [owner.get(parts[0]) for parts in weight.leaves]
+
+    def current(self) -> torch.Tensor:
+        """The stacked tensor for this call; it has to be read after its owners were checked."""
+        tensors = [[leaf.fetch() for leaf in parts] for parts in self.leaves]
+        views = [parts[0] for parts in tensors] if all(len(parts) == 1 for parts in tensors) else []
+        gradients = torch.is_grad_enabled() and any(t.requires_grad for parts in tensors for t in parts)
+        if views and not gradients and (found := self._rows(views)) is not None:
+            return found
+        return torch.stack([parts[0] if len(parts) == 1 else torch.cat(parts) for parts in tensors])
+
+    def _rows(self, views: list[torch.Tensor]) -> torch.Tensor | None:
+        owner = self.owners[0]
+        if owner is None or owner.tensor is None or any(other is not owner for other in self.owners):
+            return None
+        base, first = owner.tensor, views[0]
+        offsets = [view.storage_offset() for view in views]
+        step = offsets[1] - offsets[0] if len(offsets) > 1 else base.stride(0)
+        same = all(view.untyped_storage().data_ptr() == base.untyped_storage().data_ptr() for view in views)
+        even = all(b - a == step for a, b in zip(offsets, offsets[1:], strict=False))
+        if not (same and even and step > 0):
+            return None
+        return base.as_strided((len(views), *first.shape), (step, *first.stride()), offsets[0])
 
 
 class Stacks:
-    """All stacked weights of a program; a leaf that is part of two different stacks is copied into the second."""
+    """All stacked weights of a program. Each leaf lives in one stack; other stacks with it are rows of that one, or copies."""
 
     def __init__(self, weights: dict[str, Weight], leaves: dict[str, Leaf]) -> None:
-        shared: dict[Weight, Stack] = {}
-        self.stacks = {name: shared.setdefault(weight, Stack(weight, leaves)) for name, weight in weights.items()}
         owner: dict[str, Stack] = {}
-        for stack in shared.values():
-            for name in (name for parts in stack.weight.leaves for name in parts):
-                if owner.setdefault(name, stack) is not stack:
-                    raise UnsupportedError(
-                        "one parameter is used in two different roles by the layers", [name],
-                        "layers that share single weights across roles are not supported yet",
-                    )
+        made: dict[Weight, Stack | Derived] = {}
+        widest_first = sorted(set(weights.values()), key=lambda w: (-len(w.leaves[0]), -len(w.leaves), w.leaves))
+        for weight in widest_first:
+            names = [name for parts in weight.leaves for name in parts]
+            if len(set(names)) == len(names) and not any(name in owner for name in names):
+                stack = Stack(weight, leaves)
+                owner.update(dict.fromkeys(names, stack))
+                made[weight] = stack
+            else:
+                made[weight] = Derived(weight, leaves, owner)
+        self._in_order = [*(s for s in made.values() if isinstance(s, Stack)),
+                          *(s for s in made.values() if isinstance(s, Derived))]
+        self.stacks = {name: made[weight] for name, weight in weights.items()}
 
     def current(self) -> dict[str, torch.Tensor]:
         """Stacked tensors by port name, checked against the model's parameters."""
-        return {name: stack.current() for name, stack in self.stacks.items()}
+        found = {id(stack): stack.current() for stack in self._in_order}
+        return {name: found[id(stack)] for name, stack in self.stacks.items()}
