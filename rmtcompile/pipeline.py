@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from rmtcompile.capture import Capture, Effect, Leaf, capture
 from rmtcompile.errors import CaptureError, RerollError
+from rmtcompile.passes.decompose import decompose
 from rmtcompile.passes.dependence import Dependence, dependences
 from rmtcompile.passes.emit import Emitted, emit
 from rmtcompile.passes.forward import forward
@@ -215,6 +216,9 @@ def _unrolled(
         box.append(captured.module)
     with log.stage("forward", captured.module) as box:
         captured.module = forward(captured.module)
+        box.append(captured.module)
+    with log.stage("decompose", captured.module) as box:
+        captured.module = decompose(captured.module)
         box.append(captured.module)
     with log.stage("number", captured.module) as box:
         captured.module = number(captured.module)
