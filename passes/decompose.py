@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from rmtcompile.passes.functionalise import functionalise
 from rmtcompile.passes.lift.fallback import fallback
 from rmtcompile.passes.lift.rules import rule_for
 
@@ -48,7 +49,7 @@ def _inline(node: fx.Node) -> None:
         kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
         return target.decompose(*args, **kwargs)
 
-    traced = make_fx(body, tracing_mode="fake")(*vals)
+    traced = functionalise(make_fx(body, tracing_mode="fake")(*vals)).module
     mapping: dict[fx.Node, fx.Node] = {}
     with graph.inserting_before(node):
         placeholders = iter(operands)
