@@ -1,0 +1,266 @@
+"""What is refused: each message says what, where, and what would help."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import SEGMENT, WIDTH, Layer, Toy, features, made
+
+import rmtcompile
+from rmtcompile.errors import CaptureError, PartitionError, RerollError, RMTCompileError, UnsupportedError
+
+
+def refusal(
+    model: Any, *args: Any, kind: type[UnsupportedError] = UnsupportedError, **options: Any
+) -> list[str]:
+    """The lines of the message with which a call is refused."""
+    with pytest.raises(kind) as caught:
+        rmtcompile.optimize(model, **options)(*args)
+    return str(caught.value).splitlines()
+
+
+class Walk(nn.Module):
+    """Segments and layers, with `step` to override: (layer index, x, state) -> (x, state)."""
+
+    def __init__(self, n_layers: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(n_layers))
+
+    def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layers[l](x, m)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = [x.new_zeros(x.shape[0], WIDTH) for _ in self.layers]
+        out = []
+        for h in x.split(SEGMENT, 1):
+            for l in range(len(self.layers)):
+                h, memory[l] = self.step(l, h, memory[l])
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+@torch.no_grad()
+def test_classic_rmt_warns_with_the_edge_that_blocks() -> None:
+    """The top layer's memory enters the bottom layer of the next segment."""
+    model = made(lambda: Toy(n_layers=3, up=-2))
+    with pytest.warns(rmtcompile.SequentialScheduleWarning) as caught:
+        rmtcompile.optimize(model)(features(4))
+    (message,) = {str(warning.message) for warning in caught}
+    assert message.startswith("no two cells can run together, the 3 layers run one after the other: ")
+    assert "offset (1, -2)" in message
+    assert "cell (s, 0) " in message and "cell (s - 1, 2) " in message
+    assert message.count("toys.py:") == 2
+
+
+@pytest.mark.xfail(strict=True, reason="the warning names layers by number, not by module path")
+@torch.no_grad()
+def test_classic_rmt_warning_names_the_modules() -> None:
+    with pytest.warns(rmtcompile.SequentialScheduleWarning) as caught:
+        rmtcompile.optimize(made(lambda: Toy(n_layers=3, up=-2)))(features(4))
+    assert "layers.0" in str(caught[0].message) and "layers.2" in str(caught[0].message)
+
+
+@torch.no_grad()
+def test_classic_rmt_is_refused_where_diagonals_are_asked_for() -> None:
+    lines = refusal(made(lambda: Toy(n_layers=3, up=-2)), features(4), plan="diagonal")
+    assert lines[0].startswith("no two cells can run together")
+    assert lines[-1] == "  help: use plan='auto' to run it as a compiled sequential program"
+
+
+class BranchOnValue(Walk):
+    def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        if x.sum() > 0:
+            m = m + 1
+        return self.layers[l](x, m)
+
+
+class ItemOfTensor(Walk):
+    def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layers[l](x * float(m.max().item() + 1), m)
+
+
+class ShapeFromValue(Walk):
+    def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layers[l](x, m + x[x > 0].sum())
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        (BranchOnValue, "if x.sum() > 0:"),
+        (ItemOfTensor, "m.max().item()"),
+        (ShapeFromValue, "x[x > 0].sum()"),
+    ],
+)
+@torch.no_grad()
+def test_data_dependent_control_flow(model: Any, line: str) -> None:
+    lines = refusal(made(model), features(3), kind=CaptureError)
+    assert lines[0].startswith("the forward depends on the values of a tensor")
+    assert "test_refusals.py:" in lines[1] and line in lines[1]
+    assert lines[-1].startswith("  help: decide it from shapes or Python values")
+
+
+class Growing(Walk):
+    """Each layer keeps all of its outputs: an ordinary key-value cache."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen: list[list[Tensor]] = [[] for _ in self.layers]
+        out = []
+        for h in x.split(SEGMENT, 1):
+            for l, layer in enumerate(self.layers):
+                seen[l].append(h)
+                h, _ = layer(h, torch.cat(seen[l], 1).mean(1))
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+@torch.no_grad()
+def test_growing_cache() -> None:
+    lines = refusal(made(Growing), features(4), kind=RerollError)
+    assert any("cat" in line and "test_refusals.py:" in line for line in lines[1:])
+    assert lines[-1].startswith("  help: ")
+
+
+class CallsDepend(Walk):
+    """The last layer is skipped in every other segment."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = [x.new_zeros(x.shape[0], WIDTH) for _ in self.layers]
+        out = []
+        for s, h in enumerate(x.split(SEGMENT, 1)):
+            for l, layer in enumerate(self.layers):
+                if l < 2 or s % 2 == 0:
+                    h, memory[l] = layer(h, memory[l])
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+@torch.no_grad()
+def test_layers_called_unevenly() -> None:
+    lines = refusal(made(CallsDepend), features(4))
+    assert any("layers.2" in line or "segment" in line for line in lines)
+    assert lines[-1].startswith("  help: ")
+
+
+class Dropout(Walk):
+    def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        x = nn.functional.dropout(x, 0.1, self.training)
+        return self.layers[l](x, m)
+
+
+@torch.no_grad()
+def test_dropout_in_training_mode() -> None:
+    model = made(Dropout)
+    rmtcompile.optimize(model)(features(3))
+    lines = refusal(model.train(), features(3), kind=CaptureError)
+    assert lines[0] == (
+        "the forward draws random numbers, and cells that run in another order would draw others"
+    )
+    assert "aten.dropout" in lines[1] and "test_refusals.py:" in lines[1]
+    assert lines[-1] == "  help: switch dropout off (model.eval(), or dropout=0)"
+
+
+@torch.no_grad()
+def test_training_mode_is_seen() -> None:
+    """The optimized module does not run the program of evaluation mode in training mode."""
+    model = made(Dropout)
+    fast = rmtcompile.optimize(model)
+    fast(features(3))
+    model.train()
+    with pytest.raises(CaptureError, match="random numbers"):
+        fast(features(3))
+    model.eval()
+    fast(features(3))
+    assert fast.captures == 1
+
+
+class WritesParameter(Walk):
+    def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        self.layers[l].mix.bias.add_(0.1)
+        return self.layers[l](x, m)
+
+
+class WritesData(Walk):
+    def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        self.layers[l].mix.bias.data.add_(0.1)
+        return self.layers[l](x, m)
+
+
+DATA = pytest.mark.xfail(strict=True, reason="comparing constants asks for the values of a fake tensor")
+
+
+@pytest.mark.parametrize("build", [WritesParameter, pytest.param(WritesData, marks=DATA)])
+@torch.no_grad()
+def test_parameter_writes(build: Any) -> None:
+    lines = refusal(made(build), features(3), kind=CaptureError)
+    assert lines[0] == "the forward writes into a parameter"
+    assert "mix.bias" in lines[1]
+    assert lines[-1].startswith("  help: ")
+
+
+@pytest.mark.xfail(strict=True, reason="tracing runs in-place writes on the model's own tensors")
+@torch.no_grad()
+def test_a_refused_write_was_not_made() -> None:
+    model = made(WritesParameter)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    refusal(model, features(3), kind=CaptureError)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+
+
+class NoSegments(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@torch.no_grad()
+def test_no_segments() -> None:
+    lines = refusal(made(NoSegments), features(3), kind=PartitionError)
+    assert lines[0] == "the forward does not cut any of its inputs into segments"
+    assert lines[1] == "  input 0: shape (2, 9, 4)"
+    assert "segment_size=" in lines[-1]
+
+
+@torch.no_grad()
+def test_wrong_layers() -> None:
+    lines = refusal(made(Toy), features(3), kind=PartitionError, layers="model.blocks")
+    assert lines[0] == "no repeated layers were found among the module calls"
+    assert "layers='path.to.container'" in lines[-1]
+
+
+@torch.no_grad()
+def test_empty_input() -> None:
+    model = made(Toy)
+    fast = rmtcompile.optimize(model)
+    fast(features(2))
+    with pytest.raises(UnsupportedError, match="the input is empty") as caught:
+        fast(features(2)[:, :0])
+    assert "help: pass at least one token" in str(caught.value)
+
+
+class Raises(Walk):
+    def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        raise ValueError("no such thing")
+
+
+@torch.no_grad()
+def test_an_error_of_the_model_is_shown_with_its_line() -> None:
+    lines = refusal(made(Raises), features(3), segment_size=SEGMENT)
+    assert "ValueError: no such thing" in lines[0]
+    assert "test_refusals.py:" in lines[1] and 'raise ValueError("no such thing")' in lines[1]
+
+
+def test_every_refusal_is_one_family() -> None:
+    assert issubclass(UnsupportedError, RMTCompileError)
+    error = UnsupportedError("what", ["where"], "do this")
+    assert str(error).splitlines() == ["what", "  where", "  help: do this"]
+    assert (error.what, error.evidence, error.remedy) == ("what", ("where",), "do this")
