@@ -1,31 +1,59 @@
-"""Decompose: composite operations that cannot run for several cells at once become the operations they are made of.
+"""Decompose: recurrent cells that cannot run for several layers at once become the operations they are made of.
 
     lstm_cell(x, (h, c), w_ih, w_hh)   ->   linear, add, chunk, sigmoid, tanh, mul
 
-Fires on composite operations for which `lift` has no rule; `linear`, attention, `einsum` and the like stay whole.
+torch keeps `lstm_cell` and its relatives whole, with no batching rule, and its own decomposition writes in place.
 
-Requires: a functional graph. Ensures: same values, up to rounding where the composite has a fused kernel.
+Requires: a functional graph. Ensures: same values, up to rounding (the whole operation has a fused kernel).
+Reference: the equations in the documentation of `torch.nn.LSTMCell`, `GRUCell` and `RNNCell`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+import torch.nn.functional as F
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from rmtcompile.passes.functionalise import functionalise
-from rmtcompile.passes.lift.fallback import fallback
-from rmtcompile.passes.lift.rules import rule_for
+aten = torch.ops.aten
+
+
+def _lstm(x: Tensor, state: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None) -> Any:
+    h, c = state
+    i, f, g, o = (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def _gru(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None) -> Any:
+    xr, xz, xn = F.linear(x, w_ih, b_ih).chunk(3, -1)
+    hr, hz, hn = F.linear(h, w_hh, b_hh).chunk(3, -1)
+    reset, update = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
+    new = torch.tanh(xn + reset * hn)
+    return (h - new) * update + new
+
+
+def _rnn(activation: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    def cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None) -> Any:
+        return activation(F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh))
+
+    return cell
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    aten.lstm_cell.default: _lstm,
+    aten.gru_cell.default: _gru,
+    aten.rnn_tanh_cell.default: _rnn(torch.tanh),
+    aten.rnn_relu_cell.default: _rnn(torch.relu),
+}
 
 
 def can_decompose(node: fx.Node) -> bool:
-    """Whether the node is a composite operation without a batching rule of its own."""
-    target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or rule_for(target) is not fallback:
-        return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+    """Whether the node is a recurrent cell."""
+    return node.op == "call_function" and node.target in DECOMPOSITIONS
 
 
 def decompose(module: fx.GraphModule) -> fx.GraphModule:
@@ -41,15 +69,14 @@ def decompose(module: fx.GraphModule) -> fx.GraphModule:
 def _inline(node: fx.Node) -> None:
     graph, operands = node.graph, node.all_input_nodes
     vals = [operand.meta["val"] for operand in operands]
-    target: Any = node.target
 
     def body(*tensors: torch.Tensor) -> Any:
         values = dict(zip(operands, tensors, strict=True))
         args = fx.node.map_arg(node.args, values.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
-        return target.decompose(*args, **kwargs)
+        return DECOMPOSITIONS[node.target](*args, **kwargs)
 
-    traced = functionalise(make_fx(body, tracing_mode="fake")(*vals)).module
+    traced = make_fx(body, tracing_mode="fake", pre_dispatch=True)(*vals)
     mapping: dict[fx.Node, fx.Node] = {}
     with graph.inserting_before(node):
         placeholders = iter(operands)
