@@ -294,6 +294,7 @@ def _outside(compiled: Compiled) -> Counter[str]:
 _NOTES = {
     "capture": "the model's own forward, traced once on tensors without memory",
     "functionalise": "no operation writes into its operands any more",
+    "forward": "a read of a stored value is the value, past stacks, slices and rolls",
     "number": "equal operations become one: what is the same for all segments is found here",
     "partition": "each operation gets its place on the grid; the operations stay",
     "reroll": "one body for each class of segments instead of one for each segment",
