@@ -4,13 +4,15 @@
     later:  h = attend(x + read(mq(x), A))     (116 operations)  ->   h1 = where(is_first, x, h0)    kept or dropped by cell
                                                                       h  = attend(h1)                shared
 
-On a wavefront of the ramp-up one cell belongs to the first segment and the others do not.  Running it by itself would cost an
-extra small step a level; predication costs a few operations on one cell.  Selection is exact: `where` keeps the bits of the
-operand it picks.  Where a live-in of the first variant is what a carry holds before its first write (a zero matrix, say), no
+On a wavefront of the ramp-up one cell belongs to the first segment and the others do not.  Running it by
+itself would cost an extra small step a level; predication costs a few operations on one cell.  Selection is
+exact: `where` keeps the bits of the operand it picks.  Where a live-in of the first variant is what a carry
+    holds before its first write (a zero matrix, say), no
 selection is needed: it becomes the lane's initial value.
 
-Requires: bodies of one kind of layer, by class.  Ensures: for each class, the merged graph with its mask set computes what the
-class's body computes.  Classes whose values differ in shape stay apart (`Group`s of their own).
+Requires: bodies of one kind of layer, by class.  Ensures: for each class, the merged graph with its mask set
+computes what the class's body computes.  Classes whose values differ in shape stay apart (`Group`s of their
+own).
 Reference: if-conversion; sequence alignment by longest matching blocks.
 """
 
@@ -35,7 +37,8 @@ class Merged:
     """One graph for several classes.
 
     Attributes:
-        graph: placeholders `v0, v1, ...` for live-ins, then `is_<class>` masks (bool scalars per cell); no output node.
+        graph: placeholders `v0, v1, ...` for live-ins, then `is_<class>` masks (bool scalars per cell); no
+            output node.
         live_ins: for each live-in placeholder, its index among the live-ins of each class that has it.
         values: for each class, the node that holds each operation of that class's body.
         masks: mask placeholder by class; the first class needs none.
@@ -75,7 +78,8 @@ class _Port:
 
 
 def align(rules: Mapping[int, ClassRule], steady: int) -> list[Merged]:
-    """Merge the classes of one kind, the steady class first; classes that cannot be merged come as graphs of their own.
+    """Merge the classes of one kind, the steady class first; classes that cannot be merged come as graphs of
+    their own.
 
     Args:
         rules: the body of each class, all of one layer.
@@ -257,7 +261,8 @@ class _Builder:
         return bound
 
     def _fits(self, port: _Port, j: int, rule: ClassRule) -> bool:
-        """Whether one lane, weight or invariant can serve both: equal invariants, or a carry and what it holds at first."""
+        """Whether one lane, weight or invariant can serve both: equal invariants, or a carry and what it
+        holds at first."""
         c, i = next(iter(port.index.items()))
         mine, theirs = self.rules[c].sources[i], rule.sources[j]
         if mine.is_invariant:
@@ -361,7 +366,8 @@ def _check_worth(pairs: list[Any], rows: Sequence[Any], body: Body) -> None:
 
 
 def _token(target: Any, args: Any, kwargs: Any, meta: dict[str, Any]) -> Any:
-    """What two operations must have in common to be one: the operation, its constants, its result's type, its context."""
+    """What two operations must have in common to be one: the operation, its constants, its result's type, its
+    context."""
 
     def skeleton(value: Any) -> Any:
         if isinstance(value, (fx.Node, _Row, _Port)):

@@ -3,10 +3,11 @@
     mask = arange(T)[None] <= arange(T)[:, None]                            (computed before the segments)
     scaled_dot_product_attention(q, k, v, mask)   ->   scaled_dot_product_attention(q, k, v, is_causal=True)
 
-Tracing makes models build the mask that they would skip otherwise, and the fastest attention kernels take no mask.
+Tracing makes models build the mask that they would skip otherwise, and the fastest attention kernels take no
+mask.
 
-Requires: a routed program. Fires where the mask is a value computed before the segments from constants alone, equal to the
-lower triangle. Ensures: the same attention; kernels may round differently.
+Requires: a routed program. Fires where the mask is a value computed before the segments from constants alone,
+equal to the lower triangle. Ensures: the same attention; kernels may round differently.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def causal(program: Program) -> Program:
 
 
 def is_lower_triangle(mask: torch.Tensor) -> bool:
-    """Whether a mask, bool or additive, lets each position see itself and what is before it, and nothing else."""
+    """Whether a mask, bool or additive, lets each position see itself and what is before it, and nothing
+    else."""
     if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
         return False
     if mask.dtype is not torch.bool:
@@ -51,7 +53,8 @@ def _group(group: Group, rule: ClassRule, known: dict[int, bool]) -> Group:
     found = [
         node
         for node in group.graph.nodes
-        if node.target is aten.scaled_dot_product_attention.default and _has_causal_mask(node, ports, rule, known)
+        if node.target is aten.scaled_dot_product_attention.default
+        and _has_causal_mask(node, ports, rule, known)
     ]
     if not found:
         return group

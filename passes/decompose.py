@@ -1,8 +1,10 @@
-"""Decompose: recurrent cells that cannot run for several layers at once become the operations they are made of.
+"""Decompose: recurrent cells that cannot run for several layers at once become the operations they are made
+of.
 
     lstm_cell(x, (h, c), w_ih, w_hh)   ->   linear, add, chunk, sigmoid, tanh, mul
 
-torch keeps `lstm_cell` and its relatives whole, with no batching rule, and its own decomposition writes in place.
+torch keeps `lstm_cell` and its relatives whole, with no batching rule, and its own decomposition writes in
+place.
 
 Requires: a functional graph. Ensures: same values, up to rounding (the whole operation has a fused kernel).
 Reference: the equations in the documentation of `torch.nn.LSTMCell`, `GRUCell` and `RNNCell`.

@@ -4,9 +4,9 @@
     cell (s, l) reads A of cell (s - 1, l)      (1, 0)
     prologue(s) reads h of cell (s - 1, L - 1)  (1, 1 - L) towards layer 0
 
-Requires: rules from `reroll`.  Gives: every offset with a witness: the operation that reads, the one that is read, and the
-lines they come from.  A value that passes through a prologue or an epilogue counts from the cell that made it to the cell that
-uses it.  Reference: distance vectors of loop-carried dependences.
+Requires: rules from `reroll`.  Gives: every offset with a witness: the operation that reads, the one that is
+read, and the lines they come from.  A value that passes through a prologue or an epilogue counts from the
+cell that made it to the cell that uses it.  Reference: distance vectors of loop-carried dependences.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@
 
 The size of the module depends on the layers' code, not on the number of layers or of segments.
 
-Requires: a routed `Program`.  Ensures: the module computes, for any number of segments the rules cover, what the captured
-forward computes.
+Requires: a routed `Program`.  Ensures: the module computes, for any number of segments the rules cover, what
+the captured forward computes.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class _Writer:
         return "\n".join(self.lines) + "\n"
 
 
-# ---- values and operations -----------------------------------------------------------------------------------------------
+# ---- values and operations ---------------------------------------------------------------------------------
 
 
 def literal(value: Any, name: Callable[[Any], str]) -> str:
@@ -148,7 +148,8 @@ class _Named:
 
 
 def target_name(target: Any) -> str:
-    """How an operation is called in the emitted module: `aten.linear`, `aten.add.Tensor`, `torch.ops.ns.op`."""
+    """How an operation is called in the emitted module: `aten.linear`, `aten.add.Tensor`,
+    `torch.ops.ns.op`."""
     if isinstance(target, torch._ops.OpOverload):
         overload = "" if target._overloadname == "default" else f".{target._overloadname}"
         space = "aten" if target.namespace == "aten" else f"torch.ops.{target.namespace}"
@@ -197,7 +198,7 @@ def _plain_name(value: Any) -> str:
     )
 
 
-# ---- cells ---------------------------------------------------------------------------------------------------------------
+# ---- cells -------------------------------------------------------------------------------------------------
 
 
 def _cell_functions(group: Group) -> Iterator[CellFunction]:
@@ -314,7 +315,7 @@ def _role(port: Any) -> str:
     return str(port.role)
 
 
-# ---- levels --------------------------------------------------------------------------------------------------------------
+# ---- levels ------------------------------------------------------------------------------------------------
 
 
 def _write_level(writer: _Writer, program: Program, cells: list[CellFunction]) -> None:
@@ -325,7 +326,9 @@ def _write_level(writer: _Writer, program: Program, cells: list[CellFunction]) -
     writer.line("results = run.launch(wave, windows)")
     writer.line("run.tap(windows, results)")
     writer.end()
-    writer.function("wave", ["run", "windows"], "The grouped calls of a level; all is read before anything is written.")
+    writer.function(
+        "wave", ["run", "windows"], "The grouped calls of a level; all is read before anything is written."
+    )
     writer.line("moved = run.moves(windows)")
     writer.line("results = [CELLS[w.group](run, w) for w in windows]")
     writer.line("move(moved)")
@@ -412,7 +415,7 @@ def _lane_summary(lane: Lane) -> str:
     return "; ".join(parts)
 
 
-# ---- init, prologue, epilogue --------------------------------------------------------------------------------------------
+# ---- init, prologue, epilogue ------------------------------------------------------------------------------
 
 
 class _Regions:
@@ -610,7 +613,13 @@ class _Regions:
         writer.end()
 
     def _write_entry(
-        self, writer: _Writer, classes: Any, early: Any, steady: Source | None, layers: tuple[int, ...], names: list[str]
+        self,
+        writer: _Writer,
+        classes: Any,
+        early: Any,
+        steady: Source | None,
+        layers: tuple[int, ...],
+        names: list[str],
     ) -> None:
         only = "" if classes is None else f", classes={classes!r}"
         only += f", last={max(s for s, _ in early)}" if steady is None else ""

@@ -4,8 +4,9 @@
     cos_1 = rotary(arange) # layer 1, segment 0    ->
     cos_2 = rotary(arange) # layer 0, segment 1
 
-Requires: a functional graph (no node mutates its operands). Ensures: same outputs, bit for bit; meta `scopes` of a node that
-stands for several lists the scopes of all of them, so that a later pass can see that it belongs to no single layer.
+Requires: a functional graph (no node mutates its operands). Ensures: same outputs, bit for bit; meta `scopes`
+of a node that stands for several lists the scopes of all of them, so that a later pass can see that it
+belongs to no single layer.
 Reference: global value numbering by hashing, as in any optimising compiler.
 """
 
@@ -47,7 +48,8 @@ def is_random(node: fx.Node) -> bool:
 
 
 def key_of(value: Any) -> Any:
-    """A hashable stand-in for an argument; nodes stand for themselves, numbers keep their type (1, 1.0 and True differ)."""
+    """A hashable stand-in for an argument; nodes stand for themselves, numbers keep their type (1, 1.0 and
+    True differ)."""
     if isinstance(value, fx.Node):
         return value
     if isinstance(value, (list, tuple)):
@@ -62,7 +64,8 @@ def key_of(value: Any) -> Any:
 
 
 def number(module: fx.GraphModule) -> fx.GraphModule:
-    """Merge equal nodes of a functional graph, in place of the given module's graph; see the module docstring."""
+    """Merge equal nodes of a functional graph, in place of the given module's graph; see the module
+    docstring."""
     graph = module.graph
     first: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):

@@ -1,6 +1,7 @@
 """Optimise: the passes that pay on one cell's graph, applied to every group of a program.
 
-Exact: none drops or reorders a value; `causal`, `grouped_query` and `fuse_linears` may pick kernels that round differently.
+Exact: none drops or reorders a value; `causal`, `grouped_query` and `fuse_linears` may pick kernels that
+round differently.
 """
 
 from __future__ import annotations

@@ -5,11 +5,12 @@
     norm, head                 ->  epilogue(s)
     arange, cos, masks         ->  init (the same for all segments)
 
-The layers are found from the module calls: sibling modules that the forward calls in turn, once a segment.  Nodes between
-calls are placed by their dependences, then moved next to the layer they belong to where the layers beside it show so.
+The layers are found from the module calls: sibling modules that the forward calls in turn, once a segment.
+Nodes between calls are placed by their dependences, then moved next to the layer they belong to where the
+layers beside it show so.
 
-Requires: a functional, value-numbered graph with meta `scope`/`scopes`.  Ensures: the regions form an acyclic graph; where a
-node is placed changes only how much runs in parallel, never a value.
+Requires: a functional, value-numbered graph with meta `scope`/`scopes`.  Ensures: the regions form an acyclic
+graph; where a node is placed changes only how much runs in parallel, never a value.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class Partition:
 
 
 def split_index(path: str) -> tuple[str, int] | None:
-    """`blocks.3` -> ("blocks.", 3), `layer2` -> ("layer", 2); None where the path does not end in a number."""
+    """`blocks.3` -> ("blocks.", 3), `layer2` -> ("layer", 2); None where the path does not end in a
+    number."""
     match = re.fullmatch(r"(.*?)(\d+)(\]?)", path)
     return (match[1], int(match[2])) if match else None
 
@@ -85,7 +87,8 @@ def find_layers(
         calls: module calls in the order of the forward.
         size: nodes traced inside each call, nested calls included.
         n_segments: segments in this capture.
-        layers: override: the path of the container (`model.layers`) or a regular expression for the layers' paths.
+        layers: override: the path of the container (`model.layers`) or a regular expression for the layers'
+            paths.
 
     Raises:
         PartitionError: no such family, or its members are not called equally often in each segment.
@@ -183,7 +186,8 @@ def _grid(members: list[Call], n_segments: int) -> Layers:
 
 
 def _merge_columns(row: list[Call]) -> list[int]:
-    """Neighbouring calls with one index in several containers (`attn.3`, `ffn.3`, `writers.3`) are one layer."""
+    """Neighbouring calls with one index in several containers (`attn.3`, `ffn.3`, `writers.3`) are one
+    layer."""
     keys = [split_index(call.path) for call in row]
     layer_of: list[int] = []
     seen: set[str] = set()
@@ -247,7 +251,8 @@ def _constant_nodes(nodes: list[fx.Node]) -> set[fx.Node]:
 
 
 def _place_dependent(nodes: list[fx.Node], region: dict[fx.Node, Region], layers: Layers) -> None:
-    """Place nodes outside layer calls that depend on a cell: between the cells they read and the cells that read them."""
+    """Place nodes outside layer calls that depend on a cell: between the cells they read and the cells that
+    read them."""
     last = len(layers.paths) - 1
     reads: dict[fx.Node, set[tuple[int, int]]] = {}  # cells a node depends on, seen through unplaced nodes
     for node in nodes:
@@ -259,7 +264,9 @@ def _place_dependent(nodes: list[fx.Node], region: dict[fx.Node, Region], layers
                 found |= reads.get(operand, set())
         reads[node] = found
     feeds = _first_hits(nodes, region)
-    habits: dict[object, str] = {}  # where later segments have the same code: with the cell below it or above it
+    habits: dict[
+        object, str
+    ] = {}  # where later segments have the same code: with the cell below it or above it
     for first_pass in (True, False):
         placed: dict[fx.Node, Region] = dict(region)
         for node in nodes:
@@ -285,7 +292,8 @@ def _between(
     last: int,
     habits: dict[object, str],
 ) -> tuple[Region, str]:
-    """Region of a node between cells, and on which side of it: "below" or "above" ("" where there is no choice)."""
+    """Region of a node between cells, and on which side of it: "below" or "above" ("" where there is no
+    choice)."""
     segments = [s for s, _ in reads]
     segments += [region[op].segment for op in node.all_input_nodes if op in region]
     entering = {s for s, _ in _source_segments(node, region, feeds)}
@@ -321,7 +329,8 @@ def _first_hits(nodes: list[fx.Node], region: dict[fx.Node, Region]) -> dict[fx.
 def _source_segments(
     node: fx.Node, region: dict[fx.Node, Region], feeds: dict[fx.Node, set[tuple[int, int]]]
 ) -> set[tuple[int, int]]:
-    """Segments that enter through operands which depend on no cell: an embedding that feeds one segment only."""
+    """Segments that enter through operands which depend on no cell: an embedding that feeds one segment
+    only."""
     found: set[tuple[int, int]] = set()
     for operand in node.all_input_nodes:
         if operand not in region and operand.op == "call_function":
@@ -334,8 +343,8 @@ def _source_segments(
 def _place_sources(nodes: list[fx.Node], region: dict[fx.Node, Region], n_segments: int) -> None:
     """Place nodes that depend on no cell: prologue of the segment they feed first, or init.
 
-    What a segment reads of its input may be read again one segment later (a cached embedding); only what all segments read,
-    or what depends on no input and serves several, is the same for all.
+    What a segment reads of its input may be read again one segment later (a cached embedding); only what all
+    segments read, or what depends on no input and serves several, is the same for all.
     """
     from_input: set[fx.Node] = set()
     for node in nodes:
@@ -354,10 +363,12 @@ def _place_sources(nodes: list[fx.Node], region: dict[fx.Node, Region], n_segmen
 
 
 def _claim(region: dict[fx.Node, Region], scoped: set[fx.Node], n_segments: int, n_layers: int) -> None:
-    """Move prologue nodes into layer 0, and epilogue nodes into the last layer, where the layers beside show the same.
+    """Move prologue nodes into layer 0, and epilogue nodes into the last layer, where the layers beside show
+    the same.
 
-    Glue before layer 1 that reads layer 1's memory lies in cell (s, 1); the same code before layer 0 looks like prologue.
-    Likewise what follows the last layer looks like epilogue, although the same follows every layer.
+    Glue before layer 1 that reads layer 1's memory lies in cell (s, 1); the same code before layer 0 looks
+    like prologue. Likewise what follows the last layer looks like epilogue, although the same follows every
+    layer.
     """
     if n_layers < 2:
         return

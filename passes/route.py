@@ -6,9 +6,9 @@
     B(s, l)  <- B'(s-2, l)       two lanes in a chain, each one segment long
     logits   <- epilogue(0..S)   tap: kept, one value a segment, until it is read
 
-A lane holds one value a layer. The value a cell reads must be the last one written: a write travels alpha*ds + dl levels, and
-the same producer writes again alpha levels later, so 1 <= alpha*ds + dl <= alpha holds for every direct feed; longer ways are
-cut into hops through lanes in between.
+A lane holds one value a layer. The value a cell reads must be the last one written: a write travels alpha*ds
++ dl levels, and the same producer writes again alpha levels later, so 1 <= alpha*ds + dl <= alpha holds for
+every direct feed; longer ways are cut into hops through lanes in between.
 
 Requires: rules from `reroll`, offsets from `dependence`, alpha from `wavefront`. Gives the `Program`.
 """
@@ -49,7 +49,8 @@ class _GroupDraft:
     outputs: dict[tuple[tuple[int, int], ...], str] = field(default_factory=dict)
 
     def output(self, nodes: dict[int, int]) -> str | None:
-        """Name of the output that holds operation nodes[c] in class c; None if no class of this group makes it."""
+        """Name of the output that holds operation nodes[c] in class c; None if no class of this group makes
+        it."""
         mine = {c: i for c, i in nodes.items() if c in self.merged.classes}
         if not mine:
             return None
@@ -85,7 +86,7 @@ class _Router:
         self.taps: dict[Any, Tap] = {}
         self.delays: dict[Any, str] = {}
 
-    # ---- groups ----------------------------------------------------------------------------------------------------------
+    # ---- groups --------------------------------------------------------------------------------------------
 
     def program(self, offsets: frozenset[tuple[int, int]]) -> Program:
         for i, layers in enumerate(self._kinds()):
@@ -160,7 +161,7 @@ class _Router:
             return Port(node.name, "weight", Weight(tuple((s.name,) for s in by_layer)))  # type: ignore[union-attr]
         return Port(node.name, "stacked", tuple(by_layer))
 
-    # ---- lanes -----------------------------------------------------------------------------------------------------------
+    # ---- lanes ---------------------------------------------------------------------------------------------
 
     def _lane_port(self, name: str, group: _GroupDraft, index: dict[int, int], val: Any) -> None:
         alone = sum(1 for other in self.groups if other.layers == group.layers) == 1
@@ -192,7 +193,9 @@ class _Router:
 
     def _shared_by_layers(self, steady: dict[int, Source], layer: int) -> bool:
         """Whether another layer reads the very same value, which then has to move up with its segment."""
-        return any(other != layer and source.identity == steady[layer].identity for other, source in steady.items())
+        return any(
+            other != layer and source.identity == steady[layer].identity for other, source in steady.items()
+        )
 
     def _steady(self, layer: int, index: dict[int, int]) -> Source:
         classes = self.rolled.classes[(CELL, layer)]
@@ -283,7 +286,7 @@ class _Router:
         for layer in range(first, max(layers)):
             lane.feeds[("", lane.name, (0, 1))].add(layer)
 
-    # ---- taps ------------------------------------------------------------------------------------------------------------
+    # ---- taps ----------------------------------------------------------------------------------------------
 
     def _tap_live_in(self, live_in: LiveIn, reader: str) -> None:
         for source in live_in.early.values():
@@ -326,7 +329,7 @@ class _Router:
     def _resolved(self, tap: Tap) -> Tap:
         return tap
 
-    # ---- results ---------------------------------------------------------------------------------------------------------
+    # ---- results -------------------------------------------------------------------------------------------
 
     def _finish(self, draft: _GroupDraft) -> Group:
         for key, tap in list(self.taps.items()):

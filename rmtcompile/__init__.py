@@ -10,7 +10,9 @@ from pathlib import Path
 
 _beside = Path(__file__).parent.parent
 if not (Path(__file__).parent / "passes").exists() and (_beside / "passes" / "__init__.py").exists():
-    __path__.append(str(_beside))  # a checkout that is not installed: `rmtcompile.passes` is the folder beside this one
+    __path__.append(
+        str(_beside)
+    )  # a checkout that is not installed: `rmtcompile.passes` is the folder beside this one
 
 from rmtcompile.api import FallbackWarning, Optimized, SequentialScheduleWarning, optimize  # noqa: E402
 from rmtcompile.errors import (  # noqa: E402

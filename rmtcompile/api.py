@@ -53,16 +53,20 @@ def optimize(
     Nothing is traced yet: the forward is captured at the first call, from the shapes of its inputs.
 
     Args:
-        model: an `nn.Module` or any callable on tensors whose forward walks segments and, in each segment, layers. It is not
-            changed, except that its parameters become views of stacked storage (same names, shapes and values).
-        segment_size: override: tokens in a segment along the axis that the forward walks; found from the graph by default.
-        layers: override: path of the container of the layers, `"model.layers"`, or a regular expression for their paths.
-        plan: "auto" (the widest legal wavefront), "diagonal" (the same, but refuse a model whose wavefronts are one cell
-            wide) or "sequential" (one cell after the other, compiled).
-        backend: "eager", "inductor" or any `torch.compile` backend for the cell functions; "auto" is inductor on CUDA and
-            eager elsewhere.
+        model: an `nn.Module` or any callable on tensors whose forward walks segments and, in each segment,
+            layers. It is not changed, except that its parameters become views of stacked storage (same names,
+            shapes and values).
+        segment_size: override: tokens in a segment along the axis that the forward walks; found from the
+            graph by default.
+        layers: override: path of the container of the layers, `"model.layers"`, or a regular expression for
+            their paths.
+        plan: "auto" (the widest legal wavefront), "diagonal" (the same, but refuse a model whose wavefronts
+            are one cell wide) or "sequential" (one cell after the other, compiled).
+        backend: "eager", "inductor" or any `torch.compile` backend for the cell functions; "auto" is inductor
+            on CUDA and eager elsewhere.
         cuda_graphs: replay levels as CUDA graphs; "auto" does so on CUDA when no gradients are recorded.
-        fallback: "sequential" runs the model as it is, with a warning, where it cannot be compiled; None raises.
+        fallback: "sequential" runs the model as it is, with a warning, where it cannot be compiled; None
+            raises.
         verify: run the model as it is, too, at the first call of each program, and raise on a difference.
         progress: print what is being done on long work, or call a function with each line.
 
@@ -72,7 +76,8 @@ def optimize(
     Raises:
         ValueError: an option has no such value.
 
-    Source: "Diagonal Batching Unlocks Parallelism in Recurrent Memory Transformers for Long Contexts", arXiv 2506.05229.
+    Source: "Diagonal Batching Unlocks Parallelism in Recurrent Memory Transformers for Long Contexts", arXiv
+    2506.05229.
     """
     if plan not in ("auto", "diagonal", "sequential"):
         raise ValueError(f"plan must be 'auto', 'diagonal' or 'sequential', not {plan!r}")
@@ -92,7 +97,9 @@ def optimize(
 class _Entry:
     """A compiled program and what executes it."""
 
-    def __init__(self, compiled: Compiled, executor: Executor, segmentation: Segmentation, example: Any) -> None:
+    def __init__(
+        self, compiled: Compiled, executor: Executor, segmentation: Segmentation, example: Any
+    ) -> None:
         self.compiled = compiled
         self.executor = executor
         self.segmentation = segmentation
@@ -132,7 +139,7 @@ class Optimized:
         self.last_profile: Profile | None = None
         self.captures = 0
 
-    # ---- running ---------------------------------------------------------------------------------------------------------
+    # ---- running -------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; same arguments, result and effects as `model(*args, **kwargs)`."""
@@ -164,7 +171,9 @@ class Optimized:
         if count == 0:
             raise UnsupportedError("the input is empty", remedy="pass at least one token")
         entries = self._entries.setdefault(program_key(args, kwargs, segmentation), [])
-        entry = next((e for e in entries if e.compiled.captures[0].guard.broken() is None and e.executor.fits()), None)
+        entry = next(
+            (e for e in entries if e.compiled.captures[0].guard.broken() is None and e.executor.fits()), None
+        )
         if entry is None:
             entry = self._compile(args, kwargs, segmentation)
             entries.append(entry)
@@ -172,7 +181,9 @@ class Optimized:
         return self._for_length(entry, count, args, kwargs), count
 
     def _compile(self, args: Any, kwargs: Any, segmentation: Segmentation, only: int | None = None) -> _Entry:
-        compiled = compile_forward(self.model, args, kwargs, segmentation, self._options, self._progress, only)
+        compiled = compile_forward(
+            self.model, args, kwargs, segmentation, self._options, self._progress, only
+        )
         self.captures += 1
         n_layers, offsets = compiled.program.n_layers, compiled.program.offsets
         blocked = blocking(offsets, n_layers)
@@ -181,11 +192,20 @@ class Optimized:
                 f"offset {d.offset}: {d.consumer} reads {d.producer} {d.reason}".strip()
                 for d in (compiled.dependences[offset] for offset in blocked)
             )
-            message = f"no two cells can run together, the {n_layers} layers run one after the other: {witness}"
+            message = (
+                f"no two cells can run together, the {n_layers} layers run one after the other: {witness}"
+            )
             if self._options.plan == "diagonal":
-                raise UnsupportedError(message, remedy="use plan='auto' to run it as a compiled sequential program")
+                raise UnsupportedError(
+                    message, remedy="use plan='auto' to run it as a compiled sequential program"
+                )
             warnings.warn(message, SequentialScheduleWarning, stacklevel=4)
-        return _Entry(compiled, Executor(compiled, segmentation, self._backend, self._cuda_graphs), segmentation, _faked(args, kwargs))
+        return _Entry(
+            compiled,
+            Executor(compiled, segmentation, self._backend, self._cuda_graphs),
+            segmentation,
+            _faked(args, kwargs),
+        )
 
     def _for_length(self, entry: _Entry, count: int, args: Any, kwargs: Any) -> _Entry:
         """The entry itself, or one compiled for just this length where its rules do not cover it."""
@@ -212,7 +232,9 @@ class Optimized:
         _leave_effects(entry.compiled, count, outputs)
         if not entry.settled:
             entry.settled = True
-            if any(effect.change is not None and effect.change.is_hook for effect, _ in entry.compiled.effects):
+            if any(
+                effect.change is not None and effect.change.is_hook for effect, _ in entry.compiled.effects
+            ):
                 entry.compiled.captures[0].guard.settle()
         _write_back(entry.compiled, outputs, _tensors(args, kwargs))
         return value_of(entry.compiled.result, outputs, count)
@@ -237,7 +259,7 @@ class Optimized:
         got = value_of(compiled.result, outputs, count)
         return _compare(expected, got, count)
 
-    # ---- looking ---------------------------------------------------------------------------------------------------------
+    # ---- looking -------------------------------------------------------------------------------------------
 
     @property
     def compiled(self) -> Compiled:
@@ -301,16 +323,36 @@ class Optimized:
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimized:
         import copy
 
-        return Optimized(copy.deepcopy(self.model, memo), self._options, self._backend, self._cuda_graphs, self._fallback,
-                         self._verify, self._progress)
+        return Optimized(
+            copy.deepcopy(self.model, memo),
+            self._options,
+            self._backend,
+            self._cuda_graphs,
+            self._fallback,
+            self._verify,
+            self._progress,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "options": self._options, "backend": self._backend, "graphs": self._cuda_graphs,
-                "fallback": self._fallback, "verify": self._verify}
+        return {
+            "model": self.model,
+            "options": self._options,
+            "backend": self._backend,
+            "graphs": self._cuda_graphs,
+            "fallback": self._fallback,
+            "verify": self._verify,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["model"], state["options"], state["backend"], state["graphs"], state["fallback"],  # type: ignore[misc]
-                      state["verify"], None)
+        self.__init__(
+            state["model"],
+            state["options"],
+            state["backend"],
+            state["graphs"],
+            state["fallback"],  # type: ignore[misc]
+            state["verify"],
+            None,
+        )
 
 
 _RETURN_SELF = ("to", "eval", "train", "cuda", "cpu", "half", "float", "double", "bfloat16", "requires_grad_")
@@ -335,7 +377,12 @@ def schedule_of(compiled: Compiled, count: int) -> Schedule:
     variants = tuple(_variant(first.of(s, count), first.head) for s in range(count))
     kinds = {layer: group.name for group in reversed(program.groups) for layer in group.layers}
     return wavefront(
-        program.offsets, program.n_layers, count, alpha=program.alpha, carries=carries, segment_variants=variants,
+        program.offsets,
+        program.n_layers,
+        count,
+        alpha=program.alpha,
+        carries=carries,
+        segment_variants=variants,
         layer_kinds=tuple(kinds[layer] for layer in range(program.n_layers)),
     )
 
@@ -372,7 +419,9 @@ def _write_back(compiled: Compiled, outputs: tuple[Any, ...], inputs: list[torch
     first = len(outputs) - len(compiled.written)
     with torch.no_grad():
         for (kind, name), value in zip(compiled.written, outputs[first:], strict=True):
-            target = compiled.leaves[name].fetch() if kind == "leaf" else inputs[compiled.input_names.index(name)]
+            target = (
+                compiled.leaves[name].fetch() if kind == "leaf" else inputs[compiled.input_names.index(name)]
+            )
             target.copy_(value)
 
 
@@ -396,8 +445,12 @@ def _compare(expected: Any, got: Any, count: int) -> str | None:
             continue
         wide = torch.float64 if x.device.type == "cpu" else torch.float32
         error = (x.to(wide) - y.to(wide)).norm() / x.to(wide).norm().clamp_min(1e-30)
-        if not error <= _TOLERANCE.get(x.dtype, 1e-3) and not (x.isnan().any() and torch.equal(x.isnan(), y.isnan())):
-            return f"result {i} differs from the sequential forward by {error:.1e} relative at {count} segments"
+        if not error <= _TOLERANCE.get(x.dtype, 1e-3) and not (
+            x.isnan().any() and torch.equal(x.isnan(), y.isnan())
+        ):
+            return (
+                f"result {i} differs from the sequential forward by {error:.1e} relative at {count} segments"
+            )
     return None
 
 

@@ -1,4 +1,5 @@
-"""Capture: any callable on tensors -> one flat, functional FX graph, and what is needed to stand in for the callable.
+"""Capture: any callable on tensors -> one flat, functional FX graph, and what is needed to stand in for the
+callable.
 
     forward(ids):                       placeholder ids
       for s in segments:                get_attr embed                 scope ()
@@ -6,8 +7,9 @@
         for layer in layers:            aten.linear(h, w_0)            scope (layers.0 #0,)
           h = layer(h)                  aten.linear(h, w_1)            scope (layers.1 #0,)
 
-The forward runs once on fake tensors under `make_fx(pre_dispatch=True)`, so operations such as `linear`, `einsum` and
-`scaled_dot_product_attention` stay whole, Python control flow disappears, and no memory is used beyond the weights.
+The forward runs once on fake tensors under `make_fx(pre_dispatch=True)`, so operations such as `linear`,
+`einsum` and `scaled_dot_product_attention` stay whole, Python control flow disappears, and no memory is used
+beyond the weights.
 """
 
 from __future__ import annotations
@@ -61,9 +63,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor that the graph reads but does not compute: a parameter, a buffer, a state attribute, a constant.
+    """A tensor that the graph reads but does not compute: a parameter, a buffer, a state attribute, a
+    constant.
 
-    `holder`/`key` say where the model keeps it (`holder[key]` or `holder.key`); a constant has no holder and is kept here.
+    `holder`/`key` say where the model keeps it (`holder[key]` or `holder.key`); a constant has no holder and
+    is kept here.
     """
 
     name: str
@@ -87,8 +91,8 @@ class Leaf:
 class Effect:
     """One value that the forward leaves behind in the model.
 
-    `spec` rebuilds the value from `leaves`; an integer leaf stands for that output of the graph, wrapped in `Out`.
-    `in_place` is set where the forward writes into an existing tensor instead of replacing it.
+    `spec` rebuilds the value from `leaves`; an integer leaf stands for that output of the graph, wrapped in
+    `Out`. `in_place` is set where the forward writes into an existing tensor instead of replacing it.
     """
 
     change: Change | None
@@ -110,9 +114,9 @@ class Capture:
     """A captured forward.
 
     Attributes:
-        module: functional FX graph; placeholders are the tensor leaves of (args, kwargs) in pytree order; the output is a
-            flat tuple of tensors. Every node has meta `val` (fake tensor), `scope` (tuple of call indices), `source`
-            ("file:line") and `context` (contexts to run it in).
+        module: functional FX graph; placeholders are the tensor leaves of (args, kwargs) in pytree order; the
+            output is a flat tuple of tensors. Every node has meta `val` (fake tensor), `scope` (tuple of call
+            indices), `source` ("file:line") and `context` (contexts to run it in).
         leaves: by the name of the `get_attr` target.
         calls: module calls in the order of the forward.
         result: leaves and spec of the forward's result.
@@ -206,14 +210,16 @@ class _Recorder:
 
 
 def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
-    """Trace `fn(*args, **kwargs)` on fake tensors; the modules it runs are left as they were, also when tracing fails.
+    """Trace `fn(*args, **kwargs)` on fake tensors; the modules it runs are left as they were, also when
+    tracing fails.
 
     Args:
         fn: a module or any callable on tensors. Not modified.
         args, kwargs: example inputs; tensors may be real or meta-like, only shape, dtype and device are read.
 
     Raises:
-        CaptureError: the forward branches on values, or uses what cannot be traced; the message names the user's line.
+        CaptureError: the forward branches on values, or uses what cannot be traced; the message names the
+            user's line.
     """
     roots = roots_of(fn)
     names: dict[int, str] = {}
@@ -245,7 +251,12 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     grad = torch.is_grad_enabled()
     tracker = ReadTracker()
     try:
-        with recorder.watching(), tracker.watching(roots), torch.inference_mode(False), torch.set_grad_enabled(grad):
+        with (
+            recorder.watching(),
+            tracker.watching(roots),
+            torch.inference_mode(False),
+            torch.set_grad_enabled(grad),
+        ):
             module = trace(*fakes)
     except CaptureError:
         raise
@@ -258,10 +269,16 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         ) from error
     except Exception as error:
         if "data-dependent" in str(error) or "data dependent" in str(error):
-            what, remedy = "the forward depends on the values of a tensor", "decide it from shapes or Python values"
+            what, remedy = (
+                "the forward depends on the values of a tensor",
+                "decide it from shapes or Python values",
+            )
         else:
-            what, remedy = f"the forward could not be traced: {type(error).__name__}: {error}", (
-                "see whether the model itself runs on these inputs; what cannot be traced can run with fallback='sequential'"
+            what, remedy = (
+                f"the forward could not be traced: {type(error).__name__}: {error}",
+                (
+                    "see whether the model itself runs on these inputs; what cannot be traced can run with fallback='sequential'"
+                ),
             )
         raise CaptureError(what, [f"at {_raised_at(error)}"], remedy) from error
     finally:
@@ -328,7 +345,8 @@ def _raised_at(error: BaseException) -> str:
 
 
 def _name_contexts(graph: fx.Graph) -> None:
-    """Turn order markers (autocast and no-grad regions) into meta `context` of the nodes between them, and drop them."""
+    """Turn order markers (autocast and no-grad regions) into meta `context` of the nodes between them, and
+    drop them."""
     autocast: list[tuple[Any, ...]] = []
     no_grad = False
     ambient = torch.is_grad_enabled()

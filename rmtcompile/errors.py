@@ -1,7 +1,8 @@
 """Errors: what the compiler refuses, and what is a bug of its own.
 
-Two families under one base.  `UnsupportedError` means that the program is outside what the compiler handles; its message
-says what, where, the evidence, and what would help.  `InternalError` means that the compiler broke one of its own rules.
+Two families under one base.  `UnsupportedError` means that the program is outside what the compiler handles;
+its message says what, where, the evidence, and what would help.  `InternalError` means that the compiler
+broke one of its own rules.
 """
 
 from __future__ import annotations

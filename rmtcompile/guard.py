@@ -1,8 +1,9 @@
 """Guards: what a compiled program took for granted, and whether it still holds.
 
-Two parts. The *key* of a call is what its inputs and the ambient modes fix (types, shapes up to the number of segments,
-gradients, autocast); calls with different keys have different programs. The *watch* is what the captured forward read of the
-modules' Python state before writing it: flags, counters, names, submodules, hooks. A changed watch means another program.
+Two parts. The *key* of a call is what its inputs and the ambient modes fix (types, shapes up to the number of
+segments, gradients, autocast); calls with different keys have different programs. The *watch* is what the
+captured forward read of the modules' Python state before writing it: flags, counters, names, submodules,
+hooks. A changed watch means another program.
 """
 
 from __future__ import annotations
@@ -109,10 +110,13 @@ class ModuleGuard:
                     self._atoms.append((space, key, value, f"{type(holder).__name__}[{key!r}]"))
         for name, root in roots.items():
             for path, module in root.named_modules():
-                self._structures.append((module.__dict__, _structure(module.__dict__), f"{name}.{path}".strip(".")))
+                self._structures.append(
+                    (module.__dict__, _structure(module.__dict__), f"{name}.{path}".strip("."))
+                )
 
     def settle(self) -> None:
-        """Take the hooks that are registered now for those of the capture: the forward itself has registered them."""
+        """Take the hooks that are registered now for those of the capture: the forward itself has registered
+        them."""
         self._structures = [(space, _structure(space), name) for space, _, name in self._structures]
 
     def broken(self) -> str | None:
@@ -132,7 +136,10 @@ class ModuleGuard:
 
 def _structure(namespace: dict[str, Any]) -> tuple[int, ...]:
     hooks = namespace.get("_forward_hooks", ()), namespace.get("_forward_pre_hooks", ())
-    return (*(id(child) for child in namespace.get("_modules", {}).values()), *(h for hook in hooks for h in hook))
+    return (
+        *(id(child) for child in namespace.get("_modules", {}).values()),
+        *(h for hook in hooks for h in hook),
+    )
 
 
 def _reach(value: Any, reached: set[int]) -> None:
@@ -152,7 +159,8 @@ def _reach(value: Any, reached: set[int]) -> None:
 
 
 def call_key(args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """What decides whether an earlier segmentation fits: structure, types and static values, shapes left out."""
+    """What decides whether an earlier segmentation fits: structure, types and static values, shapes left
+    out."""
     flat, spec = pytree.tree_flatten((args, kwargs))
     return (spec, tuple(_static(value) for value in flat), _modes())
 
@@ -177,6 +185,7 @@ def _static(value: Any) -> Any:
 def _modes() -> tuple[Any, ...]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     autocast = tuple(
-        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted({"cpu", device})
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in sorted({"cpu", device})
     )
     return (torch.is_grad_enabled(), torch.get_default_dtype(), autocast)

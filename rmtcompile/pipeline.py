@@ -1,4 +1,5 @@
-"""The pipeline: a forward and example inputs in, a compiled program out. Each stage is one line of `compile_forward`."""
+"""The pipeline: a forward and example inputs in, a compiled program out. Each stage is one line of
+`compile_forward`."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ class Compiled:
         program, emitted: the scheduled program and its source.
         captures: the captures that the rules were proved on, smallest first.
         dependences: offsets with their witnesses.
-        final: for each Python value that the forward leaves behind, its value as a function of the number of segments.
+        final: for each Python value that the forward leaves behind, its value as a function of the number of
+            segments.
         stages: what each stage did.
     """
 
@@ -115,7 +117,9 @@ class _Log:
 
 def op_counts(graph: fx.Graph) -> dict[str, int]:
     """Operations of a graph by name."""
-    return dict(Counter(getattr(n.target, "_opname", str(n.target)) for n in graph.nodes if n.op == "call_function"))
+    return dict(
+        Counter(getattr(n.target, "_opname", str(n.target)) for n in graph.nodes if n.op == "call_function")
+    )
 
 
 def compile_forward(
@@ -159,7 +163,19 @@ def compile_forward(
     names = tuple(str(n.target) for n in captures[0].graph.nodes if n.op == "placeholder")
     namespace = load(emitted.source)
     return Compiled(
-        program, emitted, captures, rolled, found, paths, effects, result, leaves, names, written, namespace, log.stages
+        program,
+        emitted,
+        captures,
+        rolled,
+        found,
+        paths,
+        effects,
+        result,
+        leaves,
+        names,
+        written,
+        namespace,
+        log.stages,
     )
 
 
@@ -179,7 +195,9 @@ def load(source: str) -> dict[str, Any]:
 
 def _reroll(
     fn: Callable[..., Any], args: Any, kwargs: Any, segmentation: Segmentation, options: Options, log: _Log
-) -> tuple[Rolled, tuple[Capture, ...], tuple[str, ...], tuple[tuple[str, str], ...], Any, list[tuple[Effect, Any]]]:
+) -> tuple[
+    Rolled, tuple[Capture, ...], tuple[str, ...], tuple[tuple[str, str], ...], Any, list[tuple[Effect, Any]]
+]:
     """Capture two lengths that follow one rule, the shortest that do."""
     failure: RerollError | None = None
     capture_a, small, paths, written = _unrolled(fn, args, kwargs, segmentation, 2, options, log)
@@ -188,7 +206,9 @@ def _reroll(
         try:
             _same_leaves(capture_a, capture_b)
             if written != again:
-                raise RerollError("other tensors are written in place with one more segment", [f"{written} {again}"])
+                raise RerollError(
+                    "other tensors are written in place with one more segment", [f"{written} {again}"]
+                )
             with log.stage(f"reroll {small.count} -> {large.count}"):
                 counts = (small.count, large.count)
                 result, effects, pairs = _results(capture_a, capture_b, counts, len(written))
@@ -202,7 +222,13 @@ def _reroll(
 
 
 def _unrolled(
-    fn: Callable[..., Any], args: Any, kwargs: Any, segmentation: Segmentation, count: int, options: Options, log: _Log
+    fn: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    segmentation: Segmentation,
+    count: int,
+    options: Options,
+    log: _Log,
 ) -> tuple[Capture, Unrolled, tuple[str, ...], tuple[tuple[str, str], ...]]:
     args, kwargs = resize(args, kwargs, segmentation, count)
     with log.stage(f"capture, {count} segments") as box:
@@ -311,7 +337,9 @@ def _results(
             raise RerollError(f"what the forward leaves in {x.name} changes with the number of segments")
         rule = None
         if x.spec is not None:
-            rule = aligner.align((x.leaves, x.spec), (y.leaves, y.spec), f"what the forward leaves in {x.name}")
+            rule = aligner.align(
+                (x.leaves, x.spec), (y.leaves, y.spec), f"what the forward leaves in {x.name}"
+            )
         effects.append((x, rule))
     total_a, total_b = _output_count(a), _output_count(b)
     for i in range(n_written, 0, -1):

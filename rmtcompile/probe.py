@@ -1,7 +1,8 @@
 """Probe: along which axis of which input the forward walks, and how long a segment is.
 
-The forward runs once on fake tensors until it has taken two segments; every view that it takes of an input is located in the
-input by offset and strides, so slicing, splitting, unbinding, reshaping into segments or indexing all look alike.
+The forward runs once on fake tensors until it has taken two segments; every view that it takes of an input is
+located in the input by offset and strides, so slicing, splitting, unbinding, reshaping into segments or
+indexing all look alike.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class _Enough(BaseException):
 
 
 class _Views(TorchDispatchMode):
-    """Collects the boxes (start and length by dimension) that views of the inputs cover, in the order they are taken."""
+    """Collects the boxes (start and length by dimension) that views of the inputs cover, in the order they
+    are taken."""
 
     def __init__(self, leaves: list[torch.Tensor]) -> None:
         super().__init__()
@@ -82,7 +84,8 @@ class _Views(TorchDispatchMode):
         return result
 
     def _note(self, value: torch.Tensor) -> None:
-        """Locate a view in what it views; a new tensor as long as an input's axis is followed like the input."""
+        """Locate a view in what it views; a new tensor as long as an input's axis is followed like the
+        input."""
         found = self.bases.get(value.untyped_storage()._cdata)
         if found is None:
             axes = {d: self.axis_of_size[n] for d, n in enumerate(value.shape) if n in self.axis_of_size}
@@ -118,7 +121,10 @@ def _box(value: torch.Tensor, shape: torch.Size, strides: tuple[int, ...]) -> li
             if shape[dim] > 1 and strides[dim] and stride >= strides[dim]:
                 extents[dim] += (size - 1) * stride // strides[dim]
                 break
-    return [(start, min(extent + 1, shape[d])) for d, (start, extent) in enumerate(zip(starts, extents, strict=True))]
+    return [
+        (start, min(extent + 1, shape[d]))
+        for d, (start, extent) in enumerate(zip(starts, extents, strict=True))
+    ]
 
 
 def _tiles(seen: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -133,7 +139,9 @@ def _tiles(seen: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return best
 
 
-def probe(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], length: int | None = None) -> Segmentation:
+def probe(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], length: int | None = None
+) -> Segmentation:
     """Find the segment axis of a forward from the views that it takes of its inputs.
 
     Args:
@@ -149,7 +157,10 @@ def probe(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
     shapes = [flat[i].shape for i in positions]
     if length is not None:
         for dim in (1, 0, 2):
-            leaf = next((i for i, shape in enumerate(shapes) if len(shape) > dim and shape[dim] >= min(length, 2)), None)
+            leaf = next(
+                (i for i, shape in enumerate(shapes) if len(shape) > dim and shape[dim] >= min(length, 2)),
+                None,
+            )
             if leaf is not None:
                 return _with_partners(Axis(leaf, dim, length), {}, shapes)
     grown = [tuple(shape) for shape in shapes]

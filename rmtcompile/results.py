@@ -1,7 +1,8 @@
-"""Results whose structure grows with the number of segments: `logits_0`, `logits_1`, ...; a list with one tensor a segment.
+"""Results whose structure grows with the number of segments: `logits_0`, `logits_1`, ...; a list with one
+tensor a segment.
 
-Two results of the same forward, over k and k + 1 segments, are compared container by container. Where one has more entries,
-the entries that differ only in a number form a family with one member a segment.
+Two results of the same forward, over k and k + 1 segments, are compared container by container. Where one has
+more entries, the entries that differ only in a number form a family with one member a segment.
 """
 
 from __future__ import annotations
@@ -90,11 +91,14 @@ def outs_of(rule: Any) -> list[Out]:
     return [rule] if isinstance(rule, Out) else []
 
 
-Pairs = list[tuple[tuple[int, ...], tuple[int, ...], bool]]  # outputs of both captures that correspond; whether a family
+Pairs = list[
+    tuple[tuple[int, ...], tuple[int, ...], bool]
+]  # outputs of both captures that correspond; whether a family
 
 
 class Aligner:
-    """Aligns two results, or two values left behind, and collects which outputs of the two captures correspond."""
+    """Aligns two results, or two values left behind, and collects which outputs of the two captures
+    correspond."""
 
     def __init__(self, counts: tuple[int, int]) -> None:
         self.counts = counts
@@ -107,7 +111,9 @@ class Aligner:
         assert not rest_a and not rest_b
         return rule
 
-    def _walk(self, a: Any, b: Any, leaves_a: list[Any], leaves_b: list[Any]) -> tuple[Any, list[Any], list[Any]]:
+    def _walk(
+        self, a: Any, b: Any, leaves_a: list[Any], leaves_b: list[Any]
+    ) -> tuple[Any, list[Any], list[Any]]:
         if a.is_leaf() and b.is_leaf():
             return self._leaf(leaves_a[0], leaves_b[0]), leaves_a[1:], leaves_b[1:]
         if a.is_leaf() or b.is_leaf() or a.type is not b.type:
@@ -162,7 +168,9 @@ class Aligner:
                 context.append(key)
         return Node(a.type, context, tuple(children))
 
-    def _family(self, parts_a: list[Any], parts_b: list[Any], keys: tuple[str, str] | None, first: int) -> Family:
+    def _family(
+        self, parts_a: list[Any], parts_b: list[Any], keys: tuple[str, str] | None, first: int
+    ) -> Family:
         a, b = [leaves for _, leaves in parts_a], [leaves for _, leaves in parts_b]
         if not all(len(leaves) == 1 and isinstance(leaves[0], Out) for leaves in (*a, *b)):
             raise self._error(f"{a}", f"{b}")

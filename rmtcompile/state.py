@@ -1,8 +1,9 @@
 """What a forward leaves behind in the modules it runs: snapshot, difference, restoration, replay.
 
-Models keep state in plain attributes, lists, dicts, buffers and cache objects, and count in Python integers.  Tracing runs
-the forward on fake tensors, so every one of them must be put back afterwards; and what the forward would have left behind
-is part of the program's result, so it has to be described well enough to be left again by the compiled program.
+Models keep state in plain attributes, lists, dicts, buffers and cache objects, and count in Python integers.
+Tracing runs the forward on fake tensors, so every one of them must be put back afterwards; and what the
+forward would have left behind is part of the program's result, so it has to be described well enough to be
+left again by the compiled program.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from torch.utils import _pytree as pytree
 Path = tuple[tuple[str, Any], ...]  # (("attr" | "item", key), ...) from an object down to one value
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-_OPAQUE = (type, types.FunctionType, types.MethodType, types.ModuleType, types.BuiltinFunctionType, torch.Generator)
+_OPAQUE = (
+    type,
+    types.FunctionType,
+    types.MethodType,
+    types.ModuleType,
+    types.BuiltinFunctionType,
+    torch.Generator,
+)
 
 
 def _fields(value: object) -> dict[str, Any] | None:
@@ -92,15 +100,17 @@ class Snapshot:
         """What differs now from the snapshot, one entry a value, in a deterministic order.
 
         Args:
-            written: (id of module, attribute) pairs that were assigned; a flag or counter among them counts as changed also
-                where it was assigned the value it had.
+            written: (id of module, attribute) pairs that were assigned; a flag or counter among them counts
+                as changed also where it was assigned the value it had.
         """
         found: list[Change] = []
         for record in self._records.values():
             target = record.target
             if isinstance(target, list):
                 if len(target) == len(record.copy):
-                    pairs = [(i, old, new) for i, (old, new) in enumerate(zip(record.copy, target, strict=True))]
+                    pairs = [
+                        (i, old, new) for i, (old, new) in enumerate(zip(record.copy, target, strict=True))
+                    ]
                     found += [Change(record, ("item", i), new) for i, old, new in pairs if _differs(old, new)]
                 else:
                     found.append(Change(record, ("all", None), list(target)))
@@ -191,12 +201,15 @@ def put(target: Any, step: tuple[str, Any], value: Any) -> None:
 
 
 def path_name(path: Path) -> str:
-    """`memory_cell.layers.0.W_mem` from a path; the namespaces in which torch keeps parameters and buffers are left out."""
+    """`memory_cell.layers.0.W_mem` from a path; the namespaces in which torch keeps parameters and buffers
+    are left out."""
     parts: list[str] = []
     for kind, key in path:
         if kind == "all" or key in ("_parameters", "_buffers", ""):
             continue
-        parts.append(f"[{key!r}]" if kind == "item" and not isinstance(key, str) else f"{'.' if parts else ''}{key}")
+        parts.append(
+            f"[{key!r}]" if kind == "item" and not isinstance(key, str) else f"{'.' if parts else ''}{key}"
+        )
     return "".join(parts)
 
 
@@ -215,7 +228,8 @@ def contains_tensor(value: Any, depth: int = 4) -> bool:
 
 
 def roots_of(fn: Callable[..., Any]) -> dict[str, nn.Module]:
-    """The modules that a callable can reach: itself, its bound object, its closure, its defaults, a partial's parts.
+    """The modules that a callable can reach: itself, its bound object, its closure, its defaults, a partial's
+    parts.
 
     Returns:
         Modules by name: "" for a module itself, else the name under which the callable refers to it.
@@ -248,7 +262,9 @@ def roots_of(fn: Callable[..., Any]) -> dict[str, nn.Module]:
                 visit(inner, value.__globals__[inner], depth + 1)
             for inner, item in zip(("default",) * 99, value.__defaults__ or (), strict=False):
                 visit(inner, item, depth + 1)
-        elif hasattr(value, "func") and hasattr(value, "args") and hasattr(value, "keywords"):  # functools.partial
+        elif (
+            hasattr(value, "func") and hasattr(value, "args") and hasattr(value, "keywords")
+        ):  # functools.partial
             for item in (value.func, *value.args, *value.keywords.values()):
                 visit(name, item, depth + 1)
         elif isinstance(value, (list, tuple)):

@@ -21,10 +21,10 @@ _ATTENTION = [
 class DirectEngine:
     """Runs cell functions one after the other, compiled or not; storage is made anew for each run.
 
-    A function is compiled with all sizes fixed for the full width, and with the number of cells left open for every other
-    one; the widths of the first short inputs that are seen (`fix_width`) get a form of their own too, since fixed sizes make
-    faster kernels. One cell alone runs as it is: both ends of a run are one cell wide, and a compiled form for that would cost
-    more than it saves.
+    A function is compiled with all sizes fixed for the full width, and with the number of cells left open for
+    every other one; the widths of the first short inputs that are seen (`fix_width`) get a form of their own
+    too, since fixed sizes make faster kernels. One cell alone runs as it is: both ends of a run are one cell
+    wide, and a compiled form for that would cost more than it saves.
     """
 
     MAX_FIXED_WIDTHS = 2
@@ -49,7 +49,8 @@ class DirectEngine:
             self.fixed_widths.add(width)
 
     def prefers_mixed(self, width: int) -> bool:
-        """With compilation, windows that are neither full nor one cell wide share the function for mixed classes."""
+        """With compilation, windows that are neither full nor one cell wide share the function for mixed
+        classes."""
         return self.is_compiled and width not in (1, self.full)
 
     def cell(self, function: Callable[..., Any], width: int) -> Callable[..., Any]:
@@ -62,7 +63,9 @@ class DirectEngine:
         return self._compiled[key]
 
     def _compile(self, function: Callable[..., Any], form: int) -> Callable[..., Any]:
-        code = function.__code__.replace(co_name=f"{function.__name__}_{form or 'n'}")  # one cache of compiled forms each
+        code = function.__code__.replace(
+            co_name=f"{function.__name__}_{form or 'n'}"
+        )  # one cache of compiled forms each
         own = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__)
         compiled = torch.compile(own, backend=self.backend, dynamic=False if form else None, fullgraph=True)
         if form:
@@ -80,7 +83,8 @@ class DirectEngine:
 
     def _batched(self, function: Callable[..., Any]) -> list[bool]:
         group = max(
-            (g for g in self.program.groups if function.__name__.startswith(f"cell_{g.name}")), key=lambda g: len(g.name)
+            (g for g in self.program.groups if function.__name__.startswith(f"cell_{g.name}")),
+            key=lambda g: len(g.name),
         )
         roles = {port.name: port.role for port in group.ports}
         names = function.__code__.co_varnames[: function.__code__.co_argcount]
@@ -106,7 +110,8 @@ class DirectEngine:
 
 
 class GraphEngine(DirectEngine):
-    """Replays each level as a CUDA graph: static storage, one graph for each window of layers, a shared memory pool.
+    """Replays each level as a CUDA graph: static storage, one graph for each window of layers, a shared
+    memory pool.
 
     Args:
         limit: graphs kept; the least recently used one is dropped.
@@ -127,7 +132,9 @@ class GraphEngine(DirectEngine):
             source.node
             for group in program.groups
             for port in group.ports
-            for source in (port.source if port.role == "stacked" else (port.source,) if port.role == "shared" else ())
+            for source in (
+                port.source if port.role == "stacked" else (port.source,) if port.role == "shared" else ()
+            )
             if source.kind == "init"
         }
         self._addresses: tuple[int, ...] = ()
@@ -189,6 +196,9 @@ class GraphEngine(DirectEngine):
             buffer.copy_(kept[name])
         del kept
         graph = torch.cuda.CUDAGraph()
-        with sdpa_kernel(_ATTENTION, set_priority=True), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with (
+            sdpa_kernel(_ATTENTION, set_priority=True),
+            torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+        ):
             body()
         return graph

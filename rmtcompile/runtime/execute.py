@@ -18,7 +18,8 @@ class Executor:
     """Runs one compiled program for any number of segments.
 
     Args:
-        backend: "eager", "inductor", another `torch.compile` backend, or "auto" (inductor on CUDA, eager elsewhere).
+        backend: "eager", "inductor", another `torch.compile` backend, or "auto" (inductor on CUDA, eager
+            elsewhere).
         cuda_graphs: "auto" (on CUDA, where no gradients are recorded), True or False.
     """
 
@@ -71,16 +72,20 @@ class Executor:
                 continue
             if not isinstance(now, torch.Tensor):
                 return False
-            if (now.shape, now.dtype, now.device) != (leaf.tensor.shape, leaf.tensor.dtype, leaf.tensor.device):
+            if (now.shape, now.dtype, now.device) != (
+                leaf.tensor.shape,
+                leaf.tensor.dtype,
+                leaf.tensor.device,
+            ):
                 return False
         return True
 
     def run(self, segments: int, inputs: list[torch.Tensor]) -> tuple[Any, ...]:
         """Run the program over `segments` segments; returns the captured graph's outputs.
 
-        The first run compiles all forms of the cell functions that any number of segments needs, on inputs of zeros where
-        `segments` itself does not need them all; the first two lengths shorter than the number of layers get forms of their
-        own. Later runs compile nothing.
+        The first run compiles all forms of the cell functions that any number of segments needs, on inputs of
+        zeros where `segments` itself does not need them all; the first two lengths shorter than the number of
+        layers get forms of their own. Later runs compile nothing.
         """
         if self.direct.is_compiled:
             self._lengths.add(segments)
@@ -96,7 +101,10 @@ class Executor:
 
     def _zeros(self, wanted: int, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         shapes = self.segmentation.shapes([tensor.shape for tensor in inputs], wanted)
-        return [torch.zeros(shape, dtype=x.dtype, device=x.device) for shape, x in zip(shapes, inputs, strict=True)]
+        return [
+            torch.zeros(shape, dtype=x.dtype, device=x.device)
+            for shape, x in zip(shapes, inputs, strict=True)
+        ]
 
     def _run(self, segments: int, inputs: list[torch.Tensor]) -> tuple[Any, ...]:
         leaves = {name: leaf.fetch() for name, leaf in self.compiled.leaves.items()}

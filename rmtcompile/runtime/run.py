@@ -1,4 +1,5 @@
-"""One run of an emitted program: which cells are alive on a level, their storage, and what is read and written for them."""
+"""One run of an emitted program: which cells are alive on a level, their storage, and what is read and
+written for them."""
 
 from __future__ import annotations
 
@@ -79,7 +80,7 @@ class Run:
         self._groups = {group.name: group for group in program.groups}
         self._feeds_of = _feeds_by_producer(program)
 
-    # ---- levels ----------------------------------------------------------------------------------------------------------
+    # ---- levels --------------------------------------------------------------------------------------------
 
     @property
     def levels(self) -> int:
@@ -120,7 +121,8 @@ class Run:
     def alive(
         self, level: int, layers: Sequence[int], classes: Sequence[int] | None = None, last: int | None = None
     ) -> list[tuple[int, int]]:
-        """(segment, layer) of this level's cells among `layers`, of some classes only, up to segment `last`."""
+        """(segment, layer) of this level's cells among `layers`, of some classes only, up to segment
+        `last`."""
         found = []
         for layer in layers:
             segment, rest = divmod(level - layer, self.program.alpha)
@@ -150,7 +152,7 @@ class Run:
                 found.append(Window(group.name, layers, segments, classes))
         return found
 
-    # ---- reading and writing for a window --------------------------------------------------------------------------------
+    # ---- reading and writing for a window ------------------------------------------------------------------
 
     def read(self, lane: str, window: Window) -> torch.Tensor:
         """Lane values of a window's cells, [n, ...]."""
@@ -179,7 +181,8 @@ class Run:
     def launch(
         self, wave: Callable[[Run, list[Window]], list[Outputs]], windows: list[Window]
     ) -> list[Outputs] | None:
-        """Run the grouped calls of one level; None where their results are only in lanes and staging buffers."""
+        """Run the grouped calls of one level; None where their results are only in lanes and staging
+        buffers."""
         return self.engine.launch(self, wave, windows)
 
     def set_init(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> None:
@@ -196,7 +199,8 @@ class Run:
         return self.engine.mask(tuple(c in classes for c in window.classes))
 
     def moves(self, windows: Sequence[Window]) -> list[tuple[LaneStore, list[int], torch.Tensor]]:
-        """Values that move from lane to lane with their segment; read before anything of this level is written."""
+        """Values that move from lane to lane with their segment; read before anything of this level is
+        written."""
         alive = {layer for window in windows for layer in window.layers}
         found = []
         for lane, feed in self._feeds_of.get("", ()):
@@ -257,6 +261,8 @@ def _feeds_by_producer(program: Program) -> dict[str, list[tuple[Lane, Feed]]]:
         for feed in lane.feeds:
             kept = tuple(layer for layer in feed.layers if layer + feed.offset[1] in lane.layers)
             if kept:
-                found.setdefault(feed.group, []).append((lane, Feed(feed.group, feed.source, feed.offset, kept)))
+                found.setdefault(feed.group, []).append(
+                    (lane, Feed(feed.group, feed.source, feed.offset, kept))
+                )
     return found
 

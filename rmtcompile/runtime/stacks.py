@@ -1,4 +1,5 @@
-"""Stacked parameters: the weights of all layers of a kind in one tensor, of which the model's own parameters are views."""
+"""Stacked parameters: the weights of all layers of a kind in one tensor, of which the model's own parameters
+are views."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from rmtcompile.weights import Weight
 
 
 class Stack:
-    """One stacked weight [layers, rows, ...]; leaf p of layer l is `tensor[l, start:stop]`, the same memory."""
+    """One stacked weight [layers, rows, ...]; leaf p of layer l is `tensor[l, start:stop]`, the same
+    memory."""
 
     def __init__(self, weight: Weight, leaves: dict[str, Leaf]) -> None:
         self.weight = weight
@@ -26,7 +28,11 @@ class Stack:
         if torch.is_grad_enabled() and any(t.requires_grad for parts in tensors for t in parts):
             return torch.stack([parts[0] if len(parts) == 1 else torch.cat(parts) for parts in tensors])
         flat = [tensor for parts in tensors for tensor in parts]
-        if self.tensor is None or [t.data_ptr() for t in flat] != self.pointers or flat[0].dtype != self.tensor.dtype:
+        if (
+            self.tensor is None
+            or [t.data_ptr() for t in flat] != self.pointers
+            or flat[0].dtype != self.tensor.dtype
+        ):
             self._stack(tensors)
         assert self.tensor is not None
         return self.tensor
@@ -35,11 +41,17 @@ class Stack:
         first = tensors[0]
         for layer, parts in enumerate(tensors):
             for i, tensor in enumerate(parts):
-                if (tensor.shape, tensor.dtype, tensor.device) != (first[i].shape, first[i].dtype, first[i].device):
+                if (tensor.shape, tensor.dtype, tensor.device) != (
+                    first[i].shape,
+                    first[i].dtype,
+                    first[i].device,
+                ):
                     raise UnsupportedError(
                         "parameters of one kind of layer differ in shape, dtype or device",
-                        [f"{self.leaves[0][i].name}: {tuple(first[i].shape)} {first[i].dtype} {first[i].device}",
-                         f"{self.leaves[layer][i].name}: {tuple(tensor.shape)} {tensor.dtype} {tensor.device}"],
+                        [
+                            f"{self.leaves[0][i].name}: {tuple(first[i].shape)} {first[i].dtype} {first[i].device}",
+                            f"{self.leaves[layer][i].name}: {tuple(tensor.shape)} {tensor.dtype} {tensor.device}",
+                        ],
                     )
         rows = sum(part.shape[0] if part.dim() else 1 for part in first)
         shape = (rows, *first[0].shape[1:]) if len(first) > 1 else first[0].shape
@@ -59,7 +71,8 @@ class Stack:
 
 
 class Derived:
-    """A stack whose leaves already live in other stacks: rows of one where they are evenly spaced there, else a copy a call."""
+    """A stack whose leaves already live in other stacks: rows of one where they are evenly spaced there, else
+    a copy a call."""
 
     def __init__(self, weight: Weight, leaves: dict[str, Leaf], owner: dict[str, Stack]) -> None:
         self.weight = weight
@@ -90,12 +103,15 @@ class Derived:
 
 
 class Stacks:
-    """All stacked weights of a program. Each leaf lives in one stack; other stacks with it are rows of that one, or copies."""
+    """All stacked weights of a program. Each leaf lives in one stack; other stacks with it are rows of that
+    one, or copies."""
 
     def __init__(self, weights: dict[str, Weight], leaves: dict[str, Leaf]) -> None:
         owner: dict[str, Stack] = {}
         made: dict[Weight, Stack | Derived] = {}
-        widest_first = sorted(set(weights.values()), key=lambda w: (-len(w.leaves[0]), -len(w.leaves), w.leaves))
+        widest_first = sorted(
+            set(weights.values()), key=lambda w: (-len(w.leaves[0]), -len(w.leaves), w.leaves)
+        )
         for weight in widest_first:
             names = [name for parts in weight.leaves for name in parts]
             if len(set(names)) == len(names) and not any(name in owner for name in names):

@@ -22,8 +22,9 @@ def as_slice(indices: Sequence[int]) -> slice | None:
 class LaneStore:
     """One live-in of every cell, by layer: shape [layers, ...].
 
-    Writes replace what a layer's place holds; a cell reads what was written last. Without gradients the lane is one buffer
-    and a window of layers is a view of it. With gradients each place is a tensor of its own, so that autograd sees no write.
+    Writes replace what a layer's place holds; a cell reads what was written last. Without gradients the lane
+    is one buffer and a window of layers is a view of it. With gradients each place is a tensor of its own, so
+    that autograd sees no write.
     """
 
     def __init__(self, lane: Lane, functional: bool, buffer: torch.Tensor | None = None) -> None:
@@ -35,7 +36,9 @@ class LaneStore:
             self.places = [zero] * len(lane.layers)
         else:
             shape = (len(lane.layers), *lane.shape)
-            self.buffer = buffer if buffer is not None else torch.zeros(shape, dtype=lane.dtype, device=lane.device)
+            self.buffer = (
+                buffer if buffer is not None else torch.zeros(shape, dtype=lane.dtype, device=lane.device)
+            )
 
     def fill(self, layer: int, value: torch.Tensor) -> None:
         """What a layer's place holds before the first cell writes it."""
