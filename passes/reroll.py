@@ -76,10 +76,73 @@ def unroll(graph: fx.Graph, parts: Partition, leaf_names: dict[str, str]) -> Unr
         for index, node in enumerate(kept):
             if region.kind != CELL or parts.region[node] == region:
                 place[node] = (region, index)
+    _restore_dead(bodies, place, parts)
     output = next(node for node in graph.nodes if node.op == "output")
     outputs: list[fx.Node] = []
     fx.node.map_arg(output.args, outputs.append)
     return Unrolled(parts.n_segments, parts.n_layers, bodies, place, tuple(outputs), leaf_names)
+
+
+def _restore_dead(
+    bodies: dict[Region, Body], place: dict[fx.Node, tuple[Region, int]], parts: Partition
+) -> None:
+    """Give a cell whose last writes are dead code (no segment reads them) the body of the segment before it.
+
+    Computing them all the same changes no result, and spares a class of its own for the last segment.
+    """
+    for layer in range(parts.n_layers):
+        for segment in range(parts.n_segments - 1, 0, -1):
+            here, before = Region(CELL, segment, layer), Region(CELL, segment - 1, layer)
+            if here not in bodies or before not in bodies or bodies[here].key == bodies[before].key:
+                continue
+            whole = bodies[before]
+            found = _embed(bodies[here], whole)
+            if found is None:
+                continue
+            index, live_ins = found
+            for i, node in enumerate(bodies[here].nodes):
+                if place.get(node) == (here, i):
+                    place[node] = (here, index[i])
+            mine = {there: bodies[here].live_ins[j] for j, there in live_ins.items()}
+            restored = tuple(mine.get(j) for j in range(len(whole.live_ins)))
+            bodies[here] = Body(whole.key, whole.nodes, restored, whole.ints)
+
+
+def _embed(part: Body, whole: Body) -> tuple[dict[int, int], dict[int, int]] | None:
+    """Positions in `whole` of the operations and live-ins of `part`, if it is `whole` with operations left out."""
+    index: dict[int, int] = {}
+    live_ins: dict[int, int] = {}
+    at = 0
+    if len(part.key) >= len(whole.key):
+        return None
+    for i, row in enumerate(part.key):
+        while at < len(whole.key):
+            trial = _match(row, whole.key[at], index, dict(live_ins))
+            if trial is not None:
+                break
+            at += 1
+        else:
+            return None
+        live_ins = trial
+        index[i] = at
+        at += 1
+    return (index, live_ins) if len(set(live_ins.values())) == len(live_ins) else None
+
+
+def _match(mine: Any, theirs: Any, index: dict[int, int], live_ins: dict[int, int]) -> dict[int, int] | None:
+    """Whether two encoded operations agree under the positions found so far; the live-ins matched, or None."""
+    if isinstance(mine, tuple) and isinstance(theirs, tuple) and len(mine) == len(theirs):
+        if len(mine) == 2 and mine[0] == "n" and theirs[0] == "n":
+            return live_ins if index.get(mine[1]) == theirs[1] else None
+        if len(mine) == 2 and mine[0] == "x" and theirs[0] == "x":
+            return live_ins if live_ins.setdefault(mine[1], theirs[1]) == theirs[1] else None
+        for a, b in zip(mine, theirs, strict=True):
+            found = _match(a, b, index, live_ins)
+            if found is None:
+                return None
+            live_ins = found
+        return live_ins
+    return live_ins if mine == theirs else None
 
 
 def _private_weights(parts: Partition) -> dict[fx.Node, int | None]:
@@ -337,7 +400,8 @@ def _class_rules(
             members[classes[key].of(s, unrolled.count)].append((unrolled, s))
     rules: dict[int, ClassRule] = {}
     for number, found in members.items():
-        base, first = found[0]
+        complete = [(u, s) for u, s in found if None not in _body_at(u, key, s).live_ins]
+        base, first = (complete or found)[0]
         body = _body_at(base, key, first)
         sources = tuple(_live_in(key, j, found, classes) for j in range(len(body.live_ins)))
         ints = tuple(_affine(key, j, found) for j in range(len(body.ints)))
@@ -399,6 +463,7 @@ def _affine(key: Key, j: int, members: list[tuple[Unrolled, int]], by_count_only
 def _live_in(key: Key, j: int, members: list[tuple[Unrolled, int]], classes: dict[Key, Classes]) -> LiveIn:
     """One live-in over the instances of a class: sources of the early segments, then one rule."""
     nodes = [(unrolled, s, _body_at(unrolled, key, s).live_ins[j]) for unrolled, s in members]
+    nodes = [entry for entry in nodes if entry[2] is not None]  # live-ins of code that is dead there
     if any(isinstance(node, tuple) for _, _, node in nodes):
         return LiveIn({}, _each(key, nodes, classes))
     seen = [(unrolled, s, unrolled.source(node)) for unrolled, s, node in nodes if isinstance(node, fx.Node)]

@@ -97,12 +97,13 @@ class Body:
     Attributes:
         key: hashable form: two regions with equal keys do the same with their live-ins.
         nodes: the operations, in order, as nodes of the capture they were read from.
-        live_ins: values from outside, in order of first use; a tuple of nodes is a list over segments.
+        live_ins: values from outside, in order of first use; a tuple of nodes is a list over segments; None is the live-in
+            of an operation whose result nobody reads in this segment.
     """
 
     key: Any
     nodes: tuple[fx.Node, ...]
-    live_ins: tuple[fx.Node | tuple[fx.Node, ...], ...]
+    live_ins: tuple[fx.Node | tuple[fx.Node, ...] | None, ...]
     ints: tuple[int, ...]
 
 
