@@ -77,7 +77,7 @@ def test_text_says_it_all(found: rmtcompile.Explanation) -> None:
         "later: segments 1..4, ",
         "(1,0)  previous segment, same layer; needs a skew of 1",
         f"memory: f32[1,1,{WIDTH}], offset (1,0), 32 bytes a cell, 96 over all layers",
-        "operations run once for all segments",
+        " run once for all segments: ",
         "15 cells in 7 levels and 7 grouped calls: mean width 2.14, widest 3",
         "critical path 7 levels, reached",
         "plan       diagonal",
@@ -146,6 +146,7 @@ def test_a_blocked_model_is_explained_without_a_warning() -> None:
         "\n             ", " "
     )
     assert "which blocks every overlap" in str(found)
+    assert "goes through an epilogue or a prologue" in str(found)
     assert "reported.py" in found.why
     assert found.schedule is not None and found.schedule.width == 1
 

@@ -8,6 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from rmtcompile.report.names import pattern, ranges
+from rmtcompile.schedule.text import plural
 
 if TYPE_CHECKING:
     from rmtcompile.report.explanation import Explanation, Offset, StageReport
@@ -38,7 +39,7 @@ def sections(found: Explanation) -> Iterator[Section]:
             [f"{k.name}: layers {ranges(k.layers)}, {k.weights} stacked weights" for k in found.kinds],
         )
     yield "offsets", [line for offset in found.offsets for line in _offset(offset)]
-    yield "carries", list(_carries(found)) or ["nothing flows from segment to segment"]
+    yield "carries", list(_carries(found)) or [_no_carries(found)]
     yield "hoisted", [_hoisted(found)]
     yield "shrunk", list(_shrunk(found))
     yield "optimised", [f"{name}: {text}" for name, text in found.optimised]
@@ -90,19 +91,25 @@ def _carries(found: Explanation) -> Iterator[str]:
         )
 
 
+def _no_carries(found: Explanation) -> str:
+    if any(offset.offset[0] for offset in found.offsets):
+        return "none between cells: what the next segment reads goes through an epilogue or a prologue"
+    return "nothing flows from segment to segment"
+
+
 def _hoisted(found: Explanation) -> str:
     total = sum(number for _, number in found.hoisted)
     if not total:
         return "nothing is the same for all segments"
     names = [f"{name} x {number}" if number > 1 else name for name, number in found.hoisted]
     more = f", ... {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{total} operations run once for all segments: {', '.join(names[:_SHOWN])}{more}"
+    return f"{plural(total, 'operation')} run once for all segments: {', '.join(names[:_SHOWN])}{more}"
 
 
 def _shrunk(found: Explanation) -> Iterator[str]:
     captured, rules = found.operations
     longest = max(found.proved_on, default=0)
-    yield f"{found.merged} operations merged by value numbering or dropped, as nothing reads them"
+    yield f"{plural(found.merged, 'operation')} merged by value numbering or dropped, as nothing reads them"
     yield f"{captured:,} operations captured over {longest} segments, {rules:,} in the rules for any number"
 
 
