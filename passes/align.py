@@ -1,14 +1,14 @@
 """Align: the variants of one layer's cells become one graph, predicated where they differ.
 
-    first:  h = attend(x)                      (85 operations)        h0 = x + read(mq(x), A)        computed for all cells
-    later:  h = attend(x + read(mq(x), A))     (116 operations)  ->   h1 = where(is_first, x, h0)    kept or dropped by cell
-                                                                      h  = attend(h1)                shared
+    first:  h = attend(x)                            h0 = x + read(mq(x), A)       computed for all cells
+    later:  h = attend(x + read(mq(x), A))     ->    h1 = where(is_first, x, h0)   kept or dropped by cell
+                                                     h  = attend(h1)               shared
 
 On a wavefront of the ramp-up one cell belongs to the first segment and the others do not.  Running it by
 itself would cost an extra small step a level; predication costs a few operations on one cell.  Selection is
 exact: `where` keeps the bits of the operand it picks.  Where a live-in of the first variant is what a carry
-    holds before its first write (a zero matrix, say), no
-selection is needed: it becomes the lane's initial value.
+holds before its first write (a zero matrix, say), no selection is needed: it becomes the lane's initial
+value.
 
 Requires: bodies of one kind of layer, by class.  Ensures: for each class, the merged graph with its mask set
 computes what the class's body computes.  Classes whose values differ in shape stay apart (`Group`s of their

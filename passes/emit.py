@@ -396,8 +396,10 @@ def _describe(program: Program) -> str:
         f"level of cell (s, l): {_level_formula(program)}",
         "",
     ]
-    for lane in program.lanes:
-        lines.append(f"lane {lane.name}: {short_type(str(lane.dtype), lane.shape)}  {_lane_summary(lane)}")
+    lines += [
+        f"lane {lane.name}: {short_type(str(lane.dtype), lane.shape)}  {_lane_summary(lane)}"
+        for lane in program.lanes
+    ]
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """Value numbering: nodes that compute the same value become one node.
 
-    cos = rotary(arange)   # layer 0, segment 0          cos = rotary(arange)   # scopes {layer 0, layer 1, ...}
+    cos = rotary(arange)   # layer 0, segment 0        cos = rotary(arange)   # scopes {layer 0, layer 1}
     cos_1 = rotary(arange) # layer 1, segment 0    ->
     cos_2 = rotary(arange) # layer 0, segment 1
 

@@ -129,7 +129,8 @@ def find_layers(
                 f"{key[1]}: {len(found)} calls for {n_segments} segments"
                 for key, found in list(families.items())[:8]
             ],
-            "name the layers with layers='path.to.container', or check that the model walks segments and layers",
+            "name the layers with layers='path.to.container', or check that the model walks segments and "
+            "layers",
         )
     chosen = [best]
     if layers is None:
@@ -264,9 +265,8 @@ def _place_dependent(nodes: list[fx.Node], region: dict[fx.Node, Region], layers
                 found |= reads.get(operand, set())
         reads[node] = found
     feeds = _first_hits(nodes, region)
-    habits: dict[
-        object, str
-    ] = {}  # where later segments have the same code: with the cell below it or above it
+    # Where later segments have the same code: with the cell below it or above it.
+    habits: dict[object, str] = {}
     for first_pass in (True, False):
         placed: dict[fx.Node, Region] = dict(region)
         for node in nodes:
@@ -431,7 +431,8 @@ def _check_acyclic(region: dict[fx.Node, Region]) -> None:
     for a, b in cycle:
         producer, consumer = witness[(a, b)]
         evidence.append(
-            f"{a} -> {b}: {producer} ({producer.meta.get('source')}) feeds {consumer} ({consumer.meta.get('source')})"
+            f"{a} -> {b}: {producer} ({producer.meta.get('source')}) feeds "
+            f"{consumer} ({consumer.meta.get('source')})"
         )
     raise PartitionError(
         "the layers of one segment depend on each other in a circle, so there is no order of cells",

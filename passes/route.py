@@ -1,14 +1,14 @@
 """Route: give every value that crosses a region boundary a way to travel.
 
     x(s, l)  <- h(s, l-1)        lane x: fed one layer up by each cell; the prologue enters at layer 0
-    A(s, l)  <- A'(s-1, l)       lane A: fed by each cell for its own layer's next segment; filled with zeros before
+    A(s, l)  <- A'(s-1, l)       lane A: fed by each cell for its layer's next segment; zeros before
     mask(s, l) <- prologue(s)    lane mask: enters at layer 0, moves one layer up with its segment
     B(s, l)  <- B'(s-2, l)       two lanes in a chain, each one segment long
     logits   <- epilogue(0..S)   tap: kept, one value a segment, until it is read
 
-A lane holds one value a layer. The value a cell reads must be the last one written: a write travels alpha*ds
-+ dl levels, and the same producer writes again alpha levels later, so 1 <= alpha*ds + dl <= alpha holds for
-every direct feed; longer ways are cut into hops through lanes in between.
+A lane holds one value a layer. The value a cell reads must be the last one written: a write travels
+alpha*ds + dl levels, and the same producer writes again alpha levels later, so 1 <= alpha*ds + dl <= alpha
+holds for every direct feed; longer ways are cut into hops through lanes in between.
 
 Requires: rules from `reroll`, offsets from `dependence`, alpha from `wavefront`. Gives the `Program`.
 """

@@ -32,7 +32,7 @@ from rmtcompile.schedule import Schedule  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
-    "CaptureError", "DependenceError", "Explanation", "FallbackWarning", "InternalError", "LiftError", "Optimized",
-    "PartitionError", "Profile", "RMTCompileError", "RerollError", "Schedule", "SequentialScheduleWarning",
-    "UnsupportedError", "VerificationError", "explain", "optimize",
+    "CaptureError", "DependenceError", "Explanation", "FallbackWarning", "InternalError", "LiftError",
+    "Optimized", "PartitionError", "Profile", "RMTCompileError", "RerollError", "Schedule",
+    "SequentialScheduleWarning", "UnsupportedError", "VerificationError", "explain", "optimize",
 ]  # fmt: skip

@@ -438,7 +438,8 @@ def _compare(expected: Any, got: Any, count: int) -> str | None:
                 return f"result {i} is {y!r} instead of {x!r} at {count} segments"
             continue
         if x.shape != y.shape or x.dtype != y.dtype:
-            return f"result {i} is {y.dtype}{list(y.shape)} instead of {x.dtype}{list(x.shape)} at {count} segments"
+            mine, theirs = f"{y.dtype}{list(y.shape)}", f"{x.dtype}{list(x.shape)}"
+            return f"result {i} is {mine} instead of {theirs} at {count} segments"
         if not x.is_floating_point():
             if not torch.equal(x, y):
                 return f"result {i} differs in {int((x != y).sum())} places at {count} segments"

@@ -147,7 +147,8 @@ def user_source(frame: Any) -> str:
     while frame is not None:
         name = frame.f_code.co_filename
         if not _is_ours(name):
-            return f"{os.path.relpath(name) if not name.startswith(sys.prefix) else _short(name)}:{frame.f_lineno}"
+            shown = os.path.relpath(name) if not name.startswith(sys.prefix) else _short(name)
+            return f"{shown}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
 
@@ -264,8 +265,8 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         raise CaptureError(
             f"the forward depends on the values of a tensor ({error})",
             [f"at {_raised_at(error)}"],
-            "decide it from shapes or Python values, or pass inputs for which the check is not made (for example no "
-            "attention_mask instead of one that is all ones)",
+            "decide it from shapes or Python values, or pass inputs for which the check is not made "
+            "(for example no attention_mask instead of one that is all ones)",
         ) from error
     except Exception as error:
         if "data-dependent" in str(error) or "data dependent" in str(error):
@@ -276,9 +277,8 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         else:
             what, remedy = (
                 f"the forward could not be traced: {type(error).__name__}: {error}",
-                (
-                    "see whether the model itself runs on these inputs; what cannot be traced can run with fallback='sequential'"
-                ),
+                "see whether the model itself runs on these inputs; what cannot be traced can run with "
+                "fallback='sequential'",
             )
         raise CaptureError(what, [f"at {_raised_at(error)}"], remedy) from error
     finally:
@@ -323,7 +323,8 @@ def _effects(
                 raise CaptureError(
                     f"the forward leaves an object that holds tensors in {change.name}",
                     [f"{change.name} = {type(leaf).__name__}(...)"],
-                    "keep state in tensors, lists, tuples or dicts, or drop the object at the end of the forward",
+                    "keep state in tensors, lists, tuples or dicts, or drop the object at the end of the "
+                    "forward",
                 )
         yield Effect(change, change.name, spec, _refer(leaves, outputs))
 

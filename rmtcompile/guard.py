@@ -54,7 +54,7 @@ class ReadTracker:
 _listeners: dict[int, ReadTracker] = {}
 
 
-def _subclass(cls: type) -> type:
+def _subclass(cls: type[nn.Module]) -> type:
     if cls in _tracked:
         return _tracked[cls]
 
@@ -169,7 +169,7 @@ def program_key(args: Any, kwargs: Any, segmentation: Segmentation) -> tuple[Any
     """What decides which program runs a call: everything but the number of whole segments."""
     flat, spec = pytree.tree_flatten((args, kwargs))
     shapes = [value.shape for value in flat if isinstance(value, torch.Tensor)]
-    count, rest = segmentation.count(shapes)
+    _, rest = segmentation.count(shapes)
     canonical = segmentation.shapes(shapes, 2)
     return (spec, tuple(_static(value) for value in flat), tuple(canonical), rest, _modes())
 

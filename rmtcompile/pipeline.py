@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import linecache
 import time
 from collections import Counter
@@ -179,17 +180,16 @@ def compile_forward(
     )
 
 
-_loaded = 0
+_numbers = itertools.count(1)
 
 
 def load(source: str) -> dict[str, Any]:
     """Import emitted source under a file name that tracebacks and debuggers can read."""
-    global _loaded
-    _loaded += 1
-    name = f"<rmtcompile program {_loaded}>"
+    number = next(_numbers)
+    name = f"<rmtcompile program {number}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    namespace: dict[str, Any] = {"__name__": f"rmtcompile_program_{_loaded}"}
-    exec(compile(source, name, "exec"), namespace)  # noqa: S102 - our own emitted module
+    namespace: dict[str, Any] = {"__name__": f"rmtcompile_program_{number}"}
+    exec(compile(source, name, "exec"), namespace)  # our own emitted module
     return namespace
 
 

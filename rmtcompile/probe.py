@@ -211,7 +211,7 @@ def _attempt(
             fn(*args, **kwargs)
     except _Enough:
         pass
-    except Exception:  # noqa: BLE001 - capture runs the same code and reports what is wrong with it
+    except Exception:  # capture runs the same code and reports what is wrong with it
         if not views.taken:
             return {}
     finally:

@@ -58,7 +58,7 @@ class Node:
             if keys is not None and self.context is not None:
                 keys.append(self.context[i])
         context = keys if keys is not None else self.context
-        if keys is not None and dataclasses.is_dataclass(self.kind) and issubclass(self.kind, dict):
+        if keys is not None and issubclass(self.kind, dict) and dataclasses.is_dataclass(self.kind):
             return _with_extra_keys(self.kind, dict(zip(keys, values, strict=True)))
         return pytree.SUPPORTED_NODES[self.kind].unflatten_fn(values, context)
 
@@ -91,9 +91,8 @@ def outs_of(rule: Any) -> list[Out]:
     return [rule] if isinstance(rule, Out) else []
 
 
-Pairs = list[
-    tuple[tuple[int, ...], tuple[int, ...], bool]
-]  # outputs of both captures that correspond; whether a family
+# Outputs of both captures that correspond; whether a family.
+Pairs = list[tuple[tuple[int, ...], tuple[int, ...], bool]]
 
 
 class Aligner:

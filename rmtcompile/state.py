@@ -262,9 +262,7 @@ def roots_of(fn: Callable[..., Any]) -> dict[str, nn.Module]:
                 visit(inner, value.__globals__[inner], depth + 1)
             for inner, item in zip(("default",) * 99, value.__defaults__ or (), strict=False):
                 visit(inner, item, depth + 1)
-        elif (
-            hasattr(value, "func") and hasattr(value, "args") and hasattr(value, "keywords")
-        ):  # functools.partial
+        elif all(hasattr(value, part) for part in ("func", "args", "keywords")):  # functools.partial
             for item in (value.func, *value.args, *value.keywords.values()):
                 visit(name, item, depth + 1)
         elif isinstance(value, (list, tuple)):

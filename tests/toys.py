@@ -105,7 +105,7 @@ def features(segments: int, batch: int = 2, dtype: torch.dtype = torch.float64, 
 
 
 def assert_same(expected: Any, got: Any, tolerance: float | None = None) -> None:
-    """Same structure and keys; tensors of the same type, equal within their dtype's tolerance; the rest equal."""
+    """Same structure and keys; tensors of one type, equal within their dtype's tolerance; the rest equal."""
     a, spec_a = pytree.tree_flatten(expected)
     b, spec_b = pytree.tree_flatten(got)
     assert spec_a == spec_b, f"{spec_a}\nis not\n{spec_b}"

@@ -63,9 +63,8 @@ class DirectEngine:
         return self._compiled[key]
 
     def _compile(self, function: Callable[..., Any], form: int) -> Callable[..., Any]:
-        code = function.__code__.replace(
-            co_name=f"{function.__name__}_{form or 'n'}"
-        )  # one cache of compiled forms each
+        name = f"{function.__name__}_{form or 'n'}"  # one cache of compiled forms each
+        code = function.__code__.replace(co_name=name)
         own = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__)
         compiled = torch.compile(own, backend=self.backend, dynamic=False if form else None, fullgraph=True)
         if form:

@@ -12,7 +12,6 @@ import torch
 from rmtcompile.program import Feed, Lane, Program, Tap
 from rmtcompile.runtime.storage import LaneStore, TapStore, as_slice
 
-
 Outputs = dict[str, torch.Tensor]
 
 
@@ -90,7 +89,7 @@ class Run:
     @property
     def ramp_up(self) -> range:
         """Levels on which one more layer becomes alive."""
-        return range(0, self._plateau.start)
+        return range(self._plateau.start)
 
     @property
     def steady(self) -> range:
@@ -172,7 +171,7 @@ class Run:
         self, function: Callable[..., tuple[torch.Tensor, ...]], window: Window, *args: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Run a cell function for a window, in the form that the engine has compiled for its width."""
-        return self.engine.cell(function, len(window.layers))(*args)  # type: ignore[no-any-return]
+        return self.engine.cell(function, len(window.layers))(*args)
 
     def is_only(self, window: Window, classes: set[int]) -> bool:
         """Whether to run the window by the function for these classes alone."""

@@ -4,6 +4,7 @@ are views."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -49,8 +50,11 @@ class Stack:
                     raise UnsupportedError(
                         "parameters of one kind of layer differ in shape, dtype or device",
                         [
-                            f"{self.leaves[0][i].name}: {tuple(first[i].shape)} {first[i].dtype} {first[i].device}",
-                            f"{self.leaves[layer][i].name}: {tuple(tensor.shape)} {tensor.dtype} {tensor.device}",
+                            f"{leaf.name}: {tuple(value.shape)} {value.dtype} {value.device}"
+                            for leaf, value in (
+                                (self.leaves[0][i], first[i]),
+                                (self.leaves[layer][i], tensor),
+                            )
                         ],
                     )
         rows = sum(part.shape[0] if part.dim() else 1 for part in first)
@@ -96,7 +100,7 @@ class Derived:
         offsets = [view.storage_offset() for view in views]
         step = offsets[1] - offsets[0] if len(offsets) > 1 else base.stride(0)
         same = all(view.untyped_storage().data_ptr() == base.untyped_storage().data_ptr() for view in views)
-        even = all(b - a == step for a, b in zip(offsets, offsets[1:], strict=False))
+        even = all(b - a == step for a, b in pairwise(offsets))
         if not (same and even and step > 0):
             return None
         return base.as_strided((len(views), *first.shape), (step, *first.stride()), offsets[0])
@@ -120,8 +124,8 @@ class Stacks:
                 made[weight] = stack
             else:
                 made[weight] = Derived(weight, leaves, owner)
-        self._in_order = [*(s for s in made.values() if isinstance(s, Stack)),
-                          *(s for s in made.values() if isinstance(s, Derived))]
+        self._in_order: list[Stack | Derived] = [s for s in made.values() if isinstance(s, Stack)]
+        self._in_order += [s for s in made.values() if isinstance(s, Derived)]
         self.stacks = {name: made[weight] for name, weight in weights.items()}
 
     def current(self) -> dict[str, torch.Tensor]:

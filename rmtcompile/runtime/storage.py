@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -14,7 +15,7 @@ def as_slice(indices: Sequence[int]) -> slice | None:
     if len(indices) == 1:
         return slice(indices[0], indices[0] + 1)
     step = indices[1] - indices[0]
-    if step > 0 and all(b - a == step for a, b in zip(indices, indices[1:], strict=False)):
+    if step > 0 and all(b - a == step for a, b in pairwise(indices)):
         return slice(indices[0], indices[-1] + 1, step)
     return None
 
