@@ -4,12 +4,13 @@
     cell (1, l)  A' = add(A', u)       ->      class later:  A' = add(A, u)    A from cell (s - 1, l)
     cell (2, l)  A' = add(A', u)
 
-Each region is reduced to a *body* (its operations, live-ins apart) and the sources of its live-ins. Bodies are equal or not;
-sources are absolute ("init", "segment 0") or relative ("one segment back"); integers in prologues and epilogues are affine in
-the segment s and in the number of segments S.
+Each region is reduced to a *body* (its operations, live-ins apart) and the sources of its live-ins. Bodies
+are equal or not; sources are absolute ("init", "segment 0") or relative ("one segment back"); integers in
+prologues and epilogues are affine in the segment s and in the number of segments S.
 
-Proof by comparison: the rules are read from a capture with k segments, then predict a capture with k + 1: every region,
-operation, integer and edge of the larger capture has to come out as predicted, or `RerollError` names what did not.
+Proof by comparison: the rules are read from a capture with k segments, then predict a capture with k + 1:
+every region, operation, integer and edge of the larger capture has to come out as predicted, or `RerollError`
+names what did not.
 Reference: loop rerolling is the inverse of unrolling; anti-unification gives the affine integers.
 """
 
@@ -34,7 +35,8 @@ class Unrolled:
     """A partitioned capture with `count` segments: the body of every region, and the place of every value.
 
     Attributes:
-        outputs: the graph's outputs (results, what is left behind, what is written); a tuple has one for each segment.
+        outputs: the graph's outputs (results, what is left behind, what is written); a tuple has one for each
+            segment.
         leaf_names: name of the tensor behind each `get_attr` target, equal in all captures of one model.
     """
 
@@ -109,7 +111,8 @@ def _restore_dead(
 
 
 def _embed(part: Body, whole: Body) -> tuple[dict[int, int], dict[int, int]] | None:
-    """Positions in `whole` of the operations and live-ins of `part`, if it is `whole` with operations left out."""
+    """Positions in `whole` of the operations and live-ins of `part`, if it is `whole` with operations left
+    out."""
     index: dict[int, int] = {}
     live_ins: dict[int, int] = {}
     at = 0
@@ -130,7 +133,8 @@ def _embed(part: Body, whole: Body) -> tuple[dict[int, int], dict[int, int]] | N
 
 
 def _match(mine: Any, theirs: Any, index: dict[int, int], live_ins: dict[int, int]) -> dict[int, int] | None:
-    """Whether two encoded operations agree under the positions found so far; the live-ins matched, or None."""
+    """Whether two encoded operations agree under the positions found so far; the live-ins matched, or
+    None."""
     if isinstance(mine, tuple) and isinstance(theirs, tuple) and len(mine) == len(theirs):
         if len(mine) == 2 and mine[0] == "n" and theirs[0] == "n":
             return live_ins if index.get(mine[1]) == theirs[1] else None
@@ -234,8 +238,8 @@ class ClassRule:
 
     Attributes:
         body: from the capture that the rules were read from.
-        sources: for each live-in, the sources of the first segments of the class one by one, then the steady rule (relative
-            or absolute). A list over segments is one `Each`.
+        sources: for each live-in, the sources of the first segments of the class one by one, then the steady
+            rule (relative or absolute). A list over segments is one `Each`.
         ints: for each integer of the body, its value as a function of s and S.
     """
 
@@ -273,7 +277,8 @@ class LiveIn:
 
 @dataclass(frozen=True)
 class Classes:
-    """Which body a region has at segment s of S: `head` of them are peeled off the front, `tail` off the end."""
+    """Which body a region has at segment s of S: `head` of them are peeled off the front, `tail` off the
+    end."""
 
     head: int
     tail: int
@@ -295,7 +300,9 @@ class Rolled:
     n_layers: int
     classes: dict[Key, Classes]
     rules: dict[Key, dict[int, ClassRule]]
-    outputs: tuple[Source | Each, ...]  # absolute segments count from the end where `relative`: S - 1 - segment
+    outputs: tuple[
+        Source | Each, ...
+    ]  # absolute segments count from the end where `relative`: S - 1 - segment
     base: Unrolled
     minimum: int = 1
     fixed: int | None = None
@@ -310,7 +317,8 @@ def reroll(small: Unrolled, large: Unrolled) -> Rolled:
     """Read rules from `small` (k segments) and prove that they give `large` (k + 1 segments).
 
     Raises:
-        RerollError: the two captures do not follow one rule; the message shows the first place where they differ.
+        RerollError: the two captures do not follow one rule; the message shows the first place where they
+            differ.
     """
     if large.count != small.count + 1 or large.n_layers != small.n_layers:
         raise RerollError(
@@ -357,7 +365,8 @@ _EMPTY = Body((), (), (), ())
 
 
 def _classes(key: Key, small: Unrolled, large: Unrolled) -> Classes:
-    """The fewest peeled segments such that repeating the body before the tail once more gives the larger capture."""
+    """The fewest peeled segments such that repeating the body before the tail once more gives the larger
+    capture."""
     short = [_body_at(small, key, s).key for s in range(small.count)]
     long = [_body_at(large, key, s).key for s in range(large.count)]
     for tail in range(small.count):
@@ -507,7 +516,8 @@ def _ruled(
 
 
 def _steady(seen: list[tuple[int, Source]], last: int) -> Source:
-    """The rule in the last segment: relative to the segment, or absolute where every segment reads the same one."""
+    """The rule in the last segment: relative to the segment, or absolute where every segment reads the same
+    one."""
     found = next(source for s, source in seen if s == last)
     if found.kind in ("leaf", "input", INIT):
         return found
@@ -529,7 +539,8 @@ def _agrees(rule: Source, segment: int, found: Source) -> bool:
 
 
 def _each(key: Key, seen: list[tuple[Unrolled, int, Any]], classes: dict[Key, Classes]) -> Each:
-    """A list over segments: every instance must hold the same segments, counted from the start and from its own."""
+    """A list over segments: every instance must hold the same segments, counted from the start and from its
+    own."""
     found: set[Each] = set()
     nodes: dict[int, int] = {}
     for unrolled, segment, values in seen:
@@ -570,7 +581,10 @@ def _outputs(small: Unrolled, large: Unrolled, classes: dict[Key, Classes]) -> t
             if (x.kind, x.segment, x.layer) != (y.kind, y.segment, y.layer):
                 raise RerollError(
                     "an output comes from another place with one more segment",
-                    [f"{a.format_node()}   {a.meta.get('source')}", f"{b.format_node()}   {b.meta.get('source')}"],
+                    [
+                        f"{a.format_node()}   {a.meta.get('source')}",
+                        f"{b.format_node()}   {b.meta.get('source')}",
+                    ],
                 )
         found.append(_ruled([(small, x), (large, y)], classes, from_end))
     return tuple(found)
@@ -581,8 +595,8 @@ def _complete(
 ) -> tuple[dict[Key, dict[int, ClassRule]], tuple[Source | Each, ...]]:
     """Give each source the index of its value in every class that any consumer of the same value has shown.
 
-    The last state of layer l is read from a later segment in any capture with several segments; that segment 0 holds the same
-    value at another index is known from segment 1, which reads it.
+    The last state of layer l is read from a later segment in any capture with several segments; that segment
+    0 holds the same value at another index is known from segment 1, which reads it.
     """
     known: dict[Key, list[dict[int, int]]] = defaultdict(list)
 

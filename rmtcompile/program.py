@@ -4,8 +4,8 @@
     Rolled     what `reroll` proves: which body each region has at segment s of S, and where each live-in comes from
     Program    what `emit` prints: functions for init, prologue and epilogue, one cell graph a kind, lanes between cells
 
-Words: a *class* says which segments share one body; a *kind* is a set of layers whose cells have the same bodies; a *lane* is
-the storage of one live-in for every cell of a kind, indexed by layer.
+Words: a *class* says which segments share one body; a *kind* is a set of layers whose cells have the same
+bodies; a *lane* is the storage of one live-in for every cell of a kind, indexed by layer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import fx
 
 @dataclass(frozen=True)
 class Affine:
-    """An integer that depends on the segment s and on the number of segments S: const + by_segment*s + by_count*S."""
+    """An integer that depends on the segment s and on the number of segments S: const + by_segment*s +
+    by_count*S."""
 
     const: int
     by_segment: int = 0
@@ -47,10 +48,11 @@ class Source:
     """Where a value comes from, seen from a consumer at segment s.
 
     Attributes:
-        kind: "leaf" (parameter, buffer, state, constant), "input" (argument of the forward), "init", "prologue", "cell" or
-            "epilogue".
+        kind: "leaf" (parameter, buffer, state, constant), "input" (argument of the forward), "init",
+            "prologue", "cell" or "epilogue".
         name: leaf or input name, for "leaf" and "input".
-        segment: producer's segment: absolute, or relative (s - segment) where `relative` is set. Init, leaf, input: 0.
+        segment: producer's segment: absolute, or relative (s - segment) where `relative` is set. Init, leaf,
+            input: 0.
         layer: producer's layer, for "cell".
         node: index of the value in the producer's body.
         nodes: in a rule: that index for each class of the producer, as (class, index).
@@ -67,7 +69,14 @@ class Source:
     @property
     def way(self) -> tuple[object, ...]:
         """What stays equal between classes of one producer: everything but the position in its body."""
-        return (self.kind, self.name, self.segment, self.relative, self.layer, self.node if self.kind == "init" else -1)
+        return (
+            self.kind,
+            self.name,
+            self.segment,
+            self.relative,
+            self.layer,
+            self.node if self.kind == "init" else -1,
+        )
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -97,8 +106,8 @@ class Body:
     Attributes:
         key: hashable form: two regions with equal keys do the same with their live-ins.
         nodes: the operations, in order, as nodes of the capture they were read from.
-        live_ins: values from outside, in order of first use; a tuple of nodes is a list over segments; None is the live-in
-            of an operation whose result nobody reads in this segment.
+        live_ins: values from outside, in order of first use; a tuple of nodes is a list over segments; None
+            is the live-in of an operation whose result nobody reads in this segment.
     """
 
     key: Any
@@ -129,8 +138,8 @@ class Port:
 
     Attributes:
         name: placeholder name in the group's graph.
-        role: "lane" (differs from cell to cell), "weight" (stacked by layer), "shared" (one value for all cells),
-            "stacked" (one init value a layer), "mask" (whether a cell belongs to a class).
+        role: "lane" (differs from cell to cell), "weight" (stacked by layer), "shared" (one value for all
+            cells), "stacked" (one init value a layer), "mask" (whether a cell belongs to a class).
         source: by role: the weight, the shared source, the sources by layer, or the class number of a mask.
     """
 
