@@ -92,7 +92,9 @@ def _inline(node: fx.Node) -> None:
                 mapping[inner].meta = {**node.meta, "val": inner.meta.get("val")}
     if isinstance(results, (list, tuple)):
         for user in list(node.users):
-            user.replace_all_uses_with(mapping[results[user.args[1]]])
+            index = user.args[1]
+            assert isinstance(index, int)  # the nodes that read a tuple are `getitem`s
+            user.replace_all_uses_with(mapping[results[index]])
             graph.erase_node(user)
     else:
         node.replace_all_uses_with(mapping[results])

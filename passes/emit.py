@@ -170,7 +170,8 @@ def _comment(node: fx.Node, batched: bool = False) -> str:
     val = node.meta.get("val")
     kind = ""
     if isinstance(val, torch.Tensor):
-        kind = short_type(str(val.dtype), ["n" if batched and i == 0 else d for i, d in enumerate(val.shape)])  # type: ignore[list-item]
+        sizes = ("n", *val.shape[1:]) if batched and val.dim() else val.shape
+        kind = short_type(str(val.dtype), sizes)
     source = node.meta.get("source", "")
     return "  # " + "   ".join(part for part in (kind, source) if part) if kind or source else ""
 
@@ -253,7 +254,7 @@ def _lifted(name: str, group: Group, classes: tuple[int, ...], graph: fx.Graph) 
     result = lift(graph, batched)
     lifted = result.graph
     output = next(node for node in lifted.nodes if node.op == "output")
-    values = list(output.args[0])  # type: ignore[arg-type]
+    values = list(output.args[0])
     reference = next(node for node in lifted.nodes if node.op == "placeholder" and node.name in batched)
     with lifted.inserting_before(output):
         for i, (value, has_axis) in enumerate(zip(values, result.batched_outputs, strict=True)):
@@ -300,7 +301,7 @@ def _write_cell(writer: _Writer, cell: CellFunction, group: Group) -> None:
         )
     _write_nodes(writer, nodes, _plain_name, batched=True)
     output = next(node for node in cell.graph.nodes if node.op == "output")
-    values = ", ".join(value.name for value in output.args[0])  # type: ignore[union-attr]
+    values = ", ".join(value.name for value in output.args[0])
     writer.line(f"return ({values},)")
     writer.end()
 

@@ -300,9 +300,8 @@ class Rolled:
     n_layers: int
     classes: dict[Key, Classes]
     rules: dict[Key, dict[int, ClassRule]]
-    outputs: tuple[
-        Source | Each, ...
-    ]  # absolute segments count from the end where `relative`: S - 1 - segment
+    # Absolute segments count from the end where `relative`: S - 1 - segment.
+    outputs: tuple[Source | Each, ...]
     base: Unrolled
     minimum: int = 1
     fixed: int | None = None
@@ -379,8 +378,8 @@ def _classes(key: Key, small: Unrolled, large: Unrolled) -> Classes:
     raise RerollError(
         f"the segments of {_region_name(key)} do not follow one rule",
         list(_difference(key, small, large)),
-        "segments that differ from each other by more than a special start and end cannot be run on diagonals; use "
-        "fallback='sequential' to run the model as it is",
+        "segments that differ from each other by more than a special start and end cannot be run on "
+        "diagonals; use fallback='sequential' to run the model as it is",
     )
 
 
@@ -426,7 +425,7 @@ def _init_rule(small: Unrolled, large: Unrolled) -> ClassRule:
         where = next(((x, y) for left, right, x, y in rows if left != right), None)
         raise RerollError(
             "what the forward computes before its segments changes with their number",
-            [n.format_node() + f"   {n.meta.get('source')}" for n in where]
+            [f"{n.format_node()}   {n.meta.get('source')}" for n in where]
             if where
             else [f"{len(a.nodes)} operations for {small.count} segments, {len(b.nodes)} for {large.count}"],
             "compute per segment what depends on the segment",
@@ -458,9 +457,7 @@ def _affine(key: Key, j: int, members: list[tuple[Unrolled, int]], by_count_only
         (sp, np, vp), (sq, nq, vq) = across
         by_count = (vq - vp - by_segment * (sq - sp)) // (nq - np)
     fit = Affine(v0 - by_segment * s0 - by_count * n0, by_segment, by_count)
-    off = [(s, n, v) for s, n, v in points if fit.at(s, n) != v]
-    if off:
-        s, n, v = off[0]
+    if any(fit.at(s, n) != v for s, n, v in points):
         raise RerollError(
             f"an integer in {_region_name(key)} does not grow evenly with the segment",
             [f"segment {a} of {b}: {c}" for a, b, c in points],

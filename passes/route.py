@@ -109,12 +109,12 @@ class _Router:
             for entry in lane.entries.values():
                 for source in entry.sources:
                     self._tap(source, "entry")
-        for source in self.rolled.outputs:
-            if isinstance(source, Each):
-                self._add(source.kind, source.layer, source.nodes, ("each",), None)
+        for output in self.rolled.outputs:
+            if isinstance(output, Each):
+                self._add(output.kind, output.layer, output.nodes, ("each",), None)
                 continue
-            when = ("end", source.segment) if source.relative else ("at", source.segment)
-            self._tap(source, "end", when)
+            when = ("end", output.segment) if output.relative else ("at", output.segment)
+            self._tap(output, "end", when)
         groups = tuple(self._finish(group) for group in self.groups)
         lanes = tuple(self._lane(lane) for lane in self.lanes.values())
         taps = tuple(self._resolved(tap) for tap in self.taps.values())

@@ -257,6 +257,7 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
             tracker.watching(roots),
             torch.inference_mode(False),
             torch.set_grad_enabled(grad),
+            mode,  # also what reads no input, such as a write into a buffer, stays without effect
         ):
             module = trace(*fakes)
     except CaptureError:
@@ -365,7 +366,7 @@ def _name_contexts(graph: fx.Graph) -> None:
             continue
     markers = [n for n in graph.nodes if n.target in (_SET_GRAD, _ENTER_AUTOCAST, _EXIT_AUTOCAST)]
     for node in reversed(markers):
-        node.replace_all_uses_with(None)  # type: ignore[arg-type]
+        node.replace_all_uses_with(None)
         graph.erase_node(node)
 
 

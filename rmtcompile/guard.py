@@ -72,7 +72,8 @@ def _subclass(cls: type[nn.Module]) -> type:
 
     body = {"__getattribute__": __getattribute__, "__setattr__": __setattr__, "__module__": cls.__module__,
             "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    _tracked[cls] = type(cls)(cls.__name__, (cls,), body)
+    kind: type[type] = type(cls)
+    _tracked[cls] = kind(cls.__name__, (cls,), body)
     return _tracked[cls]
 
 

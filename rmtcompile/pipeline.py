@@ -141,6 +141,7 @@ def compile_forward(
         UnsupportedError: with the evidence and a remedy.
     """
     log = _Log(progress)
+    captures: tuple[Capture, ...]
     if only is not None:
         single, small, paths, written = _unrolled(fn, args, kwargs, segmentation, only, options, log)
         result, effects, pairs = _results(single, single, (only, only), len(written))
@@ -289,8 +290,8 @@ def _flatten_writes(
     if not names:
         return ()
     output = next(node for node in module.graph.nodes if node.op == "output")
-    results, writes = output.args[0]  # type: ignore[misc]
-    output.args = ((*results, *writes),)  # type: ignore[misc]
+    results, writes = output.args[0]
+    output.args = ((*results, *writes),)
     placeholders = {str(node.target) for node in module.graph.nodes if node.op == "placeholder"}
     found = []
     for name in names:
@@ -356,6 +357,8 @@ def _output_count(captured: Capture) -> int:
 
 def _grouped(unrolled: Unrolled, pairs: Pairs, side: int) -> Unrolled:
     """Outputs in the order of the pairs; a family is a tuple of nodes."""
-    nodes = [[unrolled.outputs[i] for i in pair[side]] for pair in pairs]
-    outputs = tuple(tuple(found) if pair[2] else found[0] for found, pair in zip(nodes, pairs, strict=True))
-    return replace(unrolled, outputs=outputs)
+    outputs: list[Any] = []
+    for small, large, is_family in pairs:
+        found = [unrolled.outputs[i] for i in (small, large)[side]]
+        outputs.append(tuple(found) if is_family else found[0])
+    return replace(unrolled, outputs=tuple(outputs))

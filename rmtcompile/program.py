@@ -1,8 +1,8 @@
 """The program representation: a segment-recurrent forward as a loop over a layer x segment grid.
 
     Body       the operations of one region (init, a prologue, a cell, an epilogue) as a list, live-ins apart
-    Rolled     what `reroll` proves: which body each region has at segment s of S, and where each live-in comes from
-    Program    what `emit` prints: functions for init, prologue and epilogue, one cell graph a kind, lanes between cells
+    Rolled     what `reroll` proves: which body each region has at segment s of S, and whence its live-ins
+    Program    what `emit` prints: functions for init, prologue and epilogue, one cell graph a kind, lanes
 
 Words: a *class* says which segments share one body; a *kind* is a set of layers whose cells have the same
 bodies; a *lane* is the storage of one live-in for every cell of a kind, indexed by layer.

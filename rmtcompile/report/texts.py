@@ -168,7 +168,7 @@ def _live_ins(rule: ClassRule, layer: int, states: Any) -> Iterator[str]:
     for live_in, node in zip(rule.sources, rule.body.live_ins, strict=True):
         steady = live_in.steady
         name = value_name(steady, states) or (
-            node.name if isinstance(node, fx.Node) else f"[{', '.join(n.name for n in node)}]"
+            node.name if isinstance(node, fx.Node) else f"[{', '.join(n.name for n in node or ())}]"
         )
         where = where_from(live_in, layer)
         if isinstance(steady, Source) and steady.kind in ("leaf", "input"):

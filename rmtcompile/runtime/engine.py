@@ -91,7 +91,7 @@ class DirectEngine:
 
     def launch(self, run: Run, wave: Callable[..., Any], windows: list[Window]) -> list[Outputs] | None:
         with sdpa_kernel(_ATTENTION, set_priority=True):
-            return wave(run, windows)  # type: ignore[no-any-return]
+            return wave(run, windows)
 
     def place_init(self, values: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         return values

@@ -118,4 +118,4 @@ class Executor:
             engine = self.graphed
             self.graphed.check_addresses([*weights.values(), *(leaves[name] for name in sorted(self.shared))])
         run = Run(self.program, segments, named, leaves, weights, engine, functional)
-        return self.compiled.namespace["forward"](run)  # type: ignore[no-any-return]
+        return self.compiled.namespace["forward"](run)

@@ -29,7 +29,7 @@ _SHORT_DTYPES = {
 }  # fmt: skip
 
 
-def short_type(dtype: str, shape: Sequence[int]) -> str:
+def short_type(dtype: str, shape: Sequence[int | str]) -> str:
     """`bf16[8,64,64]` for ("torch.bfloat16", (8, 64, 64))."""
     name = dtype.removeprefix("torch.")
     return f"{_SHORT_DTYPES.get(name, name)}[{','.join(map(str, shape))}]"
