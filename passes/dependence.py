@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from rmtcompile.errors import DependenceError
-from rmtcompile.passes.partition import CELL, EPILOGUE, PROLOGUE
+from rmtcompile.passes.partition import CELL, EPILOGUE, PROLOGUE, Region
 from rmtcompile.passes.reroll import Rolled
 from rmtcompile.program import Source
 
@@ -26,12 +26,19 @@ Offset = tuple[int, int]
 
 @dataclass(frozen=True)
 class Dependence:
-    """One offset and the place in the program that shows it."""
+    """One offset and the place in the program that shows it; `layers` are the consumer's and the producer's."""
 
     offset: Offset
     consumer: str
     producer: str
     reason: str
+    layers: tuple[int, int] = (0, 0)
+
+    def described(self, paths: tuple[str, ...]) -> str:
+        """The dependence in words, with the layers' module paths."""
+        reader, writer = (paths[layer] for layer in self.layers)
+        text = f"offset {self.offset}: {self.consumer}, for {reader}, reads {self.producer}, from {writer}"
+        return f"{text}, {self.reason}" if self.reason else text
 
 
 def dependences(rolled: Rolled) -> dict[Offset, Dependence]:
@@ -47,8 +54,10 @@ def dependences(rolled: Rolled) -> dict[Offset, Dependence]:
             continue
         consumer_layer = layer if kind == CELL else 0
         for number, rule in by_class.items():
-            for live_in, node in zip(rule.sources, rule.body.live_ins, strict=True):
+            for j, (live_in, node) in enumerate(zip(rule.sources, rule.body.live_ins, strict=True)):
+                late = _late_node(rolled, (kind, layer), number, j) or node
                 for segment, source in _instances(live_in, rolled, (kind, layer), number):
+                    read = node if segment in live_in.early else late
                     for back, producer_layer in _cells_behind(source, segment, last):
                         offset = (back, consumer_layer - producer_layer)
                         reader = _first_reader(rule.body.nodes, node)
@@ -58,8 +67,9 @@ def dependences(rolled: Rolled) -> dict[Offset, Dependence]:
                                 offset,
                                 f"{_name(kind, 's', layer)} {reader.name} ({reader.meta.get('source', '?')})",
                                 f"{_name(CELL, f's - {back}' if back else 's', producer_layer)} "
-                                f"{getattr(node, 'name', node)} ({_meta(node, 'source')})",
+                                f"{getattr(read, 'name', read)} ({_meta(read, 'source')})",
                                 "" if source.kind == CELL else f"through the {source.kind} of that segment",
+                                (consumer_layer, producer_layer),
                             ),
                         )
     backward = [d for (ds, dl), d in found.items() if ds < 0 or (ds == 0 and dl < 1)]
@@ -93,6 +103,17 @@ def _cells_behind(source: Source, segment: int, last: int) -> Iterator[tuple[int
         yield segment - source.segment_from(segment), source.layer
     elif source.kind == EPILOGUE:
         yield segment - source.segment_from(segment), last
+
+
+def _late_node(rolled: Rolled, key: tuple[str, int], number: int, j: int) -> object:
+    """The live-in as the last captured segment of the class reads it: what a cell has carried, not an initial value."""
+    kind, layer = key
+    for segment in reversed(range(rolled.base.count)):
+        body = rolled.base.bodies.get(Region(kind, segment, layer))
+        if body is not None and rolled.classes[key].of(segment, rolled.base.count) == number and j < len(body.live_ins):
+            if body.live_ins[j] is not None:
+                return body.live_ins[j]
+    return None
 
 
 def _first_reader(nodes: tuple[fx.Node, ...], live_in: object) -> fx.Node:

@@ -303,6 +303,8 @@ def _between(
     if not inside:
         return Region(PROLOGUE, segment), ""
     low = max(inside)
+    if low in later:
+        return Region(CELL, segment, low), ""  # computed by a cell, and once more outside it
     if later and (high := min(later)) > low:
         carried = any(s < segment and layer >= high for s, layer in reads)
         habit = "above" if carried else habits.get(_site(node), "below") if segment == 0 else "below"

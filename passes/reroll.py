@@ -93,7 +93,7 @@ def _restore_dead(
     Computing them all the same changes no result, and spares a class of its own for the last segment.
     """
     for layer in range(parts.n_layers):
-        for segment in range(parts.n_segments - 1, 0, -1):
+        for segment in range(1, parts.n_segments):
             here, before = Region(CELL, segment, layer), Region(CELL, segment - 1, layer)
             if here not in bodies or before not in bodies or bodies[here].key == bodies[before].key:
                 continue

@@ -189,8 +189,7 @@ class Optimized:
         blocked = blocking(offsets, n_layers)
         if blocked and self._options.plan != "sequential":
             witness = "; ".join(
-                f"offset {d.offset}: {d.consumer} reads {d.producer} {d.reason}".strip()
-                for d in (compiled.dependences[offset] for offset in blocked)
+                compiled.dependences[offset].described(compiled.layer_paths) for offset in blocked
             )
             message = (
                 f"no two cells can run together, the {n_layers} layers run one after the other: {witness}"

@@ -251,13 +251,13 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     trace = proxy_tensor.make_fx(traced, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
     grad = torch.is_grad_enabled()
     tracker = ReadTracker()
+    contents = _Contents(snapshot)
     try:
         with (
             recorder.watching(),
             tracker.watching(roots),
             torch.inference_mode(False),
             torch.set_grad_enabled(grad),
-            mode,  # also what reads no input, such as a write into a buffer, stays without effect
         ):
             module = trace(*fakes)
     except CaptureError:
@@ -284,11 +284,45 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         raise CaptureError(what, [f"at {_raised_at(error)}"], remedy) from error
     finally:
         snapshot.restore()
+        lost = contents.restore()
+    if lost:
+        raise CaptureError(
+            "the forward writes into a parameter",
+            lost,
+            "run the model once before optimizing it if this happens on the first call only",
+        )
     roots = {**roots, **recorder.roots}
     _name_contexts(module.graph)
     leaves = _leaves(module, snapshot)
     guard = ModuleGuard(snapshot, tracker.reads, roots)
     return Capture(module, leaves, recorder.calls, produced["result"], produced["effects"], roots, guard)
+
+
+class _Contents:
+    """Contents of small tensors, put back after tracing: a write that reads no input is made while the forward is traced."""
+
+    SMALL = 1 << 16
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._kept = []
+        for tensor, _, _, name in snapshot.tensors():
+            if isinstance(tensor, FakeTensor) or tensor.is_inference():
+                continue
+            small = tensor.numel() <= self.SMALL
+            self._kept.append((tensor, tensor._version, tensor.detach().clone() if small else None, name))
+
+    def restore(self) -> list[str]:
+        """Put back what was written; gives the names of what is too large to have been kept."""
+        lost = []
+        with torch.no_grad():
+            for tensor, version, content, name in self._kept:
+                if tensor._version == version:
+                    continue
+                if content is None:
+                    lost.append(name)
+                else:
+                    tensor.copy_(content)
+        return lost
 
 
 def _fake(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:

@@ -91,7 +91,7 @@ class ModuleGuard:
 
     def __init__(self, snapshot: Snapshot, reads: set[tuple[int, str]], roots: dict[str, nn.Module]) -> None:
         self._atoms: list[tuple[Any, Any, Any, str]] = []  # (namespace, key, value, name)
-        self._structures: list[tuple[dict[str, Any], tuple[int, ...], str]] = []
+        self._structures: list[tuple[dict[Any, Any], list[Any], str]] = []
         reached: set[int] = set()
         for holder, copy in snapshot.holders():
             if isinstance(holder, nn.Module):
@@ -111,14 +111,13 @@ class ModuleGuard:
                     self._atoms.append((space, key, value, f"{type(holder).__name__}[{key!r}]"))
         for name, root in roots.items():
             for path, module in root.named_modules():
-                self._structures.append(
-                    (module.__dict__, _structure(module.__dict__), f"{name}.{path}".strip("."))
-                )
+                for space in _structures(module):
+                    self._structures.append((space, list(space.items()), f"{name}.{path}".strip(".")))
 
     def settle(self) -> None:
         """Take the hooks that are registered now for those of the capture: the forward itself has registered
         them."""
-        self._structures = [(space, _structure(space), name) for space, _, name in self._structures]
+        self._structures = [(space, list(space.items()), name) for space, _, name in self._structures]
 
     def broken(self) -> str | None:
         """What changed since capture, in words, or None."""
@@ -129,18 +128,15 @@ class ModuleGuard:
                 return f"{name} is gone"
             if now is not value and (type(now) is not type(value) or now != value):
                 return f"{name} was {value!r} and is {now!r}"
-        for namespace, structure, name in self._structures:
-            if _structure(namespace) != structure:
+        for space, items, name in self._structures:
+            if (space or items) and list(space.items()) != items:
                 return f"submodules or hooks of {name or 'the model'} changed"
         return None
 
 
-def _structure(namespace: dict[str, Any]) -> tuple[int, ...]:
-    hooks = namespace.get("_forward_hooks", ()), namespace.get("_forward_pre_hooks", ())
-    return (
-        *(id(child) for child in namespace.get("_modules", {}).values()),
-        *(h for hook in hooks for h in hook),
-    )
+def _structures(module: nn.Module) -> tuple[dict[Any, Any], ...]:
+    """The namespaces that hold a module's children and hooks."""
+    return (module._modules, module._forward_hooks, module._forward_pre_hooks)
 
 
 def _reach(value: Any, reached: set[int]) -> None:

@@ -55,7 +55,6 @@ def test_classic_rmt_warns_with_the_edge_that_blocks() -> None:
     assert message.count("toys.py:") == 2
 
 
-@pytest.mark.xfail(strict=True, reason="the warning names layers by number, not by module path")
 @torch.no_grad()
 def test_classic_rmt_warning_names_the_modules() -> None:
     with pytest.warns(rmtcompile.SequentialScheduleWarning) as caught:
@@ -201,7 +200,6 @@ def test_parameter_writes(build: Any) -> None:
     assert lines[-1].startswith("  help: ")
 
 
-@pytest.mark.xfail(strict=True, reason="tracing runs in-place writes on the model's own tensors")
 @torch.no_grad()
 def test_a_refused_write_was_not_made() -> None:
     model = made(WritesParameter)

@@ -125,6 +125,7 @@ class GraphEngine(DirectEngine):
             lane.name: torch.zeros((len(lane.layers), *lane.shape), dtype=lane.dtype, device=lane.device)
             for lane in program.lanes
         }
+        self.in_lanes = _held_by_lanes(program)
         self.stage: dict[str, torch.Tensor] = {}
         self.static_init: dict[int, torch.Tensor] = {}
         self.read_by_cells = {
@@ -142,6 +143,9 @@ class GraphEngine(DirectEngine):
         return self.buffers[lane.name]
 
     def staged(self, tap: str) -> torch.Tensor:
+        if tap in self.in_lanes:
+            lane, rank = self.in_lanes[tap]
+            return self.buffers[lane][rank].clone()
         return self.stage[tap].clone()
 
     def place_init(self, values: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
@@ -181,6 +185,8 @@ class GraphEngine(DirectEngine):
             results = wave(run, windows)
             for window, outputs in zip(windows, results, strict=True):
                 for tap, row, output in run.tapped(window):
+                    if tap.name in self.in_lanes:
+                        continue
                     if tap.name not in self.stage:
                         self.stage[tap.name] = torch.empty_like(outputs[output][row])
                     self.stage[tap.name].copy_(outputs[output][row])
@@ -201,3 +207,19 @@ class GraphEngine(DirectEngine):
         ):
             body()
         return graph
+
+
+def _held_by_lanes(program: Program) -> dict[str, tuple[str, int]]:
+    """Taps of a last value that a lane holds anyway once the level has run: (lane, place) by tap."""
+    found: dict[str, tuple[str, int]] = {}
+    for tap in program.taps:
+        layer = tap.value.layer
+        if tap.value.kind != "cell" or tap.when[0] != "end" or len(tap.group_outputs) != 1:
+            continue
+        for lane in program.lanes:
+            for feed in lane.feeds:
+                same = (feed.group, feed.source) == tap.group_outputs[0] and layer in feed.layers
+                target = layer + feed.offset[1]
+                if same and target in lane.layers and tuple(lane.shape) and lane.classes is None:
+                    found.setdefault(tap.name, (lane.name, lane.layers.index(target)))
+    return found
