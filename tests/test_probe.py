@@ -1,0 +1,121 @@
+"""rmtcompile/probe.py: however a forward cuts its input, the axis and the length are found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from rmtcompile.errors import PartitionError
+from rmtcompile.probe import Axis, Segmentation, probe
+
+
+def sliced(x: Tensor) -> Tensor:
+    return torch.cat([x[:, i : i + 3].sin() for i in range(0, x.shape[1], 3)], 1)
+
+
+def split(x: Tensor) -> Tensor:
+    return torch.cat([piece.sin() for piece in x.split(3, 1)], 1)
+
+
+def narrowed(x: Tensor) -> Tensor:
+    return torch.cat([x.narrow(1, i, 3).sin() for i in range(0, x.shape[1], 3)], 1)
+
+
+def unfolded(x: Tensor) -> Tensor:
+    pieces = x.unflatten(1, (-1, 3))
+    return torch.cat([pieces[:, i].sin() for i in range(pieces.shape[1])], 1)
+
+
+def embedded(x: Tensor) -> Tensor:
+    h = x.sin() * 2
+    return torch.cat([piece.cos() for piece in h.split(3, 1)], 1)
+
+
+@pytest.mark.parametrize("fn", [sliced, split, narrowed, unfolded, embedded])
+@pytest.mark.parametrize("length", [12, 6, 3])
+def test_ways_to_cut(fn: Callable[[Tensor], Tensor], length: int) -> None:
+    assert probe(fn, (torch.randn(2, length, 4),), {}) == Segmentation((Axis(0, 1, 3),))
+
+
+@pytest.mark.parametrize("fn", [sliced, split])
+@pytest.mark.parametrize("length", [1, 2, 7, 11])
+def test_lengths_that_are_no_multiple(fn: Callable[[Tensor], Tensor], length: int) -> None:
+    assert probe(fn, (torch.randn(2, length, 4),), {}) == Segmentation((Axis(0, 1, 3),))
+
+
+def test_one_step_a_segment() -> None:
+    def fn(x: Tensor) -> Tensor:
+        return torch.stack([step.sin() for step in x.unbind(1)], 1)
+
+    assert probe(fn, (torch.randn(2, 5, 4),), {}) == Segmentation((Axis(0, 1, 1),))
+
+
+def test_first_axis() -> None:
+    def fn(x: Tensor) -> Tensor:
+        return torch.cat([piece.sin() for piece in x.split(3)])
+
+    assert probe(fn, (torch.randn(9, 2),), {}) == Segmentation((Axis(0, 0, 3),))
+
+
+def test_partners_are_cut_alike() -> None:
+    def fn(ids: Tensor, mask: Tensor, table: Tensor) -> Tensor:
+        pieces = [slice(i, i + 3) for i in range(0, ids.shape[1], 3)]
+        return torch.cat([F.embedding(ids[:, p], table) * mask[:, p, None] for p in pieces], 1)
+
+    ids, mask = torch.zeros(2, 9, dtype=torch.int64), torch.ones(2, 9)
+    found = probe(fn, (ids,), {"mask": mask, "table": torch.randn(5, 4)})
+    assert set(found.axes) == {Axis(0, 1, 3), Axis(1, 1, 3)}
+
+
+def test_override() -> None:
+    def fn(x: Tensor) -> Tensor:
+        return x.sin()
+
+    assert probe(fn, (torch.randn(2, 12, 4),), {}, 4) == Segmentation((Axis(0, 1, 4),))
+
+
+def test_nothing_is_cut() -> None:
+    with pytest.raises(PartitionError) as caught:
+        probe(lambda x: x.sin(), (torch.randn(2, 6),), {})
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "the forward does not cut any of its inputs into segments"
+    assert lines[1] == "  input 0: shape (2, 6)"
+    assert "segment_size=" in lines[2]
+
+
+def test_no_tensor_at_all() -> None:
+    with pytest.raises(PartitionError):
+        probe(lambda: torch.zeros(1), (), {})
+
+
+def test_values_are_not_computed() -> None:
+    calls: list[Any] = []
+
+    def fn(x: Tensor) -> Tensor:
+        calls.append(type(x).__name__)
+        return sliced(x)
+
+    probe(fn, (torch.randn(2, 6),), {})
+    assert set(calls) == {"FakeTensor"}
+
+
+@given(st.integers(1, 6), st.integers(1, 8), st.integers(0, 5), st.integers(1, 8))
+def test_counts_and_shapes(length: int, whole: int, rest: int, wanted: int) -> None:
+    rest %= length
+    segmentation = Segmentation((Axis(0, 1, length), Axis(1, 0, 2 * length)))
+    total = whole * length + rest
+    shapes = [torch.Size((2, total)), torch.Size((2 * total, 3))]
+    count = whole + (rest > 0)
+    assert segmentation.count(shapes) == (count, rest)
+    assert segmentation.shapes(shapes, count) == shapes
+    resized = segmentation.shapes(shapes, wanted)
+    if wanted > 1 or not rest:
+        assert segmentation.count(resized)[0] == wanted
+    assert segmentation.shapes(resized, count) == shapes

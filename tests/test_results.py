@@ -1,0 +1,133 @@
+"""rmtcompile/results.py: results are rebuilt for any number of segments, also where they grow."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from toys import SEGMENT, Layer, assert_same, features, made
+
+import rmtcompile
+from rmtcompile.capture import Out
+from rmtcompile.errors import RerollError
+from rmtcompile.results import Aligner, Family, outs_of, value_of
+
+
+def rule_of(small: Any, large: Any, counts: tuple[int, int] = (2, 3)) -> tuple[Any, Aligner]:
+    """The rule of two results; every `Out` is numbered in order."""
+
+    def numbered(value: Any) -> tuple[list[Any], Any]:
+        leaves, spec = pytree.tree_flatten(value)
+        tensors = iter(range(len(leaves)))
+        return [Out(next(tensors)) if leaf == "out" else leaf for leaf in leaves], spec
+
+    aligner = Aligner(counts)
+    return aligner.align(numbered(small), numbered(large), "the result"), aligner
+
+
+@pytest.mark.parametrize("value", ["out", ("out", 1), {"a": "out", "b": [None, "out"]}, [("out",), "out"]])
+def test_equal_structures(value: Any) -> None:
+    rule, aligner = rule_of(value, value)
+    outputs = tuple(range(100, 110))
+    expected = pytree.tree_map(lambda leaf: leaf, value)
+    got = value_of(rule, outputs, 7)
+    assert pytree.tree_structure(got) == pytree.tree_structure(expected)
+    assert len(outs_of(rule)) == len(aligner.pairs) == str(value).count("out")
+
+
+def test_numbered_keys_grow() -> None:
+    rule, aligner = rule_of(
+        {"logits_0": "out", "logits_1": "out", "last": "out"},
+        {"logits_0": "out", "logits_1": "out", "logits_2": "out", "last": "out"},
+    )
+    assert aligner.pairs[0] == ((0, 1), (0, 1, 2), True)
+    got = value_of(rule, ((10, 11, 12, 13), 99), 4)
+    assert got == {"logits_0": 10, "logits_1": 11, "logits_2": 12, "logits_3": 13, "last": 99}
+    assert list(got)[-1] == "last"
+
+
+def test_lists_grow() -> None:
+    rule, _ = rule_of(["out", "out"], ["out", "out", "out"])
+    assert value_of(rule, ([5, 6, 7, 8],), 4) == [5, 6, 7, 8]
+    assert rule.children == (Family(0),)
+
+
+def test_counts_grow() -> None:
+    rule, _ = rule_of(("out", 4), ("out", 6))
+    assert value_of(rule, ("x",), 5) == ("x", 10)
+
+
+DROPPED = pytest.mark.xfail(strict=True, reason="keys that only the longer capture has are dropped")
+
+
+@pytest.mark.parametrize(
+    ("small", "large"),
+    [
+        ("out", ("out",)),
+        (("out", "a"), ("out", "b")),
+        (("out", 0.5), ("out", 0.25)),
+        (("out", True), ("out", 1)),
+        ({"a": "out"}, {"b": "out"}),
+        (["out", "out"], ["out", "out", "out", "out"]),
+        pytest.param({"a": "out"}, {"a": "out", "extra": "out"}, marks=DROPPED),
+        pytest.param({"x_0": "out"}, {"x_0": "out", "x_1": "out", "x_2": "out"}, marks=DROPPED),
+    ],
+)
+def test_what_follows_no_rule_is_refused(small: Any, large: Any) -> None:
+    with pytest.raises(RerollError) as caught:
+        rule_of(small, large)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "the result changes its structure with the number of segments"
+    assert lines[1].startswith("  2 segments: ") and lines[2].startswith("  3 segments: ")
+    assert lines[3] == "  help: return one tensor for all segments, or one a segment under numbered keys"
+
+
+class Returns(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Any:
+        memory = [x.new_zeros(x.shape[0], 4) for _ in self.layers]
+        out = []
+        for h in x.split(SEGMENT, 1):
+            for l, layer in enumerate(self.layers):
+                h, memory[l] = layer(h, memory[l])
+            out.append(h)
+        return self.result(out, memory)
+
+    def result(self, out: list[Tensor], memory: list[Tensor]) -> Any:
+        raise NotImplementedError
+
+
+class Numbered(Returns):
+    def result(self, out: list[Tensor], memory: list[Tensor]) -> Any:
+        return {**{f"y_{s}": y for s, y in enumerate(out)}, "memories": tuple(memory), "count": len(out)}
+
+
+class Listed(Returns):
+    def result(self, out: list[Tensor], memory: list[Tensor]) -> Any:
+        return out, None, "text", memory[-1]
+
+
+class LastOnly(Returns):
+    def result(self, out: list[Tensor], memory: list[Tensor]) -> Any:
+        return out[-1][:, -1]
+
+
+class FirstOnly(Returns):
+    def result(self, out: list[Tensor], memory: list[Tensor]) -> Any:
+        return out[0], out[-1]
+
+
+@pytest.mark.parametrize("build", [Numbered, Listed, LastOnly, FirstOnly])
+@torch.no_grad()
+def test_whole_models(build: Any) -> None:
+    model = made(build)
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    for segments in (3, 5, 2):
+        assert_same(model(features(segments)), fast(features(segments)))
