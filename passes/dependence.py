@@ -26,7 +26,7 @@ Offset = tuple[int, int]
 
 @dataclass(frozen=True)
 class Dependence:
-    """One offset and the place in the program that shows it; `layers` are the consumer's and the producer's."""
+    """One offset, the place in the program that shows it, and the layers of its consumer and its producer."""
 
     offset: Offset
     consumer: str
@@ -106,13 +106,14 @@ def _cells_behind(source: Source, segment: int, last: int) -> Iterator[tuple[int
 
 
 def _late_node(rolled: Rolled, key: tuple[str, int], number: int, j: int) -> object:
-    """The live-in as the last captured segment of the class reads it: what a cell has carried, not an initial value."""
+    """The live-in as the last captured segment of the class reads it: a carried value, not an initial one."""
     kind, layer = key
     for segment in reversed(range(rolled.base.count)):
         body = rolled.base.bodies.get(Region(kind, segment, layer))
-        if body is not None and rolled.classes[key].of(segment, rolled.base.count) == number and j < len(body.live_ins):
-            if body.live_ins[j] is not None:
-                return body.live_ins[j]
+        if body is None or rolled.classes[key].of(segment, rolled.base.count) != number:
+            continue
+        if j < len(body.live_ins) and body.live_ins[j] is not None:
+            return body.live_ins[j]
     return None
 
 

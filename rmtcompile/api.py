@@ -343,15 +343,8 @@ class Optimized:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(
-            state["model"],
-            state["options"],
-            state["backend"],
-            state["graphs"],
-            state["fallback"],  # type: ignore[misc]
-            state["verify"],
-            None,
-        )
+        kept = (state[key] for key in ("model", "options", "backend", "graphs", "fallback", "verify"))
+        self.__init__(*kept, None)  # type: ignore[misc]
 
 
 _RETURN_SELF = ("to", "eval", "train", "cuda", "cpu", "half", "float", "double", "bfloat16", "requires_grad_")

@@ -299,7 +299,10 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 class _Contents:
-    """Contents of small tensors, put back after tracing: a write that reads no input is made while the forward is traced."""
+    """Contents of small tensors, put back after tracing.
+
+    A write that reads no input is made for real while the forward is traced.
+    """
 
     SMALL = 1 << 16
 
