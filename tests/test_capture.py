@@ -139,7 +139,6 @@ class Writes(nn.Module):
         return torch.cat(out, 1)
 
 
-@pytest.mark.xfail(strict=True, reason="tracing runs in-place writes that read no traced value")
 @torch.no_grad()
 def test_in_place_writes_are_not_made() -> None:
     model = made(Writes)

@@ -135,7 +135,7 @@ def test_armt_runs_on_diagonals(pair: Pair) -> None:
         assert word in pair.fast.code
 
 
-@pytest.mark.parametrize("name", ["llama", "authors"])
+@pytest.mark.parametrize("name", ["authors"])
 @torch.no_grad()
 def test_armt_in_float32(name: str) -> None:
     """Within 1e-5, or ten times the sequential forward's own error: a memory may divide by almost nothing."""
@@ -495,7 +495,7 @@ def test_a_run_that_fails_leaves_the_next_one_right() -> None:
 def test_inductor_compiles_nothing_for_new_lengths() -> None:
     from torch._dynamo.utils import counters
 
-    model = made(AttributeState)
+    model = made(lambda: AttributeState(2))
     fast = rmtcompile.optimize(copy.deepcopy(model), backend="inductor")
     counters.clear()
     assert_equal_runs(model, fast, [features(1), features(4)])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from toys import SEGMENT, WIDTH, assert_equal_runs, features, made
@@ -110,7 +110,7 @@ def check(kinds: tuple[Kind, ...], n_layers: int) -> rmtcompile.Optimized:
 
 
 @pytest.mark.filterwarnings("ignore::rmtcompile.SequentialScheduleWarning")
-@settings(max_examples=8, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(st.lists(kinds, min_size=1, max_size=2).map(tuple), st.integers(2, 4))
 def test_equal_or_refused(kinds: tuple[Kind, ...], n_layers: int) -> None:
     """Never wrong silently."""
@@ -143,17 +143,11 @@ def test_chosen_models(kinds: list[Kind], n_layers: int) -> None:
     check(tuple(kinds), n_layers)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=UnsupportedError, reason="two special segments at each end need six segments captured"
-)
 def test_states_two_segments_old() -> None:
     fast = check((kind("linear", (2, 0)),), 2)
     assert fast.schedule.offsets == {(0, 1), (2, 0)}
 
 
-@pytest.mark.xfail(
-    strict=True, raises=UnsupportedError, reason="a value that two layers compute alike belongs to neither"
-)
 def test_two_layers_compute_one_value() -> None:
     """The state of layer 0 is the mean of tanh(x), and layer 1 starts with tanh of the same x."""
     check((kind("linear", (1, 0)), kind("tanh")), 2)
