@@ -631,7 +631,8 @@ class _Regions:
         cases = [(f"s == {segment}", source) for segment, source in early]
         if steady is not None:
             made = self._always_made(steady)
-            cases.append(("" if made else f"s in run.taps[{self.tap_name(steady)!r}]", steady))
+            where = f"s - {steady.segment}" if steady.relative and steady.segment else "s"
+            cases.append(("" if made else f"{where} in run.taps[{self.tap_name(steady)!r}]", steady))
         for i, (test, source) in enumerate(cases):
             body = [f"run.lanes[{name!r}].fill(layer, {self.expression(source)})" for name in names]
             if test:

@@ -38,6 +38,7 @@ class Unrolled:
         outputs: the graph's outputs (results, what is left behind, what is written); a tuple has one for each
             segment.
         leaf_names: name of the tensor behind each `get_attr` target, equal in all captures of one model.
+        steps: by how much positions move from one segment to the next: one, or the length of a segment.
     """
 
     count: int
@@ -46,6 +47,7 @@ class Unrolled:
     place: dict[fx.Node, tuple[Region, int]]
     outputs: tuple[fx.Node | tuple[fx.Node, ...], ...]
     leaf_names: dict[str, str]
+    steps: frozenset[int] = frozenset({1})
 
     def source(self, node: fx.Node) -> Source:
         """Where `node` is computed, its segment absolute."""
@@ -82,7 +84,9 @@ def unroll(graph: fx.Graph, parts: Partition, leaf_names: dict[str, str]) -> Unr
     output = next(node for node in graph.nodes if node.op == "output")
     outputs: list[fx.Node] = []
     fx.node.map_arg(output.args, outputs.append)
-    return Unrolled(parts.n_segments, parts.n_layers, bodies, place, tuple(outputs), leaf_names)
+    sizes = {n for node in graph.nodes if node.op == "placeholder" for n in node.meta["val"].shape}
+    steps = frozenset({1, *(n // parts.n_segments for n in sizes if n % parts.n_segments == 0)})
+    return Unrolled(parts.n_segments, parts.n_layers, bodies, place, tuple(outputs), leaf_names, steps)
 
 
 def _restore_dead(
@@ -107,7 +111,7 @@ def _restore_dead(
                     place[node] = (here, index[i])
             mine = {there: bodies[here].live_ins[j] for j, there in live_ins.items()}
             restored = tuple(mine.get(j) for j in range(len(whole.live_ins)))
-            bodies[here] = Body(whole.key, whole.nodes, restored, whole.ints)
+            bodies[here] = Body(whole.key, whole.nodes, restored, whole.ints, whole.lender or whole)
 
 
 def _embed(part: Body, whole: Body) -> tuple[dict[int, int], dict[int, int]] | None:
@@ -408,9 +412,9 @@ def _class_rules(
             members[classes[key].of(s, unrolled.count)].append((unrolled, s))
     rules: dict[int, ClassRule] = {}
     for number, found in members.items():
-        complete = [(u, s) for u, s in found if None not in _body_at(u, key, s).live_ins]
-        base, first = (complete or found)[0]
+        base, first = found[0]
         body = _body_at(base, key, first)
+        body = body.lender or body
         sources = tuple(_live_in(key, j, found, classes) for j in range(len(body.live_ins)))
         ints = tuple(_affine(key, j, found) for j in range(len(body.ints)))
         rules[number] = ClassRule(body, sources, ints)
@@ -457,6 +461,11 @@ def _affine(key: Key, j: int, members: list[tuple[Unrolled, int]], by_count_only
         (sp, np, vp), (sq, nq, vq) = across
         by_count = (vq - vp - by_segment * (sq - sp)) // (nq - np)
     fit = Affine(v0 - by_segment * s0 - by_count * n0, by_segment, by_count)
+    if by_segment and len(points) <= 3 and abs(by_segment) not in members[0][0].steps:
+        raise RerollError(
+            f"an integer in {_region_name(key)} is not seen often enough to be called even",
+            [f"segment {a} of {b}: {c}" for a, b, c in points],
+        )
     if any(fit.at(s, n) != v for s, n, v in points):
         raise RerollError(
             f"an integer in {_region_name(key)} does not grow evenly with the segment",
@@ -485,7 +494,8 @@ def _live_in(key: Key, j: int, members: list[tuple[Unrolled, int]], classes: dic
                 f"segment {s} of {_region_name(key)} reads from another place with one more segment",
                 [str(early[s]), str(found)],
             )
-    if early and max(early) >= last_segment:
+    regular = {s for _, s, found in seen if _agrees(rule, s, found)}
+    if early and (max(early) >= last_segment or len(regular) < 2):
         raise RerollError(
             f"a value that {_region_name(key)} reads comes from another place in each segment",
             [f"segment {s}: {found}" for _, s, found in seen],

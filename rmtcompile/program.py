@@ -114,6 +114,7 @@ class Body:
     nodes: tuple[fx.Node, ...]
     live_ins: tuple[fx.Node | tuple[fx.Node, ...] | None, ...]
     ints: tuple[int, ...]
+    lender: Body | None = field(default=None, compare=False)
 
 
 

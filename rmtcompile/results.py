@@ -165,6 +165,10 @@ class Aligner:
                 members_b = [parts_b[j] for j in numbered_b[pattern[:2]]]
                 children.append(self._family(members_a, members_b, pattern[:2], pattern[2]))
                 context.append(key)
+        for key in b.context:
+            pattern = _pattern(key)
+            if key not in a.context and (pattern is None or pattern[:2] not in growing):
+                raise self._error(str(a.context), str(b.context))
         return Node(a.type, context, tuple(children))
 
     def _family(

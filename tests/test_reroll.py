@@ -189,7 +189,6 @@ class Neighbour(Kept):
 WEAK = pytest.mark.xfail(strict=True, reason="a rule seen in one segment alone is taken for proved")
 
 
-@WEAK
 def test_an_edge_of_one_segment_is_no_rule() -> None:
     with pytest.raises(RerollError):
         rules(Neighbour, 2)
