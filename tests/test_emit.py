@@ -1,4 +1,4 @@
-"""passes/emit.py: plain Python that says what runs, whatever the number of segments and layers."""
+"""passes/emit: plain Python that says what runs, whatever the number of segments and layers."""
 
 from __future__ import annotations
 

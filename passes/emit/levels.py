@@ -1,0 +1,105 @@
+"""Levels: the grouped calls of one wavefront, and the loop over all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rmtcompile.passes.emit.cells import CellFunction
+from rmtcompile.passes.emit.regions import Regions
+from rmtcompile.passes.emit.text import Writer, outside
+from rmtcompile.program import Group, Program
+
+
+def write_level(writer: Writer, program: Program, cells: list[CellFunction]) -> None:
+    writer.function(
+        "level", ["run", "t"], f"One wavefront: every cell (s, l) with {level_formula(program)} = t."
+    )
+    writer.line("windows = run.windows(t)")
+    writer.line("results = run.launch(wave, windows)")
+    writer.line("run.tap(windows, results)")
+    writer.end()
+    writer.function(
+        "wave", ["run", "windows"], "The grouped calls of a level; all is read before anything is written."
+    )
+    writer.line("moved = run.moves(windows)")
+    writer.line("results = [CELLS[w.group](run, w) for w in windows]")
+    writer.line("move(moved)")
+    writer.line("run.write(windows, results)")
+    writer.line("return results")
+    writer.end()
+    for group in program.groups:
+        mine = [cell for cell in cells if cell.group == group.name]
+        writer.function(
+            f"cells_{group.name}", ["run", "w"], f"Run the cells of window w, layers {_ranges(group.layers)}."
+        )
+        args = {port.name: _argument(port, group) for port in group.ports}
+        for i, cell in enumerate(mine):
+            params = [args[node.name] for node in cell.graph.nodes if node.op == "placeholder"]
+            if len(mine) > 1 and i < len(mine) - 1:
+                writer.line(f"if run.is_only(w, {set(cell.classes)!r}):")
+                writer.depth += 1
+            writer.line(f"values = run.call({cell.name}, w,")
+            writer.block("\n".join(f"    {param}," for param in params))
+            writer.line(")")
+            writer.line(f"return dict(zip({list(group.outputs)!r}, values))")
+            writer.depth -= len(mine) > 1 and i < len(mine) - 1
+        writer.end()
+    writer.line()
+    writer.line()
+    writer.line("CELLS = {" + ", ".join(f"{g.name!r}: cells_{g.name}" for g in program.groups) + "}")
+
+
+def _argument(port: Any, group: Group) -> str:
+    if port.role == "lane":
+        return f"run.read({port.source!r}, w)"
+    if port.role == "weight":
+        return f"run.weight({group.name + '.' + port.name!r}, w)"
+    if port.role == "stacked":
+        return f"run.invariant({group.name + '.' + port.name!r}, w)"
+    if port.role == "mask":
+        return f"run.mask({tuple(port.source)!r}, w)"
+    return outside(port.source)
+
+
+def level_formula(program: Program) -> str:
+    return "s + l" if program.alpha == 1 else f"{program.alpha} * s + l"
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    return (
+        f"{layers[0]}..{layers[-1]}"
+        if len(layers) == layers[-1] - layers[0] + 1
+        else ", ".join(map(str, layers))
+    )
+
+
+def write_forward(writer: Writer, regions: Regions) -> dict[str, tuple[int, int]]:
+    writer.function(
+        "forward", ["run"], "All levels: segments enter one by one, run through the layers, and leave."
+    )
+    writer.line("S = run.segments")
+    regions.write_setup(writer)
+    phases: dict[str, tuple[int, int]] = {}
+    for name, doc in (
+        ("ramp_up", "ramp-up: one more layer becomes alive with each segment that enters"),
+        ("steady", "steady state: full width"),
+        ("ramp_down", "ramp-down: no segment enters any more, layers finish one by one"),
+    ):
+        first = writer.line(f"for t in run.{name}:  # {doc}")
+        writer.line("    step(run, t)")
+        phases[name] = (first, first + 1)
+    regions.write_outputs(writer)
+    writer.end()
+    writer.function(
+        "step",
+        ["run", "t"],
+        "Level t, with the segment that enters before it and the one that leaves after it.",
+    )
+    writer.line("if (s := run.entering(t)) is not None:")
+    writer.line("    enter(run, s)")
+    writer.line("fill(run, t)")
+    writer.line("level(run, t)")
+    writer.line("if (s := run.leaving(t)) is not None:")
+    writer.line("    leave(run, s)")
+    writer.end()
+    return phases

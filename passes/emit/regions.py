@@ -1,0 +1,285 @@
+"""Init, prologue and epilogue: their functions, and the code that calls them for a segment."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
+from rmtcompile.passes.align import class_name
+from rmtcompile.passes.emit.text import (
+    Named,
+    Writer,
+    literal,
+    outside,
+    plain_name,
+    source_comment,
+    target_name,
+)
+from rmtcompile.passes.partition import EPILOGUE, INIT, PROLOGUE
+from rmtcompile.passes.reroll import ClassRule
+from rmtcompile.program import Affine, Each, LaneEntry, Program, Source
+
+
+class Regions:
+    """Functions for the regions that are not cells, and the code that calls them."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.rolled = program.rolled
+        self.init_nodes = sorted(self._init_reads())
+        self.taps = {(t.value.kind, t.value.layer, t.value.nodes): t for t in program.taps}
+
+    def _sources(self) -> Iterator[Source]:
+        for key, by_class in self.rolled.rules.items():
+            if key[0] == INIT:
+                continue
+            for rule in by_class.values():
+                for live_in in rule.sources:
+                    yield from (s for s in (*live_in.early.values(), live_in.steady) if isinstance(s, Source))
+        for lane in self.program.lanes:
+            for entry in lane.entries:
+                yield from entry.sources
+        yield from (source for source in self.rolled.outputs if isinstance(source, Source))
+
+    def _init_reads(self) -> set[int]:
+        return {source.node for source in self._sources() if source.kind == INIT}
+
+    def tap_name(self, source: Source | Each) -> str:
+        nodes = dict(source.nodes)
+        for (kind, layer, known), tap in self.taps.items():
+            if (kind, layer) == (source.kind, source.layer) and all(
+                dict(known).get(c) == i for c, i in nodes.items()
+            ):
+                return tap.name
+        raise AssertionError(f"no tap for {source}")
+
+    def expression(self, source: Source, segment: str = "s") -> str:
+        """Source of a value, read from the run, for a reader at `segment`."""
+        if source.kind in ("leaf", "input", INIT):
+            return outside(source)
+        where = f"{segment} - {source.segment}" if source.relative and source.segment else segment
+        return f"run.taps[{self.tap_name(source)!r}][{where if source.relative else source.segment}]"
+
+    def _always_made(self, source: Source) -> bool:
+        """Whether every class of the source's region makes the value."""
+        if source.kind in ("leaf", "input", INIT):
+            return True
+        return set(dict(source.nodes)) >= set(self.rolled.rules[(source.kind, source.layer)])
+
+    def functions(self, kind: str) -> list[tuple[int, str, ClassRule]]:
+        classes = self.rolled.classes[(kind, -1)]
+        found = []
+        for number, rule in sorted(self.rolled.rules[(kind, -1)].items()):
+            suffix = "" if number == classes.head else "_" + class_name(number)
+            found.append((number, kind + suffix, rule))
+        return found
+
+    def write_functions(self, writer: Writer) -> None:
+        rule = self.rolled.rules[(INIT, -1)][0]
+        self._function(writer, "init", rule, self.init_nodes, "What is the same for all segments.", 0)
+        for kind, doc in (
+            (PROLOGUE, "What happens to segment s before layer 0."),
+            (EPILOGUE, "What follows the last layer."),
+        ):
+            for number, name, rule in self.functions(kind):
+                self._function(writer, name, rule, [i for i, _ in self.results(kind, number)], doc, number)
+
+    def results(self, kind: str, number: int) -> list[tuple[int, str]]:
+        """(operation index, tap name) of what a region's function returns in one class."""
+        found = []
+        for tap in self.program.taps:
+            index = dict(tap.value.nodes).get(number)
+            if tap.value.kind == kind and index is not None:
+                found.append((index, tap.name))
+        return found
+
+    def _function(
+        self, writer: Writer, name: str, rule: ClassRule, results: list[int], doc: str, number: int
+    ) -> None:
+        body = rule.body
+        params = [f"x{j}" for j in range(len(body.live_ins))]
+        writer.function(name, ["S" if name == "init" else "s, S", *params], doc)
+        names: dict[Any, str] = {node: node.name for node in body.nodes}
+        for j, live_in in enumerate(body.live_ins):
+            names[live_in] = f"x{j}"
+        ints = iter(rule.ints)
+        needed = _needed(body.nodes, results)
+        for node in body.nodes:
+            text = self._operation(node, names, ints, body, rule, number)
+            if node in needed:
+                with_context = node.meta.get("context", ())
+                if with_context:
+                    writer.line(f"with {', '.join(with_context)}:")
+                writer.line("    " * bool(with_context) + f"{node.name} = {text}" + source_comment(node))
+        values = "".join(f"{body.nodes[i].name}, " for i in results).strip()
+        writer.line(f"return ({values})" if values else "return ()")
+        writer.end()
+
+    def _operation(
+        self,
+        node: fx.Node,
+        names: dict[Any, str],
+        ints: Iterator[Affine],
+        body: Any,
+        rule: ClassRule,
+        number: int,
+    ) -> str:
+        def show(value: Any) -> Any:
+            if isinstance(value, fx.Node):
+                return Named(names[value])
+            if isinstance(value, (list, tuple)):
+                if tuple(value) in names and value and all(isinstance(v, fx.Node) for v in value):
+                    return self._each(tuple(value), names, body, rule, number)
+                return type(value)(show(item) for item in value)
+            if isinstance(value, dict):
+                return {k: show(v) for k, v in value.items()}
+            if type(value) is int:
+                return Named(str(next(ints)))
+            return value
+
+        args, kwargs = show(node.args), show(dict(node.kwargs))
+        if node.target is operator.getitem:
+            return f"{literal(args[0], plain_name)}[{literal(args[1], plain_name)}]"
+        parts = [literal(arg, plain_name) for arg in args]
+        parts += [f"{k}={literal(v, plain_name)}" for k, v in kwargs.items()]
+        return f"{target_name(node.target)}({', '.join(parts)})"
+
+    def _each(
+        self, values: tuple[fx.Node, ...], names: dict[Any, str], body: Any, rule: ClassRule, number: int
+    ) -> Named:
+        own = values[-1]
+        if own in names and own in body.nodes:
+            return Named(f"[*{names[values]}, {own.name}]")
+        return Named(names[values])
+
+    def arguments(self, rule: ClassRule) -> list[str]:
+        found = []
+        for live_in, node in zip(rule.sources, rule.body.live_ins, strict=True):
+            if isinstance(live_in.steady, Each):
+                each = live_in.steady
+                own = isinstance(node, tuple) and node[-1] in rule.body.nodes
+                back = max(each.back, 1) if own else each.back
+                last = f"s - {back}" if back else "s"
+                found.append(f"run.taps[{self.tap_name(each)!r}].between({each.first}, {last})")
+                continue
+            assert live_in.steady is not None
+            text = self.expression(live_in.steady)
+            for segment, source in sorted(live_in.early.items(), reverse=True):
+                text = f"{self.expression(source)} if s == {segment} else {text}"
+            found.append(text)
+        return found
+
+    def _call(self, writer: Writer, kind: str) -> None:
+        """Code that calls the region's function for segment s and keeps its results."""
+        classes = self.rolled.classes[(kind, -1)]
+        cases = self.functions(kind)
+        order = [c for c in cases if c[0] < 0] + [c for c in cases if 0 <= c[0] < classes.head]
+        order += [c for c in cases if c[0] >= 0 and c[0] >= classes.head]
+        for i, (number, name, rule) in enumerate(order):
+            test = f"s == S - {-number}" if number < 0 else f"s == {number}"
+            if len(order) > 1:
+                writer.line(("if " if not i else "elif ") + test + ":" if i < len(order) - 1 else "else:")
+                writer.depth += 1
+            results = self.results(kind, number)
+            call = f"{name}(s, S, {', '.join(self.arguments(rule))})"
+            if results:
+                writer.line(f"values = {call}")
+                writer.line(f"run.keep({[tap for _, tap in results]!r}, s, values)")
+            else:
+                writer.line("pass")
+            writer.depth -= len(order) > 1
+
+    def write_enter(self, writer: Writer) -> None:
+        writer.function(
+            "enter", ["run", "s"], "Segment s enters: its prologue."
+        )
+        writer.line("S = run.segments")
+        self._call(writer, PROLOGUE)
+        writer.end()
+        writer.function("fill", ["run", "t"], "What the cells of level t read that no cell has written.")
+        writer.line("S = run.segments")
+        entries: dict[Any, list[tuple[str, LaneEntry]]] = {}
+        for lane in self.program.lanes:
+            for entry in lane.entries:
+                entries.setdefault((lane.classes, entry.key), []).append((lane.name, entry))
+        for (classes, _), found in entries.items():
+            early, steady = found[0][1].early, found[0][1].steady
+            places = [(name, entry.layer) for name, entry in found]
+            by_layers: dict[tuple[int, ...], list[str]] = {}
+            for name in dict.fromkeys(name for name, _ in places):
+                by_layers.setdefault(tuple(layer for n, layer in places if n == name), []).append(name)
+            for layers, names in by_layers.items():
+                self._write_entry(writer, classes, early, steady, layers, names)
+        if not entries:
+            writer.line("pass")
+        writer.end()
+
+    def _write_entry(
+        self,
+        writer: Writer,
+        classes: Any,
+        early: Any,
+        steady: Source | None,
+        layers: tuple[int, ...],
+        names: list[str],
+    ) -> None:
+        only = "" if classes is None else f", classes={classes!r}"
+        only += f", last={max(s for s, _ in early)}" if steady is None else ""
+        writer.line(f"for s, layer in run.alive(t, {list(layers)!r}{only}):")
+        writer.depth += 1
+        cases = [(f"s == {segment}", source) for segment, source in early]
+        if steady is not None:
+            made = self._always_made(steady)
+            where = f"s - {steady.segment}" if steady.relative and steady.segment else "s"
+            cases.append(("" if made else f"{where} in run.taps[{self.tap_name(steady)!r}]", steady))
+        for i, (test, source) in enumerate(cases):
+            body = [f"run.lanes[{name!r}].fill(layer, {self.expression(source)})" for name in names]
+            if test:
+                writer.line(("if " if not i else "elif ") + test + ":")
+            elif i:
+                writer.line("else:")
+            for line in body:
+                writer.line("    " * bool(test or i) + line)
+        writer.depth -= 1
+
+    def write_leave(self, writer: Writer) -> None:
+        writer.function("leave", ["run", "s"], "Segment s leaves the last layer: its epilogue.")
+        writer.line("S = run.segments")
+        self._call(writer, EPILOGUE)
+        writer.end()
+
+    def write_setup(self, writer: Writer) -> None:
+        rule = self.rolled.rules[(INIT, -1)][0]
+        if self.init_nodes:
+            writer.line(f"values = init(S, {', '.join(self.arguments(rule))})")
+            writer.line(f"run.set_init({self.init_nodes!r}, values)")
+        for group in self.program.groups:
+            for port in group.ports:
+                if port.role == "stacked":
+                    parts = ", ".join(outside(source) for source in port.source)
+                    writer.line(f"run.stacked[{group.name + '.' + port.name!r}] = torch.stack([{parts}])")
+
+    def write_outputs(self, writer: Writer) -> None:
+        writer.line("return (")
+        for source in self.rolled.outputs:
+            if isinstance(source, Each):
+                text = f"run.taps[{self.tap_name(source)!r}].between({source.first}, S - 1 - {source.back})"
+                writer.line(f"    {text},")
+            else:
+                writer.line(f"    {self.expression(source, 'S - 1')},")
+        writer.line(")")
+
+
+def _needed(nodes: tuple[fx.Node, ...], results: list[int]) -> set[fx.Node]:
+    inside = set(nodes)
+    pending = [nodes[i] for i in results]
+    needed: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending += [operand for operand in node.all_input_nodes if operand in inside]
+    return needed
