@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
 
 from rmtcompile.passes.align import class_name
+from rmtcompile.passes.emit.bodies import parts_of, write_operations
 from rmtcompile.passes.emit.text import (
-    Named,
     Writer,
-    literal,
     outside,
-    plain_name,
-    source_comment,
-    target_name,
 )
 from rmtcompile.passes.partition import EPILOGUE, INIT, PROLOGUE
 from rmtcompile.passes.reroll import ClassRule
-from rmtcompile.program import Affine, Each, LaneEntry, Program, Source
+from rmtcompile.program import Each, LaneEntry, Program, Source
 
 
 class Regions:
@@ -33,12 +28,17 @@ class Regions:
         self.taps = {(t.value.kind, t.value.layer, t.value.nodes): t for t in program.taps}
 
     def _sources(self) -> Iterator[Source]:
-        for key, by_class in self.rolled.rules.items():
-            if key[0] == INIT:
-                continue
-            for rule in by_class.values():
-                for live_in in rule.sources:
-                    yield from (s for s in (*live_in.early.values(), live_in.steady) if isinstance(s, Source))
+        """What cells, prologues, epilogues and the caller read from outside."""
+        for (kind, _), by_class in self.rolled.rules.items():
+            if kind in (PROLOGUE, EPILOGUE):
+                for rule in by_class.values():
+                    for live_in in rule.sources:
+                        read = (*live_in.early.values(), live_in.steady)
+                        yield from (source for source in read if isinstance(source, Source))
+        for group in self.program.groups:
+            for port in group.ports:
+                if port.role in ("shared", "stacked"):
+                    yield from port.source if port.role == "stacked" else (port.source,)
         for lane in self.program.lanes:
             for entry in lane.entries:
                 yield from entry.sources
@@ -79,13 +79,15 @@ class Regions:
 
     def write_functions(self, writer: Writer) -> None:
         rule = self.rolled.rules[(INIT, -1)][0]
-        self._function(writer, "init", rule, self.init_nodes, "What is the same for all segments.", 0)
+        nodes = [rule.body.nodes[i] for i in self.init_nodes]
+        self._function(writer, "init", rule, nodes, "What is the same for all segments.", whole=True)
         for kind, doc in (
-            (PROLOGUE, "What happens to segment s before layer 0."),
+            (PROLOGUE, "What happens to a segment before layer 0."),
             (EPILOGUE, "What follows the last layer."),
         ):
             for number, name, rule in self.functions(kind):
-                self._function(writer, name, rule, [i for i, _ in self.results(kind, number)], doc, number)
+                nodes = [rule.body.nodes[i] for i, _ in self.results(kind, number)]
+                self._function(writer, name, rule, nodes, doc)
 
     def results(self, kind: str, number: int) -> list[tuple[int, str]]:
         """(operation index, tap name) of what a region's function returns in one class."""
@@ -97,63 +99,28 @@ class Regions:
         return found
 
     def _function(
-        self, writer: Writer, name: str, rule: ClassRule, results: list[int], doc: str, number: int
+        self,
+        writer: Writer,
+        name: str,
+        rule: ClassRule,
+        results: list[fx.Node],
+        doc: str,
+        whole: bool = False,
     ) -> None:
-        body = rule.body
-        params = [f"x{j}" for j in range(len(body.live_ins))]
-        writer.function(name, ["S" if name == "init" else "s, S", *params], doc)
-        names: dict[Any, str] = {node: node.name for node in body.nodes}
-        for j, live_in in enumerate(body.live_ins):
-            names[live_in] = f"x{j}"
-        ints = iter(rule.ints)
-        needed = _needed(body.nodes, results)
-        for node in body.nodes:
-            text = self._operation(node, names, ints, body, rule, number)
-            if node in needed:
-                with_context = node.meta.get("context", ())
-                if with_context:
-                    writer.line(f"with {', '.join(with_context)}:")
-                writer.line("    " * bool(with_context) + f"{node.name} = {text}" + source_comment(node))
-        values = "".join(f"{body.nodes[i].name}, " for i in results).strip()
+        parts = parts_of(rule, results, whole)
+        names: dict[Any, str] = {}
+        if parts.compiled:
+            params = [node.name for node in parts.inputs]
+            returned = parts.outputs(results)
+        else:
+            names = {live_in: f"x{j}" for j, live_in in enumerate(rule.body.live_ins)}
+            params = ["S" if whole else "s, S", *names.values()]
+            returned = tuple(results)
+        writer.function(name, params, doc)
+        write_operations(writer, parts.body, rule, names)
+        values = "".join(f"{node.name}, " for node in returned).strip()
         writer.line(f"return ({values})" if values else "return ()")
         writer.end()
-
-    def _operation(
-        self,
-        node: fx.Node,
-        names: dict[Any, str],
-        ints: Iterator[Affine],
-        body: Any,
-        rule: ClassRule,
-        number: int,
-    ) -> str:
-        def show(value: Any) -> Any:
-            if isinstance(value, fx.Node):
-                return Named(names[value])
-            if isinstance(value, (list, tuple)):
-                if tuple(value) in names and value and all(isinstance(v, fx.Node) for v in value):
-                    return self._each(tuple(value), names, body, rule, number)
-                return type(value)(show(item) for item in value)
-            if isinstance(value, dict):
-                return {k: show(v) for k, v in value.items()}
-            if type(value) is int:
-                return Named(str(next(ints)))
-            return value
-
-        args, kwargs = show(node.args), show(dict(node.kwargs))
-        if node.target is operator.getitem:
-            return f"{literal(args[0], plain_name)}[{literal(args[1], plain_name)}]"
-        parts = [literal(arg, plain_name) for arg in args]
-        parts += [f"{k}={literal(v, plain_name)}" for k, v in kwargs.items()]
-        return f"{target_name(node.target)}({', '.join(parts)})"
-
-    def _each(
-        self, values: tuple[fx.Node, ...], names: dict[Any, str], body: Any, rule: ClassRule, number: int
-    ) -> Named:
-        own = values[-1]
-        if own in names and own in body.nodes:
-            return Named(f"[*{names[values]}, {own.name}]")
-        return Named(names[values])
 
     def arguments(self, rule: ClassRule) -> list[str]:
         found = []
@@ -183,14 +150,29 @@ class Regions:
             if len(order) > 1:
                 writer.line(("if " if not i else "elif ") + test + ":" if i < len(order) - 1 else "else:")
                 writer.depth += 1
-            results = self.results(kind, number)
-            call = f"{name}(s, S, {', '.join(self.arguments(rule))})"
-            if results:
-                writer.line(f"values = {call}")
-                writer.line(f"run.keep({[tap for _, tap in results]!r}, s, values)")
-            else:
-                writer.line("pass")
+            self._call_one(writer, kind, number, name, rule)
             writer.depth -= len(order) > 1
+
+    def _call_one(self, writer: Writer, kind: str, number: int, name: str, rule: ClassRule) -> None:
+        results = self.results(kind, number)
+        if not results:
+            writer.line("pass")
+            return
+        nodes = [rule.body.nodes[i] for i, _ in results]
+        arguments = self.arguments(rule)
+        parts = parts_of(rule, nodes)
+        if not parts.compiled:
+            writer.line(f"values = {name}(s, S, {', '.join(arguments)})")
+            writer.line(f"run.keep({[tap for _, tap in results]!r}, s, values)")
+            return
+        names = dict(zip(rule.body.live_ins, arguments, strict=True))
+        write_operations(writer, parts.before, rule, names)
+        given = ", ".join(names.get(node, node.name) for node in parts.inputs)
+        made = "".join(f"{node.name}, " for node in parts.outputs(nodes)).strip()
+        writer.line(f"{made} = run.region({name}, {given})")
+        write_operations(writer, parts.after, rule, names)
+        values = "".join(f"{node.name}, " for node in nodes).strip()
+        writer.line(f"run.keep({[tap for _, tap in results]!r}, s, ({values}))")
 
     def write_enter(self, writer: Writer) -> None:
         writer.function(
@@ -271,15 +253,3 @@ class Regions:
             else:
                 writer.line(f"    {self.expression(source, 'S - 1')},")
         writer.line(")")
-
-
-def _needed(nodes: tuple[fx.Node, ...], results: list[int]) -> set[fx.Node]:
-    inside = set(nodes)
-    pending = [nodes[i] for i in results]
-    needed: set[fx.Node] = set()
-    while pending:
-        node = pending.pop()
-        if node not in needed:
-            needed.add(node)
-            pending += [operand for operand in node.all_input_nodes if operand in inside]
-    return needed

@@ -62,6 +62,14 @@ class DirectEngine:
             self._compiled[key] = self._compile(function, form)
         return self._compiled[key]
 
+    def region(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if not self.is_compiled:
+            return function
+        key = (function.__name__, 0)
+        if key not in self._compiled:
+            self._compiled[key] = torch.compile(function, backend=self.backend, dynamic=False, fullgraph=True)
+        return self._compiled[key]
+
     def _compile(self, function: Callable[..., Any], form: int) -> Callable[..., Any]:
         name = f"{function.__name__}_{form or 'n'}"  # one cache of compiled forms each
         code = function.__code__.replace(co_name=name)

@@ -19,6 +19,7 @@ class Engine(Protocol):
     """How the cells of a run are executed: which functions, which storage, launched how."""
 
     def cell(self, function: Callable[..., Any], width: int) -> Callable[..., Any]: ...
+    def region(self, function: Callable[..., Any]) -> Callable[..., Any]: ...
     def prefers_mixed(self, width: int) -> bool: ...
     def launch(self, run: Run, wave: Callable[..., Any], windows: list[Window]) -> list[Outputs] | None: ...
     def place_init(self, values: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]: ...
@@ -172,6 +173,12 @@ class Run:
     ) -> tuple[torch.Tensor, ...]:
         """Run a cell function for a window, in the form that the engine has compiled for its width."""
         return self.engine.cell(function, len(window.layers))(*args)
+
+    def region(
+        self, function: Callable[..., tuple[torch.Tensor, ...]], *args: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Run the body of a prologue or an epilogue, in the form that the engine has compiled."""
+        return self.engine.region(function)(*args)
 
     def is_only(self, window: Window, classes: set[int]) -> bool:
         """Whether to run the window by the function for these classes alone."""

@@ -1,0 +1,173 @@
+"""Bodies of regions: what is computed in a function of its own, and what the caller does around it.
+
+    prologue(s):  x = embeds[:, 8 * s : 8 * s + 8]     before   views taken by sizes; no work for the device
+                  h = cat([x, memory])                 body     no integer of it depends on s or S
+                  all = cat([*each segment's h, h])    after    reads a list over segments
+
+The body is one function for all segments and lengths, so it can be compiled once and recorded into graphs. A
+region with next to nothing in its body stays one function of s and S.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from rmtcompile.passes.emit.text import Named, Writer, literal, plain_name, source_comment, target_name
+from rmtcompile.passes.reroll import ClassRule
+from rmtcompile.program import Affine
+
+_WORTH = 2
+"""Operations that compute something, from which on a body is compiled."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The operations of a region that are needed, in order.
+
+    Attributes:
+        before: views of live-ins whose place depends on s or S, taken by the caller.
+        body: what the region's function does.
+        after: what reads sizes or lists over segments and is no view of a live-in.
+        compiled: whether the body is a function without sizes, to be run by `run.region`.
+    """
+
+    before: tuple[fx.Node, ...]
+    body: tuple[fx.Node, ...]
+    after: tuple[fx.Node, ...]
+    compiled: bool
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What the body reads from outside: live-ins (nodes, lists of nodes) and views taken before."""
+        made = set(self.body)
+        read = (x for node in self.body for x in node.all_input_nodes if x not in made)
+        return tuple(dict.fromkeys(read))
+
+    def outputs(self, results: list[fx.Node]) -> tuple[fx.Node, ...]:
+        """Values of the body that are read behind it: by the caller's operations, or as results."""
+        read = {x for node in self.after for x in node.all_input_nodes} | set(results)
+        return tuple(node for node in self.body if node in read)
+
+
+def parts_of(rule: ClassRule, results: list[fx.Node], whole: bool = False) -> Parts:
+    """Divide what `results` need.
+
+    Args:
+        rule: the region's body and rules, of one class.
+        results: values that are read outside.
+        whole: leave everything in one function.
+    """
+    needed = _needed(rule.body.nodes, results)
+    nodes = tuple(node for node in rule.body.nodes if node in needed)
+    undivided = Parts((), nodes, (), False)
+    if whole:
+        return undivided
+    sized = {node for node in nodes if not all(a.is_constant for a in integers(rule)[node])}
+    lists = [set(live_in) for live_in in rule.body.live_ins if isinstance(live_in, tuple)]
+    views = _views_of_live_ins(nodes, rule)
+    before = {node for node in views if node in sized}
+    for node in reversed(nodes):  # what those views are taken of
+        if node in views and any(user in before for user in node.users):
+            before.add(node)
+    after: set[fx.Node] = set()
+    for node in nodes:
+        reads_list = any(set(node.all_input_nodes) & values for values in lists)
+        follows = any(operand in after for operand in node.all_input_nodes)
+        if node not in before and (node in sized or reads_list or follows):
+            after.add(node)
+    body = tuple(node for node in nodes if node not in before and node not in after)
+    if sum(not _is_view(node) for node in body) < _WORTH:
+        return undivided
+    in_order = lambda chosen: tuple(node for node in nodes if node in chosen)  # noqa: E731
+    return Parts(in_order(before), body, in_order(after), True)
+
+
+def integers(rule: ClassRule) -> dict[fx.Node, tuple[Affine, ...]]:
+    """The integers of each operation, in the order of its arguments."""
+    remaining = iter(rule.ints)
+
+    def taken(value: Any) -> list[Affine]:
+        if isinstance(value, (list, tuple)):
+            return [a for item in value for a in taken(item)]
+        if isinstance(value, dict):
+            return [a for item in value.values() for a in taken(item)]
+        return [next(remaining)] if type(value) is int else []
+
+    return {node: (*taken(node.args), *taken(dict(node.kwargs))) for node in rule.body.nodes}
+
+
+def write_operations(
+    writer: Writer, nodes: tuple[fx.Node, ...], rule: ClassRule, names: Mapping[Any, str]
+) -> None:
+    """One line an operation; `names` gives the source of what they read."""
+    ints = integers(rule)
+    for node in nodes:
+        context = node.meta.get("context", ())
+        if context:
+            writer.line(f"with {', '.join(context)}:")
+        text = _operation(node, ints[node], names, rule)
+        writer.line("    " * bool(context) + f"{node.name} = {text}" + source_comment(node))
+
+
+def _operation(
+    node: fx.Node, ints: tuple[Affine, ...], names: Mapping[Any, str], rule: ClassRule
+) -> str:
+    remaining = iter(ints)
+
+    def show(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return Named(names.get(value, value.name))
+        if isinstance(value, (list, tuple)):
+            if value and all(isinstance(v, fx.Node) for v in value) and tuple(value) in names:
+                return _each(tuple(value), names, rule)
+            return type(value)(show(item) for item in value)
+        if isinstance(value, dict):
+            return {k: show(v) for k, v in value.items()}
+        return Named(str(next(remaining))) if type(value) is int else value
+
+    args, kwargs = show(node.args), show(dict(node.kwargs))
+    if node.target is operator.getitem:
+        return f"{literal(args[0], plain_name)}[{literal(args[1], plain_name)}]"
+    parts = [literal(arg, plain_name) for arg in args]
+    parts += [f"{k}={literal(v, plain_name)}" for k, v in kwargs.items()]
+    return f"{target_name(node.target)}({', '.join(parts)})"
+
+
+def _each(values: tuple[fx.Node, ...], names: Mapping[Any, str], rule: ClassRule) -> Named:
+    """A list over segments; the last one may be made by this region itself."""
+    own = values[-1]
+    return Named(f"[*{names[values]}, {own.name}]" if own in rule.body.nodes else names[values])
+
+
+def _needed(nodes: tuple[fx.Node, ...], results: list[fx.Node]) -> set[fx.Node]:
+    inside = set(nodes)
+    pending = list(results)
+    needed: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending += [operand for operand in node.all_input_nodes if operand in inside]
+    return needed
+
+
+def _views_of_live_ins(nodes: tuple[fx.Node, ...], rule: ClassRule) -> set[fx.Node]:
+    """Views of single live-ins, and views of those."""
+    found = {live_in for live_in in rule.body.live_ins if isinstance(live_in, fx.Node)}
+    for node in nodes:
+        if _is_view(node) and all(operand in found for operand in node.all_input_nodes):
+            found.add(node)
+    return found & set(nodes)
+
+
+def _is_view(node: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        return _is_view(node.all_input_nodes[0])
+    schema = getattr(node.target, "_schema", None)
+    returns = schema.returns if schema is not None else ()
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
