@@ -1,7 +1,7 @@
-"""Optimise: the passes that pay on one cell's graph, applied to every group of a program.
+"""Optimise: the passes that pay, on the graphs of the cells and on where their results are stored.
 
-Exact: none drops or reorders a value; `causal`, `grouped_query` and `fuse_linears` may pick kernels that
-round differently.
+None drops or reorders a value; `in_place` is exact, `causal`, `grouped_query` and `fuse_linears` may pick
+kernels that round differently.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from dataclasses import replace
 from rmtcompile.passes.causal import causal
 from rmtcompile.passes.fuse_linears import fuse_linears
 from rmtcompile.passes.grouped_query import grouped_query
+from rmtcompile.passes.in_place import in_place
 from rmtcompile.program import Group, Port, Program
 
-PASSES = ("causal", "grouped_query", "fuse_linears")
+PASSES = ("causal", "grouped_query", "fuse_linears", "in_place")
 
 
 def optimise(program: Program, switched_off: frozenset[str] = frozenset()) -> Program:
@@ -21,9 +22,9 @@ def optimise(program: Program, switched_off: frozenset[str] = frozenset()) -> Pr
     if "causal" not in switched_off:
         program = causal(program)
     groups = tuple(_optimised(group, switched_off) for group in program.groups)
-    if all(new is old for new, old in zip(groups, program.groups, strict=True)):
-        return program
-    return replace(program, groups=groups)
+    if not all(new is old for new, old in zip(groups, program.groups, strict=True)):
+        program = replace(program, groups=groups)
+    return program if "in_place" in switched_off else in_place(program)
 
 
 def _optimised(group: Group, switched_off: frozenset[str]) -> Group:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from rmtcompile.pipeline import Compiled, Options, Progress, compile_forward
 from rmtcompile.probe import Segmentation, probe
 from rmtcompile.results import value_of
 from rmtcompile.runtime.execute import Executor
+from rmtcompile.runtime.graphs import Recording
 from rmtcompile.schedule import Carry, Schedule
 from rmtcompile.state import DELETED, Snapshot, roots_of
 
@@ -109,6 +111,15 @@ class _Entry:
         self.only: dict[int, _Entry] = {}  # programs for single lengths that the rules do not give
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One call's segmentation, number of segments, and the key of the programs that may run it."""
+
+    segmentation: Segmentation
+    count: int
+    key: Any
+
+
 class Optimized:
     """A model that runs on wavefronts; made by `optimize`.
 
@@ -135,6 +146,7 @@ class Optimized:
         self._lock = threading.RLock()
         self._segmentations: dict[Any, Segmentation] = {}
         self._entries: dict[Any, list[_Entry]] = {}
+        self._ready: dict[tuple[Any, int], _Entry] = {}  # what ran the last call of a key and length
         self._last: tuple[_Entry, int] | None = None
         self.last_profile: Profile | None = None
         self.captures = 0
@@ -145,40 +157,57 @@ class Optimized:
         """Run the model; same arguments, result and effects as `model(*args, **kwargs)`."""
         with self._lock:
             try:
-                entry, count = self._prepare(args, kwargs)
+                call = self._located(args, kwargs)
+                started = self._start(call, args, kwargs)
+                entry = self._entry(call, args, kwargs)  # the device is at work meanwhile
             except UnsupportedError as error:
                 if self._fallback != "sequential":
                     raise
                 warnings.warn(f"running the model as it is: {error}", FallbackWarning, stacklevel=2)
                 return self.model(*args, **kwargs)
-            return self._run(entry, count, args, kwargs)
+            recording = started[1] if started is not None and started[0] is entry else None
+            result = self._run(entry, call.count, args, kwargs, recording)
+            self._ready[call.key, call.count] = entry
+            return result
 
     def prepare(self, *args: Any, **kwargs: Any) -> Optimized:
         """Compile for these arguments without running the program; returns self."""
         with self._lock:
-            self._last = self._prepare(args, kwargs)
+            call = self._located(args, kwargs)
+            self._last = self._entry(call, args, kwargs), call.count
         return self
 
-    def _prepare(self, args: Any, kwargs: Any) -> tuple[_Entry, int]:
-        """The program for this call, compiled now if there is none, and the number of segments."""
+    def _located(self, args: Any, kwargs: Any) -> _Call:
+        """How this call is cut into segments, and the key of the programs that may run it."""
         key = call_key(args, kwargs)
         segmentation = self._segmentations.get(key)
         if segmentation is None:
             segmentation = probe(self.model, args, kwargs, self._options.segment_size)
             self._segmentations[key] = segmentation
-        flat = pytree.tree_leaves((args, kwargs))
-        count, _ = segmentation.count([value.shape for value in flat if isinstance(value, torch.Tensor)])
+        count, _ = segmentation.count([tensor.shape for tensor in _tensors(args, kwargs)])
         if count == 0:
             raise UnsupportedError("the input is empty", remedy="pass at least one token")
-        entries = self._entries.setdefault(program_key(args, kwargs, segmentation), [])
+        return _Call(segmentation, count, program_key(args, kwargs, segmentation))
+
+    def _start(self, call: _Call, args: Any, kwargs: Any) -> tuple[_Entry, Recording] | None:
+        """Start what ran the last such call, if it is recorded; whether it still holds is seen afterwards."""
+        entry = self._ready.get((call.key, call.count))
+        recording = entry.executor.start(call.count, _tensors(args, kwargs)) if entry is not None else None
+        return (entry, recording) if entry is not None and recording is not None else None
+
+    def _entry(self, call: _Call, args: Any, kwargs: Any) -> _Entry:
+        """The program for this call, compiled now if there is none."""
+        entries = self._entries.setdefault(call.key, [])
         entry = next(
             (e for e in entries if e.compiled.captures[0].guard.broken() is None and e.executor.fits()), None
         )
         if entry is None:
-            entry = self._compile(args, kwargs, segmentation)
+            entry = self._compile(args, kwargs, call.segmentation)
             entries.append(entry)
+            for dropped in entries[:-8]:
+                self._ready = {k: e for k, e in self._ready.items() if e is not dropped}
             del entries[:-8]
-        return self._for_length(entry, count, args, kwargs), count
+        return self._for_length(entry, call.count, args, kwargs)
 
     def _compile(self, args: Any, kwargs: Any, segmentation: Segmentation, only: int | None = None) -> _Entry:
         compiled = compile_forward(
@@ -225,9 +254,13 @@ class Optimized:
             entry.checked.add(count)
         return entry
 
-    def _run(self, entry: _Entry, count: int, args: Any, kwargs: Any) -> Any:
+    def _run(
+        self, entry: _Entry, count: int, args: Any, kwargs: Any, recording: Recording | None = None
+    ) -> Any:
         self._last = (entry, count)
-        outputs = entry.executor.run(count, _tensors(args, kwargs))
+        outputs = entry.executor.finish(recording) if recording is not None else None
+        if outputs is None:
+            outputs = entry.executor.run(count, _tensors(args, kwargs))
         _leave_effects(entry.compiled, count, outputs)
         if not entry.settled:
             entry.settled = True

@@ -194,6 +194,9 @@ class Lane:
         classes: classes of the cells that read it; None where every class does.
         entries: what is put in a layer's place before its cell reads it.
         feeds: writes by cells.
+        placement: how cells' results get here: "copy" after all cells of a level have run, "in_place" over
+            what the cell has read, or "double", into a second buffer that the next level reads.
+        spare: further places, where cells store what nobody reads, so that a window's results are one slice.
     """
 
     name: str
@@ -204,6 +207,13 @@ class Lane:
     device: Any
     entries: tuple[LaneEntry, ...]
     feeds: tuple[Feed, ...]
+    placement: str = "copy"
+    spare: tuple[int, ...] = ()
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Layers with a place: the consumers' and the spare ones, ascending."""
+        return tuple(sorted({*self.layers, *self.spare}))
 
     @property
     def carries(self) -> bool:

@@ -96,30 +96,30 @@ def test_parameters_become_views() -> None:
     before = {name: p.clone() for name, p in model.named_parameters()}
     objects = dict(model.named_parameters())
     stacks = Stacks(WEIGHTS, leaves(model))
-    stack = stacks.current()["w"]
+    stack = stacks.current({})["w"]
     assert stack.shape == (3, 3, 2)
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) and objects[name] is p
     model[1].weight.fill_(7.0)
     assert torch.equal(stack[1], model[1].weight)
-    assert stacks.current()["w"] is stack
+    assert stacks.current({})["w"] is stack
 
 
 @torch.no_grad()
 def test_swapped_parameters_are_stacked_again() -> None:
     model: Any = three()
     stacks = Stacks(WEIGHTS, leaves(model))
-    stacks.current()
+    stacks.current({})
     model[2].weight = nn.Parameter(torch.ones(3, 2, dtype=torch.float64))
-    assert torch.equal(stacks.current()["w"][2], torch.ones(3, 2, dtype=torch.float64))
+    assert torch.equal(stacks.current({})["w"][2], torch.ones(3, 2, dtype=torch.float64))
     model.float()
-    assert stacks.current()["w"].dtype == torch.float32
+    assert stacks.current({})["w"].dtype == torch.float32
 
 
 def test_gradients_flow_through_a_stack() -> None:
     model: Any = three()
     stacks = Stacks(WEIGHTS, leaves(model))
-    stacks.current()["w"].sum().backward()
+    stacks.current({})["w"].sum().backward()
     assert all(torch.equal(layer.weight.grad, torch.ones(3, 2).double()) for layer in model)
 
 
@@ -127,7 +127,7 @@ def test_gradients_flow_through_a_stack() -> None:
 def test_parts_are_concatenated() -> None:
     model: Any = three()
     weight = Weight((("0.weight", "1.weight"),))
-    stack = Stacks({"w": weight}, leaves(model)).current()["w"]
+    stack = Stacks({"w": weight}, leaves(model)).current({})["w"]
     assert torch.equal(stack[0], torch.cat([model[0].weight, model[1].weight]))
     model[1].weight.zero_()
     assert not stack[0, 3:].any()
@@ -138,7 +138,7 @@ def test_parameters_that_differ_are_refused() -> None:
     model: Any = three()
     model[1] = nn.Linear(2, 4).double()
     with pytest.raises(UnsupportedError) as caught:
-        Stacks({"w": WEIGHTS["w"]}, leaves(model)).current()
+        Stacks({"w": WEIGHTS["w"]}, leaves(model)).current({})
     lines = str(caught.value).splitlines()
     assert lines[0] == "parameters of one kind of layer differ in shape, dtype or device"
     assert "0.weight: (3, 2)" in lines[1] and "1.weight: (4, 2)" in lines[2]

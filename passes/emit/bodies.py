@@ -1,6 +1,6 @@
 """Bodies of regions: what is computed in a function of its own, and what the caller does around it.
 
-    prologue(s):  x = embeds[:, 8 * s : 8 * s + 8]     before   views taken by sizes; no work for the device
+    prologue(s):  x = embeds[:, 8 * s : 8 * s + 8]     before   views taken by sizes: no work for the device
                   h = cat([x, memory])                 body     no integer of it depends on s or S
                   all = cat([*each segment's h, h])    after    reads a list over segments
 
@@ -67,7 +67,9 @@ def parts_of(rule: ClassRule, results: list[fx.Node], whole: bool = False) -> Pa
     undivided = Parts((), nodes, (), False)
     if whole:
         return undivided
-    sized = {node for node in nodes if not all(a.is_constant for a in integers(rule)[node])}
+    ints, inside = integers(rule), set(rule.body.nodes)
+    sized = {node for node in nodes if not all(a.is_constant for a in ints[node])}
+    sized |= {node for node in nodes if any(_is_list(x) for x in node.all_input_nodes if x not in inside)}
     lists = [set(live_in) for live_in in rule.body.live_ins if isinstance(live_in, tuple)]
     views = _views_of_live_ins(nodes, rule)
     before = {node for node in views if node in sized}
@@ -171,3 +173,8 @@ def _is_view(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     returns = schema.returns if schema is not None else ()
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _is_list(node: fx.Node) -> bool:
+    """Whether a value is a list of tensors, which may be as long as there are segments."""
+    return isinstance(node.meta.get("val"), (list, tuple))

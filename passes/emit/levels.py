@@ -15,17 +15,10 @@ def write_level(writer: Writer, program: Program, cells: list[CellFunction]) -> 
         "level", ["run", "t"], f"One wavefront: every cell (s, l) with {level_formula(program)} = t."
     )
     writer.line("windows = run.windows(t)")
-    writer.line("results = run.launch(wave, windows)")
-    writer.line("run.tap(windows, results)")
-    writer.end()
-    writer.function(
-        "wave", ["run", "windows"], "The grouped calls of a level; all is read before anything is written."
-    )
     writer.line("moved = run.moves(windows)")
     writer.line("results = [CELLS[w.group](run, w) for w in windows]")
     writer.line("move(moved)")
     writer.line("run.write(windows, results)")
-    writer.line("return results")
     writer.end()
     for group in program.groups:
         mine = [cell for cell in cells if cell.group == group.name]

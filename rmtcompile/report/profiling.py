@@ -139,10 +139,13 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
     entry, count = fast._last
     tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
     executor, namespace = entry.executor, entry.compiled.namespace
-    device = executor.direct.device
+    device = executor.device
 
     def program() -> None:
         executor.run(count, tensors)
+
+    def level_by_level() -> None:
+        executor.run(count, tensors, graphs=False)
 
     def model() -> None:
         snapshot = Snapshot(roots_of(fast.model))
@@ -152,11 +155,12 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
             snapshot.restore()
 
     program()
+    program()  # the second run of a length records it
     model()
     whole, sequential = _in_turn(program, model, device, repeats)
-    levels = [_levels(program, namespace, device) for _ in range(repeats)]
+    levels = [_levels(level_by_level, namespace, device) for _ in range(repeats)]
     kinds = _kinds(program, device)
-    flops = _flops(program, executor, namespace)
+    flops = _flops(level_by_level, executor, namespace)
     peak = _peak(device, next((t.dtype for t in fast_parameters(fast)), torch.float32))
     schedule = fast.schedule
     fits = all(len(times) == schedule.n_levels for times in levels)
@@ -227,7 +231,7 @@ def _flops(program: Callable[[], None], executor: Any, namespace: dict[str, Any]
     """Counted once on the uncompiled cell functions."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from rmtcompile.runtime.engine import DirectEngine
+    from rmtcompile.runtime.engine import Engine
 
     counts: list[int] = []
 
@@ -239,13 +243,12 @@ def _flops(program: Callable[[], None], executor: Any, namespace: dict[str, Any]
 
         return counted
 
-    kept = executor.direct, executor.use_graphs
-    executor.direct, executor.use_graphs = DirectEngine(executor.program, "eager"), False
+    kept, executor._engine = executor._engine, Engine(executor.program, "eager", keeps_buffers=False)
     try:
         with _around_levels(namespace, wrap):
             program()
     finally:
-        executor.direct, executor.use_graphs = kept
+        executor._engine = kept
     return counts
 
 

@@ -1,43 +1,46 @@
-"""Engines: how the cells of a level are executed, directly or as replayed CUDA graphs."""
+"""The engine: how cell functions and bodies of regions are executed, and the storage that outlives a run."""
 
 from __future__ import annotations
 
 import types
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rmtcompile.program import Lane, Program
-from rmtcompile.runtime.run import Outputs, Run, Window
+from rmtcompile.runtime.run import Target
+from rmtcompile.runtime.storage import lane_buffers
 
-_ATTENTION = [
-    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-]  # fmt: skip
+_PLACE = -1  # an output that goes to a tensor of its own
 
 
-class DirectEngine:
-    """Runs cell functions one after the other, compiled or not; storage is made anew for each run.
+class Engine:
+    """Runs functions as they are, or in compiled forms.
 
-    A function is compiled with all sizes fixed for the full width, and with the number of cells left open for
-    every other one; the widths of the first short inputs that are seen (`fix_width`) get a form of their own
-    too, since fixed sizes make faster kernels. One cell alone runs as it is: both ends of a run are one cell
-    wide, and a compiled form for that would cost more than it saves.
+    A cell function is compiled with all sizes fixed for one cell and for the full width, and with the number
+    of cells left open for every other one; the widths of the first short inputs that are seen (`fix_width`)
+    get a form of their own too, since fixed sizes make faster kernels.
+
+    Args:
+        program: whose cells are run.
+        backend: "eager", or a `torch.compile` backend.
+        keeps_buffers: whether all runs use one set of lane buffers, whose addresses stay.
     """
 
     MAX_FIXED_WIDTHS = 2
 
-    def __init__(self, program: Program, backend: str | Callable[..., Any]) -> None:
+    def __init__(self, program: Program, backend: str | Callable[..., Any], keeps_buffers: bool) -> None:
         self.program = program
         self.backend = backend
         self.device = next((lane.device for lane in program.lanes), torch.device("cpu"))
         self.is_sequential = program.alpha >= program.n_layers
         self.full = 1 if self.is_sequential else min(len(group.layers) for group in program.groups)
-        self.fixed_widths: set[int] = set()
-        self._compiled: dict[tuple[str, int], Callable[..., Any]] = {}
+        self.fixed_widths: set[int] = {1, self.full}
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._regions: dict[str, tuple[Any, Callable[..., Any]]] = {}
         self._masks: dict[tuple[bool, ...], torch.Tensor] = {}
+        self._kept = {lane.name: lane_buffers(lane) for lane in program.lanes} if keeps_buffers else {}
 
     @property
     def is_compiled(self) -> bool:
@@ -45,189 +48,133 @@ class DirectEngine:
 
     def fix_width(self, width: int) -> None:
         """Give this width a compiled form of its own, if there is room for one more."""
-        if 1 < width < self.full and len(self.fixed_widths) < self.MAX_FIXED_WIDTHS:
+        if 1 < width < self.full and len(self.fixed_widths - {1, self.full}) < self.MAX_FIXED_WIDTHS:
             self.fixed_widths.add(width)
 
     def prefers_mixed(self, width: int) -> bool:
-        """With compilation, windows that are neither full nor one cell wide share the function for mixed
-        classes."""
-        return self.is_compiled and width not in (1, self.full)
+        """With compilation, windows that are not as wide as most share the function for mixed classes."""
+        return self.is_compiled and width != self.full
 
-    def cell(self, function: Callable[..., Any], width: int) -> Callable[..., Any]:
-        if not self.is_compiled or (width == 1 and not self.is_sequential):
-            return function
-        form = width if width == self.full or width in self.fixed_widths else 0
-        key = (function.__name__, form)
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(function, form)
-        return self._compiled[key]
+    def buffers(self, lane: Lane) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Storage for a lane that is kept from run to run; None where each run makes its own."""
+        return self._kept.get(lane.name)
 
-    def region(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def mask(self, bits: tuple[bool, ...]) -> torch.Tensor:
+        """A bool tensor of these values."""
+        if bits not in self._masks:
+            self._masks[bits] = torch.tensor(bits, device=self.device)
+        return self._masks[bits]
+
+    def region(
+        self, function: Callable[..., Any], args: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        """Run the body of a prologue or an epilogue, compiled for the shapes that it is called with first.
+
+        With other shapes, which come from values that grow with the number of segments, it runs as it is.
+        """
         if not self.is_compiled:
-            return function
-        key = (function.__name__, 0)
+            return function(*args)
+        shapes = tuple(arg.shape for arg in args)
+        if function.__name__ not in self._regions:
+            form = torch.compile(function, backend=self.backend, dynamic=False, fullgraph=True)
+            self._regions[function.__name__] = (shapes, form)
+        first, form = self._regions[function.__name__]
+        return form(*args) if shapes == first else function(*args)
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        width: int,
+        args: tuple[torch.Tensor, ...],
+        targets: Sequence[Target | None],
+    ) -> tuple[torch.Tensor, ...]:
+        """Run a cell function for `width` cells.
+
+        Args:
+            function: an emitted one.
+            args: its arguments.
+            targets: where each of its results is stored, or None where it is returned.
+
+        Returns:
+            The results, in order; those that are stored as views of their place.
+        """
+        modes = tuple(self._mode(function, target) for target in targets)
+        places = [t.place for t, mode in zip(targets, modes, strict=True) if t and mode == _PLACE]
+        made = iter(self._form(function, width, modes)(*args, *places))
+        return tuple(next(made) if target is None else target.place for target in targets)
+
+    def _mode(self, function: Callable[..., Any], target: Target | None) -> int | None:
+        """None: returned; the position of the argument that is overwritten; or `_PLACE`."""
+        if target is None:
+            return None
+        names = _parameters(function)
+        return names.index(target.port) if target.port in names else _PLACE
+
+    def _form(
+        self, function: Callable[..., Any], width: int, modes: tuple[int | None, ...]
+    ) -> Callable[..., Any]:
+        size = width if self.is_compiled and width in self.fixed_widths else 0
+        key = (function.__name__, size, modes)
         if key not in self._compiled:
-            self._compiled[key] = torch.compile(function, backend=self.backend, dynamic=False, fullgraph=True)
+            stored = storing(function, modes)
+            self._compiled[key] = self._compile(function, stored, size) if self.is_compiled else stored
         return self._compiled[key]
 
-    def _compile(self, function: Callable[..., Any], form: int) -> Callable[..., Any]:
-        name = f"{function.__name__}_{form or 'n'}"  # one cache of compiled forms each
-        code = function.__code__.replace(co_name=name)
-        own = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__)
-        compiled = torch.compile(own, backend=self.backend, dynamic=False if form else None, fullgraph=True)
-        if form:
+    def _compile(
+        self, function: Callable[..., Any], stored: Callable[..., Any], size: int
+    ) -> Callable[..., Any]:
+        own = _renamed(stored, f"{function.__name__}_{size or 'n'}")  # a cache of compiled forms for itself
+        compiled = torch.compile(own, backend=self.backend, dynamic=False if size else None, fullgraph=True)
+        if size:
             return compiled
-        batched = self._batched(function)
+        has_axis = self._has_axis(function)
 
         def call(*args: torch.Tensor) -> Any:
-            views = [arg[:] if has_axis else arg for arg, has_axis in zip(args, batched, strict=True)]
-            for view, has_axis in zip(views, batched, strict=True):
-                if has_axis:  # the mark stays on a tensor object, so it goes on a view made for this call
+            views = [arg[:] if i >= len(has_axis) or has_axis[i] else arg for i, arg in enumerate(args)]
+            for view, arg in zip(views, args, strict=True):
+                if view is not arg:  # the mark stays on a tensor object, so it goes on a view of this call
                     torch._dynamo.mark_dynamic(view, 0)
             return compiled(*views)
 
         return call
 
-    def _batched(self, function: Callable[..., Any]) -> list[bool]:
+    def _has_axis(self, function: Callable[..., Any]) -> list[bool]:
+        """For each parameter of a cell function, whether it has the axis of cells in front."""
         group = max(
             (g for g in self.program.groups if function.__name__.startswith(f"cell_{g.name}")),
             key=lambda g: len(g.name),
         )
         roles = {port.name: port.role for port in group.ports}
-        names = function.__code__.co_varnames[: function.__code__.co_argcount]
-        return [roles[name] != "shared" for name in names]
-
-    def launch(self, run: Run, wave: Callable[..., Any], windows: list[Window]) -> list[Outputs] | None:
-        with sdpa_kernel(_ATTENTION, set_priority=True):
-            return wave(run, windows)
-
-    def place_init(self, values: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        return values
-
-    def mask(self, bits: tuple[bool, ...]) -> torch.Tensor:
-        if bits not in self._masks:
-            self._masks[bits] = torch.tensor(bits, device=self.device)
-        return self._masks[bits]
-
-    def buffer(self, lane: Lane) -> torch.Tensor | None:
-        return None
-
-    def staged(self, tap: str) -> torch.Tensor:
-        raise KeyError(tap)
+        return [roles[name] != "shared" for name in _parameters(function)]
 
 
-class GraphEngine(DirectEngine):
-    """Replays each level as a CUDA graph: static storage, one graph for each window of layers, a shared
-    memory pool.
+def storing(function: Callable[..., Any], modes: tuple[int | None, ...]) -> Callable[..., Any]:
+    """A function that runs `function`, stores its results as `modes` say, and returns the others; places
+    follow the arguments."""
+    count = len(_parameters(function))
 
-    Args:
-        limit: graphs kept; the least recently used one is dropped.
-    """
-
-    def __init__(self, program: Program, backend: str | Callable[..., Any], limit: int = 256) -> None:
-        super().__init__(program, backend)
-        self.limit = limit
-        self.pool = torch.cuda.graph_pool_handle()
-        self.graphs: OrderedDict[Any, torch.cuda.CUDAGraph] = OrderedDict()
-        self.buffers = {
-            lane.name: torch.zeros((len(lane.layers), *lane.shape), dtype=lane.dtype, device=lane.device)
-            for lane in program.lanes
-        }
-        self.in_lanes = _held_by_lanes(program)
-        self.stage: dict[str, torch.Tensor] = {}
-        self.static_init: dict[int, torch.Tensor] = {}
-        self.read_by_cells = {
-            source.node
-            for group in program.groups
-            for port in group.ports
-            for source in (
-                port.source if port.role == "stacked" else (port.source,) if port.role == "shared" else ()
-            )
-            if source.kind == "init"
-        }
-        self._addresses: tuple[int, ...] = ()
-
-    def buffer(self, lane: Lane) -> torch.Tensor | None:
-        return self.buffers[lane.name]
-
-    def staged(self, tap: str) -> torch.Tensor:
-        if tap in self.in_lanes:
-            lane, rank = self.in_lanes[tap]
-            return self.buffers[lane][rank].clone()
-        return self.stage[tap].clone()
-
-    def place_init(self, values: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """Copy what cells read to addresses that stay."""
-        for index in self.read_by_cells & values.keys():
-            static = self.static_init.get(index)
-            if static is None or static.shape != values[index].shape:
-                self.static_init[index] = values[index].clone()
-                self.graphs.clear()
+    def run(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        results = function(*args[:count])
+        places = iter(args[count:])
+        returned = []
+        for result, mode in zip(results, modes, strict=True):
+            if mode is None:
+                returned.append(result)
+            elif mode == _PLACE:
+                next(places).copy_(result)
             else:
-                static.copy_(values[index])
-            values[index] = self.static_init[index]
-        return values
+                args[mode].copy_(result)
+        return tuple(returned)
 
-    def check_addresses(self, tensors: list[torch.Tensor]) -> None:
-        """Drop the graphs where weights have moved since."""
-        addresses = tuple(tensor.data_ptr() for tensor in tensors)
-        if addresses != self._addresses:
-            self.graphs.clear()
-            self._addresses = addresses
-
-    def launch(self, run: Run, wave: Callable[..., Any], windows: list[Window]) -> list[Outputs] | None:
-        key = tuple(window.key for window in windows)
-        graph = self.graphs.get(key)
-        if graph is None:
-            graph = self.graphs[key] = self._capture(run, wave, windows)
-            while len(self.graphs) > self.limit:
-                self.graphs.popitem(last=False)
-        self.graphs.move_to_end(key)
-        graph.replay()
-        return None
-
-    def _capture(self, run: Run, wave: Callable[..., Any], windows: list[Window]) -> torch.cuda.CUDAGraph:
-        """Record one level; what the trial run has written is put back."""
-
-        def body() -> None:
-            results = wave(run, windows)
-            for window, outputs in zip(windows, results, strict=True):
-                for tap, row, output in run.tapped(window):
-                    if tap.name in self.in_lanes:
-                        continue
-                    if tap.name not in self.stage:
-                        self.stage[tap.name] = torch.empty_like(outputs[output][row])
-                    self.stage[tap.name].copy_(outputs[output][row])
-
-        kept = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), sdpa_kernel(_ATTENTION, set_priority=True):
-            body()
-        torch.cuda.current_stream().wait_stream(side)
-        for name, buffer in self.buffers.items():
-            buffer.copy_(kept[name])
-        del kept
-        graph = torch.cuda.CUDAGraph()
-        with (
-            sdpa_kernel(_ATTENTION, set_priority=True),
-            torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
-        ):
-            body()
-        return graph
+    return run
 
 
-def _held_by_lanes(program: Program) -> dict[str, tuple[str, int]]:
-    """Taps of a last value that a lane holds anyway once the level has run: (lane, place) by tap."""
-    found: dict[str, tuple[str, int]] = {}
-    for tap in program.taps:
-        layer = tap.value.layer
-        if tap.value.kind != "cell" or tap.when[0] != "end" or len(tap.group_outputs) != 1:
-            continue
-        for lane in program.lanes:
-            for feed in lane.feeds:
-                same = (feed.group, feed.source) == tap.group_outputs[0] and layer in feed.layers
-                target = layer + feed.offset[1]
-                if same and target in lane.layers and tuple(lane.shape) and lane.classes is None:
-                    found.setdefault(tap.name, (lane.name, lane.layers.index(target)))
-    return found
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    code: types.CodeType = function.__code__
+    return code.co_varnames[: code.co_argcount]
+
+
+def _renamed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The same function with code of its own."""
+    code = function.__code__.replace(co_name=name)
+    return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rmtcompile.pipeline import Compiled
 from rmtcompile.probe import Segmentation
-from rmtcompile.runtime.engine import DirectEngine, GraphEngine
+from rmtcompile.runtime.engine import Engine
+from rmtcompile.runtime.graphs import Recorder, Recording
 from rmtcompile.runtime.run import Run
 from rmtcompile.runtime.stacks import Stacks
+
+_ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+]  # fmt: skip
 
 
 class Executor:
@@ -41,25 +48,23 @@ class Executor:
             for port in group.ports
             if port.role == "weight"
         }
-        self.stacks = Stacks(weights, compiled.leaves)
-        device = next((lane.device for lane in self.program.lanes), torch.device("cpu"))
-        self.backend = ("inductor" if device.type == "cuda" else "eager") if backend == "auto" else backend
-        self.use_graphs = device.type == "cuda" and cuda_graphs is not False
-        self.direct = DirectEngine(self.program, self.backend)
-        self._graphed: GraphEngine | None = None
-        self.shared = {
-            port.source.name
-            for group in self.program.groups
-            for port in group.ports
-            if port.role == "shared" and port.source.kind == "leaf"
-        }
+        left = {effect.name for effect, _ in compiled.effects if effect.in_place is None}
+        self._replaced = frozenset(left & compiled.leaves.keys())
+        self.stacks = Stacks(weights, compiled.leaves, self._replaced)
+        self.device = next((lane.device for lane in self.program.lanes), torch.device("cpu"))
+        on_cuda = self.device.type == "cuda"
+        self.backend = ("inductor" if on_cuda else "eager") if backend == "auto" else backend
+        self._use_graphs = on_cuda and cuda_graphs is not False
+        self._engine: Engine | None = None
+        self._recorder: Recorder | None = None
 
     @property
-    def graphed(self) -> GraphEngine:
-        """The engine that replays CUDA graphs, made when it is first needed."""
-        if self._graphed is None:
-            self._graphed = GraphEngine(self.program, self.backend)
-        return self._graphed
+    def engine(self) -> Engine:
+        """What runs the cells; made when it is first needed."""
+        if self._engine is None:
+            with _plain_tensors():
+                self._engine = Engine(self.program, self.backend, keeps_buffers=self._use_graphs)
+        return self._engine
 
     def fits(self) -> bool:
         """Whether the model still holds tensors of the captured shapes, dtypes and devices."""
@@ -80,24 +85,75 @@ class Executor:
                 return False
         return True
 
-    def run(self, segments: int, inputs: list[torch.Tensor]) -> tuple[Any, ...]:
+    def start(self, segments: int, inputs: list[torch.Tensor]) -> Recording | None:
+        """Start a recorded run of this length, if there is one and no gradients are wanted; the caller
+        then checks that the program still holds while the device is at work."""
+        if self._recorder is None or self._records_gradients(inputs):
+            return None
+        with _plain_tensors():
+            return self._recorder.replay(segments, inputs)
+
+    def finish(self, recording: Recording) -> tuple[Any, ...] | None:
+        """The outputs of a run that was started; None where weights have moved since it was recorded."""
+        assert self._recorder is not None
+        if not self._recorder.is_current(recording):
+            self._recorder.forget()
+            return None
+        with _plain_tensors():
+            return self._recorder.results(recording)
+
+    def run(self, segments: int, inputs: list[torch.Tensor], graphs: bool = True) -> tuple[Any, ...]:
         """Run the program over `segments` segments; returns the captured graph's outputs.
 
         The first run compiles all forms of the cell functions that any number of segments needs, on inputs of
         zeros where `segments` itself does not need them all; the first two lengths shorter than the number of
         layers get forms of their own. Later runs compile nothing.
+
+        Args:
+            segments: number of segments.
+            inputs: tensor arguments of the forward.
+            graphs: whether CUDA graphs may be recorded and replayed.
         """
-        if self.direct.is_compiled:
-            self._lengths.add(segments)
-            if len(self._lengths) <= 2:
-                for engine in filter(None, (self.direct, self.graphed if self.use_graphs else None)):
-                    engine.fix_width(segments)
-            if not self._prepared:
-                self._prepared = True
-                enough = self.program.n_layers + 1
-                if segments < enough and self.compiled.rolled.fixed is None:
-                    self._run(enough, self._zeros(enough, inputs))
-        return self._run(segments, inputs)
+        self._compile_forms(segments, inputs)
+        if self._records_gradients(inputs):
+            return self._run(segments, inputs, self._leaves(), True)
+        with _plain_tensors():
+            if not (graphs and self._use_graphs):
+                return self._run(segments, inputs, self._leaves(), False)
+            return self._graphed(segments, inputs)
+
+    def _graphed(self, segments: int, inputs: list[torch.Tensor]) -> tuple[Any, ...]:
+        if self._recorder is None:
+            self._recorder = Recorder(self.compiled.leaves, self._replaced)
+        recorder = self._recorder
+        recording = recorder.replay(segments, inputs)
+        if recording is not None and recorder.is_current(recording):
+            return recorder.results(recording)
+        outputs = self._run(segments, inputs, self._leaves(), False)
+        levels = self.program.alpha * (segments - 1) + self.program.n_layers
+        if recorder.wants(segments, levels):
+            recorder.record(segments, inputs, lambda ins, held: self._run(segments, ins, held, False))
+        return outputs
+
+    def _compile_forms(self, segments: int, inputs: list[torch.Tensor]) -> None:
+        if not self.engine.is_compiled:
+            return
+        self._lengths.add(segments)
+        if len(self._lengths) <= 2:
+            self.engine.fix_width(segments)
+        if not self._prepared:
+            self._prepared = True
+            enough = self.program.n_layers + 1
+            if segments < enough and self.compiled.rolled.fixed is None:
+                self._run_once(enough, self._zeros(enough, inputs))
+
+    def _run_once(self, segments: int, inputs: list[torch.Tensor]) -> None:
+        functional = self._records_gradients(inputs)
+        if functional:
+            self._run(segments, inputs, self._leaves(), True)
+            return
+        with _plain_tensors():
+            self._run(segments, inputs, self._leaves(), False)
 
     def _zeros(self, wanted: int, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         shapes = self.segmentation.shapes([tensor.shape for tensor in inputs], wanted)
@@ -106,16 +162,31 @@ class Executor:
             for shape, x in zip(shapes, inputs, strict=True)
         ]
 
-    def _run(self, segments: int, inputs: list[torch.Tensor]) -> tuple[Any, ...]:
-        leaves = {name: leaf.fetch() for name, leaf in self.compiled.leaves.items()}
-        named = dict(zip(self.compiled.input_names, inputs, strict=True))
-        functional = torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (*leaves.values(), *inputs)
+    def _leaves(self) -> dict[str, torch.Tensor]:
+        return {name: leaf.fetch() for name, leaf in self.compiled.leaves.items()}
+
+    def _records_gradients(self, inputs: list[torch.Tensor]) -> bool:
+        return torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (*inputs, *self._leaves().values())
         )
-        weights = self.stacks.current()
-        engine: DirectEngine = self.direct
-        if self.use_graphs and not functional:
-            engine = self.graphed
-            self.graphed.check_addresses([*weights.values(), *(leaves[name] for name in sorted(self.shared))])
-        run = Run(self.program, segments, named, leaves, weights, engine, functional)
-        return self.compiled.namespace["forward"](run)
+
+    def _run(
+        self,
+        segments: int,
+        inputs: list[torch.Tensor],
+        leaves: dict[str, torch.Tensor],
+        functional: bool,
+    ) -> tuple[Any, ...]:
+        named = dict(zip(self.compiled.input_names, inputs, strict=True))
+        weights = self.stacks.current(leaves)
+        run = Run(self.program, segments, named, leaves, weights, self.engine, functional)
+        with sdpa_kernel(_ATTENTION, set_priority=True):
+            return self.compiled.namespace["forward"](run)
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """No gradients, and tensors that both inference mode and normal mode may write: one set of compiled forms
+    and one storage serve both."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -3,29 +3,49 @@ written for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from rmtcompile.program import Feed, Lane, Program, Tap
+from rmtcompile.program import Feed, Lane, Program
 from rmtcompile.runtime.storage import LaneStore, TapStore, as_slice
 
 Outputs = dict[str, torch.Tensor]
 
 
-class Engine(Protocol):
-    """How the cells of a run are executed: which functions, which storage, launched how."""
+@dataclass(frozen=True)
+class Target:
+    """Where a cell function stores one of its outputs itself.
 
-    def cell(self, function: Callable[..., Any], width: int) -> Callable[..., Any]: ...
-    def region(self, function: Callable[..., Any]) -> Callable[..., Any]: ...
+    Attributes:
+        lane: name.
+        place: the window's part of the lane, [n, ...].
+        port: the cell function's parameter that is this very memory, if it has one.
+    """
+
+    lane: str
+    place: torch.Tensor
+    port: str | None
+
+
+class Engine(Protocol):
+    """How the cells of a run are executed: which functions, which storage."""
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        width: int,
+        args: tuple[torch.Tensor, ...],
+        targets: Sequence[Target | None],
+    ) -> tuple[torch.Tensor, ...]: ...
+    def region(
+        self, function: Callable[..., Any], args: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]: ...
     def prefers_mixed(self, width: int) -> bool: ...
-    def launch(self, run: Run, wave: Callable[..., Any], windows: list[Window]) -> list[Outputs] | None: ...
-    def place_init(self, values: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]: ...
     def mask(self, bits: tuple[bool, ...]) -> torch.Tensor: ...
-    def buffer(self, lane: Lane) -> torch.Tensor | None: ...
-    def staged(self, tap: str) -> torch.Tensor: ...
+    def buffers(self, lane: Lane) -> tuple[torch.Tensor, torch.Tensor] | None: ...
 
 
 @dataclass(frozen=True)
@@ -73,12 +93,22 @@ class Run:
         self.weights = weights
         self.init: dict[int, torch.Tensor] = {}
         self.engine = engine
-        self.lanes = {lane.name: LaneStore(lane, functional, engine.buffer(lane)) for lane in program.lanes}
+        self.lanes = {
+            lane.name: LaneStore(lane, functional, None if functional else engine.buffers(lane))
+            for lane in program.lanes
+        }
         self.taps = {tap.name: TapStore(tap.keep) for tap in program.taps}
         self.stacked: dict[str, torch.Tensor] = {}
         self._cell_taps = [tap for tap in program.taps if tap.value.kind == "cell"]
         self._groups = {group.name: group for group in program.groups}
         self._feeds_of = _feeds_by_producer(program)
+        self._stored: dict[tuple[str, str], Target] = {}  # what cells of this level have stored themselves
+        self._ports = {
+            (group.name, port.source): port.name
+            for group in program.groups
+            for port in group.ports
+            if port.role == "lane"
+        }
 
     # ---- levels --------------------------------------------------------------------------------------------
 
@@ -171,29 +201,38 @@ class Run:
     def call(
         self, function: Callable[..., tuple[torch.Tensor, ...]], window: Window, *args: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Run a cell function for a window, in the form that the engine has compiled for its width."""
-        return self.engine.cell(function, len(window.layers))(*args)
+        """Run a cell function for a window, in the form that the engine has compiled for its width; results
+        that a lane may receive directly are stored there."""
+        outputs = self._groups[window.group].outputs
+        targets = [self._target(window, output) for output in outputs]
+        self._stored.update({(window.group, name): t for name, t in zip(outputs, targets, strict=True) if t})
+        return self.engine.call(function, len(window.layers), args, targets)
+
+    def _target(self, window: Window, output: str) -> Target | None:
+        """The lane that receives an output of a window's cells directly, if one may."""
+        for lane, feed in self._feeds_of.get(window.group, ()):
+            places = [layer + feed.offset[1] for layer in window.layers]
+            fits = (l in feed.layers or p in lane.spare for l, p in zip(window.layers, places, strict=True))
+            if feed.source == output and all(fits):
+                place = self.lanes[lane.name].target(places)
+                if place is not None:
+                    port = self._ports.get((window.group, lane.name))
+                    return Target(lane.name, place, port if lane.placement == "in_place" else None)
+        return None
 
     def region(
         self, function: Callable[..., tuple[torch.Tensor, ...]], *args: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Run the body of a prologue or an epilogue, in the form that the engine has compiled."""
-        return self.engine.region(function)(*args)
+        return self.engine.region(function, args)
 
     def is_only(self, window: Window, classes: set[int]) -> bool:
         """Whether to run the window by the function for these classes alone."""
         return set(window.classes) <= classes and not self.engine.prefers_mixed(len(window.layers))
 
-    def launch(
-        self, wave: Callable[[Run, list[Window]], list[Outputs]], windows: list[Window]
-    ) -> list[Outputs] | None:
-        """Run the grouped calls of one level; None where their results are only in lanes and staging
-        buffers."""
-        return self.engine.launch(self, wave, windows)
-
     def set_init(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> None:
         """Keep what is the same for all segments."""
-        self.init = self.engine.place_init(dict(zip(indices, values, strict=True)))
+        self.init = dict(zip(indices, values, strict=True))
 
     def keep(self, names: Sequence[str], segment: int, values: Sequence[torch.Tensor]) -> None:
         """Keep a prologue's or epilogue's results for their readers."""
@@ -218,36 +257,38 @@ class Run:
         return found
 
     def write(self, windows: Sequence[Window], results: Sequence[Outputs]) -> None:
-        """Store the results of a level in the lanes that they feed."""
+        """Store the results of a level in the lanes that they feed, where the cells have not done so, and
+        keep those that are read outside the cells."""
         for window, outputs in zip(windows, results, strict=True):
             for lane, feed in self._feeds_of.get(window.group, ()):
                 layers = [layer for layer in window.layers if layer in feed.layers]
-                if not layers:
+                stored = self._stored.get((window.group, feed.source))
+                if not layers or (stored is not None and stored.lane == lane.name):
                     continue
                 values = outputs[feed.source]
                 if len(layers) < len(window.layers):
                     values = _rows(values, [window.layers.index(layer) for layer in layers])
                 self.lanes[lane.name].write([layer + feed.offset[1] for layer in layers], values)
+            self._tap(window, outputs)
+        for store in self.lanes.values():
+            store.turn()
+        self._stored.clear()
 
-    def tap(self, windows: Sequence[Window], results: Sequence[Outputs] | None) -> None:
-        """Keep the values of a level's cells that are read outside the cells."""
-        for i, window in enumerate(windows):
-            for tap, row, output in self.tapped(window):
-                segment = window.segments[row]
-                if tap.when[0] == "end" and segment != self.segments - 1 - tap.when[1]:
-                    continue
-                if tap.when[0] == "at" and segment != tap.when[1]:
-                    continue
-                value = self.engine.staged(tap.name) if results is None else results[i][output][row]
-                self.taps[tap.name].put(segment, value)
-
-    def tapped(self, window: Window) -> Iterator[tuple[Tap, int, str]]:
-        """(tap, row of the window, output) of the taps that keep values of this window's layers."""
+    def _tap(self, window: Window, outputs: Outputs) -> None:
         for tap in self._cell_taps:
-            if tap.value.layer in window.layers:
-                for group, output in tap.group_outputs:
-                    if group == window.group:
-                        yield tap, window.layers.index(tap.value.layer), output
+            if tap.value.layer not in window.layers:
+                continue
+            row = window.layers.index(tap.value.layer)
+            segment = window.segments[row]
+            if tap.when[0] == "end" and segment != self.segments - 1 - tap.when[1]:
+                continue
+            if tap.when[0] == "at" and segment != tap.when[1]:
+                continue
+            for group, output in tap.group_outputs:
+                if group == window.group:
+                    value = outputs[output][row]
+                    stored = (group, output) in self._stored  # and its place will be written again
+                    self.taps[tap.name].put(segment, value.clone() if stored else value)
 
 
 def move(moved: list[tuple[LaneStore, list[int], torch.Tensor]]) -> None:
@@ -265,7 +306,7 @@ def _feeds_by_producer(program: Program) -> dict[str, list[tuple[Lane, Feed]]]:
     found: dict[str, list[tuple[Lane, Feed]]] = {}
     for lane in program.lanes:
         for feed in lane.feeds:
-            kept = tuple(layer for layer in feed.layers if layer + feed.offset[1] in lane.layers)
+            kept = tuple(layer for layer in feed.layers if layer + feed.offset[1] in lane.places)
             if kept:
                 found.setdefault(feed.group, []).append(
                     (lane, Feed(feed.group, feed.source, feed.offset, kept))

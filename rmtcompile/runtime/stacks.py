@@ -3,7 +3,7 @@ are views."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -106,19 +106,41 @@ class Derived:
         return base.as_strided((len(views), *first.shape), (step, *first.stride()), offsets[0])
 
 
+class Gathered:
+    """State that the forward replaces at each call, stacked anew for each run."""
+
+    def __init__(self, weight: Weight) -> None:
+        self.weight = weight
+
+    def current(self, held: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The stacked tensor for this run."""
+        parts = [[held[name] for name in names] for names in self.weight.leaves]
+        return torch.stack([found[0] if len(found) == 1 else torch.cat(found) for found in parts])
+
+
 class Stacks:
     """All stacked weights of a program. Each leaf lives in one stack; other stacks with it are rows of that
-    one, or copies."""
+    one, or copies.
 
-    def __init__(self, weights: dict[str, Weight], leaves: dict[str, Leaf]) -> None:
+    Args:
+        weights: by port name.
+        leaves: the tensors they are made of, by name.
+        replaced: leaves that the forward replaces by other tensors.
+    """
+
+    def __init__(
+        self, weights: dict[str, Weight], leaves: dict[str, Leaf], replaced: frozenset[str] = frozenset()
+    ) -> None:
         owner: dict[str, Stack] = {}
-        made: dict[Weight, Stack | Derived] = {}
+        made: dict[Weight, Stack | Derived | Gathered] = {}
         widest_first = sorted(
             set(weights.values()), key=lambda w: (-len(w.leaves[0]), -len(w.leaves), w.leaves)
         )
         for weight in widest_first:
             names = [name for parts in weight.leaves for name in parts]
-            if len(set(names)) == len(names) and not any(name in owner for name in names):
+            if replaced.intersection(names):
+                made[weight] = Gathered(weight)
+            elif len(set(names)) == len(names) and not any(name in owner for name in names):
                 stack = Stack(weight, leaves)
                 owner.update(dict.fromkeys(names, stack))
                 made[weight] = stack
@@ -128,7 +150,14 @@ class Stacks:
         self._in_order += [s for s in made.values() if isinstance(s, Derived)]
         self.stacks = {name: made[weight] for name, weight in weights.items()}
 
-    def current(self) -> dict[str, torch.Tensor]:
-        """Stacked tensors by port name, checked against the model's parameters."""
+    def current(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Stacked tensors by port name, checked against the model's parameters.
+
+        Args:
+            held: what this run reads as the leaves that are replaced.
+        """
         found = {id(stack): stack.current() for stack in self._in_order}
-        return {name: found[id(stack)] for name, stack in self.stacks.items()}
+        return {
+            name: stack.current(held) if isinstance(stack, Gathered) else found[id(stack)]
+            for name, stack in self.stacks.items()
+        }

@@ -21,28 +21,32 @@ def as_slice(indices: Sequence[int]) -> slice | None:
 
 
 class LaneStore:
-    """One live-in of every cell, by layer: shape [layers, ...].
+    """One live-in of every cell, by layer: shape [places, ...].
 
     Writes replace what a layer's place holds; a cell reads what was written last. Without gradients the lane
-    is one buffer and a window of layers is a view of it. With gradients each place is a tensor of its own, so
-    that autograd sees no write.
+    is one buffer, or two that change roles after each level, and a window of layers is a view. With gradients
+    each place is a tensor of its own, so that autograd sees no write.
+
+    Args:
+        lane: what it stores.
+        functional: whether gradients may be recorded.
+        buffers: what is read and what is written, as `lane_buffers` makes them; made here if not given.
     """
 
-    def __init__(self, lane: Lane, functional: bool, buffer: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, lane: Lane, functional: bool, buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> None:
         self.spec = lane
-        self.rank = {layer: i for i, layer in enumerate(lane.layers)}
+        self.rank = {layer: i for i, layer in enumerate(lane.places)}
         self.functional = functional
         if functional:
             zero = torch.zeros(lane.shape, dtype=lane.dtype, device=lane.device)
-            self.places = [zero] * len(lane.layers)
-        else:
-            shape = (len(lane.layers), *lane.shape)
-            self.buffer = (
-                buffer if buffer is not None else torch.zeros(shape, dtype=lane.dtype, device=lane.device)
-            )
+            self.places = [zero] * len(lane.places)
+            return
+        self.buffer, self.other = buffers if buffers is not None else lane_buffers(lane)
 
     def fill(self, layer: int, value: torch.Tensor) -> None:
-        """What a layer's place holds before the first cell writes it."""
+        """What a layer's place holds before its cell reads it on this level."""
         value = value.expand(self.spec.shape)
         if self.functional:
             self.places[self.rank[layer]] = value
@@ -57,6 +61,14 @@ class LaneStore:
         window = as_slice(ranks)
         return self.buffer[window] if window is not None else self.buffer[ranks]
 
+    def target(self, layers: Sequence[int]) -> torch.Tensor | None:
+        """Where a cell function may store values [n, ...] for these layers itself; None if they have to be
+        written afterwards."""
+        if self.functional or self.spec.placement == "copy":
+            return None
+        window = as_slice([self.rank[layer] for layer in layers])
+        return self.other[window] if window is not None else None
+
     def write(self, layers: Sequence[int], values: torch.Tensor) -> None:
         """Store values [n, ...] for these layers."""
         ranks = [self.rank[layer] for layer in layers]
@@ -65,7 +77,19 @@ class LaneStore:
                 self.places[i] = value
             return
         window = as_slice(ranks)
-        self.buffer[window if window is not None else ranks] = values
+        self.other[window if window is not None else ranks] = values
+
+    def turn(self) -> None:
+        """A level has been written: what was stored is what the next level reads."""
+        if not self.functional:
+            self.buffer, self.other = self.other, self.buffer
+
+
+def lane_buffers(lane: Lane) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a lane's cells read, and where their results go; one and the same unless there are two buffers."""
+    shape = (len(lane.places), *lane.shape)
+    first = torch.zeros(shape, dtype=lane.dtype, device=lane.device)
+    return first, torch.zeros_like(first) if lane.placement == "double" else first
 
 
 class TapStore:

@@ -1,0 +1,127 @@
+"""CUDA graphs of whole runs: one launch by the host for all levels of an input of some number of segments."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from rmtcompile.capture import Leaf
+
+Forward = Callable[[list[torch.Tensor], dict[str, torch.Tensor]], Any]
+"""Runs the program on inputs and leaves."""
+
+
+@dataclass
+class Recording:
+    """A recorded run.
+
+    Attributes:
+        graph: to be replayed.
+        inputs: what the graph reads as the caller's inputs, to be filled before a replay.
+        state: the same for tensors that the forward itself replaces in the model.
+        addresses: of everything else that the graph reads, by leaf.
+        kept: that memory, so that it stays readable if the model lets go of it.
+        outputs: what the graph fills; a later replay overwrites it.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[torch.Tensor]
+    state: dict[str, torch.Tensor]
+    addresses: dict[str, int]
+    kept: list[torch.Tensor]
+    outputs: Any
+
+
+class Recorder:
+    """Records runs and replays them.
+
+    A length is recorded when it is seen for the second time: the first run compiles and warms up everything,
+    and inputs whose lengths do not come again cost no recording. All recordings share one memory pool, since
+    only one of them runs at a time; what they return is copied out.
+
+    Args:
+        leaves: parameters, buffers, state and constants of the program.
+        replaced: names of those that the forward replaces by other tensors.
+        limit: recordings kept; the least recently used one is dropped.
+        longest: levels of a run that is recorded at most.
+    """
+
+    def __init__(
+        self, leaves: dict[str, Leaf], replaced: frozenset[str], limit: int = 16, longest: int = 4096
+    ) -> None:
+        self.leaves = leaves
+        self.replaced = replaced
+        self.limit = limit
+        self.longest = longest
+        self._pool = torch.cuda.graph_pool_handle()
+        self._recordings: OrderedDict[int, Recording] = OrderedDict()
+        self._seen: Counter[int] = Counter()
+        self._done = torch.cuda.Event()
+
+    def replay(self, segments: int, inputs: list[torch.Tensor]) -> Recording | None:
+        """Start the recorded run of this length; None where there is none.
+
+        Whether the model still holds the tensors that the recording reads is checked by `is_current`, which
+        may wait until the device is at work.
+        """
+        recording = self._recordings.get(segments)
+        if recording is None:
+            return None
+        self._recordings.move_to_end(segments)
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self._done)  # an earlier run, maybe on another stream, uses the same storage
+        self._fill(recording, inputs)
+        recording.graph.replay()
+        self._done.record(stream)
+        return recording
+
+    def is_current(self, recording: Recording) -> bool:
+        """Whether the model's tensors are where they were when the run was recorded."""
+        try:
+            now = {name: self.leaves[name].fetch().data_ptr() for name in recording.addresses}
+        except (KeyError, IndexError, AttributeError):
+            return False
+        return now == recording.addresses
+
+    def results(self, recording: Recording) -> Any:
+        """The outputs of the last replay, in memory of their own."""
+        outputs = pytree.tree_map_only(torch.Tensor, torch.clone, recording.outputs)
+        self._done.record(torch.cuda.current_stream())
+        return outputs
+
+    def wants(self, segments: int, levels: int) -> bool:
+        """Whether to record this length now; counts how often it was seen."""
+        self._seen[segments] += 1
+        return levels <= self.longest and self._seen[segments] > 1
+
+    def forget(self) -> None:
+        """Drop all recordings: weights have moved."""
+        self._recordings.clear()
+
+    def record(self, segments: int, inputs: list[torch.Tensor], forward: Forward) -> None:
+        """Record a run of this length; `forward` has run with it before, so that all is compiled."""
+        static = [x.clone() for x in inputs]
+        leaves = {name: leaf.fetch() for name, leaf in self.leaves.items()}
+        state = {name: leaves[name].clone() for name in sorted(self.replaced)}
+        addresses = {name: x.data_ptr() for name, x in leaves.items() if name not in state}
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.current_stream().wait_event(self._done)
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            outputs = forward(static, {**leaves, **state})
+        kept = [x.detach() for x in leaves.values()]
+        self._recordings[segments] = Recording(graph, static, state, addresses, kept, outputs)
+        while len(self._recordings) > self.limit:
+            self._recordings.popitem(last=False)
+
+    def _fill(self, recording: Recording, inputs: list[torch.Tensor]) -> None:
+        for place, value in zip(recording.inputs, inputs, strict=True):
+            place.copy_(value)
+        for name, place in recording.state.items():
+            value = self.leaves[name].fetch()
+            if place.shape == value.shape:
+                place.copy_(value)

@@ -1,0 +1,211 @@
+"""On CUDA: compiled forms, recorded runs, and what may change between two of them."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_reroll import FirstDiffers, Kept
+from torch import Tensor, nn
+from toys import AttributeState, Toy, assert_same, features, made
+
+import rmtcompile
+from rmtcompile.models import build
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+
+TOLERANCE = 1e-7
+"""Inductor's float64 kernels for CUDA round norms and exponentials in their own way."""
+
+
+def on_cuda(build: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
+    model = made(build).cuda()
+    return model, copy.deepcopy(model)
+
+
+def inputs(segments: int, seed: int = 0) -> Tensor:
+    return features(segments).cuda() + seed
+
+
+class Streaming(nn.Module):
+    """Goes on from where the last call stopped: state in attributes, read before it is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.states = [torch.zeros(1, 4, dtype=torch.float64, device="cuda") for _ in range(3)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = []
+        for h in x.split(3, 1):
+            for l, layer in enumerate(self.layers):
+                h = torch.tanh(layer(h) + self.states[l][:, None])
+                self.states[l] = 0.5 * self.states[l] + h.mean(1)
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("build", [Kept, FirstDiffers, Toy, lambda: Toy(3, up=-1), AttributeState])
+@torch.no_grad()
+def test_recorded_runs(build: Any, backend: str) -> None:
+    model, twin = on_cuda(build)
+    fast = rmtcompile.optimize(twin, backend=backend)
+    for seed in range(4):  # run, record, replay, replay
+        for segments in (1, 2, 3, 5, 9):
+            x = inputs(segments, seed)
+            assert_same(model(x), fast(x), TOLERANCE)
+    assert fast.captures == 1
+
+
+def small_armt(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = build(config, segment_size=16, num_mem_tokens=4, d_mem=8, dtype=dtype).eval().cuda()
+    for layer in model.memory_cell.layers:
+        nn.init.normal_(layer.W_mv.weight, std=0.1)
+    return model, copy.deepcopy(model)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, TOLERANCE), (torch.float32, 1e-4)])
+@torch.no_grad()
+def test_armt(dtype: torch.dtype, tolerance: float) -> None:
+    model, twin = small_armt(dtype)
+    fast = rmtcompile.optimize(twin)
+    for seed in range(3):
+        for segments in (2, 4, 7):
+            generator = torch.Generator().manual_seed(seed)
+            ids = torch.randint(0, 64, (2, 16 * segments), generator=generator).cuda()
+            expected, got = model(ids), fast(ids)
+            assert_same(expected["logits"], got["logits"], tolerance)
+            for a, b in zip(model.memory_cell.layers, twin.memory_cell.layers, strict=True):
+                assert_same(a.association, b.association, tolerance)
+
+
+@torch.no_grad()
+def test_a_replay_does_not_wait_for_the_device() -> None:
+    _, twin = on_cuda(Toy)
+    fast, x = rmtcompile.optimize(twin), inputs(5)
+    for _ in range(3):
+        fast(x)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fast(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@torch.no_grad()
+def test_results_are_not_overwritten_by_later_calls() -> None:
+    model, twin = on_cuda(Toy)
+    fast = rmtcompile.optimize(twin)
+    calls = [inputs(5, seed) for seed in range(4)]
+    results = [fast(x) for x in calls]
+    assert_same([model(x) for x in calls], results, TOLERANCE)
+
+
+def _in_place(model: nn.Module) -> None:
+    model.layers[1].mix.weight.mul_(1.5)
+
+
+def _swapped(model: nn.Module) -> None:
+    model.layers[2].read.weight = nn.Parameter(torch.ones_like(model.layers[2].read.weight))
+
+
+def _moved(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.data = p.data.clone()
+
+
+@pytest.mark.parametrize("change", [_in_place, _swapped, _moved])
+@torch.no_grad()
+def test_changed_weights_are_seen(change: Callable[[nn.Module], None]) -> None:
+    model, twin = on_cuda(Toy)
+    fast, x = rmtcompile.optimize(twin), inputs(5)
+    for _ in range(3):
+        fast(x)
+    for changed in (model, twin):
+        change(changed)
+    torch.cuda.empty_cache()
+    for _ in range(3):
+        assert_same(model(x), fast(x), TOLERANCE)
+
+
+@torch.no_grad()
+def test_state_goes_on_from_call_to_call() -> None:
+    model = Streaming().double().cuda()
+    twin = copy.deepcopy(model)
+    fast = rmtcompile.optimize(twin)
+    for seed in range(5):
+        x = inputs(4, seed)
+        assert_same(model(x), fast(x), TOLERANCE)
+        assert_same(model.states, twin.states, TOLERANCE)
+
+
+def test_modes() -> None:
+    """Calls in inference mode, without gradients and with them, in any order."""
+    model, twin = on_cuda(Toy)
+    fast, x = rmtcompile.optimize(twin), inputs(4)
+    for _ in range(3):
+        with torch.inference_mode():
+            a, b = model(x), fast(x)
+            assert_same(a, b, TOLERANCE)
+        with torch.no_grad():
+            assert_same(model(x), fast(x), TOLERANCE)
+        model(x).square().sum().backward()
+        fast(x).square().sum().backward()
+        gradients = [[p.grad for p in m.parameters()] for m in (model, twin)]
+        assert_same(*gradients, TOLERANCE)
+
+
+@torch.no_grad()
+def test_streams_and_threads() -> None:
+    model, twin = on_cuda(Toy)
+    fast = rmtcompile.optimize(twin)
+    xs = [inputs(5, seed) for seed in range(4)]
+    expected = [model(x) for x in xs]
+    fast(xs[0]), fast(xs[0])
+    torch.cuda.synchronize()
+    found: dict[int, Tensor] = {}
+
+    def work(i: int) -> None:
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(5):
+                found[i] = fast(xs[i])
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_same(expected, [found[i] for i in range(4)], TOLERANCE)
+
+
+@torch.no_grad()
+def test_without_graphs() -> None:
+    model, twin = on_cuda(Toy)
+    fast = rmtcompile.optimize(twin, cuda_graphs=False)
+    for seed in range(3):
+        assert_same(model(inputs(5, seed)), fast(inputs(5, seed)), TOLERANCE)
+
+
+@torch.no_grad()
+def test_recordings_are_bounded() -> None:
+    model, twin = on_cuda(Toy)
+    fast = rmtcompile.optimize(twin)
+    for segments in range(1, 24):
+        for _ in range(2):
+            fast(inputs(segments))
+    executor = fast._last[0].executor
+    assert len(executor._recorder._recordings) <= executor._recorder.limit
+    assert_same(model(inputs(2)), fast(inputs(2)), TOLERANCE)
