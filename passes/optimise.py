@@ -1,7 +1,6 @@
 """Optimise: the passes that pay, on the graphs of the cells and on where their results are stored.
 
-None drops or reorders a value; `in_place` is exact, `causal`, `grouped_query` and `fuse_linears` may pick
-kernels that round differently.
+None drops or reorders a value; `in_place` is exact, the others may pick kernels that round differently.
 """
 
 from __future__ import annotations
@@ -12,9 +11,13 @@ from rmtcompile.passes.causal import causal
 from rmtcompile.passes.fuse_linears import fuse_linears
 from rmtcompile.passes.grouped_query import grouped_query
 from rmtcompile.passes.in_place import in_place
+from rmtcompile.passes.thin_products import thin_products
 from rmtcompile.program import Group, Port, Program
 
-PASSES = ("causal", "grouped_query", "fuse_linears", "in_place")
+PASSES = ("causal", "grouped_query", "fuse_linears", "thin_products", "in_place")
+
+FOR_COMPILED_CELLS = frozenset({"thin_products"})
+"""Passes that pay only where cells are compiled."""
 
 
 def optimise(program: Program, switched_off: frozenset[str] = frozenset()) -> Program:
@@ -35,6 +38,8 @@ def _optimised(group: Group, switched_off: frozenset[str]) -> Group:
     fused = weights
     if "fuse_linears" not in switched_off:
         graph, fused = fuse_linears(graph, weights)  # type: ignore[assignment]
+    if "thin_products" not in switched_off:
+        graph = thin_products(graph)
     if graph is group.graph:
         return group
     names = [node.name for node in graph.nodes if node.op == "placeholder"]

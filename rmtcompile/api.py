@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,12 @@ from torch.utils import _pytree as pytree
 from rmtcompile.capture import Leaf
 from rmtcompile.errors import InternalError, RMTCompileError, UnsupportedError, VerificationError
 from rmtcompile.guard import call_key, program_key
+from rmtcompile.passes.optimise import FOR_COMPILED_CELLS
 from rmtcompile.passes.wavefront import blocking, wavefront
 from rmtcompile.pipeline import Compiled, Options, Progress, compile_forward
 from rmtcompile.probe import Segmentation, probe
 from rmtcompile.results import value_of
-from rmtcompile.runtime.execute import Executor
+from rmtcompile.runtime.execute import Executor, backend_for
 from rmtcompile.runtime.graphs import Recording
 from rmtcompile.schedule import Carry, Schedule
 from rmtcompile.state import DELETED, Snapshot, roots_of
@@ -209,9 +210,16 @@ class Optimized:
             del entries[:-8]
         return self._for_length(entry, call.count, args, kwargs)
 
+    def _compile_options(self, args: Any, kwargs: Any) -> Options:
+        """The options, less the passes that pay for compiled cells alone where the cells are not compiled."""
+        device = next((tensor.device for tensor in _tensors(args, kwargs)), torch.device("cpu"))
+        if backend_for(self._backend, device) != "eager":
+            return self._options
+        return replace(self._options, passes_off=self._options.passes_off | FOR_COMPILED_CELLS)
+
     def _compile(self, args: Any, kwargs: Any, segmentation: Segmentation, only: int | None = None) -> _Entry:
         compiled = compile_forward(
-            self.model, args, kwargs, segmentation, self._options, self._progress, only
+            self.model, args, kwargs, segmentation, self._compile_options(args, kwargs), self._progress, only
         )
         self.captures += 1
         n_layers, offsets = compiled.program.n_layers, compiled.program.offsets

@@ -141,6 +141,8 @@ class Diagonal:
         self.fast = rmtcompile.optimize(model, **{"progress": say or False, **options})
 
     def prepare(self, ids: Tensor) -> None:
+        """Twice: the second call of a length records it."""
+        self(ids)
         self(ids)
 
     def __call__(self, ids: Tensor) -> Tensor:

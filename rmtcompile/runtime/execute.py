@@ -21,6 +21,13 @@ _ATTENTION = [
 ]  # fmt: skip
 
 
+def backend_for(backend: str | Callable[..., Any], device: torch.device) -> str | Callable[..., Any]:
+    """What "auto" stands for: inductor on CUDA, eager elsewhere."""
+    if backend != "auto":
+        return backend
+    return "inductor" if device.type == "cuda" else "eager"
+
+
 class Executor:
     """Runs one compiled program for any number of segments.
 
@@ -52,9 +59,8 @@ class Executor:
         self._replaced = frozenset(left & compiled.leaves.keys())
         self.stacks = Stacks(weights, compiled.leaves, self._replaced)
         self.device = next((lane.device for lane in self.program.lanes), torch.device("cpu"))
-        on_cuda = self.device.type == "cuda"
-        self.backend = ("inductor" if on_cuda else "eager") if backend == "auto" else backend
-        self._use_graphs = on_cuda and cuda_graphs is not False
+        self.backend = backend_for(backend, self.device)
+        self._use_graphs = self.device.type == "cuda" and cuda_graphs is not False
         self._engine: Engine | None = None
         self._recorder: Recorder | None = None
 
