@@ -79,6 +79,7 @@ class Compiled:
         final: for each Python value that the forward leaves behind, its value as a function of the number of
             segments.
         stages: what each stage did.
+        passes_off: passes of `optimise` that were switched off.
     """
 
     program: Program
@@ -94,6 +95,7 @@ class Compiled:
     written: tuple[tuple[str, str], ...]
     namespace: dict[str, Any]
     stages: list[Stage] = field(default_factory=list)
+    passes_off: frozenset[str] = frozenset()
 
     @property
     def seconds(self) -> float:
@@ -181,6 +183,7 @@ def compile_forward(
         written,
         vars(module),
         log.stages,
+        options.passes_off,
     )
     weakref.finalize(compiled, unload, module.__name__)
     return compiled

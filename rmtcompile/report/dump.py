@@ -59,8 +59,8 @@ def dump(fast: Optimized, folder: str | Path) -> list[Path]:
 def _cells(fast: Optimized) -> list[tuple[str, str]]:
     """The program as it was routed, and after the passes on its cells."""
     found = []
-    said = dict(changes(fast.compiled, fast._options.passes_off))
-    for name, program in programs(fast.compiled, fast._options.passes_off):
+    said = dict(changes(fast.compiled, fast.compiled.passes_off))
+    for name, program in programs(fast.compiled, fast.compiled.passes_off):
         head = f"{said[name]}\n\n" if name in said else ""
         found.append((f"{name.partition(',')[0]}.txt", head + texts.route_text(fast.compiled, program)))
     return found

@@ -270,7 +270,7 @@ def explain_last(fast: Optimized) -> Explanation:
         operations=_operations(compiled),
         hoisted=_hoisted(compiled),
         merged=_merged(compiled),
-        optimised=tuple(changes(compiled, fast._options.passes_off)),
+        optimised=tuple(changes(compiled, fast.compiled.passes_off)),
         schedule=schedule,
         plan=plan,
         why=why,

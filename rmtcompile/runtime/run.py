@@ -21,11 +21,13 @@ class Target:
 
     Attributes:
         lane: name.
+        offset: of the feed that this is.
         place: the window's part of the lane, [n, ...].
         port: the cell function's parameter that is this very memory, if it has one.
     """
 
     lane: str
+    offset: tuple[int, int]
     place: torch.Tensor
     port: str | None
 
@@ -212,12 +214,15 @@ class Run:
         """The lane that receives an output of a window's cells directly, if one may."""
         for lane, feed in self._feeds_of.get(window.group, ()):
             places = [layer + feed.offset[1] for layer in window.layers]
-            fits = (l in feed.layers or p in lane.spare for l, p in zip(window.layers, places, strict=True))
-            if feed.source == output and all(fits):
+            read = [layer in feed.layers for layer in window.layers]
+            fits = (is_read or p in lane.spare for is_read, p in zip(read, places, strict=True))
+            if feed.source == output and any(read) and all(fits):
                 place = self.lanes[lane.name].target(places)
                 if place is not None:
                     port = self._ports.get((window.group, lane.name))
-                    return Target(lane.name, place, port if lane.placement == "in_place" else None)
+                    return Target(
+                        lane.name, feed.offset, place, port if lane.placement == "in_place" else None
+                    )
         return None
 
     def region(
@@ -263,7 +268,7 @@ class Run:
             for lane, feed in self._feeds_of.get(window.group, ()):
                 layers = [layer for layer in window.layers if layer in feed.layers]
                 stored = self._stored.get((window.group, feed.source))
-                if not layers or (stored is not None and stored.lane == lane.name):
+                if not layers or (stored and (stored.lane, stored.offset) == (lane.name, feed.offset)):
                     continue
                 values = outputs[feed.source]
                 if len(layers) < len(window.layers):
