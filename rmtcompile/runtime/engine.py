@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -124,7 +125,13 @@ class Engine:
         self, function: Callable[..., Any], stored: Callable[..., Any], size: int
     ) -> Callable[..., Any]:
         own = _renamed(stored, f"{function.__name__}_{size or 'n'}")  # a cache of compiled forms for itself
-        compiled = torch.compile(own, backend=self.backend, dynamic=False if size else None, fullgraph=True)
+        compiled = torch.compile(
+            own,
+            backend=self.backend,
+            dynamic=False if size else None,
+            fullgraph=True,
+            options=self._options(size),
+        )
         if size:
             return compiled
         has_axis = self._has_axis(function)
@@ -137,6 +144,15 @@ class Engine:
             return compiled(*views)
 
         return call
+
+    def _options(self, size: int) -> dict[str, Any] | None:
+        """Inductor computes a sum of four values again where it is read a second time.  Where the values of a
+        window do not fit in half the L2 cache, reading them again costs more than storing the sum once."""
+        if self.backend != "inductor" or self.device.type != "cuda" or not size:
+            return None
+        largest = max(math.prod(lane.shape) * lane.dtype.itemsize for lane in self.program.lanes)
+        cache = torch.cuda.get_device_properties(self.device).L2_cache_size
+        return {"realize_reads_threshold": 3} if size * largest > cache / 2 else None
 
     def _has_axis(self, function: Callable[..., Any]) -> list[bool]:
         """For each parameter of a cell function, whether it has the axis of cells in front."""
