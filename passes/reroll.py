@@ -38,7 +38,7 @@ class Unrolled:
         outputs: the graph's outputs (results, what is left behind, what is written); a tuple has one for each
             segment.
         leaf_names: name of the tensor behind each `get_attr` target, equal in all captures of one model.
-        steps: by how much positions move from one segment to the next: one, or the length of a segment.
+        sizes: lengths of the inputs' axes, in order.
     """
 
     count: int
@@ -47,7 +47,7 @@ class Unrolled:
     place: dict[fx.Node, tuple[Region, int]]
     outputs: tuple[fx.Node | tuple[fx.Node, ...], ...]
     leaf_names: dict[str, str]
-    steps: frozenset[int] = frozenset({1})
+    sizes: tuple[int, ...] = ()
 
     def source(self, node: fx.Node) -> Source:
         """Where `node` is computed, its segment absolute."""
@@ -84,9 +84,8 @@ def unroll(graph: fx.Graph, parts: Partition, leaf_names: dict[str, str]) -> Unr
     output = next(node for node in graph.nodes if node.op == "output")
     outputs: list[fx.Node] = []
     fx.node.map_arg(output.args, outputs.append)
-    sizes = {n for node in graph.nodes if node.op == "placeholder" for n in node.meta["val"].shape}
-    steps = frozenset({1, *(n // parts.n_segments for n in sizes if n % parts.n_segments == 0)})
-    return Unrolled(parts.n_segments, parts.n_layers, bodies, place, tuple(outputs), leaf_names, steps)
+    sizes = tuple(n for node in graph.nodes if node.op == "placeholder" for n in node.meta["val"].shape)
+    return Unrolled(parts.n_segments, parts.n_layers, bodies, place, tuple(outputs), leaf_names, sizes)
 
 
 def _restore_dead(
@@ -211,7 +210,8 @@ def _body(nodes: list[fx.Node], region: Region, parts: Partition) -> Body:
 
     rows = []
     for node in nodes:
-        row = (node.target, encode(node.args), encode(node.kwargs), node.meta.get("context", ()))
+        args = ("tuple", *map(encode, node.args))  # never themselves a list over segments: add(total, new)
+        row = (node.target, args, encode(node.kwargs), node.meta.get("context", ()))
         rows.append(row if loose else (*row, shape_of(node.meta.get("val"))))
     return Body(tuple(rows), tuple(nodes), tuple(live_ins), tuple(ints))
 
@@ -461,7 +461,7 @@ def _affine(key: Key, j: int, members: list[tuple[Unrolled, int]], by_count_only
         (sp, np, vp), (sq, nq, vq) = across
         by_count = (vq - vp - by_segment * (sq - sp)) // (nq - np)
     fit = Affine(v0 - by_segment * s0 - by_count * n0, by_segment, by_count)
-    if by_segment and len(points) <= 3 and abs(by_segment) not in members[0][0].steps:
+    if by_segment and len(points) <= 3 and abs(by_segment) not in _steps(members):
         raise RerollError(
             f"an integer in {_region_name(key)} is not seen often enough to be called even",
             [f"segment {a} of {b}: {c}" for a, b, c in points],
@@ -475,6 +475,16 @@ def _affine(key: Key, j: int, members: list[tuple[Unrolled, int]], by_count_only
     return fit
 
 
+def _steps(members: list[tuple[Unrolled, int]]) -> set[int]:
+    """By how much positions move from one segment to the next: one, or the length of a segment."""
+    sizes = {unrolled.count: unrolled.sizes for unrolled, _ in members}
+    if len(sizes) == 1:
+        ((count, only),) = sizes.items()
+        return {1, *(n // count for n in only if n % count == 0)}
+    small, large = (sizes[count] for count in sorted(sizes))
+    return {1, *(b - a for a, b in zip(small, large, strict=True))}
+
+
 def _live_in(key: Key, j: int, members: list[tuple[Unrolled, int]], classes: dict[Key, Classes]) -> LiveIn:
     """One live-in over the instances of a class: sources of the early segments, then one rule."""
     nodes = [(unrolled, s, _body_at(unrolled, key, s).live_ins[j]) for unrolled, s in members]
@@ -482,6 +492,12 @@ def _live_in(key: Key, j: int, members: list[tuple[Unrolled, int]], classes: dic
     if any(isinstance(node, tuple) for _, _, node in nodes):
         return LiveIn({}, _each(key, nodes, classes))
     seen = [(unrolled, s, unrolled.source(node)) for unrolled, s, node in nodes if isinstance(node, fx.Node)]
+    if not seen:
+        raise RerollError(
+            f"nothing that is returned depends on {_region_name(key)} in some segments",
+            [f"segments {sorted({s for _, s in members})}"],
+            "return a value of each segment, or run with fallback='sequential'",
+        )
     last_segment = max(s for _, s, _ in seen)
     rule = _steady([(s, found) for _, s, found in seen], last_segment)
     early: dict[int, Source] = {}
