@@ -306,7 +306,7 @@ def _between(
     if low in later:
         return Region(CELL, segment, low), ""  # computed by a cell, and once more outside it
     if later and (high := min(later)) > low:
-        carried = any(s < segment and layer >= high for s, layer in reads)
+        carried = any(s < segment for s, _ in reads)
         habit = "above" if carried else habits.get(_site(node), "below") if segment == 0 else "below"
         return Region(CELL, segment, high if habit == "above" else low), habit
     if low < last and all(s > segment for s, _ in feeds.get(node, ())):
