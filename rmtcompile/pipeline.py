@@ -158,8 +158,9 @@ def compile_forward(
         found = dependences(rolled)
     with log.stage("wavefront"):
         n_layers = rolled.n_layers
-        alpha = n_layers if options.plan == "sequential" else max(1, min(n_layers, skew(found, n_layers)))
-        alpha = max(alpha, skew(found, n_layers))
+        alpha = n_layers if options.plan == "sequential" else skew(found, n_layers)
+        if rolled.fixed is not None:  # too few segments to be worth running layer by layer
+            alpha = max(alpha, 1)
     with log.stage("route, align"):
         program = route(rolled, frozenset(found), alpha)
     with log.stage("optimise"):

@@ -37,8 +37,7 @@ class Regions:
                         yield from (source for source in read if isinstance(source, Source))
         for group in self.program.groups:
             for port in group.ports:
-                if port.role in ("shared", "stacked"):
-                    yield from port.source if port.role == "stacked" else (port.source,)
+                yield from port.sources
         for lane in self.program.lanes:
             for entry in lane.entries:
                 yield from entry.sources
