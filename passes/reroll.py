@@ -28,6 +28,7 @@ from rmtcompile.errors import RerollError
 from rmtcompile.passes.number import key_of
 from rmtcompile.passes.partition import CELL, EPILOGUE, INIT, PROLOGUE, Partition, Region
 from rmtcompile.program import Affine, Body, Each, Source
+from rmtcompile.weights import row_of
 
 
 @dataclass(frozen=True)
@@ -153,12 +154,26 @@ def _match(mine: Any, theirs: Any, index: dict[int, int], live_ins: dict[int, in
 
 
 def _private_weights(parts: Partition) -> dict[fx.Node, int | None]:
-    """Init nodes computed from parameters alone that only one layer's cells use: `w.t()`, `-exp(a_log)`."""
+    """Init nodes computed from parameters alone that only one layer's cells use: `w.t()`, `-exp(a_log)`.
+
+    Not `w[l]` of a tensor that holds the weights of several layers: cells differ in l.
+    """
+    alone = _used_by_one_layer(parts, frozenset())
+    layers: dict[fx.Node, set[int]] = defaultdict(set)
+    for node, layer in alone.items():
+        if layer is not None and (row := row_of(node)) is not None:
+            layers[row[0]].add(layer)
+    rows = {node for node in alone if (row := row_of(node)) is not None and len(layers[row[0]]) > 1}
+    return _used_by_one_layer(parts, frozenset(rows)) if rows else alone
+
+
+def _used_by_one_layer(parts: Partition, given: frozenset[fx.Node]) -> dict[fx.Node, int | None]:
+    """The layer that alone uses an init node computed from parameters and `given`, or None."""
     private: dict[fx.Node, int | None] = {}
     for node, region in parts.region.items():
-        if region.kind != INIT or not node.all_input_nodes:
+        if region.kind != INIT or not node.all_input_nodes or node in given:
             continue
-        if all(op.op == "get_attr" or op in private for op in node.all_input_nodes):
+        if all(op.op == "get_attr" or op in private or op in given for op in node.all_input_nodes):
             private[node] = None
     for node in reversed(list(private)):
         layers = set()

@@ -30,7 +30,7 @@ from rmtcompile.passes.partition import CELL, EPILOGUE, INIT, PROLOGUE
 from rmtcompile.passes.reroll import ClassRule, LiveIn, Rolled
 from rmtcompile.passes.wavefront import block_size
 from rmtcompile.program import Each, Feed, Group, Lane, LaneEntry, Port, Program, Source, Tap, Value
-from rmtcompile.weights import Weight
+from rmtcompile.weights import Rows, Weight, row_of
 
 
 def route(rolled: Rolled, offsets: frozenset[tuple[int, int]], alpha: int) -> Program:
@@ -166,7 +166,18 @@ class _Router:
             return Port(node.name, "layer", tuple(by_layer))
         if all(isinstance(source, Source) and source.kind == "leaf" for source in by_layer):
             return Port(node.name, "weight", Weight(tuple((s.name,) for s in by_layer)))  # type: ignore[union-attr]
-        return Port(node.name, "stacked", tuple(by_layer))
+        rows = self._rows(by_layer)
+        return Port(node.name, "rows", rows) if rows else Port(node.name, "stacked", tuple(by_layer))
+
+    def _rows(self, by_layer: list[Any]) -> Rows | None:
+        """The rows of one leaf that the layers read, if that is what they read."""
+        nodes = self.rolled.rules[(INIT, -1)][0].body.nodes
+        found = [row_of(nodes[source.node]) if source.kind == INIT else None for source in by_layer]
+        leaves = {row[0] for row in found if row is not None}
+        if None in found or len(leaves) != 1:
+            return None
+        name = self.rolled.base.leaf_names[str(leaves.pop().target)]
+        return Rows(name, tuple(row[1] for row in found if row is not None))
 
     # ---- lanes ---------------------------------------------------------------------------------------------
 
@@ -356,9 +367,9 @@ class _Router:
 
 
 def hops(offset: tuple[int, int], alpha: int) -> list[tuple[int, int]]:
-    """The fewest steps that a value takes on its way, each of which arrives before its place is written again.
+    """The fewest steps that a value takes on its way, each arriving before its place is written again.
 
-    (2,0) at alpha 1 -> (1,0) (1,0)      (2,-1) at alpha 1 -> (2,-1)      (1,3) at alpha 2 -> (0,2) (0,1) (1,0)
+    (2,0) at alpha 1 -> (1,0) (1,0)      (2,-1) at alpha 1 -> (2,-1)     (1,3) at alpha 2 -> (0,2) (0,1) (1,0)
 
     Steps up go first, one segment at a time follows, and the last step goes down. A step (a, b) takes
     alpha*a + b levels, 1 to alpha; segments never run backward and layers stay between the two ends. With

@@ -29,7 +29,8 @@ from rmtcompile.passes.forward import forward
 from rmtcompile.passes.functionalise import functionalise
 from rmtcompile.passes.number import is_random, number
 from rmtcompile.passes.optimise import optimise
-from rmtcompile.passes.partition import call_sizes, find_layers, partition
+from rmtcompile.passes.partition import partition
+from rmtcompile.passes.repeats import layers_of
 from rmtcompile.passes.reroll import Rolled, Unrolled, fixed, reroll, unroll
 from rmtcompile.passes.route import route
 from rmtcompile.passes.wavefront import skew
@@ -272,7 +273,7 @@ def _unrolled(
         box.append(captured.module)
     with log.stage("partition"):
         graph = captured.module.graph
-        layers = find_layers(captured.calls, call_sizes(graph, captured.calls), count, options.layers)
+        layers = layers_of(graph, captured.calls, count, options.layers)
         parts = partition(graph, layers, count)
         unrolled = unroll(graph, parts, {target: leaf.name for target, leaf in captured.leaves.items()})
     return captured, unrolled, layers.paths, written

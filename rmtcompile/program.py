@@ -140,8 +140,9 @@ class Port:
     Attributes:
         name: placeholder name in the group's graph.
         role: "lane" (differs from cell to cell), "weight" (stacked by layer), "shared" (one value for all
-            cells), "stacked" (one init value a layer), "mask" (whether a cell belongs to a class), "layer"
-            (alpha = 0: what all cells of a layer share, a parameter or an init value).
+            cells), "stacked" (one init value a layer), "rows" (the model's own stacked weight, a row a
+            layer), "mask" (whether a cell belongs to a class), "layer" (alpha = 0: what all cells of a layer
+            share, a parameter or an init value).
         source: by role: the weight, the shared source, the sources by layer, or the class number of a mask.
     """
 
@@ -152,7 +153,7 @@ class Port:
     @property
     def is_weight(self) -> bool:
         """Whether the layers' parameters stand here, stacked or not."""
-        return self.role == "weight" or (self.role == "layer" and self.source[0].kind == "leaf")
+        return self.role in ("weight", "rows") or (self.role == "layer" and self.source[0].kind == "leaf")
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -27,7 +27,6 @@ THROUGH: dict[str, frozenset[Offset]] = {
 """Where a value passes on its way through glue of a cell between the two that the entry names."""
 
 LIMITS = {
-    "plain_function": "layers are found from module calls only",
     "running_mean": "constants that are not affine in the segment",
 }
 """What the compiler refuses although a compiler could do it: the reason, by name."""

@@ -132,6 +132,8 @@ def write_cell(writer: Writer, cell: CellFunction, group: Group) -> None:
 def _role(port: Any) -> str:
     if port.role == "weight":
         return "weight " + " | ".join(port.source.leaves[0])
+    if port.role == "rows":
+        return f"weight {port.source.leaf}{port.source.index}"
     if port.role == "lane":
         return f"lane {port.source}"
     if port.role == "shared":

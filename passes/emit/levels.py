@@ -47,7 +47,7 @@ def _argument(port: Any, group: Group) -> str:
         return f"run.read({port.source!r}, w)"
     if port.role == "weight":
         return f"run.weight({group.name + '.' + port.name!r}, w)"
-    if port.role == "stacked":
+    if port.role in ("stacked", "rows"):
         return f"run.invariant({group.name + '.' + port.name!r}, w)"
     if port.role == "mask":
         return f"run.mask({tuple(port.source)!r}, w)"

@@ -242,6 +242,9 @@ class Regions:
                 if port.role == "stacked":
                     parts = ", ".join(outside(source) for source in port.source)
                     writer.line(f"run.stacked[{group.name + '.' + port.name!r}] = torch.stack([{parts}])")
+                elif port.role == "rows":
+                    rows = f"run.leaves[{port.source.leaf!r}]{port.source.index}"
+                    writer.line(f"run.stacked[{group.name + '.' + port.name!r}] = {rows}")
 
     def write_outputs(self, writer: Writer) -> None:
         writer.line("return (")

@@ -235,6 +235,8 @@ def _port(port: Any, names: dict[str, str]) -> str:
         return f"{port.name}: lane {port.source}{_alias(port.source, names)}"
     if port.role == "shared":
         return f"{port.name}: shared, {port.source.name or port.source.kind}"
+    if port.role == "rows":
+        return f"{port.name}: weight {port.source.leaf}{port.source.index}, stacked in the model"
     if port.is_weight:
         return f"{port.name}: weight {pattern(source.name for source in port.source)}, not stacked"
     return f"{port.name}: {port.role}"
