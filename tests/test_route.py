@@ -96,7 +96,7 @@ def test_deterministic() -> None:
 @settings(max_examples=300)
 @given(st.integers(1, 5), st.integers(0, 5), st.integers(-12, 8))
 def test_hops_add_up_and_arrive_in_time(alpha: int, ds: int, dl: int) -> None:
-    """Every offset that is legal at alpha is cut into the fewest legal hops, none of which leaves the grid."""
+    """Every offset legal at alpha is cut into the fewest legal hops, none of which leaves the grid."""
     levels = alpha * ds + dl
     if levels < 1:
         with pytest.raises(DependenceError, match=r"cannot reach its reader on levels"):

@@ -1,4 +1,4 @@
-"""alpha = 0: all segments of a layer at once, with weights that they share; passes/emit_rows.py, runtime/rows.py."""
+"""alpha = 0: all segments of a layer at once, with weights that they share; emit/rows.py, runtime/rows.py."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import SEGMENT, WIDTH, Layer, Toy, assert_equal_runs, assert_same, features, made
 from torch import Tensor, nn
+from toys import SEGMENT, WIDTH, Layer, Toy, assert_equal_runs, assert_same, features, made
 from zoo.memories import TransformerXL
 from zoo.others import ZOO
 

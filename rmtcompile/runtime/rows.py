@@ -104,9 +104,9 @@ class RowLane:
 
     def _piece(self, values: Any, first: int | None, last: int | None) -> torch.Tensor:
         if first is not None and last is not None:
-            return values[first : last + 1]  # type: ignore[no-any-return]
+            return values[first : last + 1]
         if all(value is values[0] for value in values):
-            return values[0].expand(len(values), *self.spec.shape)  # type: ignore[no-any-return]
+            return values[0].expand(len(values), *self.spec.shape)
         return torch.stack([value.expand(self.spec.shape) for value in values])
 
 
@@ -230,13 +230,13 @@ class RowRun:
         self, function: Callable[..., tuple[torch.Tensor, ...]], window: RowWindow, *args: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Run a cell function for a window, in the form that the engine has compiled for its width."""
-        return self.engine.cell(function, len(window.segments))(*args)  # type: ignore[no-any-return]
+        return self.engine.cell(function, len(window.segments))(*args)
 
     def region(
         self, function: Callable[..., tuple[torch.Tensor, ...]], *args: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Run the body of a prologue or an epilogue, in the form that the engine has compiled."""
-        return self.engine.region(function)(*args)  # type: ignore[no-any-return]
+        return self.engine.region(function)(*args)
 
     def is_only(self, window: RowWindow, classes: set[int]) -> bool:
         """Whether all cells of the window are of these classes."""
