@@ -83,7 +83,7 @@ def _has_causal_mask(node: fx.Node, ports: dict[str, Port], rule: ClassRule, kno
     if not isinstance(mask, fx.Node) or mask.op != "placeholder" or _argument(node, 5, "is_causal", False):
         return False
     port = ports[mask.name]
-    sources = port.source if port.role == "stacked" else (port.source,) if port.role == "shared" else ()
+    sources = port.sources
     if not sources or not all(isinstance(source, Source) and source.kind == INIT for source in sources):
         return False
     for source in sources:

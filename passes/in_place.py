@@ -20,7 +20,10 @@ from rmtcompile.program import Lane, Program
 
 
 def in_place(program: Program) -> Program:
-    """Choose the placement of each lane; the same object where all are copied."""
+    """Choose the placement of each lane; the same object where all are copied, or where all segments of a
+    layer run at once and nothing is written over."""
+    if not program.alpha:
+        return program
     lanes = tuple(_placed(lane, program) for lane in program.lanes)
     if all(new is old for new, old in zip(lanes, program.lanes, strict=True)):
         return program

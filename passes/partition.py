@@ -5,7 +5,8 @@
     norm, head                 ->  epilogue(s)
     arange, cos, masks         ->  init (the same for all segments)
 
-The layers are found from the module calls: sibling modules that the forward calls in turn, once a segment.
+The layers are found from the module calls: sibling modules that the forward calls in turn, once a segment
+(`repeats` finds them where there are no such modules).
 Nodes between calls are placed by their dependences, then moved next to the layer they belong to where the
 layers beside it show so.
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import networkx as nx
@@ -45,10 +46,21 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True)
 class Layers:
-    """The layer calls: module paths by layer, and the (segment, layer) of each call that is one."""
+    """The layers: their names, and the (segment, layer) of each module call that is one, or of nodes.
+
+    Attributes:
+        paths: module paths by layer.
+        cell_of_call: by index of the call.
+        cell_of_node: where no module is a layer.
+    """
 
     paths: tuple[str, ...]
     cell_of_call: dict[int, tuple[int, int]]
+    cell_of_node: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
+
+
+class NoLayersError(PartitionError):
+    """No module is a layer."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,8 @@ def find_layers(
             paths.
 
     Raises:
-        PartitionError: no such family, or its members are not called equally often in each segment.
+        NoLayersError: no such family.
+        PartitionError: its members are not called equally often in each segment.
     """
     families: dict[tuple[str | None, str], list[Call]] = defaultdict(list)
     for call in calls:
@@ -123,7 +136,7 @@ def find_layers(
     if outer is not None and (best is None or covers[best] < 0.6 * covers[outer]):
         best = outer
     if best is None:
-        raise PartitionError(
+        raise NoLayersError(
             "no repeated layers were found among the module calls",
             [
                 f"{key[1]}: {len(found)} calls for {n_segments} segments"
@@ -235,6 +248,8 @@ def partition(graph: fx.Graph, layers: Layers, n_segments: int) -> Partition:
 
 
 def _cells_of(node: fx.Node, layers: Layers) -> set[tuple[int, int]]:
+    if node in layers.cell_of_node:
+        return {layers.cell_of_node[node]}
     scopes: Iterable[tuple[int, ...]] = node.meta.get("scopes") or (node.meta.get("scope", ()),)
     cells: set[tuple[int, int]] = set()
     for scope in scopes:
@@ -265,6 +280,13 @@ def _place_dependent(nodes: list[fx.Node], region: dict[fx.Node, Region], layers
                 found |= reads.get(operand, set())
         reads[node] = found
     feeds = _first_hits(nodes, region)
+    # What reads an earlier segment lies with the layer above, unless it is kept for a later one itself: the
+    # further up a reader lies, the earlier it may run.
+    kept = {
+        _site(node)
+        for node in nodes
+        if reads[node] and any(s > max(reads[node])[0] for s, _ in feeds[node])
+    }
     # Where later segments have the same code: with the cell below it or above it.
     habits: dict[object, str] = {}
     for first_pass in (True, False):
@@ -272,7 +294,7 @@ def _place_dependent(nodes: list[fx.Node], region: dict[fx.Node, Region], layers
         for node in nodes:
             if node in region or not reads[node]:
                 continue
-            place, habit = _between(node, reads[node], placed, feeds, last, habits)
+            place, habit = _between(node, reads[node], placed, feeds, last, habits, kept)
             placed[node] = place
             if first_pass and habit and place.segment > 0:
                 habits.setdefault(_site(node), habit)
@@ -291,6 +313,7 @@ def _between(
     feeds: dict[fx.Node, set[tuple[int, int]]],
     last: int,
     habits: dict[object, str],
+    kept: set[object],
 ) -> tuple[Region, str]:
     """Region of a node between cells, and on which side of it: "below" or "above" ("" where there is no
     choice)."""
@@ -302,11 +325,12 @@ def _between(
     later = [layer for s, layer in feeds.get(node, ()) if s == segment]
     if not inside:
         return Region(PROLOGUE, segment), ""
-    low = max(inside)
+    placed = (region[op] for op in node.all_input_nodes if op in region)
+    low = max(*inside, *(place.layer for place in placed if place.segment == segment), -1)
     if low in later:
         return Region(CELL, segment, low), ""  # computed by a cell, and once more outside it
     if later and (high := min(later)) > low:
-        carried = any(s < segment and layer >= high for s, layer in reads)
+        carried = any(s < segment and (layer >= high or _site(node) not in kept) for s, layer in reads)
         habit = "above" if carried else habits.get(_site(node), "below") if segment == 0 else "below"
         return Region(CELL, segment, high if habit == "above" else low), habit
     if low < last and all(s > segment for s, _ in feeds.get(node, ())):

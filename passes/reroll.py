@@ -28,6 +28,7 @@ from rmtcompile.errors import RerollError
 from rmtcompile.passes.number import key_of
 from rmtcompile.passes.partition import CELL, EPILOGUE, INIT, PROLOGUE, Partition, Region
 from rmtcompile.program import Affine, Body, Each, Source
+from rmtcompile.weights import row_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Unrolled:
         outputs: the graph's outputs (results, what is left behind, what is written); a tuple has one for each
             segment.
         leaf_names: name of the tensor behind each `get_attr` target, equal in all captures of one model.
-        steps: by how much positions move from one segment to the next: one, or the length of a segment.
+        sizes: lengths of the inputs' axes, in order.
     """
 
     count: int
@@ -47,7 +48,7 @@ class Unrolled:
     place: dict[fx.Node, tuple[Region, int]]
     outputs: tuple[fx.Node | tuple[fx.Node, ...], ...]
     leaf_names: dict[str, str]
-    steps: frozenset[int] = frozenset({1})
+    sizes: tuple[int, ...] = ()
 
     def source(self, node: fx.Node) -> Source:
         """Where `node` is computed, its segment absolute."""
@@ -84,9 +85,8 @@ def unroll(graph: fx.Graph, parts: Partition, leaf_names: dict[str, str]) -> Unr
     output = next(node for node in graph.nodes if node.op == "output")
     outputs: list[fx.Node] = []
     fx.node.map_arg(output.args, outputs.append)
-    sizes = {n for node in graph.nodes if node.op == "placeholder" for n in node.meta["val"].shape}
-    steps = frozenset({1, *(n // parts.n_segments for n in sizes if n % parts.n_segments == 0)})
-    return Unrolled(parts.n_segments, parts.n_layers, bodies, place, tuple(outputs), leaf_names, steps)
+    sizes = tuple(n for node in graph.nodes if node.op == "placeholder" for n in node.meta["val"].shape)
+    return Unrolled(parts.n_segments, parts.n_layers, bodies, place, tuple(outputs), leaf_names, sizes)
 
 
 def _restore_dead(
@@ -154,12 +154,26 @@ def _match(mine: Any, theirs: Any, index: dict[int, int], live_ins: dict[int, in
 
 
 def _private_weights(parts: Partition) -> dict[fx.Node, int | None]:
-    """Init nodes computed from parameters alone that only one layer's cells use: `w.t()`, `-exp(a_log)`."""
+    """Init nodes computed from parameters alone that only one layer's cells use: `w.t()`, `-exp(a_log)`.
+
+    Not `w[l]` of a tensor that holds the weights of several layers: cells differ in l.
+    """
+    alone = _used_by_one_layer(parts, frozenset())
+    layers: dict[fx.Node, set[int]] = defaultdict(set)
+    for node, layer in alone.items():
+        if layer is not None and (row := row_of(node)) is not None:
+            layers[row[0]].add(layer)
+    rows = {node for node in alone if (row := row_of(node)) is not None and len(layers[row[0]]) > 1}
+    return _used_by_one_layer(parts, frozenset(rows)) if rows else alone
+
+
+def _used_by_one_layer(parts: Partition, given: frozenset[fx.Node]) -> dict[fx.Node, int | None]:
+    """The layer that alone uses an init node computed from parameters and `given`, or None."""
     private: dict[fx.Node, int | None] = {}
     for node, region in parts.region.items():
-        if region.kind != INIT or not node.all_input_nodes:
+        if region.kind != INIT or not node.all_input_nodes or node in given:
             continue
-        if all(op.op == "get_attr" or op in private for op in node.all_input_nodes):
+        if all(op.op == "get_attr" or op in private or op in given for op in node.all_input_nodes):
             private[node] = None
     for node in reversed(list(private)):
         layers = set()
@@ -211,7 +225,8 @@ def _body(nodes: list[fx.Node], region: Region, parts: Partition) -> Body:
 
     rows = []
     for node in nodes:
-        row = (node.target, encode(node.args), encode(node.kwargs), node.meta.get("context", ()))
+        args = ("tuple", *map(encode, node.args))  # never themselves a list over segments: add(total, new)
+        row = (node.target, args, encode(node.kwargs), node.meta.get("context", ()))
         rows.append(row if loose else (*row, shape_of(node.meta.get("val"))))
     return Body(tuple(rows), tuple(nodes), tuple(live_ins), tuple(ints))
 
@@ -461,7 +476,7 @@ def _affine(key: Key, j: int, members: list[tuple[Unrolled, int]], by_count_only
         (sp, np, vp), (sq, nq, vq) = across
         by_count = (vq - vp - by_segment * (sq - sp)) // (nq - np)
     fit = Affine(v0 - by_segment * s0 - by_count * n0, by_segment, by_count)
-    if by_segment and len(points) <= 3 and abs(by_segment) not in members[0][0].steps:
+    if by_segment and len(points) <= 3 and abs(by_segment) not in _steps(members):
         raise RerollError(
             f"an integer in {_region_name(key)} is not seen often enough to be called even",
             [f"segment {a} of {b}: {c}" for a, b, c in points],
@@ -475,6 +490,16 @@ def _affine(key: Key, j: int, members: list[tuple[Unrolled, int]], by_count_only
     return fit
 
 
+def _steps(members: list[tuple[Unrolled, int]]) -> set[int]:
+    """By how much positions move from one segment to the next: one, or the length of a segment."""
+    sizes = {unrolled.count: unrolled.sizes for unrolled, _ in members}
+    if len(sizes) == 1:
+        ((count, only),) = sizes.items()
+        return {1, *(n // count for n in only if n % count == 0)}
+    small, large = (sizes[count] for count in sorted(sizes))
+    return {1, *(b - a for a, b in zip(small, large, strict=True))}
+
+
 def _live_in(key: Key, j: int, members: list[tuple[Unrolled, int]], classes: dict[Key, Classes]) -> LiveIn:
     """One live-in over the instances of a class: sources of the early segments, then one rule."""
     nodes = [(unrolled, s, _body_at(unrolled, key, s).live_ins[j]) for unrolled, s in members]
@@ -482,6 +507,12 @@ def _live_in(key: Key, j: int, members: list[tuple[Unrolled, int]], classes: dic
     if any(isinstance(node, tuple) for _, _, node in nodes):
         return LiveIn({}, _each(key, nodes, classes))
     seen = [(unrolled, s, unrolled.source(node)) for unrolled, s, node in nodes if isinstance(node, fx.Node)]
+    if not seen:
+        raise RerollError(
+            f"nothing that is returned depends on {_region_name(key)} in some segments",
+            [f"segments {sorted({s for _, s in members})}"],
+            "return a value of each segment, or run with fallback='sequential'",
+        )
     last_segment = max(s for _, s, _ in seen)
     rule = _steady([(s, found) for _, s, found in seen], last_segment)
     early: dict[int, Source] = {}

@@ -8,7 +8,10 @@
 
 A lane holds one value a layer. The value a cell reads must be the last one written: a write travels
 alpha*ds + dl levels, and the same producer writes again alpha levels later, so 1 <= alpha*ds + dl <= alpha
-holds for every direct feed; longer ways are cut into hops through lanes in between.
+holds for every direct feed; longer ways are cut into hops through lanes in between (`hops`).
+
+With alpha = 0 a level is one layer of many segments, and all layers below have run: a lane holds one value a
+segment, each feed is direct whatever its offset, and what the cells of a layer share is not stacked.
 
 Requires: rules from `reroll`, offsets from `dependence`, alpha from `wavefront`. Gives the `Program`.
 """
@@ -25,8 +28,9 @@ from rmtcompile.errors import DependenceError, RerollError
 from rmtcompile.passes.align import Merged, align, class_name, ports_key
 from rmtcompile.passes.partition import CELL, EPILOGUE, INIT, PROLOGUE
 from rmtcompile.passes.reroll import ClassRule, LiveIn, Rolled
+from rmtcompile.passes.wavefront import block_size
 from rmtcompile.program import Each, Feed, Group, Lane, LaneEntry, Port, Program, Source, Tap, Value
-from rmtcompile.weights import Weight
+from rmtcompile.weights import Rows, Weight, row_of
 
 
 def route(rolled: Rolled, offsets: frozenset[tuple[int, int]], alpha: int) -> Program:
@@ -81,6 +85,7 @@ class _Router:
         self.rolled = rolled
         self.alpha = alpha
         self.n_layers = rolled.n_layers
+        self.block = 0 if alpha else block_size(rolled.n_layers)
         self.groups: list[_GroupDraft] = []
         self.lanes: dict[str, _LaneDraft] = {}
         self.taps: dict[Any, Tap] = {}
@@ -118,7 +123,7 @@ class _Router:
         groups = tuple(self._finish(group) for group in self.groups)
         lanes = tuple(self._lane(lane) for lane in self.lanes.values())
         taps = tuple(self._resolved(tap) for tap in self.taps.values())
-        return Program(self.n_layers, self.alpha, offsets, groups, lanes, taps, self.rolled)
+        return Program(self.n_layers, self.alpha, offsets, groups, lanes, taps, self.rolled, self.block)
 
     def _kinds(self) -> list[tuple[int, ...]]:
         kinds: dict[Any, list[int]] = defaultdict(list)
@@ -157,9 +162,22 @@ class _Router:
         by_layer = [next(s.steady for (k, _), s in sources.items() if k == layer) for layer in group.layers]
         if all(source == by_layer[0] for source in by_layer):
             return Port(node.name, "shared", by_layer[0])
+        if not self.alpha:
+            return Port(node.name, "layer", tuple(by_layer))
         if all(isinstance(source, Source) and source.kind == "leaf" for source in by_layer):
             return Port(node.name, "weight", Weight(tuple((s.name,) for s in by_layer)))  # type: ignore[union-attr]
-        return Port(node.name, "stacked", tuple(by_layer))
+        rows = self._rows(by_layer)
+        return Port(node.name, "rows", rows) if rows else Port(node.name, "stacked", tuple(by_layer))
+
+    def _rows(self, by_layer: list[Any]) -> Rows | None:
+        """The rows of one leaf that the layers read, if that is what they read."""
+        nodes = self.rolled.rules[(INIT, -1)][0].body.nodes
+        found = [row_of(nodes[source.node]) if source.kind == INIT else None for source in by_layer]
+        leaves = {row[0] for row in found if row is not None}
+        if None in found or len(leaves) != 1:
+            return None
+        name = self.rolled.base.leaf_names[str(leaves.pop().target)]
+        return Rows(name, tuple(row[1] for row in found if row is not None))
 
     # ---- lanes ---------------------------------------------------------------------------------------------
 
@@ -180,7 +198,7 @@ class _Router:
                 roots[source.identity].append(layer)
         for layers in roots.values():
             source = steady[layers[0]]
-            if len(layers) > 1 and len(roots) == 1:
+            if len(layers) > 1 and len(roots) == 1 and self.alpha:
                 self._broadcast(lane, source, layers)
             else:
                 for layer in layers:
@@ -193,7 +211,7 @@ class _Router:
 
     def _shared_by_layers(self, steady: dict[int, Source], layer: int) -> bool:
         """Whether another layer reads the very same value, which then has to move up with its segment."""
-        return any(
+        return self.alpha > 0 and any(
             other != layer and source.identity == steady[layer].identity for other, source in steady.items()
         )
 
@@ -238,14 +256,15 @@ class _Router:
 
     def _connect(self, lane: _LaneDraft, source: Source, offset: tuple[int, int], layer: int) -> None:
         """Feed `lane` at `layer` from the cell `offset` before, in hops that each arrive in time."""
-        hops = self._hops(offset)
+        route = hops(offset, self.alpha)
         nodes = dict(source.nodes)
         at = source.layer
         held: str | None = None  # the lane that holds the value now
-        for i, (ds, dl) in enumerate(hops):
+        for i, (ds, dl) in enumerate(route):
             target = lane
-            if i < len(hops) - 1:
-                name = self.delays.setdefault((tuple(hops[: i + 1]), lane.name), f"{lane.name}_delay{i}")
+            if i < len(route) - 1:
+                key = (tuple(route[: i + 1]), lane.name, source.nodes)
+                name = self.delays.setdefault(key, f"{lane.name}_delay{len(self.delays)}")
                 target = self.lanes.setdefault(name, _LaneDraft(name, set(), lane.val))
                 target.layers.add(at + dl)
             if held is None:
@@ -255,24 +274,6 @@ class _Router:
             else:
                 target.feeds[("", held, (ds, dl))].add(at)
             held, at = target.name, at + dl
-
-    def _hops(self, offset: tuple[int, int]) -> list[tuple[int, int]]:
-        ds, dl = offset
-        hops: list[tuple[int, int]] = []
-        while self.alpha * ds + dl > self.alpha and dl > 0:
-            hops.append((0, 1))
-            dl -= 1
-        while ds > 1 or (ds == 1 and self.alpha + dl > self.alpha):
-            hops.append((1, 0))
-            ds -= 1
-        if (ds, dl) != (0, 0):
-            hops.append((ds, dl))
-        if any(not 1 <= self.alpha * a + b <= self.alpha for a, b in hops):
-            raise DependenceError(
-                f"a value with offset {offset} cannot reach its reader on levels {self.alpha}*s + l",
-                [str(hops)],
-            )
-        return hops
 
     def _broadcast(self, lane: _LaneDraft, source: Source, layers: list[int]) -> None:
         """One value of a segment read by several layers: it enters once and moves up with its segment."""
@@ -305,7 +306,7 @@ class _Router:
         elif not source.relative:
             keep, when = None, ("at", source.segment)
         else:
-            keep = source.segment + self.n_layers
+            keep = source.segment + (self.block or self.n_layers)
         self._add(source.kind, source.layer, source.nodes, when, keep)
 
     def _add(
@@ -365,6 +366,31 @@ class _Router:
         return Lane(lane.name, layers, lane.classes, tuple(val.shape), val.dtype, val.device, entries, feeds)
 
 
+def hops(offset: tuple[int, int], alpha: int) -> list[tuple[int, int]]:
+    """The fewest steps that a value takes on its way, each arriving before its place is written again.
+
+    (2,0) at alpha 1 -> (1,0) (1,0)      (2,-1) at alpha 1 -> (2,-1)     (1,3) at alpha 2 -> (0,2) (0,1) (1,0)
+
+    Steps up go first, one segment at a time follows, and the last step goes down. A step (a, b) takes
+    alpha*a + b levels, 1 to alpha; segments never run backward and layers stay between the two ends. With
+    alpha = 0 nothing is written over, and one step does.
+
+    Raises:
+        DependenceError: the reader runs no later than the writer.
+    """
+    ds, dl = offset
+    levels = alpha * ds + dl
+    if levels < 1 or ds < 0:
+        raise DependenceError(f"a value with offset {offset} cannot reach its reader on levels {alpha}*s + l")
+    if levels <= max(alpha, 1) or not alpha:
+        return [offset]
+    if dl < 0:
+        waits = (levels - 1) // alpha
+        return [(1, 0)] * waits + [(ds - waits, dl)]
+    up = [(0, alpha)] * (dl // alpha) + [(0, dl % alpha)] * (dl % alpha > 0)
+    return up + [(1, 0)] * ds
+
+
 def _by_class(graph: fx.Graph, merged: Merged, nodes: dict[int, int]) -> fx.Node:
     """The merged value that is operation nodes[c] in class c: one node, or a selection by mask."""
     from rmtcompile.passes.align import aten
@@ -389,4 +415,4 @@ def _by_class(graph: fx.Graph, merged: Merged, nodes: dict[int, int]) -> fx.Node
     return base
 
 
-__all__ = ["INIT", "route"]
+__all__ = ["INIT", "hops", "route"]

@@ -45,6 +45,18 @@ def _inside(offsets: Iterable[Offset], n_layers: int) -> list[Offset]:
     return sorted(o for o in check_offsets(offsets) if abs(o[1]) < n_layers)
 
 
+BLOCK = 32  # segments that run together at least, where there are as many and alpha is 0
+
+
+def block_size(n_layers: int) -> int:
+    """How many segments run together at most with alpha 0, so that a run's memory does not grow with S.
+
+    S segments take ceil(S / block) * n_layers levels; with block >= n_layers these are never more than the
+    S + n_layers - 1 levels of alpha 1, which hold as many cells at once.
+    """
+    return max(n_layers, BLOCK)
+
+
 def blocking(offsets: Iterable[Offset], n_layers: int) -> tuple[Offset, ...]:
     """The offsets that keep every level one cell wide; none if levels can be wider, or there is one layer."""
     if n_layers == 1 or skew(offsets, n_layers) < n_layers:
@@ -71,6 +83,7 @@ def wavefront(
     n_segments: int,
     *,
     alpha: int | None = None,
+    block: int = 0,
     carries: Sequence[Carry] = (),
     segment_variants: Sequence[str] = (),
     layer_kinds: Sequence[str] = (),
@@ -81,6 +94,7 @@ def wavefront(
         offsets: dependence offsets (ds, dl), consumer minus producer.
         n_layers, n_segments: size of the grid.
         alpha: a skew larger than the smallest legal one (`n_layers` asks for the sequential order).
+        block: with alpha 0, how many segments run together at most; 0: all of them.
         carries, segment_variants, layer_kinds: kept in the schedule, see `Schedule`.
     """
     legal = check_offsets(offsets)
@@ -92,6 +106,7 @@ def wavefront(
         carries=tuple(carries),
         segment_variants=tuple(segment_variants),
         layer_kinds=tuple(layer_kinds),
+        block=block,
     )
     schedule.verify()
     return schedule

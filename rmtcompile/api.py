@@ -24,6 +24,7 @@ from rmtcompile.probe import Segmentation, probe
 from rmtcompile.results import value_of
 from rmtcompile.runtime.execute import Executor, backend_for
 from rmtcompile.runtime.graphs import Recording
+from rmtcompile.runtime.rows import executor_for
 from rmtcompile.schedule import Carry, Schedule
 from rmtcompile.state import DELETED, Snapshot, roots_of
 
@@ -238,7 +239,7 @@ class Optimized:
             warnings.warn(message, SequentialScheduleWarning, stacklevel=4)
         return _Entry(
             compiled,
-            Executor(compiled, segmentation, self._backend, self._cuda_graphs),
+            executor_for(compiled, segmentation, self._backend, self._cuda_graphs),
             segmentation,
             _faked(args, kwargs),
         )
@@ -396,7 +397,7 @@ def schedule_of(compiled: Compiled, count: int) -> Schedule:
     from rmtcompile.report.names import lane_names
 
     program, names = compiled.program, lane_names(compiled)
-    carries = []
+    carries: dict[Carry, None] = {}
     for lane in program.lanes:
         for feed in lane.feeds:
             if feed.offset[0]:
@@ -405,7 +406,7 @@ def schedule_of(compiled: Compiled, count: int) -> Schedule:
                     size *= n
                 layers = tuple(layer for layer in feed.layers)
                 name = names.get(lane.name, lane.name)
-                carries.append(Carry(name, feed.offset, tuple(lane.shape), str(lane.dtype), size, layers))
+                carries[Carry(name, feed.offset, tuple(lane.shape), str(lane.dtype), size, layers)] = None
     first = program.rolled.classes[("cell", program.n_layers // 2)]
     variants = tuple(_variant(first.of(s, count), first.head) for s in range(count))
     kinds = {layer: group.name for group in reversed(program.groups) for layer in group.layers}
@@ -414,7 +415,8 @@ def schedule_of(compiled: Compiled, count: int) -> Schedule:
         program.n_layers,
         count,
         alpha=program.alpha,
-        carries=carries,
+        block=program.block,
+        carries=tuple(carries),
         segment_variants=variants,
         layer_kinds=tuple(kinds[layer] for layer in range(program.n_layers)),
     )

@@ -29,7 +29,8 @@ from rmtcompile.passes.forward import forward
 from rmtcompile.passes.functionalise import functionalise
 from rmtcompile.passes.number import is_random, number
 from rmtcompile.passes.optimise import optimise
-from rmtcompile.passes.partition import call_sizes, find_layers, partition
+from rmtcompile.passes.partition import partition
+from rmtcompile.passes.repeats import layers_of
 from rmtcompile.passes.reroll import Rolled, Unrolled, fixed, reroll, unroll
 from rmtcompile.passes.route import route
 from rmtcompile.passes.wavefront import skew
@@ -158,8 +159,9 @@ def compile_forward(
         found = dependences(rolled)
     with log.stage("wavefront"):
         n_layers = rolled.n_layers
-        alpha = n_layers if options.plan == "sequential" else max(1, min(n_layers, skew(found, n_layers)))
-        alpha = max(alpha, skew(found, n_layers))
+        alpha = n_layers if options.plan == "sequential" else skew(found, n_layers)
+        if rolled.fixed is not None:  # too few segments to be worth running layer by layer
+            alpha = max(alpha, 1)
     with log.stage("route, align"):
         program = route(rolled, frozenset(found), alpha)
     with log.stage("optimise"):
@@ -271,7 +273,7 @@ def _unrolled(
         box.append(captured.module)
     with log.stage("partition"):
         graph = captured.module.graph
-        layers = find_layers(captured.calls, call_sizes(graph, captured.calls), count, options.layers)
+        layers = layers_of(graph, captured.calls, count, options.layers)
         parts = partition(graph, layers, count)
         unrolled = unroll(graph, parts, {target: leaf.name for target, leaf in captured.leaves.items()})
     return captured, unrolled, layers.paths, written

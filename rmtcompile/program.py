@@ -140,13 +140,32 @@ class Port:
     Attributes:
         name: placeholder name in the group's graph.
         role: "lane" (differs from cell to cell), "weight" (stacked by layer), "shared" (one value for all
-            cells), "stacked" (one init value a layer), "mask" (whether a cell belongs to a class).
+            cells), "stacked" (one init value a layer), "rows" (the model's own stacked weight, a row a
+            layer), "mask" (whether a cell belongs to a class), "layer" (alpha = 0: what all cells of a layer
+            share, a parameter or an init value).
         source: by role: the weight, the shared source, the sources by layer, or the class number of a mask.
     """
 
     name: str
     role: str
     source: Any = None
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether the layers' parameters stand here, stacked or not."""
+        return self.role in ("weight", "rows") or (self.role == "layer" and self.source[0].kind == "leaf")
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Of what all cells share, or all cells of a layer: where it comes from."""
+        if self.role == "shared":
+            return (self.source,)
+        return tuple(self.source) if self.role in ("stacked", "layer") else ()
+
+    @property
+    def has_axis(self) -> bool:
+        """Whether a grouped call gets one value a cell."""
+        return self.role not in ("shared", "layer")
 
 
 @dataclass(frozen=True)
@@ -266,7 +285,9 @@ class Program:
     """A scheduled program, ready to be printed as Python.
 
     Attributes:
-        alpha: level(s, l) = alpha * s + l.
+        alpha: level(s, l) = alpha * s + l. With 0 the cells of a level are the segments of one layer, and a
+            lane has a place for each segment instead of one for each layer.
+        block: with alpha 0, how many segments run together at most; else 0.
         offsets: dependence offsets between cells, consumer minus producer.
         rolled: the rules of init, prologue and epilogue.
     """
@@ -278,3 +299,4 @@ class Program:
     lanes: tuple[Lane, ...]
     taps: tuple[Tap, ...]
     rolled: Any
+    block: int = 0

@@ -5,7 +5,7 @@
                  def cell_layers(...)        one layer on one segment, for n cells at once
                  def epilogue(s, S, ...)     what happens after the last layer
                  def enter / level / leave   one segment in, one wavefront, one segment out
-                 def forward(run)            ramp-up, steady state, ramp-down
+                 def forward(run)            ramp-up, steady state, ramp-down; layer by layer with alpha = 0
 
 The size of the module depends on the layers' code, not on the number of layers or of segments.
 
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from rmtcompile.passes.emit.cells import CellFunction, cell_functions, uses_vmapped, write_cell
 from rmtcompile.passes.emit.levels import level_formula, write_forward, write_level
 from rmtcompile.passes.emit.regions import Regions
+from rmtcompile.passes.emit.rows import write_rows
 from rmtcompile.passes.emit.text import Writer, literal, target_name
 from rmtcompile.program import Lane, Program
 from rmtcompile.schedule.data import short_type
@@ -46,7 +47,8 @@ def emit(program: Program, title: str = "") -> Emitted:
     writer.line()
     writer.line("import torch")
     writer.line()
-    writer.line("from rmtcompile.runtime.run import move")
+    if program.alpha:
+        writer.line("from rmtcompile.runtime.run import move")
     if any(uses_vmapped(cell.graph) for cell in cells):
         writer.line("from rmtcompile.passes.lift import vmapped")
     writer.line()
@@ -54,10 +56,13 @@ def emit(program: Program, title: str = "") -> Emitted:
     regions.write_functions(writer)
     for cell in cells:
         write_cell(writer, cell, next(g for g in program.groups if g.name == cell.group))
-    regions.write_enter(writer)
-    write_level(writer, program, cells)
-    regions.write_leave(writer)
-    phases = write_forward(writer, regions)
+    if program.alpha:
+        regions.write_enter(writer)
+        write_level(writer, program, cells)
+        regions.write_leave(writer)
+        phases = write_forward(writer, regions)
+    else:
+        phases = write_rows(writer, regions, cells)
     return Emitted(writer.text(), tuple(cells), phases)
 
 

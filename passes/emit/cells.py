@@ -70,7 +70,7 @@ def _assume(group: Group, mask: str | None) -> fx.Graph:
 
 
 def _lifted(name: str, group: Group, classes: tuple[int, ...], graph: fx.Graph) -> CellFunction:
-    shared = {port.name for port in group.ports if port.role == "shared"}
+    shared = {port.name for port in group.ports if not port.has_axis}
     for node in [n for n in graph.nodes if n.op == "placeholder" and not n.users]:
         graph.erase_node(node)
     batched = [node.name for node in graph.nodes if node.op == "placeholder" and node.name not in shared]
@@ -120,7 +120,7 @@ def write_cell(writer: Writer, cell: CellFunction, group: Group) -> None:
     for node in params:
         port = roles[node.name]
         writer.line(
-            f"# {node.name}: {_role(port)}{comment(node, port.role != 'shared')[3:].join(('  ', ''))}"
+            f"# {node.name}: {_role(port)}{comment(node, port.has_axis)[3:].join(('  ', ''))}"
         )
     write_nodes(writer, nodes, plain_name, batched=True)
     output = next(node for node in cell.graph.nodes if node.op == "output")
@@ -132,8 +132,12 @@ def write_cell(writer: Writer, cell: CellFunction, group: Group) -> None:
 def _role(port: Any) -> str:
     if port.role == "weight":
         return "weight " + " | ".join(port.source.leaves[0])
+    if port.role == "rows":
+        return f"weight {port.source.leaf}{port.source.index}"
     if port.role == "lane":
         return f"lane {port.source}"
     if port.role == "shared":
         return f"shared {port.source.name or port.source.kind}"
+    if port.role == "layer":
+        return f"of the layer, {port.source[0].name or port.source[0].kind}"
     return str(port.role)

@@ -23,7 +23,7 @@ def write_level(writer: Writer, program: Program, cells: list[CellFunction]) -> 
     for group in program.groups:
         mine = [cell for cell in cells if cell.group == group.name]
         writer.function(
-            f"cells_{group.name}", ["run", "w"], f"Run the cells of window w, layers {_ranges(group.layers)}."
+            f"cells_{group.name}", ["run", "w"], f"Run the cells of window w, layers {ranges(group.layers)}."
         )
         args = {port.name: _argument(port, group) for port in group.ports}
         for i, cell in enumerate(mine):
@@ -47,7 +47,7 @@ def _argument(port: Any, group: Group) -> str:
         return f"run.read({port.source!r}, w)"
     if port.role == "weight":
         return f"run.weight({group.name + '.' + port.name!r}, w)"
-    if port.role == "stacked":
+    if port.role in ("stacked", "rows"):
         return f"run.invariant({group.name + '.' + port.name!r}, w)"
     if port.role == "mask":
         return f"run.mask({tuple(port.source)!r}, w)"
@@ -55,10 +55,12 @@ def _argument(port: Any, group: Group) -> str:
 
 
 def level_formula(program: Program) -> str:
+    if not program.alpha:
+        return f"l, for each block of {program.block} segments"
     return "s + l" if program.alpha == 1 else f"{program.alpha} * s + l"
 
 
-def _ranges(layers: tuple[int, ...]) -> str:
+def ranges(layers: tuple[int, ...]) -> str:
     return (
         f"{layers[0]}..{layers[-1]}"
         if len(layers) == layers[-1] - layers[0] + 1

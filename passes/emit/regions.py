@@ -37,8 +37,7 @@ class Regions:
                         yield from (source for source in read if isinstance(source, Source))
         for group in self.program.groups:
             for port in group.ports:
-                if port.role in ("shared", "stacked"):
-                    yield from port.source if port.role == "stacked" else (port.source,)
+                yield from port.sources
         for lane in self.program.lanes:
             for entry in lane.entries:
                 yield from entry.sources
@@ -243,6 +242,9 @@ class Regions:
                 if port.role == "stacked":
                     parts = ", ".join(outside(source) for source in port.source)
                     writer.line(f"run.stacked[{group.name + '.' + port.name!r}] = torch.stack([{parts}])")
+                elif port.role == "rows":
+                    rows = f"run.leaves[{port.source.leaf!r}]{port.source.index}"
+                    writer.line(f"run.stacked[{group.name + '.' + port.name!r}] = {rows}")
 
     def write_outputs(self, writer: Writer) -> None:
         writer.line("return (")

@@ -321,7 +321,7 @@ def _variants(compiled: Compiled, schedule: Schedule) -> tuple[Variant, ...]:
 def _kinds(compiled: Compiled, schedule: Schedule) -> tuple[Kind, ...]:
     groups = {group.name: group for group in compiled.program.groups}
     return tuple(
-        Kind(name, groups[name].layers, sum(port.role == "weight" for port in groups[name].ports))
+        Kind(name, groups[name].layers, sum(port.is_weight for port in groups[name].ports))
         for name in dict.fromkeys(schedule.layer_kinds)
     )
 

@@ -231,8 +231,6 @@ def _flops(program: Callable[[], None], executor: Any, namespace: dict[str, Any]
     """Counted once on the uncompiled cell functions."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from rmtcompile.runtime.engine import Engine
-
     counts: list[int] = []
 
     def wrap(step: Callable[..., Any]) -> Any:
@@ -243,7 +241,7 @@ def _flops(program: Callable[[], None], executor: Any, namespace: dict[str, Any]
 
         return counted
 
-    kept, executor._engine = executor._engine, Engine(executor.program, "eager", keeps_buffers=False)
+    kept, executor._engine = executor._engine, executor.new_engine("eager", keeps_buffers=False)
     try:
         with _around_levels(namespace, wrap):
             program()

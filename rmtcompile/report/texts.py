@@ -235,6 +235,10 @@ def _port(port: Any, names: dict[str, str]) -> str:
         return f"{port.name}: lane {port.source}{_alias(port.source, names)}"
     if port.role == "shared":
         return f"{port.name}: shared, {port.source.name or port.source.kind}"
+    if port.role == "rows":
+        return f"{port.name}: weight {port.source.leaf}{port.source.index}, stacked in the model"
+    if port.is_weight:
+        return f"{port.name}: weight {pattern(source.name for source in port.source)}, not stacked"
     return f"{port.name}: {port.role}"
 
 
@@ -312,7 +316,7 @@ def _cell_line(compiled: Compiled, group: Group) -> str:
         for port in group.ports
         if port.role == "lane"
     ]
-    weights = sum(port.role == "weight" for port in group.ports)
+    weights = sum(port.is_weight for port in group.ports)
     count = sum(node.op == "call_function" for node in group.graph.nodes)
     return beside(f"cell {group.name} ({', '.join(values)}; W: {weights} params)", f"{count} ops")
 

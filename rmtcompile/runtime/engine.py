@@ -160,8 +160,8 @@ class Engine:
             (g for g in self.program.groups if function.__name__.startswith(f"cell_{g.name}")),
             key=lambda g: len(g.name),
         )
-        roles = {port.name: port.role for port in group.ports}
-        return [roles[name] != "shared" for name in _parameters(function)]
+        has_axis = {port.name: port.has_axis for port in group.ports}
+        return [has_axis[name] for name in _parameters(function)]
 
 
 def storing(function: Callable[..., Any], modes: tuple[int | None, ...]) -> Callable[..., Any]:

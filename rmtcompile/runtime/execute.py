@@ -69,8 +69,12 @@ class Executor:
         """What runs the cells; made when it is first needed."""
         if self._engine is None:
             with _plain_tensors():
-                self._engine = Engine(self.program, self.backend, keeps_buffers=self._use_graphs)
+                self._engine = self.new_engine(self.backend, keeps_buffers=self._use_graphs)
         return self._engine
+
+    def new_engine(self, backend: str | Callable[..., Any], keeps_buffers: bool) -> Engine:
+        """An engine for the program; for the arguments see `Engine`."""
+        return Engine(self.program, backend, keeps_buffers)
 
     def fits(self) -> bool:
         """Whether the model still holds tensors of the captured shapes, dtypes and devices."""

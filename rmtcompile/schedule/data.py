@@ -15,6 +15,7 @@ from rmtcompile.schedule.paths import (
     affine_levels,
     check_offsets,
     consumers,
+    level_of,
     longest_path_levels,
     producers,
 )
@@ -131,6 +132,8 @@ class Schedule:
         segment_variants: the variant of each segment's cells (`("first", "later", "later")`).
         layer_kinds: the kind of each layer; only layers of one kind can share a grouped call.
         levels: computed from `alpha`; pass it only to restore a schedule that was saved.
+        block: with `alpha` 0, how many segments run together at most; 0: all of them. Blocks run one after
+            the other, each through all layers.
     """
 
     n_layers: int
@@ -141,12 +144,15 @@ class Schedule:
     segment_variants: tuple[str, ...] = ()
     layer_kinds: tuple[str, ...] = ()
     levels: tuple[tuple[Cell, ...], ...] = ()
+    block: int = 0
 
     def __post_init__(self) -> None:
         if self.n_layers < 1 or self.n_segments < 1:
             raise ValueError(f"a grid has at least one cell, got {self.n_layers} x {self.n_segments}")
         if not 0 <= self.alpha <= self.n_layers:
             raise ValueError(f"alpha must be 0..{self.n_layers} (n_layers is sequential), got {self.alpha}")
+        if self.block < 0 or (self.block and self.alpha):
+            raise ValueError(f"blocks of {self.block} segments need alpha = 0, got {self.alpha}")
         self._fill("offsets", check_offsets(self.offsets))
         self._fill("carries", tuple(self.carries))
         self._fill("segment_variants", self.segment_variants or ("cell",) * self.n_segments)
@@ -154,7 +160,7 @@ class Schedule:
         if len(self.segment_variants) != self.n_segments or len(self.layer_kinds) != self.n_layers:
             raise ValueError("segment_variants has one name a segment, layer_kinds one name a layer")
         if not self.levels:
-            self._fill("levels", affine_levels(self.alpha, self.n_layers, self.n_segments))
+            self._fill("levels", affine_levels(self.alpha, self.n_layers, self.n_segments, self.block))
 
     def _fill(self, field: str, value: object) -> None:
         object.__setattr__(self, field, value)
@@ -217,7 +223,7 @@ class Schedule:
 
     def level_of(self, cell: Cell) -> int:
         """The level on which `cell` runs."""
-        return self.alpha * cell[0] + cell[1]
+        return level_of(cell, self.alpha, self.n_layers, self.block)
 
     def variant_of(self, cell: Cell) -> str:
         """The variant of a cell: its segment's."""
@@ -287,7 +293,9 @@ class Schedule:
 
     @property
     def level_rule(self) -> str:
-        """The level of a cell as a formula: `s + l`, `2s + l`, `l`."""
+        """The level of a cell as a formula: `s + l`, `2s + l`, `l`, `l + 4 * (s // 32)`."""
+        if 0 < self.block < self.n_segments:
+            return f"l + {self.n_layers} * (s // {self.block})"
         return "l" if self.alpha == 0 else f"{self.alpha if self.alpha > 1 else ''}s + l"
 
     # -- how it is shown -------------------------------------------------------------

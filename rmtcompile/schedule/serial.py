@@ -28,6 +28,7 @@ SCHEMA: dict[str, Any] = {
         "n_layers": {"type": "integer", "minimum": 1},
         "n_segments": {"type": "integer", "minimum": 1},
         "alpha": {**_INT, "description": "level of a cell = alpha * segment + layer"},
+        "block": {**_INT, "description": "with alpha 0: segments that run together at most; 0: all"},
         "offsets": {"type": "array", "items": _PAIR},
         "carries": {
             "type": "array",
@@ -64,6 +65,7 @@ def to_dict(schedule: Schedule) -> dict[str, Any]:
         "n_layers": schedule.n_layers,
         "n_segments": schedule.n_segments,
         "alpha": schedule.alpha,
+        "block": schedule.block,
         "offsets": [list(o) for o in sorted(schedule.offsets)],
         "carries": [_carry_to_dict(c) for c in schedule.carries],
         "segment_variants": list(schedule.segment_variants),
@@ -103,6 +105,7 @@ def from_dict(data: dict[str, Any]) -> Schedule:
         segment_variants=tuple(data.get("segment_variants", ())),
         layer_kinds=tuple(data.get("layer_kinds", ())),
         levels=tuple(tuple((s, layer) for s, layer in cells) for cells in data["levels"]),
+        block=data.get("block", 0),
     )
     try:
         schedule.verify()

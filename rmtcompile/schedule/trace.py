@@ -68,7 +68,7 @@ def _level_events(schedule: Schedule, level: int, start: float, duration: float)
     if schedule.alpha == 0:
         # All segments of the layer share one track, where slices may not overlap.
         layer = cells[0][1]
-        name = f"segments 0..{len(cells) - 1}"
+        name = f"segments {cells[0][0]}..{cells[-1][0]}"
         return [*events, _event("X", name, start, 1 + layer, cat="cell", dur=dur, args={"level": level})]
     for s, layer in cells:
         args = {"segment": s, "layer": layer, "level": level, "variant": schedule.variant_of((s, layer))}

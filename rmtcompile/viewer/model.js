@@ -12,14 +12,17 @@ const watchers = [];
 const watch = (fn) => watchers.push(fn);
 const changed = (what) => watchers.forEach((fn) => fn(what));
 
-const levelOf = ([s, l]) => G.alpha * s + l;
+const levelOf = ([s, l]) => (G.alpha ? G.alpha * s + l : Math.floor(s / G.block) * G.layers + l);
 const inGrid = ([s, l]) => s >= 0 && s < G.segments && l >= 0 && l < G.layers;
 const phaseOf = (t) => Object.keys(G.phases).find((p) => t >= G.phases[p][0] && t < G.phases[p][1]);
 const same = (a, b) => a && b && a[0] === b[0] && a[1] === b[1];
 
 /** The cells of level t, segments ascending: `alpha * s + l = t`. */
 function cellsOf(t) {
-  if (G.alpha === 0) return Array.from({ length: G.segments }, (_, s) => [s, t]);
+  if (G.alpha === 0) {
+    const first = Math.floor(t / G.layers) * G.block;
+    return Array.from({ length: Math.min(G.block, G.segments - first) }, (_, i) => [first + i, t % G.layers]);
+  }
   const low = Math.max(0, Math.ceil((t - G.layers + 1) / G.alpha));
   const high = Math.min(G.segments - 1, Math.floor(t / G.alpha));
   return Array.from({ length: Math.max(0, high - low + 1) }, (_, i) => [low + i, t - G.alpha * (low + i)]);

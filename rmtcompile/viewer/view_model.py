@@ -174,6 +174,7 @@ def _schedule(schedule: Schedule) -> dict[str, Any]:
         "layers": schedule.n_layers,
         "segments": schedule.n_segments,
         "alpha": schedule.alpha,
+        "block": schedule.block or schedule.n_segments,
         "rule": schedule.level_rule,
         "offsets": [list(o) for o in sorted(schedule.offsets)],
         "levels": schedule.n_levels,

@@ -1,0 +1,309 @@
+"""Running with alpha = 0: the cells of a level are the segments of one layer.
+
+The transpose of `Run`: a lane has a place for each segment, and a feed with offset (ds, dl) is read ds places
+further on, dl layers later.  Nothing is overwritten: a layer's results are kept, stacked by segment, until
+the last layer that reads them has run, and a lane is a slice of them where it can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention import sdpa_kernel
+
+from rmtcompile.pipeline import Compiled
+from rmtcompile.probe import Segmentation
+from rmtcompile.program import Feed, Lane, Program, Source
+from rmtcompile.runtime.engine import Engine
+from rmtcompile.runtime.execute import _ATTENTION, Executor
+from rmtcompile.runtime.run import Target
+from rmtcompile.runtime.storage import TapStore
+
+Outputs = dict[str, torch.Tensor]
+Row = tuple[torch.Tensor, int]  # values [n, ...] of several segments, and which of them
+
+
+@dataclass(frozen=True)
+class RowWindow:
+    """Cells of one layer in one group: segments, ascending, with the class of each."""
+
+    group: str
+    layer: int
+    segments: tuple[int, ...]
+    classes: tuple[int, ...]
+
+
+class RowStore:
+    """What cells gave, by (group, output, layer) and segment, until the last cell that reads it has run."""
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self.rows: dict[tuple[str, str, int], dict[int, Row]] = {}
+        self.reach: dict[tuple[str, str], tuple[int, int]] = {}  # furthest reader: segments, layers
+        for lane in lanes:
+            for feed in lane.feeds:
+                ds, dl = self.reach.get((feed.group, feed.source), (0, 0))
+                self.reach[feed.group, feed.source] = max(ds, feed.offset[0]), max(dl, feed.offset[1])
+
+    def put(self, window: RowWindow, outputs: Outputs) -> None:
+        """Keep the outputs of a window that a lane reads."""
+        for name, values in outputs.items():
+            if (window.group, name) in self.reach:
+                rows = self.rows.setdefault((window.group, name, window.layer), {})
+                rows.update((s, (values, i)) for i, s in enumerate(window.segments))
+
+    def get(self, feeds: Sequence[Feed], segment: int, layer: int) -> Row | None:
+        """What the cell (segment, layer) reads by the feed that reaches it; None where none does."""
+        for feed in feeds:
+            ds, dl = feed.offset
+            row = self.rows.get((feed.group, feed.source, layer - dl), {}).get(segment - ds)
+            if row is not None:
+                return row
+        return None
+
+    def forget(self, layer: int, block: range) -> None:
+        """Drop what no cell above `layer` reads; the last segments of the block stay for the next one."""
+        for key, rows in self.rows.items():
+            back, up = self.reach[key[:2]]
+            if key[2] + up == layer:
+                kept = {s: row for s, row in rows.items() if s >= block.stop - back}
+                # Copies, so that the rest of the block's values can be freed.
+                self.rows[key] = {s: (values[i : i + 1].clone(), 0) for s, (values, i) in kept.items()}
+
+
+class RowLane:
+    """One live-in of the cells of a layer, by segment."""
+
+    def __init__(self, lane: Lane, store: RowStore) -> None:
+        self.spec = lane
+        self.store = store
+        self.given: dict[int, torch.Tensor] = {}
+        self.zero = torch.zeros((), dtype=lane.dtype, device=lane.device)
+
+    def fill(self, segment: int, value: torch.Tensor) -> None:
+        """What the segment's cell of the next layer reads from outside the cells."""
+        self.given[segment] = value
+
+    def read(self, layer: int, segments: Sequence[int]) -> torch.Tensor:
+        """Values for these segments, [n, ...]; zeros where a class of segments does not use the lane."""
+        feeds = [feed for feed in self.spec.feeds if layer - feed.offset[1] in feed.layers]
+        parts: list[list[Any]] = []  # [values, first row, last row]; the first row of a given value is None
+        for s in segments:
+            row = (self.given[s], None) if s in self.given else self.store.get(feeds, s, layer)
+            values, i = row if row is not None else (self.zero, None)
+            if parts and parts[-1][0] is values and i is not None and i == parts[-1][2] + 1:
+                parts[-1][2] = i
+            elif parts and parts[-1][1] is None and i is None:
+                parts[-1][0].append(values)
+            else:
+                parts.append([[values] if i is None else values, i, i])
+        pieces = [self._piece(*part) for part in parts]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _piece(self, values: Any, first: int | None, last: int | None) -> torch.Tensor:
+        if first is not None and last is not None:
+            return values[first : last + 1]
+        if all(value is values[0] for value in values):
+            return values[0].expand(len(values), *self.spec.shape)
+        return torch.stack([value.expand(self.spec.shape) for value in values])
+
+
+class RowEngine(Engine):
+    """Runs cell functions, compiled or not.
+
+    A function is compiled with all sizes fixed for one segment, for a full block and for the first other
+    number of segments that is seen, and with the number left open for every other one.
+    """
+
+    def __init__(self, program: Program, backend: str | Callable[..., Any]) -> None:
+        super().__init__(program, backend, keeps_buffers=False)
+        self._first: dict[str, int] = {}
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        width: int,
+        args: tuple[torch.Tensor, ...],
+        targets: Sequence[Target | None] = (),
+    ) -> tuple[torch.Tensor, ...]:
+        """Run a cell function for `width` segments; nothing is stored anywhere else."""
+        assert not targets
+        if not self.is_compiled:
+            return function(*args)  # type: ignore[no-any-return]
+        fixed = {1, self.program.block}
+        if width not in fixed:
+            fixed.add(self._first.setdefault(function.__name__, width))
+        key = (function.__name__, width if width in fixed else 0)
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(function, function, key[1])
+        return self._compiled[key](*args)  # type: ignore[no-any-return]
+
+
+class RowRun:
+    """State of one run over S segments, block by block.
+
+    Attributes:
+        segments: S.
+        block: the segments that run together now.
+        inputs: tensor arguments of the forward, by placeholder name.
+        leaves: parameters, buffers and constants by name.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        segments: int,
+        inputs: dict[str, torch.Tensor],
+        leaves: dict[str, torch.Tensor],
+        engine: RowEngine,
+    ) -> None:
+        self.program = program
+        self.segments = segments
+        self.block = range(0)
+        self.inputs = inputs
+        self.leaves = leaves
+        self.engine = engine
+        self.init: dict[int, torch.Tensor] = {}
+        self.store = RowStore(program.lanes)
+        self.lanes = {lane.name: RowLane(lane, self.store) for lane in program.lanes}
+        self.taps = {tap.name: TapStore(tap.keep) for tap in program.taps}
+        self._cell_taps = [tap for tap in program.taps if tap.value.kind == "cell"]
+        self._own = {
+            f"{group.name}.{port.name}": dict(zip(group.layers, port.source, strict=True))
+            for group in program.groups
+            for port in group.ports
+            if port.role == "layer"
+        }
+
+    # ---- levels --------------------------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> Iterator[range]:
+        """The segments, as many at a time as run together."""
+        for start in range(0, self.segments, self.program.block):
+            yield range(start, min(start + self.program.block, self.segments))
+
+    def begin(self, block: range) -> None:
+        """The segments of `block` run from now on."""
+        self.block = block
+
+    def alive(
+        self, layer: int, layers: Sequence[int], classes: Sequence[int] | None = None, last: int | None = None
+    ) -> list[int]:
+        """Segments of the block, of some classes only, up to segment `last`; none if the layer is not one of
+        `layers`."""
+        if layer not in layers:
+            return []
+        return [
+            s
+            for s in self.block
+            if (last is None or s <= last) and (classes is None or self._class(layer, s) in classes)
+        ]
+
+    def _class(self, layer: int, segment: int) -> int:
+        return int(self.program.rolled.classes[("cell", layer)].of(segment, self.segments))
+
+    def windows(self, layer: int) -> list[RowWindow]:
+        """The block's cells of a layer, one window a group."""
+        classes = {s: self._class(layer, s) for s in self.block}
+        found = []
+        for group in self.program.groups:
+            segments = tuple(s for s, number in classes.items() if number in group.classes)
+            if segments and layer in group.layers:
+                found.append(RowWindow(group.name, layer, segments, tuple(classes[s] for s in segments)))
+        return found
+
+    # ---- reading and writing for a window ------------------------------------------------------------------
+
+    def read(self, lane: str, window: RowWindow) -> torch.Tensor:
+        """Lane values of a window's cells, [n, ...]."""
+        return self.lanes[lane].read(window.layer, window.segments)
+
+    def own(self, name: str, window: RowWindow) -> torch.Tensor:
+        """What the cells of the window's layer share: a parameter, or an init value."""
+        source: Source = self._own[name][window.layer]
+        return self.leaves[source.name] if source.kind == "leaf" else self.init[source.node]
+
+    def call(
+        self, function: Callable[..., tuple[torch.Tensor, ...]], window: RowWindow, *args: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Run a cell function for a window, in the form that the engine has compiled for its width."""
+        return self.engine.cell(function, len(window.segments))(*args)
+
+    def region(
+        self, function: Callable[..., tuple[torch.Tensor, ...]], *args: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Run the body of a prologue or an epilogue, in the form that the engine has compiled."""
+        return self.engine.region(function)(*args)
+
+    def is_only(self, window: RowWindow, classes: set[int]) -> bool:
+        """Whether all cells of the window are of these classes."""
+        return set(window.classes) <= classes
+
+    def mask(self, classes: Sequence[int], window: RowWindow) -> torch.Tensor:
+        """Whether each cell of the window belongs to one of the classes, bool [n]."""
+        return self.engine.mask(tuple(c in classes for c in window.classes))
+
+    def set_init(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> None:
+        """Keep what is the same for all segments."""
+        self.init = dict(zip(indices, values, strict=True))
+
+    def keep(self, names: Sequence[str], segment: int, values: Sequence[torch.Tensor]) -> None:
+        """Keep a prologue's or epilogue's results for their readers."""
+        for name, value in zip(names, values, strict=True):
+            self.taps[name].put(segment, value)
+
+    def write(self, windows: Sequence[RowWindow], results: Sequence[Outputs]) -> None:
+        """Keep the results of a layer for the layers that read them, and those that are read outside the
+        cells; drop what is read no more."""
+        for window, outputs in zip(windows, results, strict=True):
+            self.store.put(window, outputs)
+            for tap in self._cell_taps:
+                for group, output in tap.group_outputs:
+                    if (group, tap.value.layer) == (window.group, window.layer):
+                        self._keep(tap.name, tap.when, window, outputs[output])
+        for lane in self.lanes.values():
+            lane.given.clear()
+        self.store.forget(windows[0].layer, self.block)
+
+    def _keep(self, name: str, when: tuple[Any, ...], window: RowWindow, values: torch.Tensor) -> None:
+        for row, segment in enumerate(window.segments):
+            if when[0] == "each":
+                self.taps[name].put(segment, values[row])
+            elif segment == (when[1] if when[0] == "at" else self.segments - 1 - when[1]):
+                self.taps[name].put(segment, values[row].clone())  # without the rest of the block
+
+
+class RowExecutor(Executor):
+    """Runs one program with alpha = 0 for any number of segments. Weights stay where they are."""
+
+    def new_engine(self, backend: str | Callable[..., Any], keeps_buffers: bool) -> RowEngine:
+        """An engine for the program; nothing outlives a run in it."""
+        return RowEngine(self.program, backend)
+
+    def _compile_forms(self, segments: int, inputs: list[torch.Tensor]) -> None:
+        """Forms are compiled when they are first needed."""
+
+    def _run(
+        self,
+        segments: int,
+        inputs: list[torch.Tensor],
+        leaves: dict[str, torch.Tensor],
+        functional: bool,
+    ) -> tuple[Any, ...]:
+        named = dict(zip(self.compiled.input_names, inputs, strict=True))
+        assert isinstance(self.engine, RowEngine)
+        run = RowRun(self.program, segments, named, leaves, self.engine)
+        with sdpa_kernel(_ATTENTION, set_priority=True):
+            return self.compiled.namespace["forward"](run)  # type: ignore[no-any-return]
+
+
+def executor_for(
+    compiled: Compiled, segmentation: Segmentation, backend: str | Callable[..., Any], cuda_graphs: str | bool
+) -> Executor:
+    """What runs a compiled program; for the arguments see `Executor`."""
+    if compiled.program.alpha:
+        return Executor(compiled, segmentation, backend, cuda_graphs)
+    return RowExecutor(compiled, segmentation, backend, cuda_graphs)
