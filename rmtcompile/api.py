@@ -19,7 +19,7 @@ from rmtcompile.errors import InternalError, RMTCompileError, UnsupportedError, 
 from rmtcompile.guard import call_key, program_key
 from rmtcompile.passes.optimise import FOR_COMPILED_CELLS
 from rmtcompile.passes.wavefront import blocking, wavefront
-from rmtcompile.pipeline import Compiled, Options, Progress, compile_forward
+from rmtcompile.pipeline import Compiled, Options, Progress, compile_forward, rescheduled
 from rmtcompile.probe import Segmentation, probe
 from rmtcompile.results import value_of
 from rmtcompile.runtime.execute import Executor, backend_for
@@ -169,6 +169,8 @@ class Optimized:
                 return self.model(*args, **kwargs)
             recording = started[1] if started is not None and started[0] is entry else None
             result = self._run(entry, call.count, args, kwargs, recording)
+            if recording is None:
+                self._choose_plan(entry, args, kwargs)
             self._ready[call.key, call.count] = entry
             return result
 
@@ -279,6 +281,18 @@ class Optimized:
                 entry.compiled.captures[0].guard.settle()
         _write_back(entry.compiled, outputs, _tensors(args, kwargs))
         return value_of(entry.compiled.result, outputs, count)
+
+    def _choose_plan(self, entry: _Entry, args: Any, kwargs: Any) -> None:
+        """Once a program has run on CUDA: keep its wavefronts only if they are measured to pay."""
+        if self._options.plan != "auto" or entry.executor.costs is not None:
+            return
+        costs = entry.executor.measure(_tensors(args, kwargs))
+        if costs is not None and not costs.wavefront_pays:
+            entry.compiled = rescheduled(entry.compiled, entry.compiled.program.n_layers)
+            entry.executor = executor_for(
+                entry.compiled, entry.segmentation, self._backend, self._cuda_graphs
+            )
+            entry.executor.costs = costs
 
     def _difference(self, entry: _Entry, count: int, args: Any, kwargs: Any) -> str | None:
         """Run both and compare; the model is left as it was. Returns the difference in words, or None."""

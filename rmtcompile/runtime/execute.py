@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rmtcompile.pipeline import Compiled
 from rmtcompile.probe import Segmentation
+from rmtcompile.runtime.costs import Costs, measured
 from rmtcompile.runtime.engine import Engine
 from rmtcompile.runtime.graphs import Recorder, Recording
 from rmtcompile.runtime.run import Run
@@ -63,6 +64,7 @@ class Executor:
         self._use_graphs = self.device.type == "cuda" and cuda_graphs is not False
         self._engine: Engine | None = None
         self._recorder: Recorder | None = None
+        self.costs: Costs | None = None
 
     @property
     def engine(self) -> Engine:
@@ -115,9 +117,9 @@ class Executor:
     def run(self, segments: int, inputs: list[torch.Tensor], graphs: bool = True) -> tuple[Any, ...]:
         """Run the program over `segments` segments; returns the captured graph's outputs.
 
-        The first run compiles all forms of the cell functions that any number of segments needs, on inputs of
-        zeros where `segments` itself does not need them all; the first two lengths shorter than the number of
-        layers get forms of their own. Later runs compile nothing.
+        The first run compiles all forms of the cell functions that any number of segments needs, on repeated
+        inputs where `segments` itself does not need them all; the first two lengths that are shorter than the
+        number of layers get forms of their own. Later runs compile nothing.
 
         Args:
             segments: number of segments.
@@ -131,6 +133,29 @@ class Executor:
             if not (graphs and self._use_graphs):
                 return self._run(segments, inputs, self._leaves(), False)
             return self._graphed(segments, inputs)
+
+    def measure(self, inputs: list[torch.Tensor]) -> Costs | None:
+        """Measure what levels cost, once, on CUDA with compiled cells; None elsewhere."""
+        can_choose = self.program.alpha > 0 and not self.engine.is_sequential
+        can_choose = can_choose and self.compiled.rolled.fixed is None
+        if self.costs is None and self._use_graphs and self.engine.is_compiled and can_choose:
+            enough = self.program.n_layers + 1
+            with _plain_tensors():
+                inputs = self._resized(enough, inputs)
+                self.costs = measured(
+                    self.program,
+                    self.compiled.namespace,
+                    lambda: self._run(enough, inputs, self._leaves(), False),
+                )
+        return self.costs
+
+    def plan_seconds(self, segments: int) -> dict[str, float]:
+        """Seconds of the cells of a run by plan, from what was measured; empty if nothing was."""
+        return self.costs.seconds(segments) if self.costs is not None else {}
+
+    def plan_for(self, segments: int) -> str:
+        """The plan chosen by measurement; empty if nothing was measured."""
+        return self.costs.plan if self.costs is not None else ""
 
     def _graphed(self, segments: int, inputs: list[torch.Tensor]) -> tuple[Any, ...]:
         if self._recorder is None:
@@ -155,7 +180,7 @@ class Executor:
             self._prepared = True
             enough = self.program.n_layers + 1
             if segments < enough and self.compiled.rolled.fixed is None:
-                self._run_once(enough, self._zeros(enough, inputs))
+                self._run_once(enough, self._resized(enough, inputs))
 
     def _run_once(self, segments: int, inputs: list[torch.Tensor]) -> None:
         functional = self._records_gradients(inputs)
@@ -165,12 +190,16 @@ class Executor:
         with _plain_tensors():
             self._run(segments, inputs, self._leaves(), False)
 
-    def _zeros(self, wanted: int, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _resized(self, wanted: int, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Inputs of `wanted` segments, the given ones repeated or cut."""
         shapes = self.segmentation.shapes([tensor.shape for tensor in inputs], wanted)
-        return [
-            torch.zeros(shape, dtype=x.dtype, device=x.device)
-            for shape, x in zip(shapes, inputs, strict=True)
-        ]
+        resized = []
+        for x, shape in zip(inputs, shapes, strict=True):
+            for dim, size in enumerate(shape):
+                if size != x.shape[dim]:
+                    x = x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
+            resized.append(x)
+        return resized
 
     def _leaves(self) -> dict[str, torch.Tensor]:
         return {name: leaf.fetch() for name, leaf in self.compiled.leaves.items()}

@@ -1,0 +1,99 @@
+"""What levels cost: one cell alone against a full wavefront, measured on the device, to choose a plan.
+
+A level of n cells is taken to cost a + b n seconds, from its costs at one cell and at full width. A run of
+the wavefront plan then takes levels * a + cells * b, the sequential plan cells * (a + b): the wavefront pays as
+long as a cell in company is cheaper than a cell alone, whatever the number of segments.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rmtcompile.program import Program
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured seconds of one level.
+
+    Attributes:
+        alone: of a level of one cell.
+        full: of a level of `width` cells.
+        width: cells of a full level.
+        n_layers, alpha: of the wavefront plan.
+    """
+
+    alone: float
+    full: float
+    width: int
+    n_layers: int
+    alpha: int
+
+    @property
+    def wavefront_pays(self) -> bool:
+        """Whether a cell of a full level costs no more than a cell alone."""
+        return self.full <= self.width * self.alone
+
+    @property
+    def plan(self) -> str:
+        """The cheaper plan."""
+        return "diagonal" if self.wavefront_pays else "sequential"
+
+    def seconds(self, segments: int) -> dict[str, float]:
+        """Of the cells of a whole run, by plan."""
+        per_cell = (self.full - self.alone) / max(1, self.width - 1)
+        levels, cells = self.alpha * (segments - 1) + self.n_layers, segments * self.n_layers
+        return {
+            "diagonal": levels * (self.alone - per_cell) + cells * per_cell,
+            "sequential": cells * self.alone,
+        }
+
+
+def measured(program: Program, namespace: dict[str, Any], run_all: Callable[[], Any]) -> Costs | None:
+    """Costs of the levels of a run on CUDA; None if the run has no level wider than one cell.
+
+    Args:
+        program: what is run.
+        namespace: its emitted module; `level` is replaced while the run lasts.
+        run_all: runs all levels, wide ones among them; its results are spoiled.
+    """
+    level, found = namespace["level"], dict[int, float]()
+
+    def timed(run: Any, t: int) -> None:
+        width = sum(len(window.layers) for window in run.windows(t))
+        is_wanted = width and width not in found and (t == 0 or t == run.steady.start)
+        level(run, t)
+        if is_wanted:
+            found[width] = _seconds(lambda: level(run, t))
+            level(run, t)  # lanes with two buffers have changed roles an odd number of times again
+
+    namespace["level"] = timed
+    try:
+        run_all()
+    finally:
+        namespace["level"] = level
+    if len(found) < 2 or 1 not in found:
+        return None
+    widest = max(found)
+    return Costs(found[1], found[widest], widest, program.n_layers, program.alpha)
+
+
+def _seconds(body: Callable[[], Any], repeat: int = 7) -> float:
+    """Median time of one replay of `body` as a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        body()
+    times = []
+    for _ in range(repeat):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+    return statistics.median(times)
