@@ -1,8 +1,8 @@
 """What levels cost: one cell alone against a full wavefront, measured on the device, to choose a plan.
 
 A level of n cells is taken to cost a + b n seconds, from its costs at one cell and at full width. A run of
-the wavefront plan then takes levels * a + cells * b, the sequential plan cells * (a + b): the wavefront pays as
-long as a cell in company is cheaper than a cell alone, whatever the number of segments.
+the wavefront plan then takes levels * a + cells * b, the sequential plan cells * (a + b): the wavefront pays
+as long as a cell in company is cheaper than a cell alone, whatever the number of segments.
 """
 
 from __future__ import annotations
