@@ -82,13 +82,43 @@ class RandomModel(nn.Module):
         return torch.cat(out, 1)
 
 
-kinds = st.builds(
-    Kind,
-    st.lists(st.sampled_from(OPERATIONS), min_size=1, max_size=3).map(tuple),
-    st.lists(st.sampled_from([(1, 0), (1, 1), (1, -1), (2, 0)]), min_size=0, max_size=2, unique=True).map(
-        tuple
-    ),
-)
+class RandomFunction(RandomModel):
+    """The same without modules for layers: weights in lists, one function for all layers."""
+
+    def __init__(self, kinds: tuple[Kind, ...], n_layers: int) -> None:
+        super().__init__(kinds, n_layers)
+        layers, self.layers = self.layers, None
+        self.kinds = [layer.kind for layer in layers]
+        self.weights = nn.ParameterList(layer.linears[0].weight for layer in layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        zero = x.new_zeros(x.shape[0], x.shape[2])
+        states: dict[tuple[int, int], Tensor] = {}
+        out = []
+        for s, h in enumerate(x.split(SEGMENT, 1)):
+            for l, kind in enumerate(self.kinds):
+                for ds, dl in kind.reads:
+                    h = h + 0.5 * states.get((s - ds, l - dl), zero)[:, None]
+                h = h + torch.tanh(h @ self.weights[l])
+                for name in kind.operations:
+                    h = RandomLayer.apply_one(self, name, lambda x, l=l: x @ self.weights[l], h)  # type: ignore[arg-type]
+                states[s, l] = torch.tanh(h).mean(1)
+            out.append(h)
+        return torch.cat(out, 1)
+
+    def norm(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, (WIDTH,))
+
+
+def kinds_of(*reads: Offset) -> st.SearchStrategy[Kind]:
+    return st.builds(
+        Kind,
+        st.lists(st.sampled_from(OPERATIONS), min_size=1, max_size=3).map(tuple),
+        st.lists(st.sampled_from(reads), min_size=0, max_size=2, unique=True).map(tuple),
+    )
+
+
+kinds = kinds_of((1, 0), (1, 1), (1, -1), (2, 0), (2, -1))
 
 
 def stated(kinds: tuple[Kind, ...], n_layers: int) -> set[Offset]:
@@ -99,9 +129,11 @@ def stated(kinds: tuple[Kind, ...], n_layers: int) -> set[Offset]:
     return found
 
 
-def check(kinds: tuple[Kind, ...], n_layers: int) -> rmtcompile.Optimized:
+def check(
+    kinds: tuple[Kind, ...], n_layers: int, build: type[RandomModel] = RandomModel
+) -> rmtcompile.Optimized:
     """Equal for several lengths, on a schedule that is legal for the offsets stated."""
-    model = made(lambda: RandomModel(kinds, n_layers))
+    model = made(lambda: build(kinds, n_layers))
     fast = rmtcompile.optimize(copy.deepcopy(model))
     assert_equal_runs(model, fast, [features(5), features(2)])
     fast.schedule.verify()
@@ -120,6 +152,24 @@ def test_equal_or_refused(kinds: tuple[Kind, ...], n_layers: int) -> None:
         event(type(error).__name__)
 
 
+@settings(max_examples=5, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@given(st.lists(kinds_of((1, 1), (2, 1), (1, 2)), min_size=1, max_size=2).map(tuple), st.integers(2, 4))
+def test_states_of_layers_below_run_a_layer_at_once(kinds: tuple[Kind, ...], n_layers: int) -> None:
+    assert check(kinds, n_layers).schedule.alpha == 0
+
+
+@pytest.mark.filterwarnings("ignore::rmtcompile.SequentialScheduleWarning")
+@settings(max_examples=5, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@given(st.lists(kinds, min_size=1, max_size=1).map(tuple), st.integers(2, 4))
+def test_functions_without_modules(kinds: tuple[Kind, ...], n_layers: int) -> None:
+    try:
+        fast = check(kinds, n_layers, RandomFunction)
+    except UnsupportedError as error:
+        event(type(error).__name__)
+    else:
+        assert fast.schedule.n_layers == n_layers
+
+
 def kind(operations: str, *reads: Offset) -> Kind:
     return Kind(tuple(operations.split()), reads)
 
@@ -136,6 +186,7 @@ def kind(operations: str, *reads: Offset) -> Kind:
         ([kind("linear"), kind("norm", (1, 0), (2, 0))], 2),
         ([kind("gate", (1, 0), (1, -1)), kind("roll", (1, 0))], 3),
         ([kind("norm linear"), kind("softmax", (1, 0))], 4),  # every other layer has no state
+        ([kind("linear", (2, -1))], 3),  # one hop on levels s + l
     ],
 )
 @pytest.mark.filterwarnings("ignore::rmtcompile.SequentialScheduleWarning")

@@ -131,14 +131,14 @@ class RowEngine(Engine):
         """Run a cell function for `width` segments; nothing is stored anywhere else."""
         assert not targets
         if not self.is_compiled:
-            return function(*args)  # type: ignore[no-any-return]
+            return function(*args)
         fixed = {1, self.program.block}
         if width not in fixed:
             fixed.add(self._first.setdefault(function.__name__, width))
         key = (function.__name__, width if width in fixed else 0)
         if key not in self._compiled:
             self._compiled[key] = self._compile(function, function, key[1])
-        return self._compiled[key](*args)  # type: ignore[no-any-return]
+        return self._compiled[key](*args)
 
 
 class RowRun:
@@ -230,13 +230,13 @@ class RowRun:
         self, function: Callable[..., tuple[torch.Tensor, ...]], window: RowWindow, *args: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Run a cell function for a window, in the form that the engine has compiled for its width."""
-        return self.engine.cell(function, len(window.segments))(*args)
+        return self.engine.call(function, len(window.segments), args)
 
     def region(
         self, function: Callable[..., tuple[torch.Tensor, ...]], *args: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Run the body of a prologue or an epilogue, in the form that the engine has compiled."""
-        return self.engine.region(function)(*args)
+        return self.engine.region(function, args)
 
     def is_only(self, window: RowWindow, classes: set[int]) -> bool:
         """Whether all cells of the window are of these classes."""
@@ -297,7 +297,7 @@ class RowExecutor(Executor):
         assert isinstance(self.engine, RowEngine)
         run = RowRun(self.program, segments, named, leaves, self.engine)
         with sdpa_kernel(_ATTENTION, set_priority=True):
-            return self.compiled.namespace["forward"](run)  # type: ignore[no-any-return]
+            return self.compiled.namespace["forward"](run)
 
 
 def executor_for(
