@@ -209,3 +209,41 @@ def test_recordings_are_bounded() -> None:
     executor = fast._last[0].executor
     assert len(executor._recorder._recordings) <= executor._recorder.limit
     assert_same(model(inputs(2)), fast(inputs(2)), TOLERANCE)
+
+
+@torch.no_grad()
+def test_weights_are_never_held_twice() -> None:
+    """While they are stacked, one tenth of the weights at most is there twice."""
+    torch.manual_seed(0)
+    model = Wide().cuda()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    x = torch.randn(1, 6, 2048, device="cuda")
+    expected = model(x)
+    fast = rmtcompile.optimize(model, backend="eager", cuda_graphs=False).prepare(x)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    got = fast(x)
+    assert torch.cuda.max_memory_allocated() - before < 0.15 * weights
+    assert torch.cuda.memory_allocated() - before < 0.01 * weights
+    assert_same(expected, got, 1e-4)
+
+
+class Wide(nn.Module):
+    """Almost all of it is weights: one large matrix a layer, and a small one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(2048, 4096), "down": nn.Linear(4096, 2048)}) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = [x.new_zeros(x.shape[0], 2048) for _ in self.layers]
+        out = []
+        for h in x.split(3, 1):
+            for l, layer in enumerate(self.layers):
+                h = torch.tanh(h + layer["down"](layer["up"](h)) + memory[l][:, None])
+                memory[l] = h.mean(1)
+            out.append(h)
+        return torch.cat(out, 1)

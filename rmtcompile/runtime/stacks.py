@@ -13,6 +13,10 @@ from rmtcompile.errors import UnsupportedError
 from rmtcompile.weights import Weight
 
 
+_LARGE = 0.1
+"""Share of all weights above which a stack is large."""
+
+
 class Stack:
     """One stacked weight [layers, rows, ...]; leaf p of layer l is `tensor[l, start:stop]`, the same
     memory."""
@@ -22,6 +26,7 @@ class Stack:
         self.leaves = [[leaves[name] for name in parts] for parts in weight.leaves]
         self.tensor: torch.Tensor | None = None
         self.pointers: list[int] = []
+        self.is_large = False
 
     def current(self) -> torch.Tensor:
         """The stack, made again where a parameter was replaced, moved or cast since."""
@@ -60,7 +65,7 @@ class Stack:
         rows = sum(part.shape[0] if part.dim() else 1 for part in first)
         shape = (rows, *first[0].shape[1:]) if len(first) > 1 else first[0].shape
         with torch.no_grad():
-            stack = torch.empty((len(tensors), *shape), dtype=first[0].dtype, device=first[0].device)
+            stack = self._room(tensors, (len(tensors), *shape))
             for layer, parts in enumerate(tensors):
                 start = 0
                 for tensor in parts:
@@ -72,6 +77,25 @@ class Stack:
                     tensor.data = view
         self.tensor = stack
         self.pointers = [tensor.data_ptr() for parts in tensors for tensor in parts]
+
+    def _room(self, tensors: Sequence[Sequence[torch.Tensor]], shape: tuple[int, ...]) -> torch.Tensor:
+        """Memory for the stack. A large one would hold a good part of the weights twice until they are moved:
+        then the weights wait in the host's memory."""
+        flat = [tensor for parts in tensors for tensor in parts]
+        device, dtype = flat[0].device, flat[0].dtype
+        if self.is_large and device.type != "cpu":
+            for tensor in flat:
+                tensor.data = tensor.data.cpu()
+        try:
+            return torch.empty(shape, dtype=dtype, device=device)
+        except RuntimeError:
+            for tensor in flat:
+                tensor.data = tensor.data.to(device)
+            raise
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.tensor.numel() * leaf.tensor.element_size() for parts in self.leaves for leaf in parts)
 
 
 class Derived:
@@ -148,6 +172,10 @@ class Stacks:
                 made[weight] = Derived(weight, leaves, owner)
         self._in_order: list[Stack | Derived] = [s for s in made.values() if isinstance(s, Stack)]
         self._in_order += [s for s in made.values() if isinstance(s, Derived)]
+        whole = sum(stack.nbytes for stack in made.values() if isinstance(stack, Stack))
+        for stack in made.values():
+            if isinstance(stack, Stack):
+                stack.is_large = stack.nbytes > _LARGE * whole
         self.stacks = {name: made[weight] for name, weight in weights.items()}
 
     def current(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
