@@ -12,7 +12,6 @@ from rmtcompile.capture import Leaf
 from rmtcompile.errors import UnsupportedError
 from rmtcompile.weights import Weight
 
-
 _LARGE = 0.1
 """Share of all weights above which a stack is large."""
 
@@ -95,7 +94,9 @@ class Stack:
 
     @property
     def nbytes(self) -> int:
-        return sum(leaf.tensor.numel() * leaf.tensor.element_size() for parts in self.leaves for leaf in parts)
+        """Bytes of the weights as they were captured."""
+        leaves = [leaf for parts in self.leaves for leaf in parts]
+        return sum(leaf.tensor.numel() * leaf.tensor.element_size() for leaf in leaves)
 
 
 class Derived:
