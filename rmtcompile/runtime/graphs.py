@@ -90,9 +90,10 @@ class Recorder:
 
     def results(self, recording: Recording) -> Any:
         """The outputs of the last replay, in memory of their own."""
-        outputs = pytree.tree_map_only(torch.Tensor, torch.clone, recording.outputs)
+        flat, spec = pytree.tree_flatten(recording.outputs)
+        results = _copies(flat)
         self._done.record(torch.cuda.current_stream())
-        return outputs
+        return pytree.tree_unflatten(results, spec)
 
     def wants(self, segments: int, levels: int) -> bool:
         """Whether to record this length now; counts how often it was seen."""
@@ -125,3 +126,15 @@ class Recorder:
             value = self.leaves[name].fetch()
             if place.shape == value.shape:
                 place.copy_(value)
+
+
+def _copies(values: list[Any]) -> list[Any]:
+    """Copies of the tensors among the values; one launch for all of a dtype."""
+    copies = [torch.empty_like(x) if isinstance(x, torch.Tensor) else x for x in values]
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, x in enumerate(values):
+        if isinstance(x, torch.Tensor) and x.numel():
+            by_dtype.setdefault(x.dtype, []).append(i)
+    for indices in by_dtype.values():
+        torch._foreach_copy_([copies[i] for i in indices], [values[i] for i in indices])
+    return copies
