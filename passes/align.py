@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rmtcompile.passes.reroll import ClassRule, shape_of
+from rmtcompile.passes.reroll import ClassRule, LiveIn, shape_of
 from rmtcompile.program import Body, Source
 
 aten = torch.ops.aten
@@ -267,12 +267,13 @@ class _Builder:
         mine, theirs = self.rules[c].sources[i], rule.sources[j]
         if mine.is_invariant:
             return theirs.is_invariant and mine.key == theirs.key
-        steady = mine.steady
+        if not _is_one_value(mine, theirs):
+            return False
+        steady, val = mine.steady, _val(rule.body.live_ins[j])
         if (
             isinstance(steady, Source) and steady.relative and steady.segment == 0
         ):  # fed anew in every segment
-            return mine.key == theirs.key
-        val = _val(rule.body.live_ins[j])
+            return mine.key == theirs.key and shape_of(val) == shape_of(port.val)
         return isinstance(val, torch.Tensor) and _fills(val, port.val)
 
     def finish(self) -> Merged:
@@ -347,6 +348,16 @@ def _select(number: int, theirs: Any, mine: Any, rows: list[Any]) -> _Row:
 
 def _row_val(value: Any) -> Any:
     return value.meta.get("val") if isinstance(value, _Row) else value.val
+
+
+def _is_one_value(mine: LiveIn, theirs: LiveIn) -> bool:
+    """Whether what comes the same way is the same value of the cell it comes from, as far as both classes
+    show."""
+    a, b = mine.steady, theirs.steady
+    if not isinstance(a, Source) or not isinstance(b, Source) or a.way != b.way:
+        return True
+    known = dict(a.nodes)
+    return all(known.get(number, node) == node for number, node in b.nodes)
 
 
 def _fills(val: Any, lane: Any) -> bool:

@@ -394,9 +394,18 @@ def _classes(key: Key, small: Unrolled, large: Unrolled) -> Classes:
             while head and short[head - 1] == short[middle - 1]:
                 head -= 1
             return Classes(head, tail)
+    evidence = list(_difference(key, small, large))
+    if constants := _constants(key, large):
+        raise RerollError(
+            f"a constant in {_region_name(key)} changes from segment to segment: "
+            + ", ".join(f"{a!r} and {b!r}" for a, b in constants),
+            evidence,
+            "make a table before the segments and index it, table = 1 / torch.arange(1, n + 1) and table[s] "
+            "instead of 1 / (s + 1); fallback='sequential' runs the model as it is",
+        )
     raise RerollError(
         f"the segments of {_region_name(key)} do not follow one rule",
-        list(_difference(key, small, large)),
+        evidence,
         "segments that differ from each other by more than a special start and end cannot be run on "
         "diagonals; use fallback='sequential' to run the model as it is",
     )
@@ -404,6 +413,34 @@ def _classes(key: Key, small: Unrolled, large: Unrolled) -> Classes:
 
 def _region_name(key: Key) -> str:
     return f"layer {key[1]}" if key[0] == CELL else key[0]
+
+
+def _constants(key: Key, large: Unrolled) -> list[tuple[Any, Any]]:
+    """The numbers in which two segments in the middle differ, if they differ in nothing else."""
+
+    def pairs(left: Any, right: Any) -> Iterator[tuple[Any, Any]]:
+        if left == right:
+            return
+        if not (isinstance(left, tuple) and isinstance(right, tuple) and len(left) == len(right)):
+            raise _OtherwiseError
+        if len(left) == 2 and left[0] == right[0] and left[0] in ("float", "int", "bool"):
+            yield left[1], right[1]
+            return
+        for x, y in zip(left, right, strict=True):
+            yield from pairs(x, y)
+
+    for s in range(1, large.count - 1):
+        try:
+            found = list(pairs(_body_at(large, key, s).key, _body_at(large, key, s + 1).key))
+        except _OtherwiseError:
+            continue
+        if found:
+            return found
+    return []
+
+
+class _OtherwiseError(Exception):
+    """Two bodies differ in more than numbers."""
 
 
 def _difference(key: Key, small: Unrolled, large: Unrolled) -> Iterator[str]:

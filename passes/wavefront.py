@@ -9,6 +9,8 @@
 Requires: offsets that hold for every cell whose producer lies in the grid (dependence).
 Ensures:  each cell runs once and each dependence goes from a lower level to a higher one (`Schedule.verify`).
 
+With alpha = 0 all segments of a layer are one level, block by block (`block_size`).
+
 The level function is affine because the runtime replays one step: a skew is the classic unimodular
 transformation of a loop nest (Wolf and Lam, "A Loop Transformation Theory and an Algorithm to Maximize
 Parallelism", 1991), and the wavefront of two nested loops is Lamport's hyperplane method (1974).  Where the

@@ -14,8 +14,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from rmtcompile.beyond import LONGER, first_segments, length_to_check, rounds
 from rmtcompile.capture import Leaf
-from rmtcompile.errors import InternalError, RMTCompileError, UnsupportedError, VerificationError
+from rmtcompile.errors import (
+    InternalError,
+    RerollError,
+    RMTCompileError,
+    UnsupportedError,
+    VerificationError,
+)
 from rmtcompile.guard import call_key, program_key
 from rmtcompile.passes.optimise import FOR_COMPILED_CELLS
 from rmtcompile.passes.wavefront import blocking, wavefront
@@ -110,6 +117,8 @@ class _Entry:
         self.example = example  # (args, kwargs) with fake tensors
         self.settled = False  # whether hooks that the first forward registers are registered
         self.checked: set[int] = set()  # short lengths that were compared with the model
+        self.checked_to = 0  # the longest input that was compared because it is longer than the captures
+        self.longer: _Entry | None = None  # what replaces it: rules from longer captures
         self.only: dict[int, _Entry] = {}  # programs for single lengths that the rules do not give
 
 
@@ -220,10 +229,14 @@ class Optimized:
             return self._options
         return replace(self._options, passes_off=self._options.passes_off | FOR_COMPILED_CELLS)
 
-    def _compile(self, args: Any, kwargs: Any, segmentation: Segmentation, only: int | None = None) -> _Entry:
-        compiled = compile_forward(
-            self.model, args, kwargs, segmentation, self._compile_options(args, kwargs), self._progress, only
-        )
+    def _compile(
+        self, args: Any, kwargs: Any, segmentation: Segmentation, only: int | None = None, shortest: int = 2
+    ) -> _Entry:
+        options = self._compile_options(args, kwargs)
+        if shortest > options.min_segments_captured:
+            longest = options.max_segments_captured + LONGER
+            options = replace(options, min_segments_captured=shortest, max_segments_captured=longest)
+        compiled = compile_forward(self.model, args, kwargs, segmentation, options, self._progress, only)
         self.captures += 1
         n_layers, offsets = compiled.program.n_layers, compiled.program.offsets
         blocked = blocking(offsets, n_layers)
@@ -248,6 +261,7 @@ class Optimized:
 
     def _for_length(self, entry: _Entry, count: int, args: Any, kwargs: Any) -> _Entry:
         """The entry itself, or one compiled for just this length where its rules do not cover it."""
+        entry = self._beyond(entry, count, args, kwargs)
         if count in entry.only:
             return entry.only[count]
         rolled = entry.compiled.rolled
@@ -263,6 +277,31 @@ class Optimized:
             if difference is not None:
                 raise VerificationError(difference)
             entry.checked.add(count)
+        return entry
+
+    def _beyond(self, entry: _Entry, count: int, args: Any, kwargs: Any) -> _Entry:
+        """The entry, compared with the model where it is to run longer inputs than it was proved on, or what
+        replaces it."""
+        while entry.longer is not None:
+            entry = entry.longer
+        longest = self._options.max_segments_captured + LONGER
+        while (length := length_to_check(entry.compiled, count, entry.checked_to)) is not None:
+            part = first_segments(args, kwargs, entry.segmentation, length)
+            with entry.executor.uncompiled():
+                difference = self._difference(entry, length, *part)
+            proved = entry.compiled.rolled.proved_on[-1]
+            if difference is None or (proved >= longest and rounds(entry.compiled)):
+                entry.checked_to = length
+                break
+            if proved >= longest:
+                raise RerollError(
+                    f"what holds for up to {proved} segments does not hold for {length}",
+                    [difference],
+                    "a value must be read at most three segments later; fallback='sequential' runs the model "
+                    "as it is",
+                )
+            entry.longer = self._compile(args, kwargs, entry.segmentation, shortest=proved)
+            entry = entry.longer
         return entry
 
     def _run(

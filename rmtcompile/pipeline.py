@@ -51,7 +51,8 @@ class Options:
     segment_size: int | None = None
     plan: str = "auto"
     passes_off: frozenset[str] = frozenset()
-    max_segments_captured: int = 5
+    min_segments_captured: int = 2
+    max_segments_captured: int = 6
 
 
 @dataclass(frozen=True)
@@ -234,8 +235,9 @@ def _reroll(
 ]:
     """Capture two lengths that follow one rule, the shortest that do."""
     failure: RerollError | None = None
-    capture_a, small, paths, written = _unrolled(fn, args, kwargs, segmentation, 2, options, log)
-    for count in range(3, options.max_segments_captured + 1):
+    first = options.min_segments_captured
+    capture_a, small, paths, written = _unrolled(fn, args, kwargs, segmentation, first, options, log)
+    for count in range(first + 1, options.max_segments_captured + 1):
         capture_b, large, _, again = _unrolled(fn, args, kwargs, segmentation, count, options, log)
         try:
             _same_leaves(capture_a, capture_b)

@@ -187,6 +187,7 @@ def kind(operations: str, *reads: Offset) -> Kind:
         ([kind("gate", (1, 0), (1, -1)), kind("roll", (1, 0))], 3),
         ([kind("norm linear"), kind("softmax", (1, 0))], 4),  # every other layer has no state
         ([kind("linear", (2, -1))], 3),  # one hop on levels s + l
+        ([kind("norm", (1, 1), (0, 2))], 4),  # two values of one cell, read by different classes
     ],
 )
 @pytest.mark.filterwarnings("ignore::rmtcompile.SequentialScheduleWarning")

@@ -386,10 +386,19 @@ def test_32_layers_by_128_segments_load_and_play_without_lag(browser: Any, tmp_p
 
 
 @pytest.mark.parametrize(
-    "offsets", [{(0, 1), (1, -3)}, {(0, 1), (1, 1)}, {(0, 1), (1, -1)}, {(0, 1), (2, 0)}]
+    ("offsets", "block"),
+    [
+        ({(0, 1), (1, -3)}, 0),
+        ({(0, 1), (1, 1)}, 0),
+        ({(0, 1), (1, 1)}, 2),
+        ({(0, 1), (1, -1)}, 0),
+        ({(0, 1), (2, 0)}, 0),
+    ],
 )
-def test_other_schedules_are_drawn_too(browser: Any, tmp_path: Path, offsets: set[tuple[int, int]]) -> None:
-    schedule = wavefront(offsets, 4, 5)
+def test_other_schedules_are_drawn_too(
+    browser: Any, tmp_path: Path, offsets: set[tuple[int, int]], block: int
+) -> None:
+    schedule = wavefront(offsets, 4, 5, block=block)
     path = schedule.save(tmp_path / "s.html")
     page = Viewer(browser)
     page.open(path)

@@ -13,7 +13,7 @@ from toys import assert_same
 from zoo.others import ZOO, ZooEntry
 
 import rmtcompile
-from rmtcompile.errors import CaptureError, UnsupportedError
+from rmtcompile.errors import CaptureError, RerollError, UnsupportedError
 from rmtcompile.schedule import Offset
 
 pytestmark = pytest.mark.filterwarnings("ignore::rmtcompile.SequentialScheduleWarning")
@@ -132,6 +132,51 @@ def test_a_branch_on_values_is_refused() -> None:
     assert lines[0].startswith("the forward depends on the values of a tensor")
     assert "traps.py:" in lines[1] and "if x.sum() > 0:" in lines[1]
     assert "help: decide it from shapes or Python values" in lines[2]
+
+
+@torch.no_grad()
+def test_a_constant_of_the_segment_is_refused() -> None:
+    entry = ZOO["running_mean"]
+    with pytest.raises(RerollError) as caught:
+        rmtcompile.optimize(entry.build())(*entry.inputs(1, 3))
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("a constant in layer 0 changes from segment to segment: ")
+    assert "mul" in lines[1] and "memories.py:" in lines[1] and "memories.py:" in lines[2]
+    assert lines[3].startswith("  help: make a table before the segments and index it")
+
+
+class Mean(nn.Module):
+    """A mean over all segments so far, with its weights from a table or from a counter."""
+
+    def __init__(self, table: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.table = table
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pieces = x.split(2, 1)
+        memory = [x.new_zeros(x.shape[0], 4) for _ in self.layers]
+        table, count = 1 / torch.arange(1, len(pieces) + 1, dtype=x.dtype), x.new_zeros(())
+        out = []
+        for s, h in enumerate(pieces):
+            count = count + 1
+            for l, layer in enumerate(self.layers):
+                h = torch.tanh(layer(h + memory[l][:, None]))
+                weight = table[s] if self.table else 1 / count
+                memory[l] = memory[l] + (h.mean(1) - memory[l]) * weight
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("table", [True, False])
+@torch.no_grad()
+def test_what_helps_against_constants(table: bool) -> None:
+    model = Mean(table).double()
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    for segments in (6, 2, 11):
+        x = torch.randn(2, 2 * segments, 4, dtype=torch.float64)
+        assert_same(model(x), fast(x))
+    assert (fast.captures, fast.schedule.width) == (1, 3)
 
 
 @torch.no_grad()

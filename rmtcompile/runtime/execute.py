@@ -78,6 +78,16 @@ class Executor:
         """An engine for the program; for the arguments see `Engine`."""
         return Engine(self.program, backend, keeps_buffers)
 
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Run cell functions as they are for a while, and record nothing."""
+        kept = self._engine, self._use_graphs
+        self._engine, self._use_graphs = self.new_engine("eager", keeps_buffers=False), False
+        try:
+            yield
+        finally:
+            self._engine, self._use_graphs = kept
+
     def fits(self) -> bool:
         """Whether the model still holds tensors of the captured shapes, dtypes and devices."""
         for leaf in self.compiled.leaves.values():

@@ -1,0 +1,58 @@
+"""Beyond the captured lengths: does a program give what the model gives where its rules were not proved?
+
+Rules are read from two captures of a few segments.  A carry that is read four segments later, or an integer
+that only looks like a line, does not show there.  So the first time that a program is to run more segments
+than it was proved on, it runs the first segments of that very input, uncompiled, and is compared with the
+model.  Where they differ the rules are read again from longer captures.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from rmtcompile.pipeline import Compiled
+from rmtcompile.probe import Segmentation
+
+CHECKED = 8
+"""Segments of the comparison: what it costs is that many of the model's own, run one by one."""
+
+LONGER = 2
+"""Segments captured at most, beyond the usual, where a comparison has failed."""
+
+
+def length_to_check(compiled: Compiled, count: int, checked: int) -> int | None:
+    """How many segments to compare before `count` segments run; None where that is known to be right.
+
+    Args:
+        compiled: the program.
+        count: segments of the call.
+        checked: the most segments compared so far.
+    """
+    proved = compiled.rolled.proved_on[-1]
+    wanted, known = min(count, max(CHECKED, proved + 2)), max(checked, proved)
+    return wanted if compiled.rolled.fixed is None and wanted > known else None
+
+
+def first_segments(args: Any, kwargs: Any, segmentation: Segmentation, count: int) -> tuple[Any, Any]:
+    """The arguments cut to their first `count` segments, as copies."""
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    positions = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
+    shapes = segmentation.shapes([flat[i].shape for i in positions], count)
+    for position, shape in zip(positions, shapes, strict=True):
+        value = flat[position].detach()
+        for dim, size in enumerate(shape):
+            value = value.narrow(dim, 0, size)
+        flat[position] = value.clone()
+    cut: tuple[Any, Any] = pytree.tree_unflatten(flat, spec)
+    return cut
+
+
+def rounds(compiled: Compiled) -> bool:
+    """Whether the forward computes in 16 bits anywhere, so that a difference may be rounding."""
+    low = (torch.float16, torch.bfloat16)
+    graph = compiled.captures[-1].graph
+    values = (leaf for node in graph.nodes for leaf in pytree.tree_leaves(node.meta.get("val")))
+    return any(isinstance(value, torch.Tensor) and value.dtype in low for value in values)

@@ -1,0 +1,134 @@
+"""rmtcompile/beyond.py: rules that no short capture shows are found or refused at the first long input."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import SEGMENT, WIDTH, Toy, assert_equal_runs, features, made
+
+import rmtcompile
+from rmtcompile.beyond import CHECKED, first_segments
+from rmtcompile.errors import RerollError
+from rmtcompile.probe import probe
+
+
+@pytest.mark.parametrize(("back", "up"), [(3, 0), (3, 2)])
+def test_a_carry_that_short_captures_do_not_show(back: int, up: int) -> None:
+    model = made(lambda: Toy(3, back=back, up=up))
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    assert_equal_runs(model, fast, [features(segments) for segments in (2, 3)])
+    assert fast.captures == 1, "up to three segments the program is proved"
+    assert_equal_runs(model, fast, [features(segments) for segments in (9, 5, 2, 12)])
+    assert any(offset[0] for offset in fast.compiled.dependences)
+
+
+class At(nn.Module):
+    """Does something else at one segment."""
+
+    def __init__(self, special: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.special = special
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = [x.new_zeros(x.shape[0], WIDTH)] * 2
+        out = []
+        for s, h in enumerate(x.split(SEGMENT, 1)):
+            for l, layer in enumerate(self.layers):
+                h = torch.tanh(layer(h + memory[l][:, None]))
+                memory[l] = h.mean(1) * (2 if s == self.special else 1)
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("special", [4, 6])
+def test_a_segment_that_no_short_capture_shows(special: int) -> None:
+    """It becomes a class of its own, or the model is refused."""
+    model = made(lambda: At(special))
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    with contextlib.suppress(RerollError):
+        assert_equal_runs(model, fast, [features(segments) for segments in (3, 9, 12)])
+        assert fast.captures > 1
+
+
+@torch.no_grad()
+def test_what_comes_later_than_all_captures_is_refused() -> None:
+    fast = rmtcompile.optimize(made(lambda: Toy(2, back=4)))
+    with pytest.raises(RerollError) as caught:
+        fast(features(11))
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("what holds for up to 8 segments does not hold for")
+    assert "differs from the sequential forward" in lines[1] and "fallback='sequential'" in lines[2]
+
+
+class Squares(nn.Module):
+    """Reads a row of a table at s * s: a line, as far as the length of a segment tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(200, WIDTH))
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = x.new_zeros(x.shape[0], WIDTH)
+        out = []
+        for s, h in enumerate(x.split(SEGMENT, 1)):
+            h = h + self.table[s * s : s * s + 1] if s else h
+            for layer in self.layers:
+                h = torch.tanh(layer(h + memory[:, None]))
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+def test_a_square_is_no_line() -> None:
+    model = made(Squares)
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    with contextlib.suppress(RerollError):
+        assert_equal_runs(model, fast, [features(segments) for segments in (6, 3)])
+
+
+def test_it_is_compared_once() -> None:
+    calls: list[int] = []
+
+    class Counted(Toy):
+        def forward(self, x: Tensor) -> Tensor:
+            if type(x) is Tensor:
+                calls.append(x.shape[1] // SEGMENT)
+            return super().forward(x)
+
+    fast = rmtcompile.optimize(made(Counted))
+    with torch.no_grad():
+        for segments in (2, 3, 5, 4, 20, 9, 30):
+            fast(features(segments))
+    assert [n for n in calls if n > 3] == [5, CHECKED]
+
+
+def test_the_first_segments_of_an_input() -> None:
+    def forward(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+        return torch.cat([h * m * scale for h, m in zip(x.split(SEGMENT, 1), mask.split(SEGMENT, 1))], 1)
+
+    x, mask = features(6)[:, :-1], torch.rand(1, 6 * SEGMENT - 1, 1).double()
+    args: tuple[Any, ...] = (x, mask, 2.0)
+    segmentation = probe(forward, args, {}, SEGMENT)
+    (a, b, scale), _ = first_segments(args, {}, segmentation, 4)
+    assert a.shape[1] == b.shape[1] == 4 * SEGMENT - 1 and scale == 2.0
+    assert torch.equal(a, x[:, : a.shape[1]]) and a.data_ptr() != x.data_ptr()
+
+
+@torch.no_grad()
+def test_rounding_is_no_difference() -> None:
+    """With bfloat16 inside, the two may differ by more than float32 allows; the program stays."""
+
+    class Rounded(Toy):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x)
+
+    fast = rmtcompile.optimize(made(Rounded, torch.float32))
+    fast(features(9, dtype=torch.float32))
