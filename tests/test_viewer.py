@@ -417,7 +417,7 @@ def take_pictures(page: Path, stem: str, tabs: list[str]) -> None:
             view.open(page)
             for tab in tabs or [""]:
                 if tab:
-                    view.find(f"#tab-{tab}").click()
+                    view.js("document.getElementById(arguments[0]).click()", f"tab-{tab}")
                     view.js("document.querySelector('.tabs').scrollIntoView({behavior: 'instant'})")
                 time.sleep(0.3)
                 name = f"{stem}-{tab}-{theme}.png" if tab else f"{stem}-{theme}.png"

@@ -40,6 +40,7 @@ class Builder:
             self.autocast.pop()
 
     def emit(self, op: str, target: Any, args: Any = (), kwargs: Any = None, *, val: Any = None) -> fx.Node:
+        """A node of the new graph; `val` is its fake value if it is known."""
         node = self.graph.create_node(op, target, args, kwargs or {})
         node.meta = {k: v for k, v in self.reader.meta.items() if k not in ("val", "tensor_meta")}
         node.meta["val"] = (
@@ -48,6 +49,7 @@ class Builder:
         return node
 
     def call(self, target: Any, *args: Any, val: Any = None, **kwargs: Any) -> fx.Node:
+        """A call on nodes of the new graph."""
         return self.emit("call_function", target, args, kwargs, val=val)
 
     def own(self, node: fx.Node) -> fx.Node:

@@ -50,6 +50,7 @@ class Alias:
 
     @property
     def root(self) -> Alias:
+        """The whole base."""
         return self if self.parent is None else self.parent.root
 
 
@@ -77,4 +78,5 @@ class Several:
 
     @property
     def is_current(self) -> bool:
+        """Whether nothing was written into the tensors since."""
         return self.versions == self._now()
