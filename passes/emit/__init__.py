@@ -22,7 +22,7 @@ from rmtcompile.passes.emit.levels import level_formula, write_forward, write_le
 from rmtcompile.passes.emit.regions import Regions
 from rmtcompile.passes.emit.text import Writer, literal, target_name
 from rmtcompile.program import Lane, Program
-from rmtcompile.schedule.data import short_type
+from rmtcompile.schedule import short_type
 
 
 @dataclass(frozen=True)
