@@ -80,7 +80,7 @@ def whole_view(n_layers: int = 4, n_segments: int = 6) -> ViewModel:
         code_phases={"ramp_up": (2, 3), "steady": (4, 5)},
         profile=ProfileView(tuple(10.0 + w for w in schedule.widths), {"bmm": 80.0, "norms": 9.0}),
         device="a test",
-        notes=("the plan was chosen by hand",),
+        explanation=(("plan", ("chosen by hand", "for a test")),),
     )
 
 

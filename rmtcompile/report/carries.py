@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def carries_of(compiled: Compiled) -> list[Carry]:
     """The values that cells of one segment leave to cells of a later one."""
-    return [*_between_cells(compiled), *_around_cells(compiled)]
+    return list(dict.fromkeys([*_between_cells(compiled), *_around_cells(compiled)]))
 
 
 def reads_of(compiled: Compiled) -> tuple[tuple[Offset, tuple[int, ...]], ...]:

@@ -12,7 +12,7 @@ from torch import fx
 from rmtcompile.errors import RMTCompileError
 from rmtcompile.pipeline import _Log
 from rmtcompile.report import texts
-from rmtcompile.report.explanation import inputs_of
+from rmtcompile.report.findings import inputs_of
 from rmtcompile.report.names import model_name
 from rmtcompile.report.stages import changes, programs
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmtcompile.report.cells import around_of, cells_of
-from rmtcompile.report.explanation import explain_last
 from rmtcompile.report.explanation_text import sections
+from rmtcompile.report.findings import explain_last
 from rmtcompile.report.names import model_name
 from rmtcompile.report.passes import passes_of
 from rmtcompile.viewer import ViewModel, WitnessView, render
