@@ -332,6 +332,12 @@ class Optimized:
 
         return dump(self, folder)
 
+    def use(self, path: str | Path) -> None:
+        """Run a dumped, perhaps edited, module in place of the generated one, in the last call's program."""
+        from rmtcompile.report import use
+
+        use(self, path)
+
     def view(self, path: str | Path) -> Path:
         """Write the viewer of the last call's program as one HTML file."""
         from rmtcompile.report import save_view
@@ -397,8 +403,9 @@ def schedule_of(compiled: Compiled, count: int) -> Schedule:
     from rmtcompile.report.cells import operations_of
 
     program = compiled.program
-    first = program.rolled.classes[("cell", program.n_layers // 2)]
-    variants = tuple(_variant(first.of(s, count), first.head) for s in range(count))
+    classes = [program.rolled.classes[("cell", layer)] for layer in range(program.n_layers)]
+    finest = max(classes, key=lambda one: one.head + one.tail)
+    variants = tuple(_variant(finest.of(s, count), finest.head) for s in range(count))
     kinds = {layer: group.name for group in reversed(program.groups) for layer in group.layers}
     schedule = wavefront(
         program.offsets,

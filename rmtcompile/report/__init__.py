@@ -11,7 +11,7 @@ profiling.py         time of each level, and of each kind of operation
 
 from __future__ import annotations
 
-from rmtcompile.report.dump import dump
+from rmtcompile.report.dump import dump, use
 from rmtcompile.report.explanation import Explanation, Refusal
 from rmtcompile.report.findings import explain, explain_last
 from rmtcompile.report.profiling import Profile, profile
@@ -26,5 +26,6 @@ __all__ = [
     "explain_last",
     "profile",
     "save_view",
+    "use",
     "view_model",
 ]

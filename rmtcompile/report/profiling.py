@@ -69,8 +69,13 @@ class Profile:
         """For each level, its floating-point rate as a share of `peak`, at most 1."""
         return _shares(self.flops, self.level_us, self.peak)
 
-    def view(self) -> ProfileView:
-        """For the viewer: the time of a whole call, divided as the levels were timed one by one."""
+    def view(self) -> ProfileView | None:
+        """For the viewer: the time of a whole call, divided as the levels were timed one by one.
+
+        None where the levels could not be timed apart.
+        """
+        if not self.level_us:
+            return None
         scale = self.total_us / sum(self.level_us)
         levels = tuple(us * scale for us in self.level_us)
         return ProfileView(levels, self.kind_us, _shares(self.flops, levels, self.peak), self.sequential_us)
@@ -84,14 +89,14 @@ class Profile:
 
     def to_chrome_trace(self) -> str:
         """Trace events with the measured times, for Perfetto."""
-        return self.schedule.to_chrome_trace(self.level_us)
+        return self.schedule.to_chrome_trace(self.level_us or None)
 
     def __str__(self) -> str:
         return "\n".join(_table(self))
 
 
 def _shares(flops: Sequence[int], level_us: Sequence[float], peak: float) -> tuple[float, ...]:
-    if not peak or not any(flops):
+    if not peak or not level_us or not any(flops):
         return ()
     return tuple(min(1.0, n / (us * 1e-6) / peak) for n, us in zip(flops, level_us, strict=True))
 
@@ -104,6 +109,10 @@ def _table(found: Profile) -> Iterator[str]:
     )
     yield f"          {found.device}, median of {found.repeats}"
     yield ""
+    if not found.level_us:
+        yield "  the program does not run level by level, so levels have no times of their own"
+        yield from _kind_lines(found)
+        return
     yield f"  {'level':>5}  {'phase':<9}  {'cells':>5}  {'ms':>9}  {'us a cell':>9}" + "  of peak" * bool(
         used
     )
@@ -117,6 +126,10 @@ def _table(found: Profile) -> Iterator[str]:
         if levels:
             us = sum(found.level_us[level] for level in levels)
             yield f"  {name:<22} {us / 1e3:>9.3f} ms  {us / sum(found.level_us):>6.1%}"
+    yield from _kind_lines(found)
+
+
+def _kind_lines(found: Profile) -> Iterator[str]:
     total = sum(found.kind_us.values())
     for name, us in sorted(found.kind_us.items(), key=lambda item: -item[1]):
         yield f"  {name:<22} {us / 1e3:>9.3f} ms  {us / total:>6.1%}"

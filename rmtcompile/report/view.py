@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from rmtcompile.report.explanation_text import sections
 from rmtcompile.report.findings import explain_last
 from rmtcompile.report.names import model_name
 from rmtcompile.report.passes import passes_of
+from rmtcompile.schedule import Cell
 from rmtcompile.viewer import ViewModel, WitnessView, render
 
 if TYPE_CHECKING:
@@ -17,16 +19,27 @@ if TYPE_CHECKING:
     from rmtcompile.report.profiling import Profile
 
 
-def save_view(fast: Optimized, path: str | Path, title: str | None = None) -> Path:
+def save_view(
+    fast: Optimized, path: str | Path, title: str | None = None, expand: Sequence[Cell] = ()
+) -> Path:
     """Write the viewer of the last call's program; a suffix other than `.html` gives the schedule alone.
 
     `.trace.json` holds measured times if there is a profile of the last call's schedule.
 
+    Args:
+        title: of the page; the model's name by default.
+        expand: cells to open to their operations in a `.dot` file.
+
     Raises:
         RMTCompileError: nothing was captured yet.
-        ValueError: the suffix is unknown.
+        ValueError: the suffix is unknown, or there is no such cell.
     """
     path = Path(path)
+    if expand and path.suffix.lower() != ".dot":
+        raise ValueError(f"only a .dot file opens cells, not {path.name!r}; the viewer opens them all")
+    if expand:
+        path.write_text(fast.schedule.to_dot(expand), encoding="utf-8")
+        return path
     if path.suffix.lower() not in (".html", ".htm"):
         measured = _measured(fast)
         times = measured.level_us if measured is not None and measured.level_us else None
