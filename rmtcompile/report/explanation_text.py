@@ -185,7 +185,7 @@ def to_html_fragment(found: Explanation) -> str:
     left = "text-align:left;vertical-align:top;padding:2px 12px 2px 0"
     rows = "".join(
         f'<tr><th style="{left}">{escape(title)}</th>'
-        f'<td style="{left};white-space:pre-wrap">{escape(chr(10).join(entries))}</td></tr>'
+        f'<td style="{left};white-space:pre-wrap;font:12.5px/1.5 ui-monospace,monospace">{escape(chr(10).join(entries))}</td></tr>'
         for title, entries in sections(found)
     )
     picture = found.schedule.to_svg() if found.schedule is not None else ""

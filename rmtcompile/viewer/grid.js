@@ -5,7 +5,7 @@ const box = { w: 10, h: 10, gap: 1 };
 
 function measure() {
   const room = $("scroller").clientWidth - PAD.left - PAD.right;
-  const tall = Math.max(264, Math.min(430, window.innerHeight - 420));
+  const tall = Math.max(240, Math.min(430, window.innerHeight - 420));
   box.w = Math.max(4, Math.min(84, Math.floor(room / G.segments)));
   box.h = Math.max(5, Math.min(Math.max(box.w, 8), 54, Math.floor(tall / G.layers)));
   box.gap = Math.min(box.w, box.h) >= 14 ? 3 : Math.min(box.w, box.h) >= 6 ? 1 : 0;

@@ -60,7 +60,7 @@ const bytes = (n) => {
 };
 const micros = (us) => {
   const [value, unit] = us >= 1e6 ? [us / 1e6, "s"] : us >= 1000 ? [us / 1000, "ms"] : [us, "µs"];
-  return `${Number(value.toPrecision(value >= 100 ? Math.ceil(Math.log10(value + 1)) : 3))} ${unit}`;
+  return `${Number(value.toPrecision(value >= 100 ? Math.ceil(Math.log10(value + 1)) : 3))}\u00a0${unit}`;
 };
 const percent = (part, whole) => {
   const share = whole ? (100 * part) / whole : 0;
