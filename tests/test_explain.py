@@ -431,7 +431,8 @@ def test_view_and_explanation_show_the_measurement(
     trace = json.loads(optimized.view(tmp_path / "t.trace.json").read_text())
     assert trace["otherData"]["times"] == "measured"
     assert view.profile is not None
-    assert sum(view.profile.level_us) == pytest.approx(profile.total_us)
+    assert sum(view.profile.level_us) + view.profile.outside_us == pytest.approx(profile.total_us)
+    assert profile.outside_us > 0 and "outside of levels" in str(profile)
     assert "CPU" in view.device
     assert f"measured {profile.speedup:.2f} x" in str(optimized.explain())
     with torch.no_grad():

@@ -98,7 +98,9 @@ def whole_view(n_layers: int = 4, n_segments: int = 6) -> ViewModel:
         ),
         code=CODE,
         code_phases={"ramp_up": (2, 3), "steady": (4, 5)},
-        profile=ProfileView(tuple(10.0 + w for w in schedule.widths), {"bmm": 80.0, "norms": 9.0}),
+        profile=ProfileView(
+            tuple(10.0 + w for w in schedule.widths), {"bmm": 80.0, "norms": 9.0}, outside_us=6.0
+        ),
         device="a test",
         explanation=(("plan", ("chosen by hand", "for a test")),),
     )
@@ -267,7 +269,7 @@ def test_it_opens_on_a_full_level(viewer: Viewer) -> None:
     lead = viewer.text("#lead")
     assert "9 steps instead of 24" in lead
     assert "a cell hands on W_mem to the same layer of the next segment" in lead
-    assert "A call takes 114 µs, 37 % of it in the steady state" in lead
+    assert "A call takes 120 µs, 35 % of it in the steady state" in lead
     assert "of the time in operations most goes to bmm (90 %)" in lead
     assert viewer.text("#title") == HOSTILE
 
@@ -373,7 +375,14 @@ def test_tab_reaches_every_control_with_a_visible_ring(viewer: Viewer) -> None:
 def test_every_tab_shows_its_part(viewer: Viewer) -> None:
     pieces = {
         "deps": ["offset (1,0)", "same layer, previous segment", "W_mem", "512 KiB"],
-        "time": ["Where the time goes", "ramp-up, 3 levels", "bmm", "on a test", "All levels as a table"],
+        "time": [
+            "Where the time goes",
+            "ramp-up, 3 levels",
+            "before and after the levels",
+            "bmm",
+            "on a test",
+            "All levels as a table",
+        ],
         "pipeline": ["24 → 6", "0 → 2", "200 ms"],
         "code": ["for level in range(3):", "steady state, line 4"],
         "why": ["chosen by hand\nfor a test"],
@@ -400,7 +409,8 @@ def test_the_cell_leads_to_its_code(viewer: Viewer) -> None:
 def test_what_runs_around_the_grid_is_there(viewer: Viewer) -> None:
     viewer.js("document.querySelectorAll('#panel-deps details').forEach((d) => { d.open = true })")
     panel = viewer.text("#panel-deps")
-    for piece in ("prologue: before layer 0", "embed.py:3", "model/armt.py:9\nreads model/armt.py:7", "armt.py:247"):
+    proof = "model/armt.py:9\nreads model/armt.py:7"
+    for piece in ("prologue: before layer 0", "embed.py:3", proof, "armt.py:247"):
         assert piece in panel, piece
 
 

@@ -183,9 +183,10 @@ def to_text(found: Explanation) -> str:
 def to_html_fragment(found: Explanation) -> str:
     """A table for a notebook cell: no script, no network."""
     left = "text-align:left;vertical-align:top;padding:2px 12px 2px 0"
+    plain = "white-space:pre-wrap;font:12.5px/1.5 ui-monospace,monospace"
     rows = "".join(
         f'<tr><th style="{left}">{escape(title)}</th>'
-        f'<td style="{left};white-space:pre-wrap;font:12.5px/1.5 ui-monospace,monospace">{escape(chr(10).join(entries))}</td></tr>'
+        f'<td style="{left};{plain}">{escape(chr(10).join(entries))}</td></tr>'
         for title, entries in sections(found)
     )
     picture = found.schedule.to_svg() if found.schedule is not None else ""
@@ -200,6 +201,6 @@ def to_html(found: Explanation) -> str:
         '<meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>"
         ":root{color-scheme:light dark}body{font:14px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem "
-        "auto;padding:0 1rem}h1{font-size:1.3rem}td{font-family:ui-monospace,monospace;font-size:12.5px}"
+        "auto;padding:0 1rem}h1{font-size:1.3rem}"
         f"</style></head><body><h1>{escape(title)}</h1>{to_html_fragment(found)}</body></html>\n"
     )

@@ -41,6 +41,8 @@ class Profile:
         device: what it ran on, and how.
         level_us: microseconds of each level, what enters before it and leaves after it included, median of
             the repeats; the device is waited for after each level, so the sum may be more than `total_us`.
+        outside_us: microseconds of such a call that are no level's: what is the same for all segments before
+            the first level, and results put together after the last.
         total_us: microseconds of a whole call without waiting between levels.
         sequential_us: microseconds of the model as it is, called in turn with the program.
         kind_us: microseconds of each kind of operation over one call.
@@ -52,6 +54,7 @@ class Profile:
     schedule: Schedule
     device: str
     level_us: tuple[float, ...]
+    outside_us: float
     total_us: float
     sequential_us: float
     kind_us: dict[str, float]
@@ -76,14 +79,15 @@ class Profile:
         """
         if not self.level_us:
             return None
-        scale = self.total_us / sum(self.level_us)
+        scale = self.total_us / (sum(self.level_us) + self.outside_us)
         levels = tuple(us * scale for us in self.level_us)
-        return ProfileView(levels, self.kind_us, _shares(self.flops, levels, self.peak), self.sequential_us)
+        used = _shares(self.flops, levels, self.peak)
+        return ProfileView(levels, self.kind_us, used, self.sequential_us, self.outside_us * scale)
 
     def to_json(self, *, indent: int | None = None) -> str:
         """The measured numbers."""
-        names = ("device", "level_us", "total_us", "sequential_us", "kind_us", "flops", "peak", "repeats")
-        data: dict[str, Any] = {name: getattr(self, name) for name in names}
+        fields = dataclasses.fields(self)
+        data: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields if f.name != "schedule"}
         data |= {"speedup": self.speedup, "utilisation": self.utilisation, "widths": self.schedule.widths}
         return json.dumps(data, indent=indent)
 
@@ -122,10 +126,12 @@ def _table(found: Profile) -> Iterator[str]:
         share = f"  {used[level]:>7.1%}" if used else ""
         yield f"  {level:>5}  {phases.of(level):<9}  {width:>5}  {us / 1e3:>9.3f}  {us / width:>9.1f}{share}"
     yield ""
+    whole = sum(found.level_us) + found.outside_us
     for name, levels in zip(("ramp-up", "steady", "ramp-down"), phases, strict=True):
         if levels:
             us = sum(found.level_us[level] for level in levels)
-            yield f"  {name:<22} {us / 1e3:>9.3f} ms  {us / sum(found.level_us):>6.1%}"
+            yield f"  {name:<22} {us / 1e3:>9.3f} ms  {us / whole:>6.1%}"
+    yield f"  {'outside of levels':<22} {found.outside_us / 1e3:>9.3f} ms  {found.outside_us / whole:>6.1%}"
     yield from _kind_lines(found)
 
 
@@ -171,7 +177,8 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
     program()  # the second run of a length records it
     model()
     whole, sequential = _in_turn(program, model, device, repeats)
-    levels = [_levels(level_by_level, namespace, device) for _ in range(repeats)]
+    runs = [_levels(level_by_level, namespace, device) for _ in range(repeats)]
+    levels = [times for times, _ in runs]
     kinds = _kinds(program, device)
     flops = _flops(level_by_level, executor, namespace)
     peak = _peak(device, next((t.dtype for t in fast_parameters(fast)), torch.float32))
@@ -181,6 +188,7 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
         schedule,
         _device_name(device, executor.backend),
         tuple(statistics.median(times) for times in zip(*levels, strict=True)) if fits else (),
+        statistics.median(outside for _, outside in runs),
         whole,
         sequential,
         kinds,
@@ -229,15 +237,18 @@ def _around_levels(namespace: dict[str, Any], wrap: Callable[[Callable[..., Any]
         namespace["step"] = step
 
 
-def _levels(program: Callable[[], None], namespace: dict[str, Any], device: torch.device) -> list[float]:
+def _levels(
+    program: Callable[[], None], namespace: dict[str, Any], device: torch.device
+) -> tuple[list[float], float]:
+    """Microseconds of each level of one run, and of all that is no level."""
     times: list[float] = []
 
     def wrap(step: Callable[..., Any]) -> Any:
         return lambda *args: times.append(_timed(lambda: step(*args), device))
 
     with _around_levels(namespace, wrap):
-        program()
-    return times
+        whole = _timed(program, device)
+    return times, max(0.0, whole - sum(times))
 
 
 def _flops(program: Callable[[], None], executor: Any, namespace: dict[str, Any]) -> list[int]:

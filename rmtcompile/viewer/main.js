@@ -31,7 +31,7 @@ function renderHead() {
   ];
   if (G.carries.length) tiles.push(["carried", bytes(sum(G.carries.map((c) => c.total)))]);
   if (V.profile) {
-    const total = sum(V.profile.levelUs);
+    const total = totalTime();
     const gain = V.profile.sequentialUs
       ? ` <small>${speed(total, V.profile.sequentialUs)}</small>`
       : "";
@@ -68,7 +68,7 @@ function renderHead() {
 /** Where the time goes, in one sentence. */
 function timeLead() {
   if (!V.profile) return "";
-  const total = sum(V.profile.levelUs),
+  const total = totalTime(),
     [phase, took] = phaseTimes().reduce((a, b) => (b[1] > a[1] ? b : a)),
     kind = kindTimes()[0];
   const share = phaseTimes().length > 1 ? `, ${percent(took, total)} of it in the ${PHASE_WORDS[phase]}` : "";

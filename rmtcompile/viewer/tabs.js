@@ -116,6 +116,7 @@ const phaseTimes = () =>
   Object.keys(G.phases)
     .filter((n) => G.phases[n][1] > G.phases[n][0])
     .map((n) => [n, sum(V.profile.levelUs.slice(...G.phases[n]))]);
+const totalTime = () => sum(V.profile.levelUs) + V.profile.outsideUs;
 const kindTimes = () => Object.entries(V.profile.kindUs).sort((a, b) => b[1] - a[1]);
 const hbar = (name, part, whole, most, cls = "") =>
   `<div class="hbar"><span>${esc(name)}</span><span><i class="${cls}" style="width:${(100 * part) / most}%"></i></span><span>${micros(part)} <span class="quiet">${percent(part, whole)}</span></span></div>`;
@@ -126,10 +127,11 @@ function initTime(panel) {
     panel.innerHTML = `<h2>No measured times</h2><p class="quiet">This file holds the plan only. A profile (<code>fast.profile(...)</code>) adds the time of each level and of each kind of operation.</p>`;
     return null;
   }
-  const total = sum(p.levelUs);
+  const total = totalTime();
   const phases = phaseTimes(),
     spent = kindTimes();
-  const kindTotal = sum(spent.map((k) => k[1]));
+  const kindTotal = sum(spent.map((k) => k[1])),
+    longest = Math.max(p.outsideUs, ...phases.map((x) => x[1]));
   const slowest = p.levelUs.indexOf(Math.max(...p.levelUs));
   const faster = p.sequentialUs
     ? `, against ${micros(p.sequentialUs)}: <b>${speed(total, p.sequentialUs)}</b>`
@@ -141,7 +143,8 @@ function initTime(panel) {
     `<h2>Where the time goes</h2><p class="quiet" style="margin:2px 0 12px"><b style="color:var(--ink)">${micros(total)}</b> in all${faster}${V.device ? `, on ${esc(V.device)}` : ""}. ` +
     `${micros(total / (G.layers * G.segments))} a cell; the slowest level is ${slowest} (${micros(p.levelUs[slowest])}).${used} A level includes what happens to the segment that enters and to the one that leaves.</p>` +
     `<div class="times"><div><h3 style="margin-top:0">Time of each level</h3><canvas id="timechart" role="img" aria-label="Measured time of each level"></canvas></div><div>` +
-    `<h3 style="margin-top:0">By phase</h3>${phases.map(([n, t]) => hbar(`${PHASE_WORDS[n]}, ${count(G.phases[n][1] - G.phases[n][0], "level")}`, t, total, Math.max(...phases.map((x) => x[1])), n)).join("")}` +
+    `<h3 style="margin-top:0">By phase</h3>${phases.map(([n, t]) => hbar(`${PHASE_WORDS[n]}, ${count(G.phases[n][1] - G.phases[n][0], "level")}`, t, total, longest, n)).join("")}` +
+    (p.outsideUs ? hbar("before and after the levels", p.outsideUs, total, longest, "outside") : "") +
     (spent.length
       ? `<h3>By kind of operation</h3>${spent.map(([k, t]) => hbar(k, t, kindTotal, spent[0][1])).join("")}`
       : "") +

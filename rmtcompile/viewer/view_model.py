@@ -108,12 +108,14 @@ class ProfileView:
         kind_us: microseconds of each kind of operation, over the whole run.
         utilisation: share of the device's peak on each level, 0 to 1; empty if it was not measured.
         sequential_us: one call of the model's own forward, to compare with.
+        outside_us: microseconds before the first level and after the last.
     """
 
     level_us: tuple[float, ...]
     kind_us: Mapping[str, float] = dataclasses.field(default_factory=dict)
     utilisation: tuple[float, ...] = ()
     sequential_us: float | None = None
+    outside_us: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,4 +244,5 @@ def _profile(profile: ProfileView) -> dict[str, Any]:
         "kindUs": {kind: round(t, 3) for kind, t in profile.kind_us.items()},
         "utilisation": [round(u, 4) for u in profile.utilisation],
         "sequentialUs": profile.sequential_us,
+        "outsideUs": round(profile.outside_us, 3),
     }
