@@ -72,7 +72,8 @@ examples
 
 _DUMP = """\
 Write one numbered file for each stage of the compiler: the captured graph, the regions, the dependences,
-the rules, the lifted cells, and last the module that runs, which can be imported; fast.use(path) runs it.
+the rules, the lifted cells, and last the module that runs, which can be imported; fast.use(path)
+runs it, edited or not.
 
 examples
   rmtcompile dump mymodel:build -o passes

@@ -378,7 +378,7 @@ def test_every_tab_shows_its_part(viewer: Viewer) -> None:
         "time": [
             "Where the time goes",
             "ramp-up, 3 levels",
-            "before and after the levels",
+            "outside of levels",
             "bmm",
             "on a test",
             "All levels as a table",

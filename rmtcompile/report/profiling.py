@@ -176,9 +176,12 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
     program()
     program()  # the second run of a length records it
     model()
-    whole, sequential = _in_turn(program, model, device, repeats)
-    runs = [_levels(level_by_level, namespace, device) for _ in range(repeats)]
-    levels = [times for times, _ in runs]
+    # In turn: a machine that others use changes its pace from second to second.
+    turns = [
+        (_timed(program, device), _timed(model, device), *_levels(level_by_level, namespace, device))
+        for _ in range(repeats)
+    ]
+    wholes, sequentials, levels, outsides = zip(*turns, strict=True)
     kinds = _kinds(program, device)
     flops = _flops(level_by_level, executor, namespace)
     peak = _peak(device, next((t.dtype for t in fast_parameters(fast)), torch.float32))
@@ -188,9 +191,9 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
         schedule,
         _device_name(device, executor.backend),
         tuple(statistics.median(times) for times in zip(*levels, strict=True)) if fits else (),
-        statistics.median(outside for _, outside in runs),
-        whole,
-        sequential,
+        statistics.median(outsides),
+        statistics.median(wholes),
+        statistics.median(sequentials),
         kinds,
         tuple(flops) if len(flops) == schedule.n_levels else (),
         peak,
@@ -216,14 +219,6 @@ def _timed(run: Callable[[], Any], device: torch.device) -> float:
     run()
     _wait(device)
     return (time.perf_counter() - start) * 1e6
-
-
-def _in_turn(
-    one: Callable[[], None], other: Callable[[], None], device: torch.device, repeats: int
-) -> tuple[float, float]:
-    pairs = [(_timed(one, device), _timed(other, device)) for _ in range(repeats)]
-    a, b = zip(*pairs, strict=True)
-    return statistics.median(a), statistics.median(b)
 
 
 @contextmanager
