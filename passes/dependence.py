@@ -41,6 +41,37 @@ class Dependence:
         return f"{text}, {self.reason}" if self.reason else text
 
 
+@dataclass(frozen=True)
+class Edge:
+    """A read of a cell's value: the layers of its two ends, the place that reads, and the value it gets."""
+
+    offset: Offset
+    consumer: int
+    producer: int
+    kind: str
+    source: Source
+    reader: fx.Node
+    read: object
+
+
+def edges(rolled: Rolled) -> Iterator[Edge]:
+    """Every read of a cell's value by a cell, directly or through a prologue or an epilogue."""
+    last = rolled.n_layers - 1
+    for (kind, layer), by_class in rolled.rules.items():
+        if kind not in (CELL, PROLOGUE):
+            continue
+        consumer = layer if kind == CELL else 0
+        for number, rule in by_class.items():
+            for j, (live_in, node) in enumerate(zip(rule.sources, rule.body.live_ins, strict=True)):
+                late = _late_node(rolled, (kind, layer), number, j) or node
+                for segment, source in _instances(live_in, rolled, (kind, layer), number):
+                    read = node if segment in live_in.early else late
+                    for back, producer in _cells_behind(source, segment, last):
+                        reader = _first_reader(rule.body.nodes, node)
+                        offset = (back, consumer - producer)
+                        yield Edge(offset, consumer, producer, kind, source, reader, read)
+
+
 def dependences(rolled: Rolled) -> dict[Offset, Dependence]:
     """All offsets between cells, each with its first witness.
 
@@ -48,30 +79,9 @@ def dependences(rolled: Rolled) -> dict[Offset, Dependence]:
         DependenceError: a cell needs a later cell of its own segment.
     """
     found: dict[Offset, Dependence] = {}
-    last = rolled.n_layers - 1
-    for (kind, layer), by_class in rolled.rules.items():
-        if kind not in (CELL, PROLOGUE):
-            continue
-        consumer_layer = layer if kind == CELL else 0
-        for number, rule in by_class.items():
-            for j, (live_in, node) in enumerate(zip(rule.sources, rule.body.live_ins, strict=True)):
-                late = _late_node(rolled, (kind, layer), number, j) or node
-                for segment, source in _instances(live_in, rolled, (kind, layer), number):
-                    read = node if segment in live_in.early else late
-                    for back, producer_layer in _cells_behind(source, segment, last):
-                        offset = (back, consumer_layer - producer_layer)
-                        reader = _first_reader(rule.body.nodes, node)
-                        found.setdefault(
-                            offset,
-                            Dependence(
-                                offset,
-                                f"{_name(kind, 's', layer)} {reader.name} ({reader.meta.get('source', '?')})",
-                                f"{_name(CELL, f's - {back}' if back else 's', producer_layer)} "
-                                f"{getattr(read, 'name', read)} ({_meta(read, 'source')})",
-                                "" if source.kind == CELL else f"through the {source.kind} of that segment",
-                                (consumer_layer, producer_layer),
-                            ),
-                        )
+    for edge in edges(rolled):
+        if edge.offset not in found:
+            found[edge.offset] = _witness(edge)
     backward = [d for (ds, dl), d in found.items() if ds < 0 or (ds == 0 and dl < 1)]
     if backward:
         raise DependenceError(
@@ -80,6 +90,18 @@ def dependences(rolled: Rolled) -> dict[Offset, Dependence]:
             "name the layers with layers='path.to.container'",
         )
     return found
+
+
+def _witness(edge: Edge) -> Dependence:
+    back, producer = edge.offset[0], edge.producer
+    return Dependence(
+        edge.offset,
+        f"{_name(edge.kind, 's', edge.consumer)} {edge.reader.name} ({edge.reader.meta.get('source', '?')})",
+        f"{_name(CELL, f's - {back}' if back else 's', producer)} "
+        f"{getattr(edge.read, 'name', edge.read)} ({_meta(edge.read, 'source')})",
+        "" if edge.source.kind == CELL else f"through the {edge.source.kind} of that segment",
+        (edge.consumer, producer),
+    )
 
 
 def _instances(

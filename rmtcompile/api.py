@@ -32,7 +32,7 @@ from rmtcompile.results import value_of
 from rmtcompile.runtime.execute import Executor, backend_for
 from rmtcompile.runtime.graphs import Recording
 from rmtcompile.runtime.rows import executor_for
-from rmtcompile.schedule import Carry, Schedule
+from rmtcompile.schedule import Schedule
 from rmtcompile.state import DELETED, Snapshot, roots_of
 
 if TYPE_CHECKING:
@@ -386,6 +386,12 @@ class Optimized:
 
         return dump(self, folder)
 
+    def use(self, path: str | Path) -> None:
+        """Run a dumped, perhaps edited, module in place of the generated one, in the last call's program."""
+        from rmtcompile.report import use
+
+        use(self, path)
+
     def view(self, path: str | Path) -> Path:
         """Write the viewer of the last call's program as one HTML file."""
         from rmtcompile.report import save_view
@@ -447,32 +453,25 @@ _RETURN_SELF = ("to", "eval", "train", "cuda", "cpu", "half", "float", "double",
 
 def schedule_of(compiled: Compiled, count: int) -> Schedule:
     """The schedule of a compiled program over `count` segments, with its carries, variants and kinds."""
-    from rmtcompile.report.names import lane_names
+    from rmtcompile.report.carries import carries_of, reads_of
+    from rmtcompile.report.cells import operations_of
 
-    program, names = compiled.program, lane_names(compiled)
-    carries: dict[Carry, None] = {}
-    for lane in program.lanes:
-        for feed in lane.feeds:
-            if feed.offset[0]:
-                size = torch.empty((), dtype=lane.dtype).element_size()
-                for n in lane.shape:
-                    size *= n
-                layers = tuple(layer for layer in feed.layers)
-                name = names.get(lane.name, lane.name)
-                carries[Carry(name, feed.offset, tuple(lane.shape), str(lane.dtype), size, layers)] = None
-    first = program.rolled.classes[("cell", program.n_layers // 2)]
-    variants = tuple(_variant(first.of(s, count), first.head) for s in range(count))
+    program = compiled.program
+    classes = [program.rolled.classes[("cell", layer)] for layer in range(program.n_layers)]
+    finest = max(classes, key=lambda one: one.head + one.tail)
+    variants = tuple(_variant(finest.of(s, count), finest.head) for s in range(count))
     kinds = {layer: group.name for group in reversed(program.groups) for layer in group.layers}
-    return wavefront(
+    schedule = wavefront(
         program.offsets,
         program.n_layers,
         count,
         alpha=program.alpha,
         block=program.block,
-        carries=tuple(carries),
+        carries=carries_of(compiled),
         segment_variants=variants,
         layer_kinds=tuple(kinds[layer] for layer in range(program.n_layers)),
     )
+    return replace(schedule, reads=reads_of(compiled), operations=operations_of(compiled, count))
 
 
 def _variant(number: int, head: int) -> str:

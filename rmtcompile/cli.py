@@ -6,8 +6,10 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from rmtcompile.cli_options import USAGE, Command, build_parser
 
 if TYPE_CHECKING:
     import torch
@@ -15,69 +17,7 @@ if TYPE_CHECKING:
     from rmtcompile.api import Optimized
     from rmtcompile.target import Sizes, Target
 
-OK, REFUSED, USAGE = 0, 1, 2
-
-_MAIN = """\
-Run recurrent-memory transformers a diagonal at a time, and see what the compiler found.
-
-start here
-  rmtcompile demo                                  a small ARMT reads a text in both orders
-  rmtcompile explain mymodel:build                 what is parallel in a model of yours, and why
-  rmtcompile view mymodel:build -o schedule.html   the same to look at, in a browser
-
-a model is named as a function that makes it
-  package.module:function    or    file.py:function
-  The function takes no argument and returns (model, args), (model, args, kwargs), or a model alone,
-  which then reads random token ids.  Without a name the command takes a small ARMT; --layers, --hidden,
-  --segment and --segments choose its size.
-
-exit status
-  0  done      1  the model was refused, or something failed      2  the command line makes no sense
-"""
-
-_DEMO = """\
-Build a small ARMT with random weights, read the bytes of a text as tokens, capture, and compare the
-model with its diagonal form: largest difference, both times.  Writes the schedule as a picture, the
-viewer and the generated code.
-
-examples
-  rmtcompile demo
-  rmtcompile demo --text book.txt --segments 32 --out book-demo
-  rmtcompile demo --layers 8 --hidden 256 --device cuda
-"""
-
-_EXPLAIN = """\
-Capture a model and say what was found: layers, segments, dependence offsets with their witnesses in the
-model's own source, carries, parallelism, the plan and why.  A model that is refused is explained too
-(exit status 1).
-
-examples
-  rmtcompile explain                               a small ARMT
-  rmtcompile explain mymodel:build
-  rmtcompile explain examples/04_why_classic_rmt_cannot.py:classic
-  rmtcompile explain mymodel:build --json | jq .offsets
-  rmtcompile explain mymodel:build --html > why.html
-"""
-
-_VIEW = """\
-Write the viewer: one HTML file with the grid of cells, the dependences, each cell's operations with their
-source lines, the passes and the generated code.  Other suffixes give the schedule alone:
-.svg .png .dot .json .trace.json .txt
-
-examples
-  rmtcompile view mymodel:build -o schedule.html
-  rmtcompile view --layers 8 --segments 32 --profile
-  rmtcompile view mymodel:build -o schedule.svg
-"""
-
-_DUMP = """\
-Write one numbered file for each stage of the compiler: the captured graph, the regions, the dependences,
-the rules, the lifted cells, and last the module that runs, which can be imported.
-
-examples
-  rmtcompile dump mymodel:build -o passes
-  rmtcompile dump --layers 2 --hidden 32 --segment 16 && less rmtcompile-dump/*dependence*
-"""
+OK, REFUSED = 0, 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["bench"]:
         return _bench(arguments[1:])
-    parser = build_parser()
+    parser = build_parser(COMMANDS)
     try:
         options = parser.parse_args(arguments)
     except SystemExit as stop:
@@ -100,7 +40,7 @@ def _run(options: argparse.Namespace) -> int:
     from rmtcompile.errors import RMTCompileError
     from rmtcompile.target import UsageError
 
-    run: Callable[[argparse.Namespace], int] = options.run
+    run: Command = options.run
     try:
         return run(options)
     except UsageError as error:
@@ -116,109 +56,6 @@ def _run(options: argparse.Namespace) -> int:
         return OK
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser, `bench` included for its help only."""
-    parser = _Parser(
-        prog="rmtcompile", description=_MAIN, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--version", action="version", version=f"rmtcompile {_version()}")
-    commands = parser.add_subparsers(dest="command", metavar="command", title="commands")
-    demo = _command(commands, "demo", "a small ARMT reads a text in both orders", _DEMO, _demo)
-    demo.add_argument("--text", metavar="FILE", help="the text to read (default: the one that is shipped)")
-    demo.add_argument(
-        "--out", default="demo-output", metavar="FOLDER", help="where to write (default: %(default)s)"
-    )
-    demo.add_argument(
-        "--repeats", type=_positive, default=5, metavar="N", help="timed runs, median (default: 5)"
-    )
-    _add_sizes(demo, segments=16)
-    explain = _command(
-        commands, "explain", "what was found in a model, and why it runs as it does", _EXPLAIN, _explain
-    )
-    _add_model(explain)
-    explain.add_argument("--html", action="store_true", help="print a page instead of text")
-    view = _command(commands, "view", "write the viewer, or the schedule as a picture", _VIEW, _view)
-    _add_model(view)
-    view.add_argument("-o", "--out", default="schedule.html", metavar="FILE", help="default: %(default)s")
-    view.add_argument("--profile", action="store_true", help="run the model and show the time of each level")
-    dump = _command(commands, "dump", "write one file for each stage of the compiler", _DUMP, _dump)
-    _add_model(dump)
-    dump.add_argument("-o", "--out", default="rmtcompile-dump", metavar="FOLDER", help="default: %(default)s")
-    commands.add_parser(
-        "bench", help="time each way of running a model (rmtcompile bench --help)", add_help=False
-    )
-    return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    """Points to --help where a command line is wrong."""
-
-    def error(self, message: str) -> Any:
-        self.exit(USAGE, f"{self.prog}: {message}\n{self.prog} --help shows examples\n")
-
-
-def _version() -> str:
-    from rmtcompile import __version__
-
-    return __version__
-
-
-def _command(
-    commands: Any, name: str, summary: str, text: str, run: Callable[[argparse.Namespace], int]
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=summary, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON for another program to read")
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("has to be at least 1")
-    return value
-
-
-def _add_sizes(parser: argparse.ArgumentParser, segments: int = 8) -> None:
-    group = parser.add_argument_group("the small ARMT")
-    for name, default, text in (
-        ("layers", 4, "layers"),
-        ("hidden", 128, "width of the hidden state"),
-        ("heads", 4, "attention heads"),
-        ("segment", 64, "tokens in a segment"),
-        ("segments", segments, "segments of the input"),
-        ("memory", 8, "memory tokens of a segment"),
-        ("d-mem", 16, "size of memory keys"),
-    ):
-        group.add_argument(
-            f"--{name}", type=_positive, default=default, metavar="N", help=f"{text} (default: {default})"
-        )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the random weights (default: 0)")
-    parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: where the model is)")
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="package.module:function; default: a small ARMT"
-    )
-    parser.add_argument(
-        "--dtype", choices=("float64", "float32", "bfloat16", "float16"), help="of model and inputs"
-    )
-    parser.add_argument(
-        "--plan", choices=("auto", "diagonal", "sequential"), default="auto", help="default: auto"
-    )
-    parser.add_argument(
-        "--segment-size", type=_positive, metavar="N", help="override what is found from the graph"
-    )
-    parser.add_argument(
-        "--layers-at", metavar="PATH", help="override: path of the layers, such as model.layers"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
-    _add_sizes(parser)
-
-
 # -- commands
 
 
@@ -230,7 +67,7 @@ def _sizes(options: argparse.Namespace) -> Sizes:
 
 
 def _target(options: argparse.Namespace) -> Target:
-    from rmtcompile.target import armt_target, load_target
+    from rmtcompile.target import armt_target, config_target, load_target
 
     _check_device(options.device)
     dtype = _dtype(options.dtype)
@@ -239,6 +76,8 @@ def _target(options: argparse.Namespace) -> Target:
         import torch
 
         return armt_target(sizes, options.device or "cpu", dtype or torch.float32)
+    if options.model.endswith(".json"):
+        return config_target(options.model, sizes, options.device or "cpu", dtype)
     return load_target(options.model, sizes.segment * sizes.segments, options.device, dtype)
 
 
@@ -277,9 +116,11 @@ def _optimized(options: argparse.Namespace, target: Target) -> Optimized:
 def _demo(options: argparse.Namespace) -> int:
     from rmtcompile.demo import run_demo
 
+    target = _target(options) if options.model is not None or options.dtype is not None else None
     _check_device(options.device)
     result = run_demo(
         _sizes(options),
+        target=target,
         text=options.text,
         out=options.out,
         repeats=options.repeats,
@@ -318,7 +159,7 @@ def _view(options: argparse.Namespace) -> int:
     if options.profile:
         fast.profile(*target.args, **target.kwargs)
     try:
-        path = save_view(fast, options.out, title=target.name)
+        path = save_view(fast, options.out, title=target.name, expand=options.open)
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
     _report(options, {"file": str(path)}, f"wrote {path}")
@@ -348,6 +189,9 @@ def _bench(arguments: list[str]) -> int:
         return REFUSED
     result: Any = bench.main(arguments)
     return int(result or OK)
+
+
+COMMANDS: dict[str, Command] = {"demo": _demo, "explain": _explain, "view": _view, "dump": _dump}
 
 
 if __name__ == "__main__":

@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from rmtcompile.api import Optimized, optimize
-from rmtcompile.target import Sizes, UsageError, small_armt
+from rmtcompile.schedule import short_type
+from rmtcompile.target import Sizes, Target, UsageError, small_armt
 
 SHIPPED = "constitution.txt"
 Say = Callable[[str], None]
@@ -27,10 +30,11 @@ class DemoResult:
     """What the demo measured.
 
     Attributes:
+        text: what the model read;  tokens: how many; 0 for arguments of its own.
         difference: largest absolute difference of the two results; `magnitude` is the largest absolute value.
         errors: of the sequential and of the diagonal result, against the same model in float64: norm of the
-            difference, as a share of the norm.
-        same_bytes: share of the places at which both predict the same byte.
+            difference, as a share of the norm; None for a callable that is no module.
+        same_bytes: share of the places at which both predict the same byte; None where there are no logits.
         sequential, diagonal: seconds of one call, median.
         capture: seconds from the first call to its result.
         files: what was written.
@@ -44,8 +48,8 @@ class DemoResult:
     width: int
     difference: float
     magnitude: float
-    errors: tuple[float, float]
-    same_bytes: float
+    errors: tuple[float, float] | None
+    same_bytes: float | None
     sequential: float
     diagonal: float
     capture: float
@@ -74,37 +78,50 @@ def read_bytes(path: str | None, count: int) -> tuple[str, torch.Tensor]:
 def run_demo(
     sizes: Sizes,
     *,
+    target: Target | None = None,
     text: str | None = None,
     out: str | Path = "demo-output",
     repeats: int = 5,
     device: str = "cpu",
     say: Say = print,
 ) -> DemoResult:
-    """Build the model, read the text in both orders, compare, and write what there is to look at into `out`.
+    """Call the model in both orders, compare, and write what there is to look at into `out`.
+
+    Args:
+        sizes: of the small ARMT that reads `text` (by default the text that is shipped).
+        target: a model with arguments of its own, instead.
 
     Raises:
         UsageError: the text cannot be read, or the sizes do not fit.
         RMTCompileError: the model could not be compiled.
     """
-    name, tokens = read_bytes(text, sizes.segment * sizes.segments)
-    tokens = tokens.to(device)
     folder = Path(out)
+    if target is None:
+        name, tokens = read_bytes(text, sizes.segment * sizes.segments)
+        about = f"ARMT around a Llama: {sizes.layers} layers of width {sizes.hidden}, random weights"
+        target = Target(about, small_armt(sizes, device), (tokens.to(device),), {})
+        read = f"{name}: {tokens.shape[1]:,} bytes as tokens, segments of {sizes.segment}"
+    elif text is not None:
+        raise UsageError("--text is for the small ARMT; a model of yours gets its own arguments")
+    else:
+        name, read = "its own arguments", f"its own arguments: {_types(target)}"
     folder.mkdir(parents=True, exist_ok=True)
-    say(f"1/5  model     ARMT around a Llama: {sizes.layers} layers of width {sizes.hidden}, random weights")
-    model = small_armt(sizes, device)
-    say(f"               {sum(p.numel() for p in model.parameters()):,} parameters, {device}")
-    say(f"2/5  text      {name}: {tokens.shape[1]:,} bytes as tokens, segments of {sizes.segment}")
+    say(f"1/5  model     {target.name}")
+    if isinstance(target.model, torch.nn.Module):
+        say(f"               {sum(p.numel() for p in target.model.parameters()):,} parameters")
+    say(f"2/5  input     {read}")
     say("3/5  capture   the model's own forward, with a few segments; the program serves any number of them")
-    fast, seconds = _captured(model, tokens, say)
+    fast, seconds = _captured(target, say)
     say("")
     say(str(fast.schedule))
     say("")
-    say(f"4/5  run       {sizes.layers} layers x {fast.schedule.n_segments} segments, both orders in turn")
-    result = _measured(model, fast, tokens, repeats, name, seconds)
+    schedule = fast.schedule
+    say(f"4/5  run       {schedule.n_layers} layers x {schedule.n_segments} segments, both orders in turn")
+    result = _measured(target, fast, repeats, name, seconds)
     for line in verdict(result, repeats):
         say(f"               {line}")
     with torch.no_grad():
-        fast.profile(tokens)  # the viewer shows the time of each level
+        fast.profile(*target.args, **target.kwargs)  # the viewer shows the time of each level
     written = _written(fast, folder)
     say(f"5/5  wrote     {written[0]}")
     for path in written[1:]:
@@ -112,69 +129,106 @@ def run_demo(
     return dataclasses.replace(result, files=tuple(str(path) for path in written))
 
 
-def _captured(model: torch.nn.Module, tokens: torch.Tensor, say: Say) -> tuple[Optimized, float]:
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def _types(target: Target) -> str:
+    return ", ".join(short_type(str(t.dtype), t.shape) for t in _tensors((target.args, target.kwargs)))
+
+
+def _captured(target: Target, say: Say) -> tuple[Optimized, float]:
     start = time.perf_counter()
 
     def progress(line: str) -> None:
         say(f"               {time.perf_counter() - start:5.1f} s  {line}")
 
-    fast = optimize(model, progress=progress)
+    fast = optimize(target.model, progress=progress)
     with torch.no_grad():
-        fast(tokens)
+        fast(*target.args, **target.kwargs)
     seconds = time.perf_counter() - start
     progress("first result")
     return fast, seconds
 
 
-def _measured(
-    model: torch.nn.Module, fast: Optimized, tokens: torch.Tensor, repeats: int, name: str, capture: float
-) -> DemoResult:
+def _measured(target: Target, fast: Optimized, repeats: int, name: str, capture: float) -> DemoResult:
     times: dict[str, list[float]] = {"sequential": [], "diagonal": []}
-    results: dict[str, torch.Tensor] = {}
+    results: dict[str, Any] = {}
+    tensors = _tensors((target.args, target.kwargs))
+    on_cuda = any(tensor.is_cuda for tensor in tensors)
     with torch.no_grad():
         for turn in range(repeats + 1):
-            for order, run in (("sequential", model), ("diagonal", fast)):
+            for order, run in (("sequential", target.model), ("diagonal", fast)):
                 start = time.perf_counter()
-                results[order] = run(tokens).logits
-                if tokens.is_cuda:
+                results[order] = run(*target.args, **target.kwargs)
+                if on_cuda:
                     torch.cuda.synchronize()
                 if turn:  # the first turn warms up
                     times[order].append(time.perf_counter() - start)
-        exact = copy.deepcopy(model).double()(tokens).logits
-    a, b = results["sequential"], results["diagonal"]
+    a, b = _flat(results["sequential"]), _flat(results["diagonal"])
     schedule = fast.schedule
     return DemoResult(
         text=name,
-        tokens=tokens.shape[1],
+        tokens=tensors[0].numel() if tensors and not tensors[0].is_floating_point() else 0,
         layers=schedule.n_layers,
         segments=schedule.n_segments,
         levels=schedule.n_levels,
         width=schedule.width,
         difference=float((a - b).abs().max()),
         magnitude=float(a.abs().max()),
-        errors=(_error(a, exact), _error(b, exact)),
-        same_bytes=float((a.argmax(-1) == b.argmax(-1)).double().mean()),
+        errors=_errors(target, a, b),
+        same_bytes=_same_bytes(results["sequential"], results["diagonal"]),
         sequential=statistics.median(times["sequential"]),
         diagonal=statistics.median(times["diagonal"]),
         capture=capture,
-        device=str(tokens.device),
+        device=str(tensors[0].device) if tensors else "cpu",
         files=(),
     )
 
 
-def _error(result: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((result - exact).norm() / exact.norm())
+def _flat(result: Any) -> torch.Tensor:
+    """All floating-point numbers of a result, in float64 where the device has it."""
+    found = [tensor for tensor in _tensors(result) if tensor.is_floating_point()]
+    if not found:
+        raise UsageError("the model gives no floating-point tensor to compare")
+    return torch.cat([tensor.detach().flatten().double() for tensor in found])
+
+
+def _errors(target: Target, a: torch.Tensor, b: torch.Tensor) -> tuple[float, float] | None:
+    if not isinstance(target.model, torch.nn.Module):
+        return None
+
+    def wide(value: Any) -> Any:
+        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    args, kwargs = pytree.tree_map(wide, (target.args, target.kwargs))
+    with torch.no_grad():
+        exact = _flat(copy.deepcopy(target.model).double()(*args, **kwargs))
+    return float((a - exact).norm() / exact.norm()), float((b - exact).norm() / exact.norm())
+
+
+def _same_bytes(a: Any, b: Any) -> float | None:
+    a, b = getattr(a, "logits", None), getattr(b, "logits", None)
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return None
+    return float((a.argmax(-1) == b.argmax(-1)).double().mean())
 
 
 def verdict(result: DemoResult, repeats: int) -> list[str]:
     """The numbers, and what they do and do not show."""
     ratio = result.sequential / result.diagonal
-    sequential, diagonal = result.errors
-    rounding = "both rounding" if diagonal < 2 * sequential + 1e-7 else "MORE than rounding: please report it"
-    lines = [
-        f"largest difference {result.difference:.1e} in logits of up to {result.magnitude:.1f}; the same "
-        f"byte predicted at {result.same_bytes:.2%} of the places",
-        f"error against float64: sequential {sequential:.1e}, diagonal {diagonal:.1e} ({rounding})",
+    same = ""
+    if result.same_bytes is not None:
+        same = f"; the same token predicted at {result.same_bytes:.2%} of the places"
+    lines = [f"largest difference {result.difference:.1e} in numbers of up to {result.magnitude:.1f}{same}"]
+    if result.errors is not None:
+        sequential, diagonal = result.errors
+        fine = diagonal < 2 * sequential + 1e-7
+        rounding = "both rounding" if fine else "MORE than rounding: please report it"
+        lines.append(
+            f"error against float64: sequential {sequential:.1e}, diagonal {diagonal:.1e} ({rounding})"
+        )
+    lines += [
         f"sequential {result.sequential * 1e3:8.1f} ms   the model as it is, eager (median of {repeats})",
         f"diagonal   {result.diagonal * 1e3:8.1f} ms   {result.layers * result.segments} cells in "
         f"{result.levels} levels, up to {result.width} at once: {ratio:.2f} x as fast",

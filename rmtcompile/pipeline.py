@@ -284,6 +284,8 @@ def _unrolled(
         box.append(captured.module)
     with log.stage("number", captured.module) as box:
         captured.module = number(captured.module)
+        box.append(captured.module)
+    with log.stage("drop", captured.module) as box:
         captured.module.graph.eliminate_dead_code()
         box.append(captured.module)
     with log.stage("partition"):

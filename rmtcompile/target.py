@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,17 +60,11 @@ def small_armt(sizes: Sizes, device: str = "cpu", dtype: torch.dtype = torch.flo
     Raises:
         UsageError: transformers is missing, or the sizes do not fit each other.
     """
-    try:
-        import transformers
-
-        from rmtcompile.models import build
-    except ImportError as error:
-        raise UsageError(f"{error}: the reference model needs pip install 'rmtcompile[models]'") from error
+    transformers = _transformers()
     if sizes.hidden % (2 * sizes.heads):
         raise UsageError(
             f"no model of these sizes: --hidden {sizes.hidden} is not a multiple of twice --heads"
         )
-    torch.manual_seed(sizes.seed)
     config = transformers.LlamaConfig(
         vocab_size=sizes.vocabulary,
         hidden_size=sizes.hidden,
@@ -79,14 +74,29 @@ def small_armt(sizes: Sizes, device: str = "cpu", dtype: torch.dtype = torch.flo
         num_key_value_heads=sizes.heads if sizes.heads % 2 else sizes.heads // 2,
         max_position_embeddings=max(512, sizes.segment + sizes.memory),
     )
+    return _armt(config, sizes, dtype).to(device)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError(f"{error}: the reference model needs pip install 'rmtcompile[models]'") from error
+    return transformers
+
+
+def _armt(config: Any, sizes: Sizes, dtype: torch.dtype | None) -> nn.Module:
+    from rmtcompile.models import build
+
+    torch.manual_seed(sizes.seed)
     model = build(
         config, segment_size=sizes.segment, num_mem_tokens=sizes.memory, d_mem=sizes.d_mem, dtype=dtype
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("W_mv.weight"):
-                parameter.normal_(std=sizes.hidden**-0.5)
-    return model.to(device).eval()
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model.eval()
 
 
 def armt_target(sizes: Sizes, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Target:
@@ -95,6 +105,33 @@ def armt_target(sizes: Sizes, device: str = "cpu", dtype: torch.dtype = torch.fl
     tokens = torch.randint(0, sizes.vocabulary, (1, sizes.segment * sizes.segments), device=device)
     name = f"ARMT, {sizes.layers} layers of width {sizes.hidden}"
     return Target(name, model, (tokens,), {})
+
+
+def config_target(path: str, sizes: Sizes, device: str = "cpu", dtype: torch.dtype | None = None) -> Target:
+    """An ARMT around the decoder that a Hugging Face `config.json` describes, with random tokens.
+
+    Args:
+        sizes: segments and memory; the decoder's own sizes are those of the file.
+
+    Raises:
+        UsageError: the file is no such config, or transformers is missing.
+    """
+    transformers = _transformers()
+    try:
+        described = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = transformers.AutoConfig.for_model(described.pop("model_type"), **described)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UsageError(
+            f"{path} is no config of a decoder of Hugging Face ({type(error).__name__}: {error})"
+        ) from error
+    try:
+        model = _armt(config, sizes, dtype).to(device)
+    except ValueError as error:
+        raise UsageError(f"no ARMT around {path}: {error}") from error
+    tokens = torch.randint(0, config.vocab_size, (1, sizes.segment * sizes.segments), device=device)
+    return Target(path, model, (tokens,), {})
 
 
 def load_target(

@@ -44,6 +44,26 @@ class Own(nn.Module):
         return torch.cat(outputs, dim=1)
 
 
+class Plain(nn.Module):
+    """A layer without memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH)
+        self.memory: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.up(x))
+
+
+class Mixed(Own):
+    """Layers of two kinds, of which one remembers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[1] = Plain()
+
+
 class Classic(nn.Module):
     """What the top layer makes of the memory is what the bottom layer reads next."""
 

@@ -38,7 +38,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         assert main([command, "--help"]) == 0
         out = capsys.readouterr().out
         assert "examples\n  rmtcompile " in out
-        assert "--json" in out and "--layers" in out
+        assert "--json" in out and "--layers" in out and "config.json" in out
         assert max(map(len, out.splitlines())) <= 110
 
 
@@ -63,6 +63,12 @@ def test_version_and_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         (["explain", "--hidden", "10", "--heads", "4"], "no model of these sizes"),
         (["demo", "--text", "no_such_text"], "cannot read no_such_text"),
         (["view", f"{TOYS}:own", "-o", "x.nothing", "--quiet"], "cannot tell the format"),
+        (["view", f"{TOYS}:own", "-o", "x.dot", "--open", "9,9", "--quiet"], "there is no cell"),
+        (["view", f"{TOYS}:own", "-o", "x.svg", "--open", "0,0", "--quiet"], "only a .dot file opens cells"),
+        (["view", "--open", "third"], "has to be segment,layer"),
+        (["explain", "no_such_config.json"], "cannot read no_such_config.json"),
+        (["explain", f"{TESTS / 'reported.py'}.json"], "cannot read"),
+        (["demo", f"{TOYS}:own", "--text", "x", "--json"], "--text is for the small ARMT"),
     ],
 )
 def test_what_makes_no_sense_ends_with_2(
@@ -120,6 +126,15 @@ def test_view_and_dump_write_files(capsys: pytest.CaptureFixture[str], tmp_path:
     assert written[-1].name.endswith("_emit.py") and all(path.exists() for path in written)
 
 
+def test_other_files_of_a_view(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trace = tmp_path / "s.trace.json"
+    assert main(["view", f"{TOYS}:own", "-o", str(trace), "--profile", "--quiet"]) == 0
+    assert json.loads(trace.read_text())["otherData"]["times"] == "measured"
+    dot = tmp_path / "s.dot"
+    assert main(["view", f"{TOYS}:own", "-o", str(dot), "--open", "1,0", "--open", "1,1", "--quiet"]) == 0
+    assert dot.read_text().count("subgraph cluster_c_1_") == 2
+
+
 def test_modules_of_the_working_folder_are_found(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +162,30 @@ def test_a_model_alone_reads_random_tokens(capsys: pytest.CaptureFixture[str], t
     argv = ["explain", f"{tmp_path / 'alone.py'}:build", "--json", "--segment", "8", "--segments", "4"]
     assert main(argv) == 0
     assert json.loads(capsys.readouterr().out)["segments"] == 4
+
+
+def test_a_config_of_a_decoder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(
+        '{"model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32,'
+        ' "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2}'
+    )
+    argv = ["explain", str(config), "--json", "--segment", "8", "--segments", "3", "--memory", "2"]
+    assert main(argv) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert len(data["layers"]) == 3 and data["inputs"] == ["input_ids: i64[1,24]"]
+    assert data["offsets"][1]["offset"] == [1, 0]
+    config.write_text('{"layers": 3}')
+    assert main(["explain", str(config)]) == 2
+    assert "is no config of a decoder of Hugging Face" in capsys.readouterr().err
+
+
+def test_demo_of_a_model_of_yours(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["demo", f"{TOYS}:own", "--out", str(tmp_path), "--repeats", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "2/5  input     its own arguments: f32[1,20,8]" in out
+    assert "both rounding" in out
+    assert (tmp_path / "viewer.html").exists()
 
 
 def test_demo_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from reported import SEGMENT, WIDTH, ByValue, Classic, Own, Whole
+from reported import SEGMENT, WIDTH, ByValue, Classic, Mixed, Own, Whole
 
 import rmtcompile
 from rmtcompile.report import Profile, view_model
@@ -59,6 +60,13 @@ def test_what_was_found(found: rmtcompile.Explanation) -> None:
     assert "15 cells in 7 levels" in found.why
 
 
+def test_carries_say_where_they_are_made(found: rmtcompile.Explanation) -> None:
+    (carry,) = found.carries
+    assert re.search(r"reported\.py:\d+$", carry.source)
+    assert found.schedule is not None
+    assert found.schedule.reads == (((0, 1), (1, 2)), ((1, 0), (0, 1, 2)))
+
+
 def test_witnesses_name_the_users_lines(found: rmtcompile.Explanation) -> None:
     for offset in found.offsets:
         assert re.search(r"reported\.py:\d+", offset.consumer), offset
@@ -82,6 +90,7 @@ def test_text_says_it_all(found: rmtcompile.Explanation) -> None:
         "critical path 7 levels, reached",
         "plan       diagonal",
         "at most 2.14 x as fast",
+        " merged with equal ones, 0 dropped because nothing reads them",
     ):
         assert piece in text, piece
     assert max(map(len, text.splitlines())) <= 108
@@ -146,7 +155,15 @@ def test_a_blocked_model_is_explained_without_a_warning() -> None:
         "\n             ", " "
     )
     assert "which blocks every overlap" in str(found)
-    assert "goes through an epilogue or a prologue" in str(found)
+    (carry,) = found.carries
+    assert (carry.offset, carry.shape, carry.through) == (
+        (1, -2),
+        (1, 1, WIDTH),
+        "the epilogue and the prologue",
+    )
+    assert f"mean: f32[1,1,{WIDTH}], offset (1,-2), 32 bytes a cell, 32 over layer 2, through the epi" in str(
+        found
+    )
     assert "reported.py" in found.why
     assert found.schedule is not None and found.schedule.width == 1
 
@@ -172,6 +189,47 @@ def test_refusals_are_explained_not_raised(model: Any, error: str, evidence: str
     assert data["refusal"]["evidence"] == list(found.refusal.evidence)
     assert data["parallelism"] is None
     assert "refused</th>" in found.to_html()
+
+
+class Plans:
+    """An executor that measured its plans, as far as reports ask."""
+
+    compile_seconds = 12.5
+
+    def plan_seconds(self, segments: int) -> dict[str, float]:
+        return {"diagonal": 0.002 * segments, "sequential": 0.001 * segments}
+
+    def plan_for(self, segments: int) -> str:
+        return "sequential"
+
+
+def test_plans_that_were_measured_are_explained(
+    fast: rmtcompile.Optimized, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fast._last is not None
+    for name in ("compile_seconds", "plan_seconds", "plan_for"):
+        value = getattr(Plans(), name)
+        monkeypatch.setattr(fast._last[0].executor, name, value, raising=False)
+    found = fast.explain()
+    assert (found.plan, found.why) == ("sequential", "measured: sequential 5 ms, diagonal 10 ms")
+    assert [(row.plan, row.seconds) for row in found.speedups] == [("sequential", 0.005), ("diagonal", 0.01)]
+    text = str(found)
+    assert "sequential  15 steps, measured 5 ms" in text
+    assert "12.50 s  cell functions, by eager" in text
+    assert json.loads(found.to_json())["compile_seconds"] == 12.5
+
+
+def test_kinds_of_layers_are_counted_apart() -> None:
+    found = rmtcompile.explain(Mixed(), X)
+    assert [(kind.layers, len(kind.operations)) for kind in found.kinds] == [((0, 2), 2), ((1,), 2)]
+    counts = [dict(kind.operations)["later"] for kind in found.kinds]
+    assert counts[0] > counts[1]
+    assert re.search(
+        r"kinds      \w+: layers 0, 2, \d+ \(first\), \d+ \(later\) operations a cell", str(found)
+    )
+    assert {carry.writers(3) for carry in found.carries} == {(0, 2)}
+    assert found.schedule is not None
+    assert found.schedule.producers((1, 1)) == ((1, 0),)
 
 
 # -- dump
@@ -239,6 +297,30 @@ def test_the_last_file_runs(fast: rmtcompile.Optimized, dumped: list[Path]) -> N
         names["forward"] = original
 
 
+def test_an_edited_dump_runs(tmp_path: Path) -> None:
+    fast = rmtcompile.optimize(Own())
+    with torch.no_grad():
+        before = fast(X)
+        path = fast.dump(tmp_path)[-1]
+        text = path.read_text()
+        path.write_text(re.sub(r"(\n    return )(\(?\w+)", r"\1\2", text) + "\nEDITED = True\n")
+        fast.use(path)
+        assert torch.equal(fast(X), before)
+        assert fast.code.endswith("EDITED = True\n")
+        path.write_text(
+            text.replace("def level(run, t):", "def level(run, t):\n    raise RuntimeError('here')", 1)
+        )
+        fast.use(path)
+        with pytest.raises(RuntimeError, match="here") as caught:
+            fast(X)
+        assert str(path) in {
+            entry.path.__fspath__() for entry in caught.traceback if hasattr(entry.path, "__fspath__")
+        }
+        path.write_text("def other(): pass\n")
+        with pytest.raises(rmtcompile.RMTCompileError, match=r"defines no forward\(run\)"):
+            fast.use(path)
+
+
 def test_dump_needs_a_call(tmp_path: Path) -> None:
     with pytest.raises(rmtcompile.RMTCompileError, match="call the optimized model once"):
         rmtcompile.optimize(Own()).dump(tmp_path)
@@ -291,6 +373,24 @@ def test_a_view_is_written_and_holds_the_phases(fast: rmtcompile.Optimized, tmp_
         fast.view(tmp_path / "v.xyz")
 
 
+def test_the_view_has_what_runs_around_the_grid_and_the_witnesses(fast: rmtcompile.Optimized) -> None:
+    view = view_model(fast)
+    around = {cell.kind: cell for cell in view.around}
+    assert "rsqrt" in {op.op for op in around["init"].ops}
+    assert "mul" in {op.op for op in around["prologue"].ops}
+    assert [(w.offset, "reported.py" in w.reader) for w in view.witnesses] == [((0, 1), True), ((1, 0), True)]
+    assert dict(view.explanation)["plan"][0].startswith("diagonal: ")
+    for cell in view.cells:
+        assert cell.functions and all(f"def {name}(" in view.code for name in cell.functions)
+
+
+def test_cells_of_the_schedule_open_to_their_operations(fast: rmtcompile.Optimized) -> None:
+    assert fast.schedule.operations is not None
+    first, later = fast.schedule.operations((0, 1)), fast.schedule.operations((2, 1))
+    assert len(first) < len(later) == len(view_model(fast).cells[1].ops)
+    assert "cluster_c_2_1" in fast.schedule.to_dot([(2, 1)])
+
+
 # -- profile
 
 
@@ -323,16 +423,28 @@ def test_the_table_and_the_data(measured: tuple[rmtcompile.Optimized, Profile]) 
     assert len(json.loads(profile.to_chrome_trace())["traceEvents"]) > 15
 
 
-def test_view_and_explanation_show_the_measurement(measured: tuple[rmtcompile.Optimized, Profile]) -> None:
+def test_view_and_explanation_show_the_measurement(
+    measured: tuple[rmtcompile.Optimized, Profile], tmp_path: Path
+) -> None:
     optimized, profile = measured
     view = view_model(optimized)
+    trace = json.loads(optimized.view(tmp_path / "t.trace.json").read_text())
+    assert trace["otherData"]["times"] == "measured"
     assert view.profile is not None
-    assert sum(view.profile.level_us) == pytest.approx(profile.total_us)
+    assert sum(view.profile.level_us) + view.profile.outside_us == pytest.approx(profile.total_us)
+    assert profile.outside_us > 0 and "outside of levels" in str(profile)
     assert "CPU" in view.device
     assert f"measured {profile.speedup:.2f} x" in str(optimized.explain())
     with torch.no_grad():
         optimized(X[:, : 2 * SEGMENT])  # another length: the profile is of another schedule
     assert view_model(optimized).profile is None
+
+
+def test_levels_that_could_not_be_timed_apart(measured: tuple[rmtcompile.Optimized, Profile]) -> None:
+    profile = dataclasses.replace(measured[1], level_us=())
+    assert profile.view() is None and profile.utilisation == ()
+    assert "levels have no times of their own" in str(profile)
+    assert json.loads(profile.to_chrome_trace())["otherData"]["times"].startswith("planned")
 
 
 def test_profiling_leaves_nothing_behind(measured: tuple[rmtcompile.Optimized, Profile]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import json
+import pickle
 import shutil
 import subprocess
 from pathlib import Path
@@ -52,6 +53,8 @@ def test_text_form(armt: Schedule) -> None:
         "# 3 layers x 4 segments, level = s + l",
         "  offsets   (0,1) (1,0)     mean width 2.00, as short as the dependences allow",
         "  phases    ramp-up levels 0..1, steady levels 2..3, ramp-down levels 4..5",
+        "  widths    1, 2, 3 x 2, 2, 1",
+        "  windows   layers 0, 0..1, 0..2 x 2, 1..2, 2",
         "  carries   W_mem: f32[8,64,64] offset (1,0), 131,072 bytes a cell, 393,216 bytes over 3 layers",
         "  variants  first x 1, later x 3 (segments in order)",
         "  0 [(0,0)]   1 [(0,1) (1,0)]   2 [(0,2) (1,1) (2,0)]   3 [(1,2) (2,1) (3,0)]   "
@@ -71,6 +74,12 @@ def test_big_text_is_elided_with_exact_counts() -> None:
     assert "(... is 108 segments)" in text
     assert max(map(len, text.splitlines())) < 140
     assert len(text.splitlines()) < 40
+    assert "\n  widths    1, 2, 3, 4, 5, 6, 7, 8, ..., 4, 3, 2, 1\n" in text
+
+
+def test_windows_of_a_skewed_schedule_name_their_step() -> None:
+    text = str(wavefront({(0, 1), (1, -2)}, 5, 3))
+    assert "windows   layers 0, 1, 2, 0..3 by 3, 1..4 by 3, 2, " in text
 
 
 def test_a_short_schedule_has_no_steady_state() -> None:
@@ -103,6 +112,20 @@ def test_producers_and_consumers_are_inverse(schedule: Schedule) -> None:
     for cells in schedule.levels:
         for cell in cells:
             assert all(cell in schedule.consumers(before) for before in schedule.producers(cell))
+
+
+def test_layers_that_do_not_read_wait_for_nothing() -> None:
+    whole = wavefront({(0, 1), (1, -2)}, 5, 3)
+    schedule = dataclasses.replace(whole, reads=(((1, -2), (1,)),))
+    assert whole.producers((1, 0)) == ((0, 2),)
+    assert schedule.producers((1, 0)) == ()
+    assert schedule.producers((1, 1)) == ((1, 0), (0, 3))
+    assert schedule.consumers((0, 3)) == ((0, 4), (1, 1))
+    assert schedule.consumers((0, 2)) == ((0, 3),)
+    graph = schedule.to_networkx()
+    assert [edge for edge in graph.edges if edge[0][0] != edge[1][0]] == [((0, 3), (1, 1)), ((1, 3), (2, 1))]
+    assert schedule.to_dot().count(" -> ") == graph.number_of_edges()
+    assert Schedule.from_json(schedule.to_json()) == schedule
 
 
 def test_grouped_calls_split_by_kind_of_layer() -> None:
@@ -216,6 +239,33 @@ def test_dot_opens_cells_and_escapes_what_operations_are_called(armt: Schedule) 
     assert len(parsed["edges"]) == armt.to_networkx().number_of_edges() + 6
 
 
+def test_cells_of_a_program_open_by_name(armt: Schedule) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def operations(cell: tuple[int, int]) -> list[Op]:
+        asked.append(cell)
+        return [Op("a", "linear"), Op("b", "mul", ("a",))]
+
+    schedule = dataclasses.replace(armt, operations=operations)
+    assert schedule == armt
+    parsed = _dot_json(schedule.to_dot([(1, 1), (2, 0)]))
+    assert asked == [(1, 1), (2, 0)]
+    names = {o["name"] for o in parsed["objects"]}
+    assert {"cluster_c_1_1", "cluster_c_2_0", "c_1_1_0", "c_2_0_1"} <= names
+    assert "c_1_1" not in names
+    assert len(parsed["edges"]) == armt.to_networkx().number_of_edges() + 2
+    assert pickle.loads(pickle.dumps(schedule)).operations is None
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [([(4, 0)], r"no cell \(segment, layer\) = \(4, 0\) in 4 segments x 3 layers"), ([(0, 0)], "no program")],
+)
+def test_cells_that_cannot_be_opened(armt: Schedule, cells: list[tuple[int, int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        armt.to_dot(cells)
+
+
 @given(some_schedules)
 def test_svg_draws_each_cell_once(schedule: Schedule) -> None:
     root = ElementTree.fromstring(schedule.to_svg())
@@ -270,6 +320,14 @@ def test_save_by_suffix(armt: Schedule, tmp_path: Path, suffix: str) -> None:
         ".txt": "schedule",
     }
     assert text.startswith(start[suffix])
+
+
+def test_measured_times_are_saved(armt: Schedule, tmp_path: Path) -> None:
+    times = [1.5, 2.5, 3.5, 4.5, 5.5, 6.5]
+    trace = json.loads(armt.save(tmp_path / "s.trace.json", times=times).read_text())
+    levels = [e["dur"] for e in trace["traceEvents"] if e.get("cat") == "level"]
+    assert levels == times and trace["otherData"]["times"] == "measured"
+    assert '"levelUs":[1.5,2.5,' in armt.save(tmp_path / "s.html", times=times).read_text()
 
 
 def test_save_png(armt: Schedule, tmp_path: Path) -> None:

@@ -22,7 +22,16 @@ import pytest
 
 from rmtcompile.passes.wavefront import wavefront
 from rmtcompile.schedule import Carry, Schedule
-from rmtcompile.viewer import CellView, OpView, PassView, ProfileView, ValueView, ViewModel, render
+from rmtcompile.viewer import (
+    CellView,
+    OpView,
+    PassView,
+    ProfileView,
+    ValueView,
+    ViewModel,
+    WitnessView,
+    render,
+)
 
 CHROMIUM_FLAGS = (
     "--headless",
@@ -51,7 +60,7 @@ def armt(n_layers: int, n_segments: int) -> Schedule:
         {(0, 1), (1, 0)},
         n_layers,
         n_segments,
-        carries=[Carry("W_mem", (1, 0), (8, 64, 64), "float32", 131072)],
+        carries=[Carry("W_mem", (1, 0), (8, 64, 64), "float32", 131072, source="model/armt.py:247")],
         segment_variants=("first",) + ("later",) * (n_segments - 1),
     )
 
@@ -65,22 +74,35 @@ def whole_view(n_layers: int = 4, n_segments: int = 6) -> ViewModel:
         OpView("mul_3", "mul", (1, 16, 32), "bfloat16", "model/armt.py:240", "mlp", ("linear",)),
     )
     cells = tuple(
-        CellView("layer", variant, ops[: 1 + i], (x, memory), (x,), ("W_mem",), (ValueView("q", (32, 32)),))
+        CellView(
+            "layer",
+            variant,
+            ops[: 1 + i],
+            (x, memory),
+            (x,),
+            ("W_mem",),
+            (ValueView("q", (32, 32)),),
+            ("forward",),
+        )
         for i, variant in enumerate(("first", "later"))
     )
     return ViewModel(
         title=HOSTILE,
         schedule=schedule,
         cells=cells,
+        around=(CellView("prologue", "before layer 0", (OpView("e", "embedding", (), "", "embed.py:3"),)),),
+        witnesses=(WitnessView((1, 0), "model/armt.py:9", "model/armt.py:7"),),
         passes=(
             PassView("capture", {}, {"mm": 24}),
             PassView("fuse", {"mm": 24}, {"mm": 6, "split": 2}, 0.2),
         ),
         code=CODE,
         code_phases={"ramp_up": (2, 3), "steady": (4, 5)},
-        profile=ProfileView(tuple(10.0 + w for w in schedule.widths), {"bmm": 80.0, "norms": 9.0}),
+        profile=ProfileView(
+            tuple(10.0 + w for w in schedule.widths), {"bmm": 80.0, "norms": 9.0}, outside_us=6.0
+        ),
         device="a test",
-        notes=("the plan was chosen by hand",),
+        explanation=(("plan", ("chosen by hand", "for a test")),),
     )
 
 
@@ -244,8 +266,11 @@ def test_no_id_is_used_twice(viewer: Viewer) -> None:
 def test_it_opens_on_a_full_level(viewer: Viewer) -> None:
     assert viewer.level == 3
     assert "4 cells run together" in viewer.text("#now")
-    assert "9 steps instead of 24" in viewer.text("#lead")
-    assert "W_mem to the same layer of the next segment" in viewer.text("#lead")
+    lead = viewer.text("#lead")
+    assert "9 steps instead of 24" in lead
+    assert "a cell hands on W_mem to the same layer of the next segment" in lead
+    assert "A call takes 120 µs, 35 % of it in the steady state" in lead
+    assert "of the time in operations most goes to bmm (90 %)" in lead
     assert viewer.text("#title") == HOSTILE
 
 
@@ -285,7 +310,7 @@ def test_a_click_opens_the_cell(viewer: Viewer) -> None:
         "self_attn.q_proj",
         "f32[8,64,64]",
         "2 operations",
-        "Live-ins",
+        "Reads (live-ins)",
     ):
         assert piece in panel, piece
     viewer.to_cell(0, 0, 4, click=True)
@@ -350,10 +375,17 @@ def test_tab_reaches_every_control_with_a_visible_ring(viewer: Viewer) -> None:
 def test_every_tab_shows_its_part(viewer: Viewer) -> None:
     pieces = {
         "deps": ["offset (1,0)", "same layer, previous segment", "W_mem", "512 KiB"],
-        "time": ["Where the time goes", "ramp-up, 3 levels", "bmm", "on a test"],
+        "time": [
+            "Where the time goes",
+            "ramp-up, 3 levels",
+            "outside of levels",
+            "bmm",
+            "on a test",
+            "All levels as a table",
+        ],
         "pipeline": ["24 → 6", "0 → 2", "200 ms"],
         "code": ["for level in range(3):", "steady state, line 4"],
-        "notes": ["the plan was chosen by hand"],
+        "why": ["chosen by hand\nfor a test"],
     }
     for name, expected in pieces.items():
         viewer.find(f"#tab-{name}").click()
@@ -361,10 +393,50 @@ def test_every_tab_shows_its_part(viewer: Viewer) -> None:
         for piece in expected:
             assert piece in panel, (name, piece)
     assert len(viewer.driver.find_elements("css selector", ".line.ramp_up")) == 2
-    viewer.js("document.getElementById('tab-notes').focus()")
+    viewer.js("document.getElementById('tab-why').focus()")
     viewer.keys("\ue014")
     assert viewer.find("#tab-deps").get_attribute("aria-selected") == "true"
     assert viewer.driver.find_elements("css selector", "#dag .node")
+
+
+def test_the_cell_leads_to_its_code(viewer: Viewer) -> None:
+    viewer.to_cell(2, 2, 4, click=True)
+    viewer.js("document.querySelector('#cell [data-function=forward]').click()")
+    assert viewer.find("#tab-code").get_attribute("aria-selected") == "true"
+    assert viewer.js("return document.activeElement.className") == "code"
+
+
+def test_what_runs_around_the_grid_is_there(viewer: Viewer) -> None:
+    viewer.js("document.querySelectorAll('#panel-deps details').forEach((d) => { d.open = true })")
+    panel = viewer.text("#panel-deps")
+    proof = "model/armt.py:9\nreads model/armt.py:7"
+    for piece in ("prologue: before layer 0", "embed.py:3", proof, "armt.py:247"):
+        assert piece in panel, piece
+
+
+def test_levels_as_a_table(viewer: Viewer) -> None:
+    viewer.find("#tab-time").click()
+    viewer.js("document.querySelector('#panel-time details').open = true")
+    rows = viewer.text("#panel-time table").splitlines()
+    assert rows[0].split() == ["level", "phase", "cells", "calls", "time", "a", "cell"]
+    assert rows[4] == "3 steady state 4 1 14 µs 3.5 µs"
+
+
+def test_only_edges_that_there_are_are_shown(browser: Any, tmp_path: Path) -> None:
+    plain = wavefront({(0, 1), (1, -2)}, 4, 3, carries=[Carry("top", (1, -2), (4,), "float32", 16, (3,))])
+    kinds = ("plain", "reads", "plain", "writes")
+    schedule = dataclasses.replace(plain, reads=(((1, -2), (1,)),), layer_kinds=kinds)
+    page = Viewer(browser)
+    page.open(schedule.save(tmp_path / "s.html"))
+    assert "layer 3 hands on top to layer 1 of the next segment" in page.text("#lead")
+    page.to_cell(1, 0, 4, click=True)
+    assert "nothing: it can start at once" in page.text("#cell")
+    assert "kind A plain" in page.text("#cell")
+    assert "in 2 grouped calls" in page.text("#now")
+    page.to_cell(1, 1, 4, click=True)
+    assert "(0,3)\ntop" in page.text("#cell")
+    assert "Layer 1 waits for layer 3 of the previous segment." in page.text("#panel-deps")
+    assert page.errors() == []
 
 
 def test_32_layers_by_128_segments_load_and_play_without_lag(browser: Any, tmp_path: Path) -> None:
@@ -426,7 +498,7 @@ def take_pictures(page: Path, stem: str, tabs: list[str]) -> None:
             view.open(page)
             for tab in tabs or [""]:
                 if tab:
-                    view.find(f"#tab-{tab}").click()
+                    view.js("document.getElementById(arguments[0]).click()", f"tab-{tab}")
                     view.js("document.querySelector('.tabs').scrollIntoView({behavior: 'instant'})")
                 time.sleep(0.3)
                 name = f"{stem}-{tab}-{theme}.png" if tab else f"{stem}-{theme}.png"

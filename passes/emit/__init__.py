@@ -23,7 +23,7 @@ from rmtcompile.passes.emit.regions import Regions
 from rmtcompile.passes.emit.rows import write_rows
 from rmtcompile.passes.emit.text import Writer, literal, target_name
 from rmtcompile.program import Lane, Program
-from rmtcompile.schedule.data import short_type
+from rmtcompile.schedule import short_type
 
 
 @dataclass(frozen=True)

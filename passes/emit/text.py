@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from rmtcompile.program import Source
-from rmtcompile.schedule.data import short_type
+from rmtcompile.schedule import short_type
 
 
 class Writer:

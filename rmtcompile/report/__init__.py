@@ -1,17 +1,19 @@
 """What there is to look at: explanations, dumps, views and profiles of compiled programs.
 
 names.py             what the user's program calls a value
-explanation.py       what was found, and why it runs as it does
+explanation.py       what was found, and why it runs as it does, as data;  findings.py  fills it in
 explanation_text.py  the same as text and HTML
+carries.py           what flows from segment to segment;  plans.py  what the runtime measured of its plans
 texts.py             each stage of the compiler as text;  dump.py writes them to a folder
-view.py              a compiled program for the viewer
+view.py              a compiled program for the viewer;  cells.py, passes.py  parts of it
 profiling.py         time of each level, and of each kind of operation
 """
 
 from __future__ import annotations
 
-from rmtcompile.report.dump import dump
-from rmtcompile.report.explanation import Explanation, Refusal, explain, explain_last
+from rmtcompile.report.dump import dump, use
+from rmtcompile.report.explanation import Explanation, Refusal
+from rmtcompile.report.findings import explain, explain_last
 from rmtcompile.report.profiling import Profile, profile
 from rmtcompile.report.view import save_view, view_model
 
@@ -24,5 +26,6 @@ __all__ = [
     "explain_last",
     "profile",
     "save_view",
+    "use",
     "view_model",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from torch import fx
 from rmtcompile.errors import RMTCompileError
 from rmtcompile.pipeline import _Log
 from rmtcompile.report import texts
-from rmtcompile.report.explanation import inputs_of
+from rmtcompile.report.findings import inputs_of
 from rmtcompile.report.names import model_name
 from rmtcompile.report.stages import changes, programs
 
@@ -54,6 +55,33 @@ def dump(fast: Optimized, folder: str | Path) -> list[Path]:
         path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
         paths.append(path)
     return paths
+
+
+def use(fast: Optimized, path: str | Path) -> None:
+    """Run the functions of a dumped, perhaps edited, module from now on, in the last call's program.
+
+    Tracebacks and debuggers show the file.  Another program (another shape or dtype of the inputs) is not
+    touched.
+
+    Raises:
+        RMTCompileError: nothing was captured yet, the file defines no `forward`, or levels are replayed as
+            CUDA graphs, which hold the functions as they were.
+    """
+    if fast._last is None:
+        raise RMTCompileError("nothing is captured yet: call the optimized model once")
+    entry, _ = fast._last
+    if fast._cuda_graphs is not False and entry.executor.device.type == "cuda":
+        raise RMTCompileError(
+            "recorded CUDA graphs do not see edited code: optimize(model, cuda_graphs=False)"
+        )
+    path = Path(path)
+    source = path.read_text(encoding="utf-8")
+    code, trial = compile(source, str(path), "exec"), {"__name__": path.stem}
+    exec(code, trial)  # the user's own file; here first, so that a mistake in it changes nothing
+    if not callable(trial.get("forward")):
+        raise RMTCompileError(f"{path} defines no forward(run): take the last file of a dump")
+    exec(code, entry.compiled.namespace)
+    entry.compiled.emitted = replace(entry.compiled.emitted, source=source, phases={})
 
 
 def _cells(fast: Optimized) -> list[tuple[str, str]]:

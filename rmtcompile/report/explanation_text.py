@@ -11,7 +11,8 @@ from rmtcompile.report.names import pattern, ranges
 from rmtcompile.schedule.text import plural
 
 if TYPE_CHECKING:
-    from rmtcompile.report.explanation import Explanation, Offset, StageReport
+    from rmtcompile.report.explanation import Explanation, Kind, Offset, StageReport, Variant
+    from rmtcompile.schedule import Carry
 
 _WIDTH = 108
 _SHOWN = 8
@@ -32,20 +33,17 @@ def sections(found: Explanation) -> Iterator[Section]:
         return
     yield "layers", [f"{len(found.layers)}: {pattern(found.layers)}"]
     yield "segments", list(_segments(found))
-    yield "variants", [_variant(v.name, v.segments, v.operations) for v in found.variants]
+    yield "variants", [_variant(found, variant) for variant in found.variants]
     if len(found.kinds) > 1:
-        yield (
-            "kinds",
-            [f"{k.name}: layers {ranges(k.layers)}, {k.weights} stacked weights" for k in found.kinds],
-        )
+        yield "kinds", [_kind(kind) for kind in found.kinds]
     yield "offsets", [line for offset in found.offsets for line in _offset(offset)]
-    yield "carries", list(_carries(found)) or [_no_carries(found)]
+    yield "carries", list(_carries(found)) or ["nothing flows from segment to segment"]
     yield "hoisted", [_hoisted(found)]
     yield "shrunk", list(_shrunk(found))
     yield "optimised", [f"{name}: {text}" for name, text in found.optimised]
     yield "parallel", list(_parallel(found))
     yield "plan", [f"{found.plan}: {found.why}", *_speedups(found), f"cell functions run on {found.backend}"]
-    yield "compiled", [f"in {found.seconds:.1f} s", *map(_stage, found.stages)]
+    yield "compiled", [f"in {found.seconds:.1f} s", *map(_stage, found.stages), *_compiled(found)]
 
 
 def _segments(found: Explanation) -> Iterator[str]:
@@ -60,9 +58,19 @@ def _segments(found: Explanation) -> Iterator[str]:
         yield f"captured with {lengths} segments; serves any number from {found.shortest} on"
 
 
-def _variant(name: str, segments: tuple[int, ...], operations: int) -> str:
-    plural = "s" if len(segments) > 1 else ""
-    return f"{name}: segment{plural} {ranges(segments)}, {operations} operations a cell"
+def _variant(found: Explanation, variant: Variant) -> str:
+    text = f"{variant.name}: segment{'s' * (len(variant.segments) > 1)} {ranges(variant.segments)}"
+    one_kind = len(found.kinds) == 1
+    return f"{text}, {plural(variant.operations, 'operation')} a cell" if one_kind else text
+
+
+def _kind(kind: Kind) -> str:
+    counts = dict.fromkeys(number for _, number in kind.operations)
+    words = [f"{number} ({variant})" for variant, number in kind.operations]
+    operations = f"{next(iter(counts))}" if len(counts) == 1 else ", ".join(words)
+    weights = f", {plural(kind.weights, 'stacked weight')}" if kind.weights else ""
+    layers = f"layer{'s' * (len(kind.layers) > 1)} {ranges(kind.layers)}"
+    return f"{kind.name}: {layers}, {operations} operations a cell{weights}"
 
 
 def offset_words(offset: tuple[int, int]) -> str:
@@ -87,14 +95,17 @@ def _carries(found: Explanation) -> Iterator[str]:
         total = carry.total_bytes(len(found.layers))
         yield (
             f"{carry.name}: {carry.type}, offset ({carry.offset[0]},{carry.offset[1]}), "
-            f"{carry.nbytes:,} bytes a cell, {total:,} over all layers"
+            f"{carry.nbytes:,} bytes a cell, {total:,} over {_writers(carry, len(found.layers))}"
+            + f", through {carry.through}" * bool(carry.through)
+            + f"; made at {carry.source}" * bool(carry.source)
         )
 
 
-def _no_carries(found: Explanation) -> str:
-    if any(offset.offset[0] for offset in found.offsets):
-        return "none between cells: what the next segment reads goes through an epilogue or a prologue"
-    return "nothing flows from segment to segment"
+def _writers(carry: Carry, n_layers: int) -> str:
+    writers = carry.writers(n_layers)
+    if len(writers) == n_layers:
+        return "all layers"
+    return f"layer{'s' * (len(writers) > 1)} {ranges(writers)}"
 
 
 def _hoisted(found: Explanation) -> str:
@@ -109,7 +120,8 @@ def _hoisted(found: Explanation) -> str:
 def _shrunk(found: Explanation) -> Iterator[str]:
     captured, rules = found.operations
     longest = max(found.proved_on, default=0)
-    yield f"{plural(found.merged, 'operation')} merged by value numbering or dropped, as nothing reads them"
+    merged, dropped = plural(found.merged, "operation"), f"{found.dropped:,}"
+    yield f"{merged} merged with equal ones, {dropped} dropped because nothing reads them"
     yield f"{captured:,} operations captured over {longest} segments, {rules:,} in the rules for any number"
 
 
@@ -128,14 +140,19 @@ def _parallel(found: Explanation) -> Iterator[str]:
 
 def _speedups(found: Explanation) -> Iterator[str]:
     for row in found.speedups:
-        if row.plan == "sequential":
-            yield f"sequential  {row.steps:,} steps"
-        else:
-            measured = f", measured {row.measured:.2f} x" if row.measured is not None else ""
-            yield (
-                f"{row.plan:<10}  {row.steps:,} steps, at most {row.predicted:.2f} x as fast "
-                f"(if a level takes as long as a cell){measured}"
-            )
+        text = f"{row.plan:<10}  {row.steps:,} steps"
+        if row.plan != "sequential":
+            text += f", at most {row.predicted:.2f} x as fast (if a level takes as long as a cell)"
+        if row.seconds is not None:
+            text += f", measured {1e3 * row.seconds:.3g} ms"
+        if row.measured is not None:
+            text += f", measured {row.measured:.2f} x as fast as the model's own forward"
+        yield text
+
+
+def _compiled(found: Explanation) -> Iterator[str]:
+    if found.compile_seconds is not None:
+        yield f"{found.compile_seconds:7.2f} s  cell functions, by {found.backend}"
 
 
 def _stage(stage: StageReport) -> str:
@@ -149,8 +166,10 @@ def to_text(found: Explanation) -> str:
     for title, entries in sections(found):
         for i, entry in enumerate(entries):
             indent = len(entry) - len(entry.lstrip())
+            # `add: 2 -> 0` and `1.5 x` stay on one line.
+            kept = entry.replace(": ", ":\0").replace(" -> ", "\0->\0").replace(" x ", "\0x ")
             lines += textwrap.wrap(
-                entry,
+                kept if title in ("optimised", "hoisted") else entry,
                 _WIDTH,
                 initial_indent=f"{title if i == 0 else '':<11}",
                 subsequent_indent=" " * (13 + indent),
@@ -158,15 +177,16 @@ def to_text(found: Explanation) -> str:
                 break_long_words=False,
                 break_on_hyphens=False,
             ) or [title]
-    return "\n".join(lines)
+    return "\n".join(lines).replace("\0", " ")
 
 
 def to_html_fragment(found: Explanation) -> str:
     """A table for a notebook cell: no script, no network."""
     left = "text-align:left;vertical-align:top;padding:2px 12px 2px 0"
+    plain = "white-space:pre-wrap;font:12.5px/1.5 ui-monospace,monospace"
     rows = "".join(
         f'<tr><th style="{left}">{escape(title)}</th>'
-        f'<td style="{left};white-space:pre-wrap">{escape(chr(10).join(entries))}</td></tr>'
+        f'<td style="{left};{plain}">{escape(chr(10).join(entries))}</td></tr>'
         for title, entries in sections(found)
     )
     picture = found.schedule.to_svg() if found.schedule is not None else ""
@@ -181,6 +201,6 @@ def to_html(found: Explanation) -> str:
         '<meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>"
         ":root{color-scheme:light dark}body{font:14px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem "
-        "auto;padding:0 1rem}h1{font-size:1.3rem}td{font-family:ui-monospace,monospace;font-size:12.5px}"
+        "auto;padding:0 1rem}h1{font-size:1.3rem}"
         f"</style></head><body><h1>{escape(title)}</h1>{to_html_fragment(found)}</body></html>\n"
     )

@@ -41,6 +41,8 @@ class Profile:
         device: what it ran on, and how.
         level_us: microseconds of each level, what enters before it and leaves after it included, median of
             the repeats; the device is waited for after each level, so the sum may be more than `total_us`.
+        outside_us: microseconds of such a call that are no level's: what is the same for all segments before
+            the first level, and results put together after the last.
         total_us: microseconds of a whole call without waiting between levels.
         sequential_us: microseconds of the model as it is, called in turn with the program.
         kind_us: microseconds of each kind of operation over one call.
@@ -52,6 +54,7 @@ class Profile:
     schedule: Schedule
     device: str
     level_us: tuple[float, ...]
+    outside_us: float
     total_us: float
     sequential_us: float
     kind_us: dict[str, float]
@@ -69,29 +72,35 @@ class Profile:
         """For each level, its floating-point rate as a share of `peak`, at most 1."""
         return _shares(self.flops, self.level_us, self.peak)
 
-    def view(self) -> ProfileView:
-        """For the viewer: the time of a whole call, divided as the levels were timed one by one."""
-        scale = self.total_us / sum(self.level_us)
+    def view(self) -> ProfileView | None:
+        """For the viewer: the time of a whole call, divided as the levels were timed one by one.
+
+        None where the levels could not be timed apart.
+        """
+        if not self.level_us:
+            return None
+        scale = self.total_us / (sum(self.level_us) + self.outside_us)
         levels = tuple(us * scale for us in self.level_us)
-        return ProfileView(levels, self.kind_us, _shares(self.flops, levels, self.peak), self.sequential_us)
+        used = _shares(self.flops, levels, self.peak)
+        return ProfileView(levels, self.kind_us, used, self.sequential_us, self.outside_us * scale)
 
     def to_json(self, *, indent: int | None = None) -> str:
         """The measured numbers."""
-        names = ("device", "level_us", "total_us", "sequential_us", "kind_us", "flops", "peak", "repeats")
-        data: dict[str, Any] = {name: getattr(self, name) for name in names}
+        fields = dataclasses.fields(self)
+        data: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields if f.name != "schedule"}
         data |= {"speedup": self.speedup, "utilisation": self.utilisation, "widths": self.schedule.widths}
         return json.dumps(data, indent=indent)
 
     def to_chrome_trace(self) -> str:
         """Trace events with the measured times, for Perfetto."""
-        return self.schedule.to_chrome_trace(self.level_us)
+        return self.schedule.to_chrome_trace(self.level_us or None)
 
     def __str__(self) -> str:
         return "\n".join(_table(self))
 
 
 def _shares(flops: Sequence[int], level_us: Sequence[float], peak: float) -> tuple[float, ...]:
-    if not peak or not any(flops):
+    if not peak or not level_us or not any(flops):
         return ()
     return tuple(min(1.0, n / (us * 1e-6) / peak) for n, us in zip(flops, level_us, strict=True))
 
@@ -104,6 +113,10 @@ def _table(found: Profile) -> Iterator[str]:
     )
     yield f"          {found.device}, median of {found.repeats}"
     yield ""
+    if not found.level_us:
+        yield "  the program does not run level by level, so levels have no times of their own"
+        yield from _kind_lines(found)
+        return
     yield f"  {'level':>5}  {'phase':<9}  {'cells':>5}  {'ms':>9}  {'us a cell':>9}" + "  of peak" * bool(
         used
     )
@@ -113,10 +126,16 @@ def _table(found: Profile) -> Iterator[str]:
         share = f"  {used[level]:>7.1%}" if used else ""
         yield f"  {level:>5}  {phases.of(level):<9}  {width:>5}  {us / 1e3:>9.3f}  {us / width:>9.1f}{share}"
     yield ""
+    whole = sum(found.level_us) + found.outside_us
     for name, levels in zip(("ramp-up", "steady", "ramp-down"), phases, strict=True):
         if levels:
             us = sum(found.level_us[level] for level in levels)
-            yield f"  {name:<22} {us / 1e3:>9.3f} ms  {us / sum(found.level_us):>6.1%}"
+            yield f"  {name:<22} {us / 1e3:>9.3f} ms  {us / whole:>6.1%}"
+    yield f"  {'outside of levels':<22} {found.outside_us / 1e3:>9.3f} ms  {found.outside_us / whole:>6.1%}"
+    yield from _kind_lines(found)
+
+
+def _kind_lines(found: Profile) -> Iterator[str]:
     total = sum(found.kind_us.values())
     for name, us in sorted(found.kind_us.items(), key=lambda item: -item[1]):
         yield f"  {name:<22} {us / 1e3:>9.3f} ms  {us / total:>6.1%}"
@@ -157,8 +176,12 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
     program()
     program()  # the second run of a length records it
     model()
-    whole, sequential = _in_turn(program, model, device, repeats)
-    levels = [_levels(level_by_level, namespace, device) for _ in range(repeats)]
+    # In turn: a machine that others use changes its pace from second to second.
+    turns = [
+        (_timed(program, device), _timed(model, device), *_levels(level_by_level, namespace, device))
+        for _ in range(repeats)
+    ]
+    wholes, sequentials, levels, outsides = zip(*turns, strict=True)
     kinds = _kinds(program, device)
     flops = _flops(level_by_level, executor, namespace)
     peak = _peak(device, next((t.dtype for t in fast_parameters(fast)), torch.float32))
@@ -168,8 +191,9 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
         schedule,
         _device_name(device, executor.backend),
         tuple(statistics.median(times) for times in zip(*levels, strict=True)) if fits else (),
-        whole,
-        sequential,
+        statistics.median(outsides),
+        statistics.median(wholes),
+        statistics.median(sequentials),
         kinds,
         tuple(flops) if len(flops) == schedule.n_levels else (),
         peak,
@@ -197,14 +221,6 @@ def _timed(run: Callable[[], Any], device: torch.device) -> float:
     return (time.perf_counter() - start) * 1e6
 
 
-def _in_turn(
-    one: Callable[[], None], other: Callable[[], None], device: torch.device, repeats: int
-) -> tuple[float, float]:
-    pairs = [(_timed(one, device), _timed(other, device)) for _ in range(repeats)]
-    a, b = zip(*pairs, strict=True)
-    return statistics.median(a), statistics.median(b)
-
-
 @contextmanager
 def _around_levels(namespace: dict[str, Any], wrap: Callable[[Callable[..., Any]], Any]) -> Iterator[None]:
     """Wrap the emitted function that runs one level."""
@@ -216,15 +232,18 @@ def _around_levels(namespace: dict[str, Any], wrap: Callable[[Callable[..., Any]
         namespace["step"] = step
 
 
-def _levels(program: Callable[[], None], namespace: dict[str, Any], device: torch.device) -> list[float]:
+def _levels(
+    program: Callable[[], None], namespace: dict[str, Any], device: torch.device
+) -> tuple[list[float], float]:
+    """Microseconds of each level of one run, and of all that is no level."""
     times: list[float] = []
 
     def wrap(step: Callable[..., Any]) -> Any:
         return lambda *args: times.append(_timed(lambda: step(*args), device))
 
     with _around_levels(namespace, wrap):
-        program()
-    return times
+        whole = _timed(program, device)
+    return times, max(0.0, whole - sum(times))
 
 
 def _flops(program: Callable[[], None], executor: Any, namespace: dict[str, Any]) -> list[int]:

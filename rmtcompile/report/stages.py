@@ -37,8 +37,17 @@ def changes(compiled: Compiled, switched_off: frozenset[str]) -> Iterator[tuple[
     for (_, before), (name, after) in pairwise(programs(compiled, switched_off)):
         if after is before:
             yield name, "nothing to do"
+        elif after.groups == before.groups:
+            yield name, _placements(after)
         else:
             yield name, difference(cell_counts(before), cell_counts(after)) or "arguments of operations"
+
+
+def _placements(program: Program) -> str:
+    """Where results are stored, in words."""
+    kinds = Counter(lane.placement for lane in program.lanes)
+    said = {"in_place": "overwritten", "double": "in two buffers", "copy": "copied"}
+    return "lanes " + ", ".join(f"{said[kind]}: {count}" for kind, count in kinds.items())
 
 
 def cell_counts(program: Program) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """The schedule: which cells run together, as data that prints, draws, exports and checks itself.
 
 paths.py    offsets, longest paths, affine levels
-data.py     Schedule, Carry, Window, Phases
+parts.py    Carry, Window, Phases
+data.py     Schedule
 text.py     str(schedule)
 svg.py      the grid as a picture;  html.py  the notebook form
 serial.py   JSON and its schema
@@ -12,7 +13,8 @@ files.py    save(path), by suffix
 
 from __future__ import annotations
 
-from rmtcompile.schedule.data import Carry, Operation, Phases, Schedule, Window, short_type
+from rmtcompile.schedule.data import Schedule
+from rmtcompile.schedule.parts import Carry, Operation, Phases, Window, short_type
 from rmtcompile.schedule.paths import Cell, Offset, longest_path_levels
 
 __all__ = [

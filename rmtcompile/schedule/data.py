@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rmtcompile.errors import InternalError
+from rmtcompile.schedule.parts import Carry, Operation, Phases, Window
 from rmtcompile.schedule.paths import (
     Cell,
     Offset,
@@ -22,98 +23,6 @@ from rmtcompile.schedule.paths import (
 
 if TYPE_CHECKING:
     import networkx as nx
-
-_SHORT_DTYPES = {
-    "float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16",
-    "int64": "i64", "int32": "i32", "int16": "i16", "int8": "i8", "uint8": "u8", "bool": "b8",
-    "complex64": "c64", "complex128": "c128",
-}  # fmt: skip
-
-
-def short_type(dtype: str, shape: Sequence[int | str]) -> str:
-    """`bf16[8,64,64]` for ("torch.bfloat16", (8, 64, 64))."""
-    name = dtype.removeprefix("torch.")
-    return f"{_SHORT_DTYPES.get(name, name)}[{','.join(map(str, shape))}]"
-
-
-class Operation(Protocol):
-    """One operation of a cell, as `Schedule.to_dot(expand=...)` needs it (the viewer's `OpView` is one)."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def op(self) -> str: ...
-    @property
-    def inputs(self) -> Sequence[str]: ...
-
-
-class Window(NamedTuple):
-    """The layers alive on one level: `range(start, stop, step)`."""
-
-    start: int
-    stop: int
-    step: int
-
-    @property
-    def layers(self) -> range:
-        """The layers as a range, lowest first."""
-        return range(self.start, self.stop, self.step)
-
-
-class Phases(NamedTuple):
-    """The levels split in three: windows grow, are full, shrink.
-
-    `steady` holds the levels on which every layer that this level could run is alive, so what runs repeats
-    every `Schedule.period` levels.  It is empty when there are too few segments to fill the layers.
-    """
-
-    ramp_up: range
-    steady: range
-    ramp_down: range
-
-    def of(self, level: int) -> str:
-        """ "ramp-up", "steady" or "ramp-down"."""
-        if level in self.ramp_up:
-            return "ramp-up"
-        return "steady" if level in self.steady else "ramp-down"
-
-
-@dataclasses.dataclass(frozen=True)
-class Carry:
-    """A value that flows from a cell to a later segment.
-
-    Args:
-        name: what the user's program calls it (`W_mem`).
-        offset: (segments, layers) from the cell that writes it to the cell that reads it.
-        shape, dtype: of the value of one cell.
-        nbytes: of the value of one cell.
-        producer_layers: the layers that write it; empty means every layer.
-    """
-
-    name: str
-    offset: Offset
-    shape: tuple[int, ...]
-    dtype: str
-    nbytes: int
-    producer_layers: tuple[int, ...] = ()
-
-    @property
-    def type(self) -> str:
-        """`f32[8,64,64]`."""
-        return short_type(self.dtype, self.shape)
-
-    def writers(self, n_layers: int) -> tuple[int, ...]:
-        """The layers whose value some layer of a later segment reads."""
-        layers = self.producer_layers or range(n_layers)
-        return tuple(i for i in layers if 0 <= i + self.offset[1] < n_layers)
-
-    def total_bytes(self, n_layers: int) -> int:
-        """The bytes of this carry that stay alive from one segment to the next, over all layers."""
-        return self.nbytes * len(self.writers(n_layers))
-
-    def __str__(self) -> str:
-        ds, dl = self.offset
-        return f"{self.name}: {self.type} offset ({ds},{dl})"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -134,6 +43,9 @@ class Schedule:
         levels: computed from `alpha`; pass it only to restore a schedule that was saved.
         block: with `alpha` 0, how many segments run together at most; 0: all of them. Blocks run one after
             the other, each through all layers.
+        reads: the layers that read by each offset, as (offset, layers); an offset that is not named is read
+            by every layer.  Levels keep all offsets for all layers; this says which edges there really are.
+        operations: gives the operations of a cell; a schedule that was loaded from a file has none.
     """
 
     n_layers: int
@@ -145,6 +57,8 @@ class Schedule:
     layer_kinds: tuple[str, ...] = ()
     levels: tuple[tuple[Cell, ...], ...] = ()
     block: int = 0
+    reads: tuple[tuple[Offset, tuple[int, ...]], ...] = ()
+    operations: Callable[[Cell], Sequence[Operation]] | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.n_layers < 1 or self.n_segments < 1:
@@ -164,6 +78,9 @@ class Schedule:
 
     def _fill(self, field: str, value: object) -> None:
         object.__setattr__(self, field, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "operations": None}  # they belong to a program, which is not pickled
 
     # -- what it says ----------------------------------------------------------------
 
@@ -233,13 +150,20 @@ class Schedule:
         """The kind of a cell: its layer's."""
         return self.layer_kinds[cell[1]]
 
+    def readers(self, offset: Offset) -> tuple[int, ...]:
+        """The layers that read by `offset` and have something to read there."""
+        layers = dict(self.reads).get(offset, range(self.n_layers))
+        return tuple(layer for layer in layers if 0 <= layer - offset[1] < self.n_layers)
+
     def producers(self, cell: Cell) -> tuple[Cell, ...]:
         """The cells that `cell` waits for."""
-        return tuple(producers(cell, sorted(self.offsets), self.n_layers, self.n_segments))
+        offsets = [offset for offset in sorted(self.offsets) if cell[1] in self.readers(offset)]
+        return tuple(producers(cell, offsets, self.n_layers, self.n_segments))
 
     def consumers(self, cell: Cell) -> tuple[Cell, ...]:
         """The cells that wait for `cell`."""
-        return tuple(consumers(cell, sorted(self.offsets), self.n_layers, self.n_segments))
+        offsets = [offset for offset in sorted(self.offsets) if cell[1] + offset[1] in self.readers(offset)]
+        return tuple(consumers(cell, offsets, self.n_layers, self.n_segments))
 
     # -- what it proves --------------------------------------------------------------
 
@@ -338,15 +262,19 @@ class Schedule:
 
         return to_networkx(self)
 
-    def to_dot(self, expand: Mapping[Cell, Sequence[Operation]] | None = None) -> str:
+    def to_dot(self, expand: Iterable[Cell] | Mapping[Cell, Sequence[Operation]] = ()) -> str:
         """The cells as a Graphviz graph, the cells of a level on one rank.
 
         Args:
-            expand: cells to open, with their operations (name, op, inputs); the others stay one box.
+            expand: cells to open to their operations, such as `[(2, 1)]`; the others stay one box.  A
+                schedule without a program (from a file, say) takes a mapping from cells to operations.
+
+        Raises:
+            ValueError: a cell to open is outside the grid, or this schedule knows no operations.
         """
         from rmtcompile.schedule.graph import to_dot
 
-        return to_dot(self, expand or {})
+        return to_dot(self, expand)
 
     def to_svg(self) -> str:
         """The grid as a picture: a column a segment, a row a layer, level numbers where they fit."""
@@ -364,12 +292,15 @@ class Schedule:
 
         return to_chrome_trace(self, times)
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, times: Sequence[float] | None = None) -> Path:
         """Write the schedule in the format that the suffix names.
 
         `.svg`, `.png` (needs matplotlib), `.html` (the viewer), `.json`, `.dot`, `.trace.json` (Perfetto) or
         `.txt`.
+
+        Args:
+            times: measured microseconds of each level, for `.trace.json` and `.html`.
         """
         from rmtcompile.schedule.files import save
 
-        return save(self, Path(path))
+        return save(self, Path(path), times)

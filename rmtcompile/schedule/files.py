@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from rmtcompile.schedule.data import Schedule
 
 
-def save(schedule: Schedule, path: Path) -> Path:
-    """Write `schedule` to `path` in the format of its suffix; gives the path back."""
+Times = Sequence[float] | None
+
+
+def save(schedule: Schedule, path: Path, times: Times = None) -> Path:
+    """Write `schedule` to `path` in the format of its suffix, with measured times where it shows them."""
     suffix = next((s for s in (*_TEXT, ".png") if path.name.lower().endswith(s)), None)
     if suffix is None:
         known = ", ".join((*_TEXT, ".png"))
@@ -21,24 +24,25 @@ def save(schedule: Schedule, path: Path) -> Path:
     if suffix == ".png":
         _save_png(schedule, path)
     else:
-        path.write_text(_TEXT[suffix](schedule), encoding="utf-8")
+        path.write_text(_TEXT[suffix](schedule, times), encoding="utf-8")
     return path
 
 
-def _viewer(schedule: Schedule) -> str:
-    from rmtcompile.viewer import ViewModel, render
+def _viewer(schedule: Schedule, times: Times) -> str:
+    from rmtcompile.viewer import ProfileView, ViewModel, render
 
-    return render(ViewModel(title="schedule", schedule=schedule))
+    profile = ProfileView(tuple(times)) if times is not None else None
+    return render(ViewModel(title="schedule", schedule=schedule, profile=profile))
 
 
 # ".trace.json" stands before ".json": the first match counts.
-_TEXT: dict[str, Callable[[Schedule], str]] = {
-    ".trace.json": lambda schedule: schedule.to_chrome_trace(),
-    ".json": lambda schedule: schedule.to_json(indent=None) + "\n",
-    ".svg": lambda schedule: schedule.to_svg(),
+_TEXT: dict[str, Callable[[Schedule, Times], str]] = {
+    ".trace.json": lambda schedule, times: schedule.to_chrome_trace(times),
+    ".json": lambda schedule, _: schedule.to_json() + "\n",
+    ".svg": lambda schedule, _: schedule.to_svg(),
     ".html": _viewer,
-    ".dot": lambda schedule: schedule.to_dot(),
-    ".txt": lambda schedule: str(schedule) + "\n",
+    ".dot": lambda schedule, _: schedule.to_dot(),
+    ".txt": lambda schedule, _: str(schedule) + "\n",
 }
 
 

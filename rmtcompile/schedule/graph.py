@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import networkx as nx
 
-    from rmtcompile.schedule.data import Operation, Schedule
+    from rmtcompile.schedule.data import Schedule
+    from rmtcompile.schedule.parts import Operation
     from rmtcompile.schedule.paths import Cell, Offset
 
 _FILL = {"ramp-up": "#fde8c8", "steady": "#cfe9e5", "ramp-down": "#e2dcf3"}
@@ -28,24 +29,26 @@ def to_networkx(schedule: Schedule) -> nx.DiGraph[Cell]:
                 cell, level=level, phase=phase, variant=schedule.variant_of(cell), kind=schedule.kind_of(cell)
             )
     for before, after, offset in _edges(schedule):
-        graph.add_edge(before, after, offset=offset, carries=carried.get(offset, ()))
+        graph.add_edge(before, after, offset=offset, carries=carried.get((offset, before[1]), ()))
     return graph
 
 
-def _carried(schedule: Schedule) -> dict[Offset, tuple[str, ...]]:
-    names: dict[Offset, tuple[str, ...]] = {}
+def _carried(schedule: Schedule) -> dict[tuple[Offset, int], tuple[str, ...]]:
+    """Names of the carries by offset and by the layer that writes them."""
+    names: dict[tuple[Offset, int], tuple[str, ...]] = {}
     for carry in schedule.carries:
-        names[carry.offset] = (*names.get(carry.offset, ()), carry.name)
+        for layer in carry.writers(schedule.n_layers):
+            names[carry.offset, layer] = (*names.get((carry.offset, layer), ()), carry.name)
     return names
 
 
 def _edges(schedule: Schedule) -> Iterator[tuple[Cell, Cell, Offset]]:
     for ds, dl in sorted(schedule.offsets):
+        readers = set(schedule.readers((ds, dl)))
         for cells in schedule.levels:
             for s, layer in cells:
-                before = (s - ds, layer - dl)
-                if before[0] >= 0 and 0 <= before[1] < schedule.n_layers:
-                    yield before, (s, layer), (ds, dl)
+                if s >= ds and layer in readers:
+                    yield (s - ds, layer - dl), (s, layer), (ds, dl)
 
 
 def quoted(text: str) -> str:
@@ -58,8 +61,31 @@ def _name(cell: Cell) -> str:
     return f"c_{cell[0]}_{cell[1]}"
 
 
-def to_dot(schedule: Schedule, expand: Mapping[Cell, Sequence[Operation]]) -> str:
+def _opened(
+    schedule: Schedule, expand: Iterable[Cell] | Mapping[Cell, Sequence[Operation]]
+) -> Mapping[Cell, Sequence[Operation]]:
+    """The cells to open with their operations; see `Schedule.to_dot`."""
+    given = dict(expand) if isinstance(expand, Mapping) else {}
+    opened: dict[Cell, Sequence[Operation]] = {}
+    for cell in expand:
+        if not (0 <= cell[0] < schedule.n_segments and 0 <= cell[1] < schedule.n_layers):
+            size = f"{schedule.n_segments} segments x {schedule.n_layers} layers"
+            raise ValueError(f"there is no cell (segment, layer) = {cell} in {size}")
+        if cell in given:
+            opened[cell] = given[cell]
+        elif schedule.operations is not None:
+            opened[cell] = schedule.operations(cell)
+        else:
+            raise ValueError(
+                "this schedule belongs to no program, so its cells have no operations: "
+                "take fast.schedule, or pass a mapping from cells to operations"
+            )
+    return opened
+
+
+def to_dot(schedule: Schedule, expand: Iterable[Cell] | Mapping[Cell, Sequence[Operation]]) -> str:
     """Graphviz text: a box a cell, a rank a level, a cluster for each cell in `expand`."""
+    expand = _opened(schedule, expand)
     phases = schedule.phases
     lines = [
         "digraph schedule {",
@@ -107,7 +133,7 @@ def _edge(
     before: Cell,
     after: Cell,
     offset: Offset,
-    carried: Mapping[Offset, Sequence[str]],
+    carried: Mapping[tuple[Offset, int], Sequence[str]],
     expand: Mapping[Cell, Sequence[Operation]],
 ) -> str:
     source, target, attributes = _name(before), _name(after), []
@@ -117,8 +143,9 @@ def _edge(
     if expand.get(after):
         attributes.append(f"lhead=cluster_{target}")
         target = f"{target}_0"
-    if offset in carried:
-        attributes += ["style=bold", f"tooltip={quoted(', '.join(carried[offset]))}"]
+    names = carried.get((offset, before[1]))
+    if names:
+        attributes += ["style=bold", f"tooltip={quoted(', '.join(names))}"]
     elif offset[0] > 0:
         attributes.append("style=bold")
     return f"  {source} -> {target} [{', '.join(attributes)}];" if attributes else f"  {source} -> {target};"

@@ -41,4 +41,4 @@ def facts(schedule: Schedule) -> Iterator[tuple[str, str]]:
         yield "variants", runs(schedule.segment_variants)
     for carry in schedule.carries:
         total = carry.total_bytes(schedule.n_layers)
-        yield f"carry {carry.name}", f"{carry.type}, offset {carry.offset}, {total:,} bytes over all layers"
+        yield f"carry {carry.name}", f"{carry.type}, offset {carry.offset}, {total:,} bytes in all"

@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from rmtcompile.errors import InternalError
-from rmtcompile.schedule.data import Carry, Schedule
+from rmtcompile.schedule.data import Schedule
+from rmtcompile.schedule.parts import Carry
 
 FORMAT = "rmtcompile.schedule"
 VERSION = 1
@@ -43,11 +44,23 @@ SCHEMA: dict[str, Any] = {
                     "dtype": {"type": "string"},
                     "nbytes": {**_INT, "description": "of one cell's value"},
                     "producer_layers": {"type": "array", "items": _INT, "description": "empty: every layer"},
+                    "source": {"type": "string", "description": "file:line that writes it"},
+                    "through": {"type": "string", "description": "regions passed between the two cells"},
                 },
             },
         },
         "segment_variants": {**_NAMES, "description": "one name a segment"},
         "layer_kinds": {**_NAMES, "description": "one name a layer"},
+        "reads": {
+            "type": "array",
+            "description": "which layers read by an offset, where it is not every layer",
+            "items": {
+                "type": "object",
+                "required": ["offset", "layers"],
+                "additionalProperties": False,
+                "properties": {"offset": _PAIR, "layers": {"type": "array", "items": _INT}},
+            },
+        },
         "levels": {
             "type": "array",
             "description": "what is executed, in order: the cells of each level",
@@ -70,6 +83,7 @@ def to_dict(schedule: Schedule) -> dict[str, Any]:
         "carries": [_carry_to_dict(c) for c in schedule.carries],
         "segment_variants": list(schedule.segment_variants),
         "layer_kinds": list(schedule.layer_kinds),
+        "reads": [{"offset": list(o), "layers": list(layers)} for o, layers in schedule.reads],
         "levels": [[list(cell) for cell in cells] for cells in schedule.levels],
     }
 
@@ -82,6 +96,8 @@ def _carry_to_dict(carry: Carry) -> dict[str, Any]:
         "dtype": carry.dtype,
         "nbytes": carry.nbytes,
         "producer_layers": list(carry.producer_layers),
+        "source": carry.source,
+        "through": carry.through,
     }
 
 
@@ -100,10 +116,11 @@ def from_dict(data: dict[str, Any]) -> Schedule:
         n_layers=data["n_layers"],
         n_segments=data["n_segments"],
         alpha=data["alpha"],
-        offsets=frozenset((ds, dl) for ds, dl in data["offsets"]),
+        offsets=frozenset(map(_pair, data["offsets"])),
         carries=tuple(_carry_from_dict(c) for c in data.get("carries", ())),
         segment_variants=tuple(data.get("segment_variants", ())),
         layer_kinds=tuple(data.get("layer_kinds", ())),
+        reads=tuple((_pair(r["offset"]), tuple(r["layers"])) for r in data.get("reads", ())),
         levels=tuple(tuple((s, layer) for s, layer in cells) for cells in data["levels"]),
         block=data.get("block", 0),
     )
@@ -114,15 +131,21 @@ def from_dict(data: dict[str, Any]) -> Schedule:
     return schedule
 
 
+def _pair(pair: list[int]) -> tuple[int, int]:
+    a, b = pair
+    return a, b
+
+
 def _carry_from_dict(data: dict[str, Any]) -> Carry:
-    ds, dl = data["offset"]
     return Carry(
         name=data["name"],
-        offset=(ds, dl),
+        offset=_pair(data["offset"]),
         shape=tuple(data["shape"]),
         dtype=data["dtype"],
         nbytes=data["nbytes"],
         producer_layers=tuple(data.get("producer_layers", ())),
+        source=data.get("source", ""),
+        through=data.get("through", ""),
     )
 
 

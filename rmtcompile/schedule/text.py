@@ -1,6 +1,8 @@
 """`str(schedule)`: a header, what is carried, the levels, and the grid with its level numbers.
 
     schedule  6 levels, width 3, 12 cells in 6 grouped calls       # 3 layers x 4 segments, level = s + l
+      widths    1, 2, 3 x 2, 2, 1
+      windows   layers 0, 0..1, 0..2 x 2, 1..2, 2
       0 [(0,0)]   1 [(0,1) (1,0)]   2 [(0,2) (1,1) (2,0)]   3 [(1,2) (2,1) (3,0)]   4 [(2,2) (3,1)]   ...
 
 Big schedules are elided with exact counts.
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rmtcompile.schedule.data import Schedule
+    from rmtcompile.schedule.parts import Window
 
 _WIDTH = 108
 _MAX_CELLS, _MAX_ROWS, _MAX_COLUMNS = 8, 16, 20
@@ -44,6 +47,26 @@ def runs(names: Sequence[str]) -> str:
     return ", ".join(f"{name} x {sum(1 for _ in group)}" for name, group in groupby(names))
 
 
+def _elided_runs(names: Sequence[str]) -> str:
+    """`1, 2, 3 x 7, 2, 1`, at most a dozen runs of equal names."""
+    found = [(name, sum(1 for _ in group)) for name, group in groupby(names)]
+    shown = elide(len(found), 12)
+    words = [f"{name} x {count}" if count > 1 else name for name, count in found]
+    text = [words[shown[0]]]
+    for before, i in pairwise(shown):
+        if i != before + 1:
+            text.append("...")
+        text.append(words[i])
+    return ", ".join(text)
+
+
+def _window(window: Window) -> str:
+    layers = window.layers
+    if len(layers) == 1:
+        return str(layers[0])
+    return f"{layers[0]}..{layers[-1]}" + f" by {window.step}" * (window.step > 1)
+
+
 def _header(schedule: Schedule) -> str:
     head = (
         f"schedule  {plural(schedule.n_levels, 'level')}, width {schedule.width}, "
@@ -62,6 +85,8 @@ def _facts(schedule: Schedule) -> list[str]:
         f"  offsets   {offsets}     mean width {schedule.mean_width:.2f}, {verdict}",
         f"  phases    ramp-up {span(phases.ramp_up)}, steady {span(phases.steady)}, "
         f"ramp-down {span(phases.ramp_down)}",
+        f"  widths    {_elided_runs([str(width) for width in schedule.widths])}",
+        f"  windows   layers {_elided_runs([_window(window) for window in schedule.windows])}",
     ]
     for i, carry in enumerate(schedule.carries):
         total = carry.total_bytes(schedule.n_layers)
@@ -69,6 +94,8 @@ def _facts(schedule: Schedule) -> list[str]:
         facts.append(
             f"  {label:<8}  {carry}, {carry.nbytes:,} bytes a cell, {total:,} bytes over "
             f"{plural(len(carry.writers(schedule.n_layers)), 'layer')}"
+            + f", through {carry.through}"
+            * bool(carry.through)
         )
     if len(set(schedule.segment_variants)) > 1:
         facts.append(f"  variants  {_short(runs(schedule.segment_variants))} (segments in order)")

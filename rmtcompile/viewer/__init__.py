@@ -14,6 +14,14 @@ main.js         keys, player, start
 from __future__ import annotations
 
 from rmtcompile.viewer.render import render
-from rmtcompile.viewer.view_model import CellView, OpView, PassView, ProfileView, ValueView, ViewModel
+from rmtcompile.viewer.view_model import (
+    CellView,
+    OpView,
+    PassView,
+    ProfileView,
+    ValueView,
+    ViewModel,
+    WitnessView,
+)
 
-__all__ = ["CellView", "OpView", "PassView", "ProfileView", "ValueView", "ViewModel", "render"]
+__all__ = ["CellView", "OpView", "PassView", "ProfileView", "ValueView", "ViewModel", "WitnessView", "render"]

@@ -3,20 +3,24 @@
 const templateOf = ([s, l]) => V.cells.find((c) => c.variant === G.variants[s] && c.kind === G.kinds[l]);
 let shownTemplate = null;
 
+/** Variant and kind of a cell, where there are several. */
+const sortOf = ([s, l]) =>
+  [
+    ["variant", G.variants[s], new Set(G.variants).size],
+    [`kind ${kindLetter(l)}`, G.kinds[l], kinds.length],
+  ]
+    .filter(([, , many]) => many > 1)
+    .map(([word, name]) => `${word} <b class="flat">${esc(name)}</b>`)
+    .join(", ");
+
 function renderCell() {
   const cell = state.cell,
     [s, l] = cell,
     t = levelOf(cell),
     found = templateOf(cell);
   $("cell-h").textContent = `Cell (${s},${l}): segment ${s}, layer ${l}`;
-  const others = widths[t] - 1;
-  const sort = [
-    ["variant", G.variants[s], G.variants],
-    ["kind", G.kinds[l], G.kinds],
-  ]
-    .filter(([, , all]) => new Set(all).size > 1)
-    .map(([word, name]) => `${word} <b>${esc(name)}</b>`)
-    .join(", ");
+  const others = widths[t] - 1,
+    sort = sortOf(cell);
   const keep = shownTemplate === found && found && $("opfilter") ? $("opfilter").value : "";
   shownTemplate = found;
   $("cell").innerHTML =
@@ -38,10 +42,7 @@ function renderCell() {
 
 function linksHtml(cell, sign, title, cls, none) {
   const list = linked(cell, sign).map(([other, offset]) => {
-    const writer = sign < 0 ? other : cell;
-    const carried = readsOf([writer], offset)
-      .map((c) => c.name)
-      .join(", ");
+    const carried = handedOn(sign < 0 ? other : cell, offset).join(", ");
     const where = sign < 0 ? whereFrom(offset) : whereTo(offset);
     return `<button class="chip ${cls}" data-cell="${other}"><b>${pair(other)}</b><small>${esc(carried || where)}</small></button>`;
   });
@@ -74,25 +75,32 @@ const valuesHtml = (title, values) =>
 
 function templateHtml(found) {
   return (
-    valuesHtml("Live-ins", found.liveIns) +
-    valuesHtml("Live-outs", found.liveOuts) +
+    valuesHtml("Reads (live-ins)", found.liveIns) +
+    valuesHtml("Leaves for others (live-outs)", found.liveOuts) +
     (found.params.length
       ? `<details><summary>${count(found.params.length, "parameter")} of this layer</summary>${valuesHtml("", found.params)}</details>`
+      : "") +
+    (found.functions.length && V.code
+      ? `<p class="quiet infn">Computed by ${found.functions.map((f) => `<button class="link mono" data-function="${esc(f)}">${esc(f)}</button>`).join(", ")} in the generated code.</p>`
       : "") +
     `<div class="opshead"><h3 id="opcount"></h3><input type="search" id="opfilter" placeholder="filter" aria-label="Filter operations by name, operation, module or source"></div>` +
     `<table class="ops"><thead><tr><th>operation</th><th>result</th><th style="text-align:right">source</th></tr></thead><tbody id="ops"></tbody></table>`
   );
 }
 
-function renderOps(found) {
+/** Operations as table rows, under the modules that ran them. */
+function opRows(ops) {
   let module = null;
-  const rows = found.ops.map(([name, op, type, source, path], i) => {
+  return ops.map(([name, op, type, source, path], i) => {
     const head = path && path !== module ? `<tr class="module"><td colspan="3">${esc(path)}</td></tr>` : "";
     module = path || module;
     const shown = name === op ? esc(op) : `${esc(op)} <span class="quiet">${esc(name)}</span>`;
     return `${head}<tr data-op="${i}"><td>${shown}</td><td>${esc(type)}</td><td class="src" title="${esc(source)}">${esc(source.split("/").pop())}</td></tr>`;
   });
-  $("ops").innerHTML = rows.join("");
+}
+
+function renderOps(found) {
+  $("ops").innerHTML = opRows(found.ops).join("");
   $("opcount").textContent = count(found.ops.length, "operation");
   $("ops").addEventListener("pointerover", (e) => traceOp(found, e.target.closest("[data-op]")));
   $("ops").addEventListener("pointerleave", () => traceOp(found, null));
@@ -137,6 +145,8 @@ function initCell() {
       setCell(chip.dataset.cell.split(",").map(Number));
       $("grid").focus({ preventScroll: true });
     }
+    const name = e.target.closest("[data-function]");
+    if (name) showFunction(name.dataset.function);
   });
   watch((what) => {
     if (what === "cell") renderCell();

@@ -3,13 +3,23 @@
 const WHOLE_GRAPH = 150;
 
 function flowHtml() {
-  const items = G.offsets.map((offset) => {
-    const carried = carriesOf(offset);
-    const words = `Cell (s, l) waits for cell (${term("s", -offset[0])}, ${term("l", -offset[1])}): ${whereFrom(offset)}.`;
+  const items = G.offsets.map((offset, i) => {
+    const carried = carriesOf(offset),
+      [ds, dl] = offset,
+      read = G.readers[i];
+    const possible = G.layers - Math.abs(dl);
+    const words =
+      read.length === 1
+        ? `Layer ${read[0]} waits for layer ${read[0] - dl} of the ${ds === 0 ? "same segment" : ds === 1 ? "previous segment" : `segment ${ds} earlier`}.`
+        : `Cell (s, l) waits for cell (${term("s", -ds)}, ${term("l", -dl)}): ${whereFrom(offset)}${read.length < possible ? `; only in layers ${spans(read)}` : ""}.`;
     const what = carried.length
       ? carriedTable(carried)
-      : `<p>${offset[0] ? "A value of an earlier segment." : "The activations that go up the stack of layers."}</p>`;
-    return `<article class="${offset[0] ? "carry" : ""}"><b>offset ${pair(offset)}</b><p>${words}</p>${what}</article>`;
+      : `<p>${ds ? "A value of an earlier segment." : "The activations that go up the stack of layers."}</p>`;
+    const seen = V.witnesses.find(([o]) => same(o, offset));
+    const proof = seen
+      ? `<details><summary>where the model does it</summary><p class="mono">${esc(seen[1])}<br>reads ${esc(seen[2])}</p></details>`
+      : "";
+    return `<article class="${ds ? "carry" : ""}"><b>offset ${pair(offset)}</b><p>${words}</p>${what}${proof}</article>`;
   });
   return `<div class="flow">${items.join("") || `<p class="quiet">No cell depends on another.</p>`}</div>`;
 }
@@ -19,7 +29,7 @@ function carriedTable(carried) {
   const rows = carried.map(
     (c) =>
       `<tr><td class="mono">${esc(c.name)}</td><td class="mono">${esc(c.type)}</td>` +
-      `<td>${c.layers.length === G.layers ? "all layers" : `layer${c.layers.length === 1 ? "" : "s"} ${spans(c.layers)}`}</td>` +
+      `<td>${layerWords(c.layers)}${c.through ? `, through ${esc(c.through)}` : ""}${c.source ? `<br><span class="mono quiet" title="${esc(c.source)}">${esc(c.source.split("/").pop())}</span>` : ""}</td>` +
       `<td class="num">${bytes(c.bytes)}</td><td class="num">${bytes(c.total)}</td></tr>`,
   );
   return `<table><thead><tr><th>carried</th><th>type</th><th>written by</th><th class="num">a cell</th><th class="num">in all</th></tr></thead><tbody>${rows.join("")}</tbody></table>`;
@@ -40,6 +50,18 @@ function graphCells() {
     }
   }
   return { all, whole };
+}
+
+/** What runs outside the grid, with its operations. */
+function aroundHtml() {
+  if (!V.around.length) return "";
+  const parts = V.around.map(
+    (r) =>
+      `<details><summary>${esc(r.kind)}: ${esc(r.variant)}, ${count(r.ops.length, "operation")}</summary>` +
+      valuesHtml("Reads", r.liveIns) +
+      `<h3>Operations</h3><table class="ops"><tbody>${opRows(r.ops).join("")}</tbody></table></details>`,
+  );
+  return `<h2 class="below">Around the grid</h2><p class="quiet">Embedding, head and the like: no layer's work.</p>${parts.join("")}`;
 }
 
 function renderGraph() {
@@ -102,8 +124,8 @@ function renderGraph() {
 
 function initGraph(panel) {
   panel.innerHTML =
-    `<div class="split"><div><h2>What each cell waits for</h2><p class="quiet" style="margin:2px 0 10px">The same rule holds for all cells; where the other cell lies outside the grid there is nothing to wait for.</p>${flowHtml()}</div>` +
-    `<div><h2>Graph of cells</h2><p class="quiet" id="dagnote" style="margin:2px 0 10px"></p><div class="dag" id="dag"></div></div></div>`;
+    `<div class="split"><div><h2>What each cell waits for</h2><p class="quiet" style="margin:2px 0 10px">Where the other cell lies outside the grid there is nothing to wait for.</p>${flowHtml()}</div>` +
+    `<div><h2>Graph of cells</h2><p class="quiet" id="dagnote" style="margin:2px 0 10px"></p><div class="dag" id="dag" tabindex="0" role="region" aria-label="Dependence graph, scrolls sideways"></div>${aroundHtml()}</div></div>`;
   $("dag").addEventListener("click", (e) => {
     const node = e.target.closest("[data-cell]");
     if (node) setCell(node.dataset.cell.split(",").map(Number));

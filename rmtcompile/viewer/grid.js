@@ -1,11 +1,11 @@
 // The layer x segment grid: one canvas for the cells, one above it for the cursor and the arrows.
 
-const PAD = { left: 58, top: 6, bottom: 22, right: 10 };
+const PAD = { left: kinds.length > 1 ? 74 : 58, top: 6, bottom: 22, right: 10 };
 const box = { w: 10, h: 10, gap: 1 };
 
 function measure() {
   const room = $("scroller").clientWidth - PAD.left - PAD.right;
-  const tall = Math.max(264, Math.min(430, window.innerHeight - 420));
+  const tall = Math.max(240, Math.min(430, window.innerHeight - 420));
   box.w = Math.max(4, Math.min(84, Math.floor(room / G.segments)));
   box.h = Math.max(5, Math.min(Math.max(box.w, 8), 54, Math.floor(tall / G.layers)));
   box.gap = Math.min(box.w, box.h) >= 14 ? 3 : Math.min(box.w, box.h) >= 6 ? 1 : 0;
@@ -93,7 +93,10 @@ function drawAxes(ctx) {
   ctx.textBaseline = "middle";
   const stepL = niceStep(15 / box.h);
   ctx.textAlign = "right";
-  for (let l = 0; l < G.layers; l += stepL) ctx.fillText(`layer ${l}`, PAD.left - 8, middle([0, l])[1]);
+  for (let l = 0; l < G.layers; l += stepL) {
+    const kind = kinds.length > 1 ? ` ${kindLetter(l)}` : "";
+    ctx.fillText(`layer ${l}${kind}`, PAD.left - 8, middle([0, l])[1]);
+  }
   const stepS = niceStep(30 / box.w);
   ctx.textAlign = "center";
   const y = PAD.top + box.h * G.layers + 11;
@@ -159,14 +162,15 @@ function showTip(event) {
   const names = (sign) =>
     linked(cell, sign)
       .map(([other, offset]) => {
-        const carried = carriesOf(offset).map((c) => c.name);
+        const carried = handedOn(sign < 0 ? other : cell, offset);
         return pair(other) + (carried.length ? ` by ${carried.join(", ")}` : "");
       })
       .join(", ") || "nothing";
-  const others = widths[levelOf(cell)] - 1;
+  const others = widths[levelOf(cell)] - 1,
+    sort = sortOf(cell);
   $("tip").innerHTML =
     `<b>segment ${cell[0]}, layer ${cell[1]} · level ${levelOf(cell)}</b>` +
-    `runs ${others ? `with ${count(others, "other cell")}` : "alone"}<br>waits for ${esc(names(-1))}<br>feeds ${esc(names(1))}`;
+    `${sort ? `${sort}<br>` : ""}runs ${others ? `with ${count(others, "other cell")}` : "alone"}<br>waits for ${esc(names(-1))}<br>feeds ${esc(names(1))}`;
   const left = Math.min(event.clientX + 14, window.innerWidth - 340);
   const below = event.clientY + 18 + $("tip").offsetHeight < window.innerHeight;
   $("tip").style.left = `${left}px`;

@@ -8,16 +8,22 @@ function renderHead() {
       ? `Cells of one level run together: up to <b>${maxWidth}</b> at once, <b>${count(G.levels, "step")}</b> instead of ${cells.toLocaleString("en")}.`
       : "No two cells can run together, so they run one after the other.";
   const later = G.offsets
-    .filter((o) => o[0] > 0)
-    .map((o) => {
+    .map((o, i) => [o, G.readers[i]])
+    .filter(([o]) => o[0] > 0)
+    .map(([o, layers]) => {
       const names = carriesOf(o).map((c) => `<code>${esc(c.name)}</code>`);
       const shown = names.length > 4 ? [...names.slice(0, 3), `${names.length - 3} more`] : names;
-      return `${listed(shown) || "a value"} to ${whereTo(o)}`;
+      const what = listed(shown) || "a value";
+      const way = [...new Set(carriesOf(o).map((c) => c.through))].filter(Boolean);
+      const through = way.length ? ` (through ${esc(listed(way))})` : "";
+      if (layers.length !== 1) return `a cell hands on ${what} to ${whereTo(o)}${through}`;
+      const segment = o[0] === 1 ? "the next segment" : `the segment ${o[0]} later`;
+      return `layer ${layers[0] - o[1]} hands on ${what} to layer ${layers[0]} of ${segment}${through}`;
     });
   const carry = later.length
-    ? ` From segment to segment a cell hands on ${listed(later)}.`
+    ? ` From segment to segment ${listed(later)}.`
     : " Nothing flows from one segment to the next.";
-  $("lead").innerHTML = `A cell is one layer on one segment. ${together}${carry}`;
+  $("lead").innerHTML = `A cell is one layer on one segment. ${together}${carry}${timeLead()}`;
   const tiles = [
     ["cells", `${cells.toLocaleString("en")} <small>${G.layers} × ${G.segments}</small>`],
     [`level = ${G.rule}`, `${count(G.levels, "level")}`],
@@ -25,11 +31,11 @@ function renderHead() {
   ];
   if (G.carries.length) tiles.push(["carried", bytes(sum(G.carries.map((c) => c.total)))]);
   if (V.profile) {
-    const total = sum(V.profile.levelUs);
+    const total = totalTime();
     const gain = V.profile.sequentialUs
-      ? ` <small>${(V.profile.sequentialUs / total).toFixed(2)}× faster than in order</small>`
+      ? ` <small>${speed(total, V.profile.sequentialUs)}</small>`
       : "";
-    tiles.push(["measured", `${micros(total)}${gain}`]);
+    tiles.push(["a call, measured", `${micros(total)}${gain}`]);
   }
   V.facts.forEach(([name, value]) => tiles.push([esc(name), esc(value)]));
   $("tiles").innerHTML = tiles
@@ -53,7 +59,23 @@ function renderHead() {
       .join("") +
     `<li><i class="thin" style="background:var(--steady-bg)"></i>done</li>` +
     swatch("--later", "to run") +
+    (kinds.length > 1
+      ? `<li title="${esc(kinds.map((k, i) => `${String.fromCharCode(65 + (i % 26))}: ${k}`).join(", "))}"><b>A</b>, <b>B</b> … kinds of layers: one grouped call each</li>`
+      : "") +
     `<li><i class="arrow" style="background:var(--in)"></i>it waits for</li><li><i class="arrow" style="background:var(--out)"></i>it feeds</li>`;
+}
+
+/** Where the time goes, in one sentence. */
+function timeLead() {
+  if (!V.profile) return "";
+  const total = totalTime(),
+    [phase, took] = phaseTimes().reduce((a, b) => (b[1] > a[1] ? b : a)),
+    kind = kindTimes()[0];
+  const share = phaseTimes().length > 1 ? `, ${percent(took, total)} of it in the ${PHASE_WORDS[phase]}` : "";
+  const most = kind
+    ? `; of the time in operations most goes to ${esc(kind[0])} (${percent(kind[1], sum(kindTimes().map((k) => k[1])))})`
+    : "";
+  return ` A call takes <b>${micros(total)}</b>${share}${most}.`;
 }
 
 function renderNow() {
@@ -62,7 +84,8 @@ function renderNow() {
     phase = phaseOf(t);
   const layers = cells.map((c) => c[1]).sort((a, b) => a - b),
     segments = cells.map((c) => c[0]);
-  const alone = cells.length === 1 ? "1 cell runs" : `<b>${cells.length} cells run together</b>`;
+  const calls = callsOf(t) > 1 ? `, in ${callsOf(t)} grouped calls` : "";
+  const alone = cells.length === 1 ? "1 cell runs" : `<b>${cells.length} cells run together</b>${calls}`;
   const took = V.profile ? `, ${micros(V.profile.levelUs[t])}` : "";
   const ls = [...new Set(layers)];
   $("now").innerHTML =

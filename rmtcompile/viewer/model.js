@@ -30,16 +30,22 @@ function cellsOf(t) {
 const widths = Array.from({ length: G.levels }, (_, t) => cellsOf(t).length);
 const maxWidth = Math.max(...widths);
 
+const readers = G.readers.map((layers) => new Set(layers));
 /** The dependences of a cell as [cell, offset]; `sign` -1: what it waits for, +1: what waits for it. */
 const linked = (cell, sign) =>
   G.offsets
-    .map(([ds, dl]) => [
-      [cell[0] + sign * ds, cell[1] + sign * dl],
-      [ds, dl],
-    ])
-    .filter(([other]) => inGrid(other));
+    .map(([ds, dl], i) => [[cell[0] + sign * ds, cell[1] + sign * dl], [ds, dl], i])
+    .filter(([other, , i]) => inGrid(other) && readers[i].has(sign < 0 ? cell[1] : other[1]));
 const carriesOf = (offset) => G.carries.filter((c) => same(c.offset, offset));
-const readsOf = ([other], offset) => carriesOf(offset).filter((c) => c.layers.includes(other[1]));
+/** What a cell hands on by an offset, by name. */
+const handedOn = (writer, offset) =>
+  carriesOf(offset)
+    .filter((c) => c.layers.includes(writer[1]))
+    .map((c) => c.name);
+/** Kinds of layers: only layers of one kind share a grouped call. */
+const kinds = [...new Set(G.kinds)];
+const kindLetter = (l) => String.fromCharCode(65 + (kinds.indexOf(G.kinds[l]) % 26));
+const callsOf = (t) => new Set(cellsOf(t).map(([, l]) => G.kinds[l])).size;
 
 // -- words
 
@@ -57,7 +63,7 @@ const bytes = (n) => {
 };
 const micros = (us) => {
   const [value, unit] = us >= 1e6 ? [us / 1e6, "s"] : us >= 1000 ? [us / 1000, "ms"] : [us, "µs"];
-  return `${Number(value.toPrecision(value >= 100 ? Math.ceil(Math.log10(value + 1)) : 3))} ${unit}`;
+  return `${Number(value.toPrecision(value >= 100 ? Math.ceil(Math.log10(value + 1)) : 3))}\u00a0${unit}`;
 };
 const percent = (part, whole) => {
   const share = whole ? (100 * part) / whole : 0;
@@ -84,11 +90,15 @@ function whereFrom([ds, dl]) {
   return `${layer}, ${segment}`;
 }
 function whereTo([ds, dl]) {
-  const segment = ds === 0 ? "the same segment" : ds === 1 ? "the next segment" : `${ds} segments later`;
+  const segment = ds === 0 ? "the same segment" : ds === 1 ? "the next segment" : `the segment ${ds} later`;
   if (dl === 0) return `the same layer of ${segment}`;
-  const layer = Math.abs(dl) === 1 ? "the layer" : `the layer ${Math.abs(dl)}`;
-  return `${layer} ${dl > 0 ? "above" : "below"} in ${segment}`;
+  const layer = Math.abs(dl) === 1 ? "the layer" : count(Math.abs(dl), "layer");
+  return `${layer} ${dl > 0 ? "above" : "below"}, in ${segment}`;
 }
+const layerWords = (layers) =>
+  layers.length === G.layers ? "every layer" : `layer${layers.length === 1 ? "" : "s"} ${spans(layers)}`;
+/** A measured time against the model's own: "1.6× as fast as". */
+const speed = (ours, theirs) => `${(theirs / ours).toFixed(2)}× as fast as the model's own forward`;
 
 const listed = (items) =>
   items.length > 1 ? `${items.slice(0, -1).join(", ")} and ${items[items.length - 1]}` : items.join("");

@@ -61,6 +61,27 @@ function coloured(code) {
   return (out + esc(code.slice(at))).split("\n");
 }
 
+const functions = [...V.code.matchAll(/^def (\w+)\(/gm)].map((m) => [
+  m[1],
+  V.code.slice(0, m.index).split("\n").length,
+]);
+
+function scrollToLine(n) {
+  const view = document.querySelector("#panel-code .code");
+  view.scrollTop = view.querySelector(`[data-line="${n}"]`).offsetTop - view.offsetTop - 40;
+}
+
+/** Open the code at a function. */
+function showFunction(name) {
+  const found = functions.find(([f]) => f === name);
+  if (!found) return;
+  $("tab-code").click();
+  $("functions").value = found[1];
+  scrollToLine(found[1]);
+  document.querySelector(".tabs").scrollIntoView();
+  document.querySelector("#panel-code .code").focus({ preventScroll: true });
+}
+
 function initCode(panel) {
   const phaseAt = (n) =>
     Object.keys(V.codePhases).find((p) => n >= V.codePhases[p][0] && n <= V.codePhases[p][1]) || "";
@@ -72,15 +93,14 @@ function initCode(panel) {
       `<button data-jump="${V.codePhases[p][0]}" class="phase ${p}">${PHASE_WORDS[p]}, line ${V.codePhases[p][0]}</button>`,
   );
   panel.innerHTML =
-    `<h2>The code that runs</h2><div class="codehead" style="margin-top:6px">${jumps.join("") || ""}</div>` +
+    `<h2>The code that runs</h2><div class="codehead" style="margin-top:6px">${jumps.join("") || ""}` +
+    `<label class="quiet">function <select id="functions">${functions.map(([name, n]) => `<option value="${n}">${esc(name)}, line ${n}</option>`).join("")}</select></label></div>` +
     `<div class="code" tabindex="0" role="region" aria-label="Generated Python">${lines.join("")}</div>`;
   panel.addEventListener("click", (e) => {
     const jump = e.target.closest("[data-jump]");
-    if (!jump) return;
-    const view = panel.querySelector(".code");
-    view.scrollTop =
-      panel.querySelector(`[data-line="${jump.dataset.jump}"]`).offsetTop - view.offsetTop - 40;
+    if (jump) scrollToLine(jump.dataset.jump);
   });
+  $("functions").addEventListener("change", (e) => scrollToLine(e.target.value));
   const mark = () =>
     panel
       .querySelectorAll(".line")
@@ -92,6 +112,12 @@ function initCode(panel) {
 }
 
 const sum = (values) => values.reduce((a, b) => a + b, 0);
+const phaseTimes = () =>
+  Object.keys(G.phases)
+    .filter((n) => G.phases[n][1] > G.phases[n][0])
+    .map((n) => [n, sum(V.profile.levelUs.slice(...G.phases[n]))]);
+const totalTime = () => sum(V.profile.levelUs) + V.profile.outsideUs;
+const kindTimes = () => Object.entries(V.profile.kindUs).sort((a, b) => b[1] - a[1]);
 const hbar = (name, part, whole, most, cls = "") =>
   `<div class="hbar"><span>${esc(name)}</span><span><i class="${cls}" style="width:${(100 * part) / most}%"></i></span><span>${micros(part)} <span class="quiet">${percent(part, whole)}</span></span></div>`;
 
@@ -101,28 +127,28 @@ function initTime(panel) {
     panel.innerHTML = `<h2>No measured times</h2><p class="quiet">This file holds the plan only. A profile (<code>fast.profile(...)</code>) adds the time of each level and of each kind of operation.</p>`;
     return null;
   }
-  const total = sum(p.levelUs);
-  const phases = Object.keys(G.phases)
-    .filter((n) => G.phases[n][1] > G.phases[n][0])
-    .map((n) => [n, sum(p.levelUs.slice(...G.phases[n]))]);
-  const kinds = Object.entries(p.kindUs).sort((a, b) => b[1] - a[1]);
-  const kindTotal = sum(kinds.map((k) => k[1]));
+  const total = totalTime();
+  const phases = phaseTimes(),
+    spent = kindTimes();
+  const kindTotal = sum(spent.map((k) => k[1])),
+    longest = Math.max(p.outsideUs, ...phases.map((x) => x[1]));
   const slowest = p.levelUs.indexOf(Math.max(...p.levelUs));
   const faster = p.sequentialUs
-    ? `, against ${micros(p.sequentialUs)} one cell after the other: <b>${(p.sequentialUs / total).toFixed(2)}× faster</b>`
+    ? `, against ${micros(p.sequentialUs)}: <b>${speed(total, p.sequentialUs)}</b>`
     : "";
   const used = p.utilisation.length
     ? ` The device was used to ${percent(sum(p.utilisation.map((u, t) => u * p.levelUs[t])), total)} of its peak.`
     : "";
   panel.innerHTML =
     `<h2>Where the time goes</h2><p class="quiet" style="margin:2px 0 12px"><b style="color:var(--ink)">${micros(total)}</b> in all${faster}${V.device ? `, on ${esc(V.device)}` : ""}. ` +
-    `${micros(total / (G.layers * G.segments))} a cell; the slowest level is ${slowest} (${micros(p.levelUs[slowest])}).${used}</p>` +
+    `${micros(total / (G.layers * G.segments))} a cell; the slowest level is ${slowest} (${micros(p.levelUs[slowest])}).${used} A level includes what happens to the segment that enters and to the one that leaves.</p>` +
     `<div class="times"><div><h3 style="margin-top:0">Time of each level</h3><canvas id="timechart" role="img" aria-label="Measured time of each level"></canvas></div><div>` +
-    `<h3 style="margin-top:0">By phase</h3>${phases.map(([n, t]) => hbar(`${PHASE_WORDS[n]}, ${count(G.phases[n][1] - G.phases[n][0], "level")}`, t, total, Math.max(...phases.map((x) => x[1])), n)).join("")}` +
-    (kinds.length
-      ? `<h3>By kind of operation</h3>${kinds.map(([k, t]) => hbar(k, t, kindTotal, kinds[0][1])).join("")}`
+    `<h3 style="margin-top:0">By phase</h3>${phases.map(([n, t]) => hbar(`${PHASE_WORDS[n]}, ${count(G.phases[n][1] - G.phases[n][0], "level")}`, t, total, longest, n)).join("")}` +
+    (p.outsideUs ? hbar("outside of levels", p.outsideUs, total, longest, "outside") : "") +
+    (spent.length
+      ? `<h3>By kind of operation</h3>${spent.map(([k, t]) => hbar(k, t, kindTotal, spent[0][1])).join("")}`
       : "") +
-    "</div></div>";
+    `</div></div><details><summary>All levels as a table</summary>${levelTable()}</details>`;
   const draw = () => {
     if (!panel.hidden) drawTimes();
   };
@@ -132,6 +158,20 @@ function initTime(panel) {
   });
   window.addEventListener("resize", draw);
   return draw;
+}
+
+function levelTable() {
+  const p = V.profile,
+    used = p.utilisation.length > 0;
+  const rows = p.levelUs.map(
+    (us, t) =>
+      `<tr><td class="num">${t}</td><td>${PHASE_WORDS[phaseOf(t)]}</td><td class="num">${widths[t]}</td><td class="num">${callsOf(t)}</td>` +
+      `<td class="num">${micros(us)}</td><td class="num">${micros(us / widths[t])}</td>${used ? `<td class="num">${percent(p.utilisation[t], 1)}</td>` : ""}</tr>`,
+  );
+  return (
+    `<table class="levels"><thead><tr><th class="num">level</th><th>phase</th><th class="num">cells</th><th class="num">calls</th><th class="num">time</th><th class="num">a cell</th>` +
+    `${used ? `<th class="num">of peak</th>` : ""}</tr></thead><tbody>${rows.join("")}</tbody></table>`
+  );
 }
 
 function drawTimes() {
@@ -181,8 +221,11 @@ function drawTimes() {
   );
 }
 
-function initNotes(panel) {
-  panel.innerHTML = `<h2>Notes</h2><ul class="notes" style="margin-top:8px">${V.notes.map((n) => `<li>${esc(n)}</li>`).join("")}</ul>`;
+function initExplanation(panel) {
+  const rows = V.explanation.map(
+    ([title, lines]) => `<tr><th>${esc(title)}</th><td class="mono">${lines.map(esc).join("<br>")}</td></tr>`,
+  );
+  panel.innerHTML = `<h2>What was found, and why it runs as it does</h2><table class="why"><tbody>${rows.join("")}</tbody></table>`;
 }
 
 function initTabs() {
@@ -192,7 +235,7 @@ function initTabs() {
   ];
   if (V.passes.length) tabs.push(["pipeline", "Pipeline", initPipeline]);
   if (V.code) tabs.push(["code", "Code", initCode]);
-  if (V.notes.length) tabs.push(["notes", "Notes", initNotes]);
+  if (V.explanation.length) tabs.push(["why", "Explanation", initExplanation]);
   const shown = {};
   $("tablist").innerHTML = tabs
     .map(

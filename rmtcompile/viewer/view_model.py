@@ -57,6 +57,8 @@ class ValueView:
 class CellView:
     """The cells of one kind of layer and one variant of segment: they have the same operations.
 
+    A region outside the grid is one, too: its kind is its name, its variant says when it runs.
+
     Args:
         kind: the name in `Schedule.layer_kinds`.
         variant: the name in `Schedule.segment_variants`.
@@ -64,6 +66,7 @@ class CellView:
         live_ins, live_outs: values that come from, and go to, other cells.
         carries: names of the schedule's carries that this cell reads or writes.
         params: the parameters of one cell.
+        functions: names of the functions in the emitted module that compute this cell.
     """
 
     kind: str
@@ -73,6 +76,16 @@ class CellView:
     live_outs: tuple[ValueView, ...] = ()
     carries: tuple[str, ...] = ()
     params: tuple[ValueView, ...] = ()
+    functions: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class WitnessView:
+    """The place in the model that shows a dependence offset: who reads, and what is read."""
+
+    offset: tuple[int, int]
+    reader: str
+    writer: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +107,15 @@ class ProfileView:
         level_us: microseconds of each level.
         kind_us: microseconds of each kind of operation, over the whole run.
         utilisation: share of the device's peak on each level, 0 to 1; empty if it was not measured.
-        sequential_us: the whole run in the sequential order, to compare with.
+        sequential_us: one call of the model's own forward, to compare with.
+        outside_us: microseconds before the first level and after the last.
     """
 
     level_us: tuple[float, ...]
     kind_us: Mapping[str, float] = dataclasses.field(default_factory=dict)
     utilisation: tuple[float, ...] = ()
     sequential_us: float | None = None
+    outside_us: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,25 +126,29 @@ class ViewModel:
         title: what the page is called, as a rule the model's name.
         schedule: the grid and its levels.
         cells: one template for each (kind, variant) that occurs.
+        around: what runs outside the grid: before it, before layer 0, after the last layer.
+        witnesses: the place in the model that shows each offset.
         passes: the pipeline in order.
         code: the emitted module.
         code_phases: first and last line (from 1) of "ramp_up", "steady" and "ramp_down" in `code`.
         profile: measured times.
         device: what the profile was measured on.
         facts: more (name, value) pairs for the page's head, such as the plan chosen.
-        notes: sentences for the reader, such as why a plan was chosen.
+        explanation: (title, lines): what was found in the model, and why the plan was chosen.
     """
 
     title: str
     schedule: Schedule
     cells: tuple[CellView, ...] = ()
+    around: tuple[CellView, ...] = ()
+    witnesses: tuple[WitnessView, ...] = ()
     passes: tuple[PassView, ...] = ()
     code: str = ""
     code_phases: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     profile: ProfileView | None = None
     device: str = ""
     facts: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = ()
+    explanation: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def __post_init__(self) -> None:
         n_lines = len(self.code.splitlines())
@@ -154,9 +173,11 @@ def to_dict(view: ViewModel) -> dict[str, Any]:
         "title": view.title,
         "device": view.device,
         "facts": [list(fact) for fact in view.facts],
-        "notes": list(view.notes),
+        "explanation": [[title, list(lines)] for title, lines in view.explanation],
         "schedule": _schedule(view.schedule),
         "cells": [_cell(cell) for cell in view.cells],
+        "around": [_cell(cell) for cell in view.around],
+        "witnesses": [[list(w.offset), w.reader, w.writer] for w in view.witnesses],
         "passes": [
             {**dataclasses.asdict(p), "before": dict(p.before), "after": dict(p.after)} for p in view.passes
         ],
@@ -177,6 +198,7 @@ def _schedule(schedule: Schedule) -> dict[str, Any]:
         "block": schedule.block or schedule.n_segments,
         "rule": schedule.level_rule,
         "offsets": [list(o) for o in sorted(schedule.offsets)],
+        "readers": [list(schedule.readers(o)) for o in sorted(schedule.offsets)],
         "levels": schedule.n_levels,
         "criticalPath": schedule.critical_path,
         "calls": schedule.n_calls,
@@ -189,6 +211,8 @@ def _schedule(schedule: Schedule) -> dict[str, Any]:
                 "bytes": c.nbytes,
                 "total": c.total_bytes(schedule.n_layers),
                 "layers": list(c.writers(schedule.n_layers)),
+                "source": c.source,
+                "through": c.through,
             }
             for c in schedule.carries
         ],
@@ -211,6 +235,7 @@ def _cell(cell: CellView) -> dict[str, Any]:
         "liveOuts": [_value(v) for v in cell.live_outs],
         "carries": list(cell.carries),
         "params": [_value(v) for v in cell.params],
+        "functions": list(cell.functions),
     }
 
 
@@ -220,4 +245,5 @@ def _profile(profile: ProfileView) -> dict[str, Any]:
         "kindUs": {kind: round(t, 3) for kind, t in profile.kind_us.items()},
         "utilisation": [round(u, 4) for u in profile.utilisation],
         "sequentialUs": profile.sequential_us,
+        "outsideUs": round(profile.outside_us, 3),
     }

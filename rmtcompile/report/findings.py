@@ -1,0 +1,259 @@
+"""Explain: fills in an `Explanation` from a compiled program, or from the refusal to compile one."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from rmtcompile.api import Optimized, optimize, schedule_of
+from rmtcompile.errors import RMTCompileError, UnsupportedError
+from rmtcompile.passes.partition import CELL, INIT
+from rmtcompile.passes.wavefront import blocking, blocking_reason, skew
+from rmtcompile.pipeline import Compiled
+from rmtcompile.report.explanation import (
+    Axis,
+    Explanation,
+    Kind,
+    Offset,
+    Refusal,
+    Speedup,
+    StageReport,
+    Variant,
+)
+from rmtcompile.report.names import input_labels, model_name, op_name, type_of
+from rmtcompile.report.plans import Measured, measured_plans
+from rmtcompile.report.stages import changes
+from rmtcompile.schedule import Schedule, short_type
+
+
+def explain(model: Any, *args: Any, **kwargs: Any) -> Explanation:
+    """Say what the compiler finds in `model` when it is called as `model(*args, **kwargs)`; nothing is run.
+
+    A model that is refused is explained, too: the evidence, and what would help.
+
+    Args:
+        model: an `nn.Module` or any callable on tensors, or what `optimize` gave for one.  Without
+            further arguments, the program of its last call is explained.
+
+    Raises:
+        RMTCompileError: without arguments, and nothing was captured yet.
+    """
+    fast = model if isinstance(model, Optimized) else optimize(model)
+    if not args and not kwargs:
+        return explain_last(fast)
+    reached: list[str] = []
+    progress = fast._progress
+
+    def report(line: str) -> None:
+        reached.append(line)
+        if progress:
+            progress(line)
+
+    fast._progress = report
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they say is part of the explanation
+            fast.prepare(*args, **kwargs)
+    except UnsupportedError as error:
+        refusal = Refusal(
+            type(error).__name__,
+            error.what,
+            error.evidence,
+            error.remedy,
+            reached[-1] if reached else "probe",
+        )
+        return Explanation(model_name(fast.model), refusal, _types(fast.model, args, kwargs))
+    finally:
+        fast._progress = progress
+    return explain_last(fast)
+
+
+def _types(model: Any, args: Any, kwargs: Any) -> tuple[str, ...]:
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    labels = input_labels(model, spec)
+    return tuple(
+        f"{label}: {type_of(value)}"
+        for label, value in zip(labels, flat, strict=True)
+        if isinstance(value, torch.Tensor)
+    )
+
+
+def explain_last(fast: Optimized) -> Explanation:
+    """The explanation of the program that the last call ran."""
+    if fast._last is None:
+        raise RMTCompileError("nothing is captured yet: call the optimized model once, or give its arguments")
+    entry, count = fast._last
+    compiled, backend = entry.compiled, entry.executor.backend
+    schedule = schedule_of(compiled, count)
+    inputs, axes = inputs_of(fast)
+    rolled = compiled.rolled
+    measured = measured_plans(entry.executor, count)
+    plan, why = plan_of(fast, compiled, schedule, measured)
+    return Explanation(
+        model=model_name(fast.model),
+        inputs=inputs,
+        layers=compiled.layer_paths,
+        segments=count,
+        axes=axes,
+        proved_on=rolled.proved_on,
+        shortest=rolled.minimum,
+        only=rolled.fixed,
+        variants=_variants(compiled, schedule),
+        kinds=_kinds(compiled, schedule),
+        offsets=_offsets(compiled),
+        carries=schedule.carries,
+        operations=_operations(compiled),
+        hoisted=_hoisted(compiled),
+        merged=_shrunk_by(compiled, "number"),
+        dropped=_shrunk_by(compiled, "drop"),
+        optimised=tuple(changes(compiled, compiled.passes_off)),
+        schedule=schedule,
+        plan=plan,
+        why=why,
+        speedups=_speedups(fast, schedule, plan, measured),
+        backend=backend if isinstance(backend, str) else getattr(backend, "__name__", "custom"),
+        stages=tuple(
+            StageReport(s.name, s.seconds, sum(s.before.values()), sum(s.after.values()), s.difference)
+            for s in compiled.stages
+        ),
+        compile_seconds=measured.compile_seconds,
+    )
+
+
+def inputs_of(fast: Optimized) -> tuple[tuple[str, ...], tuple[Axis, ...]]:
+    """Name and type of each tensor that the last call was given, and the axes that are cut into segments."""
+    assert fast._last is not None
+    entry, count = fast._last
+    flat, spec = pytree.tree_flatten(entry.example)
+    labels = [
+        label
+        for label, value in zip(input_labels(fast.model, spec), flat, strict=True)
+        if isinstance(value, torch.Tensor)
+    ]
+    capture = entry.compiled.captures[0]
+    values = [node.meta["val"] for node in capture.graph.nodes if node.op == "placeholder"]
+    shapes = entry.segmentation.shapes([value.shape for value in values], count)
+    inputs = tuple(
+        f"{label}: {short_type(str(value.dtype), shape)}"
+        for label, value, shape in zip(labels, values, shapes, strict=True)
+    )
+    axes = tuple(
+        Axis(labels[axis.leaf], axis.dim, axis.length, shapes[axis.leaf][axis.dim] % axis.length)
+        for axis in entry.segmentation.axes
+    )
+    return inputs, axes
+
+
+def _variants(compiled: Compiled, schedule: Schedule) -> tuple[Variant, ...]:
+    layer = schedule.n_layers // 2
+    return tuple(
+        Variant(name, segments, _operations_of(compiled, schedule, layer, segments[0]))
+        for name, segments in _segments_of(schedule).items()
+    )
+
+
+def _segments_of(schedule: Schedule) -> dict[str, tuple[int, ...]]:
+    """The segments of each variant."""
+    found: dict[str, list[int]] = {}
+    for segment, name in enumerate(schedule.segment_variants):
+        found.setdefault(name, []).append(segment)
+    return {name: tuple(segments) for name, segments in found.items()}
+
+
+def _operations_of(compiled: Compiled, schedule: Schedule, layer: int, segment: int) -> int:
+    return len(compiled.rolled.rule(CELL, layer, segment, schedule.n_segments).body.nodes)
+
+
+def _kinds(compiled: Compiled, schedule: Schedule) -> tuple[Kind, ...]:
+    groups = {group.name: group for group in compiled.program.groups}
+    found = []
+    for name in dict.fromkeys(schedule.layer_kinds):
+        group = groups[name]
+        operations = tuple(
+            (variant, _operations_of(compiled, schedule, group.layers[0], segments[0]))
+            for variant, segments in _segments_of(schedule).items()
+        )
+        weights = sum(port.is_weight for port in group.ports)
+        found.append(Kind(name, group.layers, weights, operations))
+    return tuple(found)
+
+
+def _offsets(compiled: Compiled) -> tuple[Offset, ...]:
+    n_layers = compiled.program.n_layers
+    blocked = blocking(compiled.program.offsets, n_layers)
+    return tuple(
+        Offset(o, d.consumer, d.producer, d.reason, skew({o}, n_layers), o in blocked)
+        for o, d in sorted(compiled.dependences.items())
+    )
+
+
+def _operations(compiled: Compiled) -> tuple[int, int]:
+    captured = next(
+        (s for s in reversed(compiled.stages) if s.name.startswith("capture")), compiled.stages[0]
+    )
+    rules = compiled.rolled.rules
+    kinds: dict[Any, int] = {}
+    for by_class in rules.values():
+        for rule in by_class.values():
+            kinds[rule.body.key] = len(rule.body.nodes)
+    return sum(captured.after.values()), sum(kinds.values())
+
+
+def _hoisted(compiled: Compiled) -> tuple[tuple[str, int], ...]:
+    nodes = compiled.rolled.rules[(INIT, -1)][0].body.nodes
+    return tuple(Counter(op_name(node) for node in nodes).most_common())
+
+
+def _shrunk_by(compiled: Compiled, name: str) -> int:
+    """By how many operations a stage made the largest capture smaller."""
+    stage = next((s for s in reversed(compiled.stages) if s.name == name), None)
+    return sum(stage.before.values()) - sum(stage.after.values()) if stage else 0
+
+
+def plan_of(fast: Optimized, compiled: Compiled, schedule: Schedule, measured: Measured) -> tuple[str, str]:
+    """The plan that runs, and the reason for it."""
+    offsets, n_layers = compiled.program.offsets, schedule.n_layers
+    if fast._options.plan == "sequential":
+        return "sequential", "asked for with plan='sequential'"
+    if n_layers == 1:
+        return "sequential", "there is one layer, and its segments follow each other"
+    blocked = blocking(offsets, n_layers)
+    if blocked:
+        witness = compiled.dependences[blocked[0]]
+        return "sequential", (
+            f"{blocking_reason(offsets, n_layers)}; {witness.consumer} reads {witness.producer} "
+            f"{witness.reason}".rstrip()
+        )
+    if measured.chosen and len(measured.seconds) > 1:
+        return measured.chosen, _cheaper(measured)
+    if schedule.n_segments == 1:
+        return "diagonal", "one segment alone has one cell a level; more segments will overlap"
+    ends = "" if schedule.is_optimal else f" (the longest dependence path has {schedule.critical_path})"
+    return "diagonal", (
+        f"levels {schedule.level_rule} keep every dependence: {schedule.n_cells} cells in "
+        f"{schedule.n_levels} levels{ends}, {schedule.mean_width:.2f} at once on average, "
+        f"{schedule.width} at most"
+    )
+
+
+def _cheaper(measured: Measured) -> str:
+    """`measured: diagonal 1.2 ms, sequential 2.4 ms`, the cheapest first."""
+    ranked = sorted(measured.seconds.items(), key=lambda item: item[1])
+    return "measured: " + ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in ranked)
+
+
+def _speedups(fast: Optimized, schedule: Schedule, plan: str, measured: Measured) -> tuple[Speedup, ...]:
+    """The sequential plan and the wide one; the profile is of the plan that runs."""
+    profile = fast.last_profile
+    ratio = profile.speedup if profile is not None and profile.schedule == schedule else None
+    rows = [("sequential", schedule.n_cells, 1.0)]
+    if schedule.n_levels < schedule.n_cells:
+        rows.append(("diagonal", schedule.n_levels, schedule.mean_width))
+    return tuple(
+        Speedup(name, steps, predicted, ratio if name == plan else None, measured.seconds.get(name))
+        for name, steps, predicted in rows
+    )
