@@ -103,15 +103,42 @@ def _restore_dead(
                 continue
             whole = bodies[before]
             found = _embed(bodies[here], whole)
-            if found is None:
-                continue
-            index, live_ins = found
-            for i, node in enumerate(bodies[here].nodes):
-                if place.get(node) == (here, i):
-                    place[node] = (here, index[i])
-            mine = {there: bodies[here].live_ins[j] for j, there in live_ins.items()}
-            restored = tuple(mine.get(j) for j in range(len(whole.live_ins)))
-            bodies[here] = Body(whole.key, whole.nodes, restored, whole.ints, whole.lender or whole)
+            if found is not None:
+                _restore(bodies, place, here, whole, *found)
+    _restore_layers(bodies, place, parts)
+
+
+def _restore_layers(
+    bodies: dict[Region, Body], place: dict[fx.Node, tuple[Region, int]], parts: Partition
+) -> None:
+    """The same for a layer whose last operations are dead code in all segments (nothing above reads what the
+    top layer keeps), if they read nothing else: it spares a kind of its own."""
+    for layer in range(1, parts.n_layers):
+        row = [(Region(CELL, s, layer), Region(CELL, s, layer - 1)) for s in range(parts.n_segments)]
+        if not all(here in bodies and below in bodies for here, below in row):
+            continue
+        pairs = [(here, bodies[below], _embed(bodies[here], bodies[below])) for here, below in row]
+        found = [(here, whole, embedded) for here, whole, embedded in pairs if embedded is not None]
+        if len(found) == len(row) and all(len(live) == len(whole.live_ins) for _, whole, (_, live) in found):
+            for here, whole, (index, live_ins) in found:
+                _restore(bodies, place, here, whole, index, live_ins)
+
+
+def _restore(
+    bodies: dict[Region, Body],
+    place: dict[fx.Node, tuple[Region, int]],
+    here: Region,
+    whole: Body,
+    index: dict[int, int],
+    live_ins: dict[int, int],
+) -> None:
+    """Give `here` the body `whole`, which has its operations at `index` and its live-ins at `live_ins`."""
+    for i, node in enumerate(bodies[here].nodes):
+        if place.get(node) == (here, i):
+            place[node] = (here, index[i])
+    mine = {there: bodies[here].live_ins[j] for j, there in live_ins.items()}
+    restored = tuple(mine.get(j) for j in range(len(whole.live_ins)))
+    bodies[here] = Body(whole.key, whole.nodes, restored, whole.ints, whole.lender or whole)
 
 
 def _embed(part: Body, whole: Body) -> tuple[dict[int, int], dict[int, int]] | None:

@@ -109,6 +109,7 @@ def test_transformer_xl_runs_a_level_a_layer() -> None:
     assert_same(expected, fast(x))
     code = fast.code
     assert fast.schedule.widths == (6,) * 4
+    assert len(set(fast.schedule.layer_kinds)) == 1, "the top layer's unread state is no kind of its own"
     assert str(fast.schedule).splitlines()[0].endswith("level = l")
     assert "for l in range(4):" in code and "bmm" not in code
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == before, "a weight was stacked"
