@@ -33,6 +33,8 @@ from rmtcompile.passes.partition import partition
 from rmtcompile.passes.repeats import layers_of
 from rmtcompile.passes.reroll import Rolled, Unrolled, fixed, reroll, unroll
 from rmtcompile.passes.route import route
+from rmtcompile.passes.spread import spread
+from rmtcompile.passes.stream import stream
 from rmtcompile.passes.wavefront import skew
 from rmtcompile.probe import Segmentation
 from rmtcompile.program import Program
@@ -277,6 +279,10 @@ def _unrolled(
     with log.stage("forward", captured.module) as box:
         captured.module = forward(captured.module)
         box.append(captured.module)
+    with log.stage("stream, spread", captured.module) as box:
+        inside = _in_layers(captured, count, options)
+        captured.module = spread(stream(captured.module, inside), inside)
+        box.append(captured.module)
     with log.stage("decompose", captured.module) as box:
         captured.module = decompose(captured.module)
         box.append(captured.module)
@@ -289,7 +295,16 @@ def _unrolled(
         layers = layers_of(graph, captured.calls, count, options.layers)
         parts = partition(graph, layers, count)
         unrolled = unroll(graph, parts, {target: leaf.name for target, leaf in captured.leaves.items()})
+        lengths = frozenset(axis.length for axis in segmentation.axes)
+        unrolled = replace(unrolled, steps=unrolled.steps | lengths)
     return captured, unrolled, layers.paths, written
+
+
+def _in_layers(captured: Capture, count: int, options: Options) -> Callable[[fx.Node], bool]:
+    """Whether a node was traced inside a layer's call."""
+    calls = captured.calls
+    layers = find_layers(calls, call_sizes(captured.graph, calls), count, options.layers)
+    return lambda node: any(call in layers.cell_of_call for call in node.meta.get("scope", ()))
 
 
 def resize(args: Any, kwargs: Any, segmentation: Segmentation, count: int) -> tuple[Any, Any]:
