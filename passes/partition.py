@@ -410,9 +410,8 @@ def _place_sources(nodes: list[fx.Node], region: dict[fx.Node, Region], n_segmen
         if node in region or node in leaving:
             continue
         users = {region[user].segment for user in node.users if user in region}
-        exits = any(user.op == "output" for user in node.users)
         several = len(users) > 1 and (node not in from_input or len(users) == n_segments)
-        if users and not several and not exits and min(users) >= 0:
+        if users and not several and min(users) >= 0:
             region[node] = Region(PROLOGUE, min(users))
         else:
             region[node] = Region(INIT)

@@ -120,7 +120,8 @@ class _Router:
                 continue
             when = ("end", output.segment) if output.relative else ("at", output.segment)
             self._tap(output, "end", when)
-        groups = tuple(self._finish(group) for group in self.groups)
+        finished = (self._finish(group) for group in self.groups)
+        groups = tuple(group for group in finished if group.outputs)  # layers that nobody reads are dead
         lanes = tuple(self._lane(lane) for lane in self.lanes.values())
         taps = tuple(self._resolved(tap) for tap in self.taps.values())
         return Program(self.n_layers, self.alpha, offsets, groups, lanes, taps, self.rolled, self.block)

@@ -432,7 +432,7 @@ def schedule_of(compiled: Compiled, count: int) -> Schedule:
         block=program.block,
         carries=tuple(carries),
         segment_variants=variants,
-        layer_kinds=tuple(kinds[layer] for layer in range(program.n_layers)),
+        layer_kinds=tuple(kinds.get(layer, "unused") for layer in range(program.n_layers)),
     )
 
 

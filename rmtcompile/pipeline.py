@@ -287,7 +287,7 @@ def _unrolled(
         captured.module = decompose(captured.module)
         box.append(captured.module)
     with log.stage("number", captured.module) as box:
-        captured.module = number(captured.module)
+        captured.module = number(captured.module, inside)
         captured.module.graph.eliminate_dead_code()
         box.append(captured.module)
     with log.stage("partition"):

@@ -323,6 +323,7 @@ def _kinds(compiled: Compiled, schedule: Schedule) -> tuple[Kind, ...]:
     return tuple(
         Kind(name, groups[name].layers, sum(port.is_weight for port in groups[name].ports))
         for name in dict.fromkeys(schedule.layer_kinds)
+        if name in groups
     )
 
 
