@@ -30,7 +30,7 @@ from rmtcompile.passes.functionalise import functionalise
 from rmtcompile.passes.number import is_random, number
 from rmtcompile.passes.optimise import optimise
 from rmtcompile.passes.partition import partition
-from rmtcompile.passes.repeats import layers_of
+from rmtcompile.passes.repeats import inside_layers, layers_of
 from rmtcompile.passes.reroll import Rolled, Unrolled, fixed, reroll, unroll
 from rmtcompile.passes.route import route
 from rmtcompile.passes.spread import spread
@@ -280,7 +280,7 @@ def _unrolled(
         captured.module = forward(captured.module)
         box.append(captured.module)
     with log.stage("stream, spread", captured.module) as box:
-        inside = _in_layers(captured, count, options)
+        inside = inside_layers(captured.graph, captured.calls, count, options.layers)
         captured.module = spread(stream(captured.module, inside), inside)
         box.append(captured.module)
     with log.stage("decompose", captured.module) as box:
@@ -295,16 +295,7 @@ def _unrolled(
         layers = layers_of(graph, captured.calls, count, options.layers)
         parts = partition(graph, layers, count)
         unrolled = unroll(graph, parts, {target: leaf.name for target, leaf in captured.leaves.items()})
-        lengths = frozenset(axis.length for axis in segmentation.axes)
-        unrolled = replace(unrolled, steps=unrolled.steps | lengths)
     return captured, unrolled, layers.paths, written
-
-
-def _in_layers(captured: Capture, count: int, options: Options) -> Callable[[fx.Node], bool]:
-    """Whether a node was traced inside a layer's call."""
-    calls = captured.calls
-    layers = find_layers(calls, call_sizes(captured.graph, calls), count, options.layers)
-    return lambda node: any(call in layers.cell_of_call for call in node.meta.get("scope", ()))
 
 
 def resize(args: Any, kwargs: Any, segmentation: Segmentation, count: int) -> tuple[Any, Any]:

@@ -190,8 +190,8 @@ class Aligner:
             if rest or len(parts_b) != each * self.counts[1]:
                 raise self._error(f"{len(parts_a)} entries", f"{len(parts_b)} entries")
             families = [self._family(parts_a[i::each], parts_b[i::each]) for i in range(each)]
-            woven = [dataclasses.replace(family, is_woven=i > 0) for i, family in enumerate(families)]
-            return Node(a.type, a.context, tuple(woven))
+            in_turn = (dataclasses.replace(family, is_woven=i > 0) for i, family in enumerate(families))
+            return Node(a.type, a.context, tuple(in_turn))
         numbered_a, numbered_b = _numbered(a.context), _numbered(b.context)
         growing = {k for k, v in numbered_b.items() if (len(numbered_a.get(k, ())), len(v)) == self.counts}
         children: list[Any] = []
