@@ -26,7 +26,7 @@ from rmtcompile.passes.decompose import decompose
 from rmtcompile.passes.dependence import Dependence, dependences
 from rmtcompile.passes.emit import Emitted, emit
 from rmtcompile.passes.forward import forward
-from rmtcompile.passes.functionalise import functionalise
+from rmtcompile.passes.functionalise import alias_root, functionalise, is_mutating
 from rmtcompile.passes.number import is_random, number
 from rmtcompile.passes.optimise import optimise
 from rmtcompile.passes.partition import partition
@@ -39,6 +39,7 @@ from rmtcompile.passes.wavefront import skew
 from rmtcompile.probe import Segmentation
 from rmtcompile.program import Program
 from rmtcompile.results import Aligner, Pairs
+from rmtcompile.tracing import uncached_autocast
 
 Progress = Callable[[str], None]
 
@@ -133,6 +134,7 @@ def op_counts(graph: fx.Graph) -> dict[str, int]:
     )
 
 
+@uncached_autocast()
 def compile_forward(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
@@ -342,12 +344,20 @@ def _flatten_writes(
         elif isinstance(leaf.tensor, torch.nn.Parameter):
             raise CaptureError(
                 "the forward writes into a parameter",
-                [leaf.name],
+                [f"{leaf.name} at {_written_at(captured.graph, name)}"],
                 "run the model once before optimizing it if this happens on the first call only",
             )
         else:
             found.append(("leaf", leaf.name))
     return tuple(found)
+
+
+def _written_at(graph: fx.Graph, name: str) -> str:
+    """The user's line that writes first into what `get_attr` calls `name`."""
+    for node in graph.nodes:
+        if is_mutating(node) and any(alias_root(op).target == name for op in node.all_input_nodes):
+            return str(node.meta.get("source"))
+    return "?"
 
 
 def _same_leaves(a: Capture, b: Capture) -> None:
