@@ -12,6 +12,7 @@ Reference: global value numbering by hashing, as in any optimising compiler.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,16 +64,27 @@ def key_of(value: Any) -> Any:
     return (type(value).__name__, value)
 
 
-def number(module: fx.GraphModule) -> fx.GraphModule:
+def number(module: fx.GraphModule, inside: Callable[[fx.Node], bool] = lambda node: False) -> fx.GraphModule:
     """Merge equal nodes of a functional graph, in place of the given module's graph; see the module
-    docstring."""
+    docstring.
+
+    Args:
+        inside: whether a node belongs to a layer's call.  What a layer computes of its segment and what is
+            computed once more outside stay two: in the last segment the first may be dead code, and segments
+            have to look alike.
+    """
     graph = module.graph
     first: dict[Any, fx.Node] = {}
+    from_input: set[fx.Node] = set()
     for node in list(graph.nodes):
+        if node.op == "placeholder" or any(operand in from_input for operand in node.all_input_nodes):
+            from_input.add(node)
         if node.op == "get_attr":
             key: Any = ("get_attr", node.target)
         elif is_numberable(node):
-            key = (node.target, key_of(node.args), key_of(node.kwargs), node.meta.get("context", ()))
+            place = node in from_input and inside(node)
+            arguments = (key_of(node.args), key_of(node.kwargs))
+            key = (node.target, *arguments, node.meta.get("context", ()), place)
         else:
             continue
         kept = first.setdefault(key, node)

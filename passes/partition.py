@@ -287,6 +287,7 @@ def _place_dependent(nodes: list[fx.Node], region: dict[fx.Node, Region], layers
         for node in nodes
         if reads[node] and any(s > max(reads[node])[0] for s, _ in feeds[node])
     }
+    results = _for_results([n for n in nodes if n not in region and reads[n]], reads, feeds, last)
     # Where later segments have the same code: with the cell below it or above it.
     habits: dict[object, str] = {}
     for first_pass in (True, False):
@@ -294,11 +295,39 @@ def _place_dependent(nodes: list[fx.Node], region: dict[fx.Node, Region], layers
         for node in nodes:
             if node in region or not reads[node]:
                 continue
+            if node in results:
+                before = [placed[op].segment for op in node.all_input_nodes if op in placed]
+                placed[node] = Region(EPILOGUE, max([*before, *(s for s, _ in reads[node])]))
+                continue
             place, habit = _between(node, reads[node], placed, feeds, last, habits, kept)
             placed[node] = place
             if first_pass and habit and place.segment > 0:
                 habits.setdefault(_site(node), habit)
     region.update(placed)
+
+
+def _for_results(
+    nodes: list[fx.Node],
+    reads: dict[fx.Node, set[tuple[int, int]]],
+    feeds: dict[fx.Node, set[tuple[int, int]]],
+    last: int,
+) -> set[fx.Node]:
+    """Nodes that no cell ever reads, in no segment: what is returned of the layers below the last one.
+
+    In the cells they would tell these layers from the last one, or the last segment, which puts the pieces
+    of all segments together, from the others. Where every layer has them (a head a layer) they stay there.
+    """
+    carried = {_site(node) for node in nodes if feeds[node]}
+    tops: dict[object, set[int]] = defaultdict(set)
+    for node in nodes:
+        tops[_site(node)].add(max(reads[node])[1])
+    found: set[fx.Node] = set()
+    for node in reversed(nodes):
+        lone = len({s for s, _ in reads[node]}) == 1 and last in tops[_site(node)]
+        if _site(node) not in carried and not lone:
+            if all(user.op == "output" or user in found for user in node.users):
+                found.add(node)
+    return found
 
 
 def _site(node: fx.Node) -> object:
@@ -376,16 +405,31 @@ def _place_sources(nodes: list[fx.Node], region: dict[fx.Node, Region], n_segmen
     for node in nodes:
         if any(operand.op == "placeholder" or operand in from_input for operand in node.all_input_nodes):
             from_input.add(node)
+    leaving = _leaving(nodes, region, from_input)
     for node in reversed(nodes):
-        if node in region:
+        if node in region or node in leaving:
             continue
         users = {region[user].segment for user in node.users if user in region}
-        exits = any(user.op == "output" for user in node.users)
         several = len(users) > 1 and (node not in from_input or len(users) == n_segments)
-        if users and not several and not exits and min(users) >= 0:
+        if users and not several and min(users) >= 0:
             region[node] = Region(PROLOGUE, min(users))
         else:
             region[node] = Region(INIT)
+    for node in leaving:
+        segment = max(region[op].segment if op in region else -1 for op in node.all_input_nodes)
+        region[node] = Region(INIT) if segment < 0 else Region(EPILOGUE, segment)
+
+
+def _leaving(
+    nodes: list[fx.Node], region: dict[fx.Node, Region], from_input: set[fx.Node]
+) -> dict[fx.Node, None]:
+    """What is made of the input for the result alone, in order: what is embedded, put together again."""
+    found: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if node not in region and node in from_input:
+            if all(user.op == "output" or user in found for user in node.users):
+                found.add(node)
+    return {node: None for node in nodes if node in found}
 
 
 def _claim(region: dict[fx.Node, Region], scoped: set[fx.Node], n_segments: int, n_layers: int) -> None:

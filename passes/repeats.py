@@ -19,7 +19,7 @@ Reference: loop rerolling by repeated subsequences.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
@@ -48,9 +48,8 @@ def layers_of(
     Raises:
         PartitionError: neither shows any, or layers do not run equally often in each segment.
     """
-    sizes = call_sizes(graph, calls)
     try:
-        layers = find_layers(calls, sizes, n_segments, named)
+        layers, shown = _called(graph, calls, n_segments, named)
     except NoLayersError as error:
         if named is not None:
             raise
@@ -62,13 +61,39 @@ def layers_of(
                 error.remedy,
             ) from None
         return found
-    total = sum(node.op == "call_function" for node in graph.nodes)
-    held = sum(sizes.get(index, 0) for index in layers.cell_of_call)
-    if named is None and held < _SHOWN * total:
+    if named is None and shown < _SHOWN:
         found = find_repeats(graph, n_segments)
-        if found is not None and len(found.cell_of_node) > held:
+        if found is not None and len(found.cell_of_node) > shown * _operations(graph):
             return found
     return layers
+
+
+def inside_layers(
+    graph: fx.Graph, calls: Sequence[Call], n_segments: int, named: str | None = None
+) -> Callable[[fx.Node], bool]:
+    """Whether a node of a graph that is not numbered yet lies inside a layer, as far as module calls show;
+    where they show too little, all nodes do."""
+    try:
+        layers, shown = _called(graph, calls, n_segments, named)
+    except NoLayersError:
+        return lambda node: True
+    if named is None and shown < _SHOWN:
+        return lambda node: True
+    return lambda node: any(call in layers.cell_of_call for call in node.meta.get("scope", ()))
+
+
+def _called(
+    graph: fx.Graph, calls: Sequence[Call], n_segments: int, named: str | None
+) -> tuple[Layers, float]:
+    """The layers that module calls show, and the share of the operations that they hold."""
+    sizes = call_sizes(graph, calls)
+    layers = find_layers(calls, sizes, n_segments, named)
+    held = sum(sizes.get(index, 0) for index in layers.cell_of_call)
+    return layers, held / max(1, _operations(graph))
+
+
+def _operations(graph: fx.Graph) -> int:
+    return sum(node.op == "call_function" for node in graph.nodes)
 
 
 def find_repeats(graph: fx.Graph, n_segments: int) -> Layers | None:

@@ -411,16 +411,25 @@ _EMPTY = Body((), (), (), ())
 
 def _classes(key: Key, small: Unrolled, large: Unrolled) -> Classes:
     """The fewest peeled segments such that repeating the body before the tail once more gives the larger
-    capture."""
+    capture, and such that the integers of what is repeated follow one rule (a short last segment ends
+    early)."""
     short = [_body_at(small, key, s).key for s in range(small.count)]
     long = [_body_at(large, key, s).key for s in range(large.count)]
+    found: Classes | None = None
     for tail in range(small.count):
         middle = small.count - tail
-        if short[:middle] + [short[middle - 1]] + short[middle:] == long:
-            head = middle - 1
-            while head and short[head - 1] == short[middle - 1]:
-                head -= 1
-            return Classes(head, tail)
+        if short[:middle] + [short[middle - 1]] + short[middle:] != long:
+            continue
+        head = middle - 1
+        while head and short[head - 1] == short[middle - 1]:
+            head -= 1
+        found = found or Classes(head, tail)
+        if found.tail == tail or middle - head >= 2:  # integers of one segment follow any rule
+            members = _members(key, Classes(head, tail), small, large)
+            if all(_follow(key, ofclass) for ofclass in members.values()):
+                return Classes(head, tail)
+    if found is not None:
+        return found
     evidence = list(_difference(key, small, large))
     if constants := _constants(key, large):
         raise RerollError(
@@ -482,13 +491,32 @@ def _difference(key: Key, small: Unrolled, large: Unrolled) -> Iterator[str]:
     yield f"segment {middle - 1} has {len(b.nodes)} operations, segment {middle} has {len(a.nodes)}"
 
 
-def _class_rules(
-    key: Key, classes: dict[Key, Classes], small: Unrolled, large: Unrolled
-) -> dict[int, ClassRule]:
+def _members(
+    key: Key, classes: Classes, small: Unrolled, large: Unrolled
+) -> dict[int, list[tuple[Unrolled, int]]]:
+    """The instances of each class of a region in both captures."""
     members: dict[int, list[tuple[Unrolled, int]]] = defaultdict(list)
     for unrolled in (small, large) if large is not small else (small,):
         for s in range(unrolled.count):
-            members[classes[key].of(s, unrolled.count)].append((unrolled, s))
+            members[classes.of(s, unrolled.count)].append((unrolled, s))
+    return members
+
+
+def _follow(key: Key, members: list[tuple[Unrolled, int]]) -> bool:
+    """Whether every integer of a class is affine."""
+    unrolled, segment = members[0]
+    try:
+        for j in range(len(_body_at(unrolled, key, segment).ints)):
+            _affine(key, j, members)
+    except RerollError:
+        return False
+    return True
+
+
+def _class_rules(
+    key: Key, classes: dict[Key, Classes], small: Unrolled, large: Unrolled
+) -> dict[int, ClassRule]:
+    members = _members(key, classes[key], small, large)
     rules: dict[int, ClassRule] = {}
     for number, found in members.items():
         base, first = found[0]

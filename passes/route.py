@@ -107,9 +107,9 @@ class _Router:
             self._ports(group)
         for key, by_class in self.rolled.rules.items():
             if key[0] != CELL:
-                for rule in by_class.values():
+                for number, rule in by_class.items():
                     for live_in in rule.sources:
-                        self._tap_live_in(live_in, key[0])
+                        self._tap_live_in(live_in, key[0], number)
         for lane in self.lanes.values():
             for entry in lane.entries.values():
                 for source in entry.sources:
@@ -120,7 +120,8 @@ class _Router:
                 continue
             when = ("end", output.segment) if output.relative else ("at", output.segment)
             self._tap(output, "end", when)
-        groups = tuple(self._finish(group) for group in self.groups)
+        finished = (self._finish(group) for group in self.groups)
+        groups = tuple(group for group in finished if group.outputs)  # layers that nobody reads are dead
         lanes = tuple(self._lane(lane) for lane in self.lanes.values())
         taps = tuple(self._resolved(tap) for tap in self.taps.values())
         return Program(self.n_layers, self.alpha, offsets, groups, lanes, taps, self.rolled, self.block)
@@ -192,13 +193,14 @@ class _Router:
             self._early(lane, layer, index, steady[layer])
         roots: dict[Any, list[int]] = defaultdict(list)
         for layer, source in steady.items():
-            if source.kind == CELL and source.relative and not self._shared_by_layers(steady, layer):
+            if source.kind == CELL and source.relative and not self._travels(steady, layer):
                 self._connect(lane, source, (source.segment, layer - source.layer), layer)
             else:
                 roots[source.identity].append(layer)
         for layers in roots.values():
             source = steady[layers[0]]
-            if len(layers) > 1 and len(roots) == 1 and self.alpha:
+            whole = len(layers) == len(steady) > 1 and not (source.relative and source.segment)
+            if whole and self.alpha:
                 self._broadcast(lane, source, layers)
             else:
                 for layer in layers:
@@ -209,11 +211,18 @@ class _Router:
         early = lane.entries[layer].early if layer in lane.entries else ()
         lane.entries[layer] = LaneEntry(layer, early, source)
 
-    def _shared_by_layers(self, steady: dict[int, Source], layer: int) -> bool:
-        """Whether another layer reads the very same value, which then has to move up with its segment."""
-        return self.alpha > 0 and any(
-            other != layer and source.identity == steady[layer].identity for other, source in steady.items()
-        )
+    def _travels(self, steady: dict[int, Source], layer: int) -> bool:
+        """Whether another layer reads the very same value, which then moves up with its segment; where each
+        of them is one direct feed away, it need not."""
+        if not self.alpha:
+            return False
+        source = steady[layer]
+        readers = [other for other, found in steady.items() if found.identity == source.identity]
+        offsets = [(source.segment, reader - source.layer) for reader in readers]
+        return len(readers) > 1 and any(not self._is_direct(*offset) for offset in offsets)
+
+    def _is_direct(self, ds: int, dl: int) -> bool:
+        return 1 <= self.alpha * ds + dl <= self.alpha
 
     def _steady(self, layer: int, index: dict[int, int]) -> Source:
         classes = self.rolled.classes[(CELL, layer)]
@@ -289,14 +298,17 @@ class _Router:
 
     # ---- taps ----------------------------------------------------------------------------------------------
 
-    def _tap_live_in(self, live_in: LiveIn, reader: str) -> None:
+    def _tap_live_in(self, live_in: LiveIn, reader: str, number: int) -> None:
+        """Keep what the class `number` of a region reads; a class of the last segments reads those only."""
         for source in live_in.early.values():
             self._tap(source, reader)
         if isinstance(live_in.steady, Each):
             each = live_in.steady
             self._add(each.kind, each.layer, each.nodes, ("each",), None)
         elif live_in.steady is not None:
-            self._tap(live_in.steady, reader)
+            last = number < 0 and live_in.steady.relative
+            when = ("end", live_in.steady.segment - 1 - number) if last else ("each",)
+            self._tap(live_in.steady, reader, when)
 
     def _tap(self, source: Source, reader: str, when: tuple[Any, ...] = ("each",)) -> None:
         if source.kind not in (PROLOGUE, CELL, EPILOGUE):

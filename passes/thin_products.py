@@ -26,7 +26,8 @@ aten = torch.ops.aten
 
 def is_thin(node: fx.Node) -> bool:
     """Whether a matrix product or linear has one column, and casts nothing by autocast."""
-    if any("autocast" in text for text in node.meta.get("context", ())):
+    device = node.meta["val"].device.type if isinstance(node.meta.get("val"), torch.Tensor) else "cpu"
+    if torch.is_autocast_enabled(device) or any("autocast" in text for text in node.meta.get("context", ())):
         return False
     if node.target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
         a, b = (_shape(operand) for operand in node.args[:2])  # type: ignore[misc]

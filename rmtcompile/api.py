@@ -469,7 +469,7 @@ def schedule_of(compiled: Compiled, count: int) -> Schedule:
         block=program.block,
         carries=carries_of(compiled),
         segment_variants=variants,
-        layer_kinds=tuple(kinds[layer] for layer in range(program.n_layers)),
+        layer_kinds=tuple(kinds.get(layer, "unused") for layer in range(program.n_layers)),
     )
     return replace(schedule, reads=reads_of(compiled), operations=operations_of(compiled, count))
 

@@ -14,7 +14,6 @@ beyond the weights.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,22 +22,16 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
+from rmtcompile.blame import refusal, user_source
 from rmtcompile.errors import CaptureError
 from rmtcompile.guard import ModuleGuard, ReadTracker
 from rmtcompile.state import DELETED, Change, Snapshot, contains_tensor, roots_of
+from rmtcompile.tracing import SharedData, uncached_autocast
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_HERE = os.path.dirname(__file__) + os.sep
-_MODELS = os.path.join(_HERE, "models") + os.sep  # user's models as far as the compiler goes
 _SET_GRAD = torch._C._set_grad_enabled
 _ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 _EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
@@ -136,25 +129,6 @@ class Capture:
     @property
     def graph(self) -> fx.Graph:
         return self.module.graph
-
-
-def _is_ours(name: str) -> bool:
-    return name.startswith((_TORCH, _HERE, "<")) and not name.startswith(_MODELS)
-
-
-def user_source(frame: Any) -> str:
-    """`file.py:123` of the innermost frame outside torch and outside this package."""
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not _is_ours(name):
-            shown = os.path.relpath(name) if not name.startswith(sys.prefix) else _short(name)
-            return f"{shown}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "?"
-
-
-def _short(name: str) -> str:
-    return os.sep.join(name.split(os.sep)[-3:])
 
 
 class _Recorder:
@@ -258,30 +232,14 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
             tracker.watching(roots),
             torch.inference_mode(False),
             torch.set_grad_enabled(grad),
+            uncached_autocast(),
+            SharedData(),
         ):
             module = trace(*fakes)
     except CaptureError:
         raise
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise CaptureError(
-            f"the forward depends on the values of a tensor ({error})",
-            [f"at {_raised_at(error)}"],
-            "decide it from shapes or Python values, or pass inputs for which the check is not made "
-            "(for example no attention_mask instead of one that is all ones)",
-        ) from error
     except Exception as error:
-        if "data-dependent" in str(error) or "data dependent" in str(error):
-            what, remedy = (
-                "the forward depends on the values of a tensor",
-                "decide it from shapes or Python values",
-            )
-        else:
-            what, remedy = (
-                f"the forward could not be traced: {type(error).__name__}: {error}",
-                "see whether the model itself runs on these inputs; what cannot be traced can run with "
-                "fallback='sequential'",
-            )
-        raise CaptureError(what, [f"at {_raised_at(error)}"], remedy) from error
+        raise refusal(error) from error
     finally:
         snapshot.restore()
         lost = contents.restore()
@@ -365,22 +323,6 @@ def _effects(
                     "forward",
                 )
         yield Effect(change, change.name, spec, _refer(leaves, outputs))
-
-
-def _raised_at(error: BaseException) -> str:
-    """The user's line at which an error was raised, and the source text of that line where it can be read."""
-    import linecache
-
-    best = "?"
-    trace = error.__traceback__
-    while trace is not None:
-        name = trace.tb_frame.f_code.co_filename
-        if not _is_ours(name):
-            text = linecache.getline(name, trace.tb_lineno).strip()
-            shown = os.path.relpath(name) if not name.startswith(sys.prefix) else _short(name)
-            best = f"{shown}:{trace.tb_lineno}  {text}"
-        trace = trace.tb_next
-    return best
 
 
 def _name_contexts(graph: fx.Graph) -> None:

@@ -26,17 +26,20 @@ from rmtcompile.passes.decompose import decompose
 from rmtcompile.passes.dependence import Dependence, dependences
 from rmtcompile.passes.emit import Emitted, emit
 from rmtcompile.passes.forward import forward
-from rmtcompile.passes.functionalise import functionalise
+from rmtcompile.passes.functionalise import alias_root, functionalise, is_mutating
 from rmtcompile.passes.number import is_random, number
 from rmtcompile.passes.optimise import optimise
 from rmtcompile.passes.partition import partition
-from rmtcompile.passes.repeats import layers_of
+from rmtcompile.passes.repeats import inside_layers, layers_of
 from rmtcompile.passes.reroll import Rolled, Unrolled, fixed, reroll, unroll
 from rmtcompile.passes.route import route
+from rmtcompile.passes.spread import spread
+from rmtcompile.passes.stream import stream
 from rmtcompile.passes.wavefront import skew
 from rmtcompile.probe import Segmentation
 from rmtcompile.program import Program
 from rmtcompile.results import Aligner, Pairs
+from rmtcompile.tracing import uncached_autocast
 
 Progress = Callable[[str], None]
 
@@ -132,6 +135,7 @@ def op_counts(graph: fx.Graph) -> dict[str, int]:
     )
 
 
+@uncached_autocast()
 def compile_forward(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
@@ -279,11 +283,15 @@ def _unrolled(
     with log.stage("forward", captured.module) as box:
         captured.module = forward(captured.module)
         box.append(captured.module)
+    with log.stage("stream, spread", captured.module) as box:
+        inside = inside_layers(captured.graph, captured.calls, count, options.layers)
+        captured.module = spread(stream(captured.module, inside), inside)
+        box.append(captured.module)
     with log.stage("decompose", captured.module) as box:
         captured.module = decompose(captured.module)
         box.append(captured.module)
     with log.stage("number", captured.module) as box:
-        captured.module = number(captured.module)
+        captured.module = number(captured.module, inside)
         box.append(captured.module)
     with log.stage("drop", captured.module) as box:
         captured.module.graph.eliminate_dead_code()
@@ -340,12 +348,20 @@ def _flatten_writes(
         elif isinstance(leaf.tensor, torch.nn.Parameter):
             raise CaptureError(
                 "the forward writes into a parameter",
-                [leaf.name],
+                [f"{leaf.name} at {_written_at(captured.graph, name)}"],
                 "run the model once before optimizing it if this happens on the first call only",
             )
         else:
             found.append(("leaf", leaf.name))
     return tuple(found)
+
+
+def _written_at(graph: fx.Graph, name: str) -> str:
+    """The user's line that writes first into what `get_attr` calls `name`."""
+    for node in graph.nodes:
+        if is_mutating(node) and any(alias_root(op).target == name for op in node.all_input_nodes):
+            return str(node.meta.get("source"))
+    return "?"
 
 
 def _same_leaves(a: Capture, b: Capture) -> None:

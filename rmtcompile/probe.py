@@ -17,8 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rmtcompile.errors import PartitionError
+from rmtcompile.blame import refusal
+from rmtcompile.errors import PartitionError, UnsupportedError
 from rmtcompile.state import Snapshot, roots_of
+from rmtcompile.tracing import SharedData, uncached_autocast
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ def probe(
 
     Raises:
         PartitionError: no input is cut into pieces.
+        CaptureError: the forward failed before it did; the message names the user's line.
     """
     flat, spec = pytree.tree_flatten((args, kwargs))
     positions = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
@@ -164,8 +167,10 @@ def probe(
             if leaf is not None:
                 return _with_partners(Axis(leaf, dim, length), {}, shapes)
     grown = [tuple(shape) for shape in shapes]
+    first: Exception | None = None
     for attempt in range(7):
-        found = _attempt(fn, flat, positions, spec, grown)
+        found, failure = _attempt(fn, flat, positions, spec, grown)
+        first = failure if attempt == 0 else first
         axes = _axes(found, grown)
         if axes:
             return _with_partners(axes[0], {(a.leaf, a.dim): a for a in axes}, shapes)
@@ -179,7 +184,8 @@ def probe(
                   for d, n in enumerate(shape))
             for i, shape in enumerate(grown)
         ]
-        del attempt
+    if first is not None:
+        raise refusal(first) from first
     raise PartitionError(
         "the forward does not cut any of its inputs into segments",
         [f"input {i}: shape {tuple(shape)}" for i, shape in enumerate(shapes)],
@@ -193,8 +199,9 @@ def _same(shapes: list[torch.Size], size: int, dim: int) -> list[tuple[int, int]
 
 def _attempt(
     fn: Callable[..., Any], flat: list[Any], positions: list[int], spec: pytree.TreeSpec, shapes: list[Any]
-) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """Run the forward on fake inputs of the given shapes until two segments were seen."""
+) -> tuple[dict[tuple[int, int], list[tuple[int, int]]], Exception | None]:
+    """Run the forward on fake inputs of the given shapes until two segments were seen; gives the boxes that
+    views cover, and what it raised."""
     snapshot = Snapshot(roots_of(fn))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     values = list(flat)
@@ -206,17 +213,19 @@ def _attempt(
             fakes.append(values[position])
     views = _Views(fakes)
     args, kwargs = pytree.tree_unflatten(values, spec)
+    failure = None
     try:
-        with torch.no_grad(), mode, views:
+        with torch.no_grad(), uncached_autocast(), SharedData(), mode, views:
             fn(*args, **kwargs)
     except _Enough:
         pass
-    except Exception:  # capture runs the same code and reports what is wrong with it
-        if not views.taken:
-            return {}
+    except UnsupportedError:
+        raise
+    except Exception as error:  # where some cut was seen, capture runs the same code and reports it
+        failure = error
     finally:
         snapshot.restore()
-    return views.taken
+    return views.taken, failure
 
 
 def _axes(taken: dict[tuple[int, int], list[tuple[int, int]]], shapes: list[Any]) -> list[Axis]:

@@ -1,5 +1,5 @@
 """Results whose structure grows with the number of segments: `logits_0`, `logits_1`, ...; a list with one
-tensor a segment.
+entry a segment, each a tensor or a structure of tensors.
 
 Two results of the same forward, over k and k + 1 segments, are compared container by container. Where one has
 more entries, the entries that differ only in a number form a family with one member a segment.
@@ -8,6 +8,7 @@ more entries, the entries that differ only in a number form a family with one me
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -23,16 +24,25 @@ from rmtcompile.program import Affine
 
 @dataclass(frozen=True)
 class Family:
-    """One tensor a segment: output `index` of the program is a list.
+    """One member a segment.
 
     Attributes:
+        member: rule of one member: an `Out` in it is an output of the program that is a list, of which member
+            j holds number j; integers are affine in j.
         keys: `("logits_", "")` for the keys `logits_0`, `logits_1`, ..., or None in a sequence.
         first: number in the first key.
+        is_woven: whether its members stand in turn with those of the family before it.
     """
 
-    index: int
+    member: Any
     keys: tuple[str, str] | None = None
     first: int = 0
+    is_woven: bool = False
+
+    def entry(self, outputs: tuple[Any, ...], count: int, j: int) -> tuple[Any, Any]:
+        """Key (None in a sequence) and value of one member."""
+        key = None if self.keys is None else f"{self.keys[0]}{self.first + j}{self.keys[1]}"
+        return key, value_of(self.member, outputs, count, j)
 
 
 @dataclass(frozen=True)
@@ -43,24 +53,27 @@ class Node:
     context: Any
     children: tuple[Any, ...]  # Node | Family | Out | Affine | static values
 
-    def build(self, outputs: tuple[Any, ...], count: int) -> Any:
-        """The result for `count` segments."""
-        values: list[Any] = []
-        keys: list[Any] | None = [] if isinstance(self.context, list) else None
+    def build(self, outputs: tuple[Any, ...], count: int, member: int | None = None) -> Any:
+        """The result for `count` segments, or its part in one member of a family."""
+        named = isinstance(self.context, list)
+        entries: list[tuple[Any, Any]] = []
         for i, child in enumerate(self.children):
-            if isinstance(child, Family):
-                members = outputs[child.index]
-                values += members
-                if keys is not None and child.keys is not None:
-                    keys += [f"{child.keys[0]}{child.first + j}{child.keys[1]}" for j in range(len(members))]
-                continue
-            values.append(value_of(child, outputs, count))
-            if keys is not None and self.context is not None:
-                keys.append(self.context[i])
-        context = keys if keys is not None else self.context
-        if keys is not None and issubclass(self.kind, dict) and dataclasses.is_dataclass(self.kind):
-            return _with_extra_keys(self.kind, dict(zip(keys, values, strict=True)))
+            if not isinstance(child, Family):
+                key = self.context[i] if named else None
+                entries.append((key, value_of(child, outputs, count, member)))
+            elif not child.is_woven:
+                woven = itertools.takewhile(_is_woven, self.children[i + 1 :])
+                families = [child, *woven]
+                entries += [family.entry(outputs, count, j) for j in range(count) for family in families]
+        values = [value for _, value in entries]
+        context = [key for key, _ in entries] if named else self.context
+        if named and issubclass(self.kind, dict) and dataclasses.is_dataclass(self.kind):
+            return _with_extra_keys(self.kind, dict(entries))
         return pytree.SUPPORTED_NODES[self.kind].unflatten_fn(values, context)
+
+
+def _is_woven(child: Any) -> bool:
+    return isinstance(child, Family) and child.is_woven
 
 
 def _with_extra_keys(kind: Any, items: dict[str, Any]) -> Any:
@@ -73,22 +86,35 @@ def _with_extra_keys(kind: Any, items: dict[str, Any]) -> Any:
     return made
 
 
-def value_of(rule: Any, outputs: tuple[Any, ...], count: int) -> Any:
-    """One value of a result: an output, an integer that grows with the segments, a container, or itself."""
+def value_of(rule: Any, outputs: tuple[Any, ...], count: int, member: int | None = None) -> Any:
+    """One value of a result: an output, an integer that grows with the segments, a container, or itself.
+
+    Args:
+        member: number of the member, in a family.
+    """
     if isinstance(rule, Node):
-        return rule.build(outputs, count)
+        return rule.build(outputs, count, member)
     if isinstance(rule, Out):
-        return outputs[rule.index]
+        return outputs[rule.index] if member is None else outputs[rule.index][member]
     if isinstance(rule, Affine):
-        return rule.at(0, count)
+        return rule.at(member or 0, count)
     return rule
 
 
 def outs_of(rule: Any) -> list[Out]:
-    """Every output that a rule holds by itself."""
+    """Every output that a rule holds by itself or in families."""
+    if isinstance(rule, Family):
+        return outs_of(rule.member)
     if isinstance(rule, Node):
         return [out for child in rule.children for out in outs_of(child)]
     return [rule] if isinstance(rule, Out) else []
+
+
+@dataclass(frozen=True)
+class _Members:
+    """What stands at one place in the members of a family."""
+
+    values: tuple[Any, ...]
 
 
 # Outputs of both captures that correspond; whether a family.
@@ -128,6 +154,8 @@ class Aligner:
         return node, leaves_a[a.num_leaves :], leaves_b[b.num_leaves :]
 
     def _leaf(self, a: Any, b: Any) -> Any:
+        if isinstance(a, _Members):
+            return self._in_members(a.values, b.values)
         if isinstance(a, Out) and isinstance(b, Out):
             self.pairs.append(((a.index,), (b.index,), False))
             return Out(len(self.pairs) - 1)
@@ -139,12 +167,31 @@ class Aligner:
             raise self._error(repr(a), repr(b))
         return a
 
+    def _in_members(self, a: tuple[Any, ...], b: tuple[Any, ...]) -> Any:
+        """Rule for one place in the members of a family: a list of outputs, an integer, or the same for
+        all."""
+        if all(isinstance(value, Out) for value in (*a, *b)):
+            self.pairs.append((tuple(x.index for x in a), tuple(x.index for x in b), True))
+            return Out(len(self.pairs) - 1)
+        if all(type(value) is int for value in (*a, *b)):
+            step, more = b[-1] - b[-2], (b[0] - a[0]) // (len(b) - len(a))
+            fit = Affine(a[0] - more * len(a), step, more)
+            if all(fit.at(j, len(values)) == v for values in (a, b) for j, v in enumerate(values)):
+                return fit if step or more else a[0]
+            raise self._error(f"{a}", f"{b}")
+        for value in (*a, *b):
+            self._leaf(a[0], value)
+        return a[0]
+
     def _grown(self, a: Any, b: Any, parts_a: list[Any], parts_b: list[Any]) -> Node:
         """A container with more entries over more segments; parts are (spec, leaves) of each entry."""
         if not isinstance(a.context, list):
-            if (len(parts_a), len(parts_b)) != self.counts:
+            each, rest = divmod(len(parts_a), self.counts[0])
+            if rest or len(parts_b) != each * self.counts[1]:
                 raise self._error(f"{len(parts_a)} entries", f"{len(parts_b)} entries")
-            return Node(a.type, a.context, (self._family(parts_a, parts_b, None, 0),))
+            families = [self._family(parts_a[i::each], parts_b[i::each]) for i in range(each)]
+            in_turn = (dataclasses.replace(family, is_woven=i > 0) for i, family in enumerate(families))
+            return Node(a.type, a.context, tuple(in_turn))
         numbered_a, numbered_b = _numbered(a.context), _numbered(b.context)
         growing = {k for k, v in numbered_b.items() if (len(numbered_a.get(k, ())), len(v)) == self.counts}
         children: list[Any] = []
@@ -163,7 +210,10 @@ class Aligner:
                 done.add(pattern[:2])
                 members_a = [parts_a[j] for j in numbered_a[pattern[:2]]]
                 members_b = [parts_b[j] for j in numbered_b[pattern[:2]]]
-                children.append(self._family(members_a, members_b, pattern[:2], pattern[2]))
+                family = self._family(members_a, members_b, pattern[:2], pattern[2])
+                before = children[-1].keys if children and isinstance(children[-1], Family) else None
+                woven = before is not None and numbered_b[before][1] > numbered_b[pattern[:2]][0]
+                children.append(dataclasses.replace(family, is_woven=woven))
                 context.append(key)
         for key in b.context:
             pattern = _pattern(key)
@@ -172,13 +222,17 @@ class Aligner:
         return Node(a.type, context, tuple(children))
 
     def _family(
-        self, parts_a: list[Any], parts_b: list[Any], keys: tuple[str, str] | None, first: int
+        self, parts_a: list[Any], parts_b: list[Any], keys: tuple[str, str] | None = None, first: int = 0
     ) -> Family:
-        a, b = [leaves for _, leaves in parts_a], [leaves for _, leaves in parts_b]
-        if not all(len(leaves) == 1 and isinstance(leaves[0], Out) for leaves in (*a, *b)):
-            raise self._error(f"{a}", f"{b}")
-        self.pairs.append((tuple(x[0].index for x in a), tuple(x[0].index for x in b), True))
-        return Family(len(self.pairs) - 1, keys, first)
+        spec = parts_a[0][0]
+        if any(other != spec for other, _ in (*parts_a, *parts_b)):
+            raise self._error(*(str([spec for spec, _ in parts]) for parts in (parts_a, parts_b)))
+        a, b = (
+            [_Members(values) for values in zip(*(leaves for _, leaves in parts), strict=True)]
+            for parts in (parts_a, parts_b)
+        )
+        member, _, _ = self._walk(spec, spec, a, b)
+        return Family(member, keys, first)
 
     def _error(self, a: str, b: str) -> RerollError:
         return RerollError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -188,25 +189,64 @@ class WritesData(Walk):
         return self.layers[l](x, m)
 
 
-DATA = pytest.mark.xfail(strict=True, reason="comparing constants asks for the values of a fake tensor")
+class SetsData(Walk):
+    def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        bias = self.layers[l].mix.bias
+        bias.data = bias.data + 0.1
+        return self.layers[l](x, m)
 
 
-@pytest.mark.parametrize("build", [WritesParameter, pytest.param(WritesData, marks=DATA)])
+@pytest.mark.parametrize("build", [WritesParameter, WritesData, SetsData])
 @torch.no_grad()
 def test_parameter_writes(build: Any) -> None:
-    lines = refusal(made(build), features(3), kind=CaptureError)
-    assert lines[0] == "the forward writes into a parameter"
-    assert "mix.bias" in lines[1]
-    assert lines[-1].startswith("  help: ")
-
-
-@torch.no_grad()
-def test_a_refused_write_was_not_made() -> None:
-    model = made(WritesParameter)
+    """... and a refused write was not made."""
+    model = made(build)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    refusal(model, features(3), kind=CaptureError)
+    lines = refusal(model, features(3), kind=CaptureError)
+    assert lines[0] == "the forward writes into a parameter"
+    assert "mix.bias" in lines[1] or build is SetsData
+    assert "test_refusals.py:" in lines[1]
+    assert lines[-1].startswith("  help: ")
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name])
+
+
+class Shortcut(Walk):
+    """Drops a mask that is all ones, as Hugging Face code does, before it cuts its input or after."""
+
+    def __init__(self, early: bool) -> None:
+        super().__init__()
+        self.early = early
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        if self.early and torch.all(mask == 1):
+            return super().forward(x)
+        out = []
+        for h, m in zip(x.split(SEGMENT, 1), mask.split(SEGMENT, 1), strict=True):
+            if not torch.all(m == 1):
+                h = h * m[..., None]
+            out.append(h)
+        return super().forward(torch.cat(out, 1))
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_shortcuts_of_masks(early: bool) -> None:
+    x = features(3)
+    lines = refusal(made(functools.partial(Shortcut, early)), x, torch.ones(x.shape[:2]), kind=CaptureError)
+    assert lines[0].startswith("the forward depends on the values of a tensor")
+    assert "test_refusals.py:" in lines[1] and "torch.all(m" in lines[1]
+    assert "no attention_mask instead of one that is all ones" in lines[-1]
+
+
+class Fails(Walk):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x @ torch.ones(WIDTH + 1, WIDTH, dtype=x.dtype))
+
+
+def test_an_error_before_the_first_cut_is_shown() -> None:
+    lines = refusal(made(Fails), features(3), kind=CaptureError)
+    assert lines[0].startswith("the forward could not be traced: RuntimeError: ")
+    assert "test_refusals.py:" in "".join(lines) and "WIDTH + 1" in "".join(lines)
 
 
 class NoSegments(nn.Module):

@@ -53,7 +53,25 @@ def test_numbered_keys_grow() -> None:
 def test_lists_grow() -> None:
     rule, _ = rule_of(["out", "out"], ["out", "out", "out"])
     assert value_of(rule, ([5, 6, 7, 8],), 4) == [5, 6, 7, 8]
-    assert rule.children == (Family(0),)
+    assert rule.children == (Family(Out(0)),)
+
+
+def test_structures_grow() -> None:
+    """A dict a segment, with the segment's number in it."""
+    segment = lambda s: {"h": "out", "pair": ("out", None), "n": 3 * s, "kind": "x"}  # noqa: E731
+    rule, aligner = rule_of([segment(s) for s in range(2)], [segment(s) for s in range(3)])
+    assert aligner.pairs == [((0, 2), (0, 2, 4), True), ((1, 3), (1, 3, 5), True)]
+    got = value_of(rule, ([10, 11, 12, 13], [20, 21, 22, 23]), 4)
+    assert got == [{"h": 10 + s, "pair": (20 + s, None), "n": 3 * s, "kind": "x"} for s in range(4)]
+
+
+def test_entries_in_turn_grow() -> None:
+    rule, _ = rule_of(["out", 1] * 2, ["out", 1] * 3)
+    assert value_of(rule, ([5, 6, 7, 8],), 4) == [5, 1, 6, 1, 7, 1, 8, 1]
+    keys = lambda n: {f"{k}_{s}": "out" for s in range(n) for k in ("x", "y")}  # noqa: E731
+    rule, _ = rule_of(keys(2), keys(3))
+    got = value_of(rule, ([5, 6, 7], [15, 16, 17]), 3)
+    assert list(got.items()) == [("x_0", 5), ("y_0", 15), ("x_1", 6), ("y_1", 16), ("x_2", 7), ("y_2", 17)]
 
 
 def test_counts_grow() -> None:
@@ -74,6 +92,8 @@ def test_counts_grow() -> None:
         (["out", "out"], ["out", "out", "out", "out"]),
         ({"a": "out"}, {"a": "out", "extra": "out"}),
         ({"x_0": "out"}, {"x_0": "out", "x_1": "out", "x_2": "out"}),
+        (["out", None], ["out", None, "out"]),
+        ([0, 1], [0, 1, 4]),
     ],
 )
 def test_what_follows_no_rule_is_refused(small: Any, large: Any) -> None:

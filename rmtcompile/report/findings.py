@@ -172,6 +172,8 @@ def _kinds(compiled: Compiled, schedule: Schedule) -> tuple[Kind, ...]:
     groups = {group.name: group for group in compiled.program.groups}
     found = []
     for name in dict.fromkeys(schedule.layer_kinds):
+        if name not in groups:  # nothing reads these layers
+            continue
         group = groups[name]
         operations = tuple(
             (variant, _operations_of(compiled, schedule, group.layers[0], segments[0]))

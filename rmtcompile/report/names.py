@@ -10,10 +10,10 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from rmtcompile.capture import Call, Out
+from rmtcompile.capture import Call
 from rmtcompile.passes.partition import CELL, EPILOGUE, INIT, PROLOGUE
 from rmtcompile.program import Each, Source
-from rmtcompile.results import Family, Node
+from rmtcompile.results import outs_of
 from rmtcompile.schedule import short_type
 
 if TYPE_CHECKING:
@@ -79,10 +79,7 @@ def inside(path: str, layer_path: str) -> str:
 
 def outputs_in(rule: Any) -> list[int]:
     """Numbers of the outputs that a result, or a value that is left behind, is made of."""
-    if isinstance(rule, (Out, Family)):
-        return [rule.index]
-    children = rule.children if isinstance(rule, Node) else ()
-    return [index for child in children for index in outputs_in(child)]
+    return [out.index for out in outs_of(rule)]
 
 
 def state_names(compiled: Compiled) -> dict[tuple[int, int, int], str]:

@@ -36,7 +36,8 @@ class Engine:
         self.backend = backend
         self.device = next((lane.device for lane in program.lanes), torch.device("cpu"))
         self.is_sequential = program.alpha >= program.n_layers
-        self.full = 1 if self.is_sequential else min(len(group.layers) for group in program.groups)
+        widths = [len(group.layers) for group in program.groups]
+        self.full = 1 if self.is_sequential else min(widths, default=1)
         self.fixed_widths: set[int] = {1, self.full}
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self._regions: dict[str, tuple[Any, Callable[..., Any]]] = {}

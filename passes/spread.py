@@ -1,0 +1,78 @@
+"""spread: apply row-wise operations to the parts of a concatenation, where less is left of each than came in.
+
+    y = linear(cat([h0, h1], 1), W)          t0 = argmax(linear(h0, W), -1)
+    t = argmax(y, -1)                   =>   t1 = argmax(linear(h1, W), -1)
+                                             t  = cat([t0, t1], 1)
+
+So a head over all segments runs segment by segment as they leave, and their hidden states and logits need not
+be held until the last one is there.  Where the result is as large as what it is made of, nothing is gained
+and the graph stays as it is.
+
+requires: what `stream` gives.
+ensures:  the same values up to the rounding of kernels that run on other sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import fx
+
+from rmtcompile.passes.forward import _deep_recursion, _Range, _shape, _val
+from rmtcompile.passes.functionalise import overload_name
+from rmtcompile.passes.stream import Dims, Streamer, aten, passed_on
+
+
+def spread(gm: fx.GraphModule, inside: Callable[[fx.Node], bool]) -> fx.GraphModule:
+    """Move concatenations down past row-wise operations; see the module docstring.
+
+    Args:
+        inside: whether a node belongs to a layer's call.
+
+    Returns:
+        A new module, or the same object if there is nothing to do.
+    """
+    with _deep_recursion():
+        return _Spreader(gm, inside).run()
+
+
+class _Spreader(Streamer):
+    """What comes out of a region of row-wise operations becomes a concatenation of loads of itself."""
+
+    def _visit(self, node: fx.Node) -> None:
+        known = self._parts(node) if overload_name(node) == "cat" and not self.inside(node) else None
+        if known is None:
+            return
+        parts, at = known
+        region = self._region(node, at)
+        exits = [n for n in region if any(user not in region for user in n.users)]
+        if not is_worth(region, exits):
+            return
+        self.partial.update(dict.fromkeys(region.items(), True))
+        for out in exits:
+            self.here = out
+            pieces, lo = [], 0
+            for part in parts:
+                pieces.append(self.load(out, region[out], _Range(lo, _shape(part)[at])))
+                lo += _shape(part)[at]
+            self._replace(out, self.join(aten.cat.default, pieces, region[out]))
+
+    def _region(self, cat: fx.Node, at: int) -> Dims:
+        """The row-wise operations on a concatenation, each with the dimension that is concatenated."""
+        region = {cat: at}
+        pending = [cat]
+        while pending:
+            node = pending.pop()
+            for user in node.users:
+                dims = [] if self.inside(user) else passed_on(user, node, region[node])
+                if dims and user not in region and user not in self.pinned:
+                    region[user] = dims[0]
+                    pending.append(user)
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        return {node: region[node] for node in sorted(region, key=order.__getitem__)}
+
+
+def is_worth(region: Dims, exits: list[fx.Node]) -> bool:
+    """Whether what comes out is at most half as large as something on the way."""
+    size = {node: _val(node).numel() * _val(node).element_size() for node in region}
+    return next(iter(region)) not in exits and 2 * sum(size[out] for out in exits) <= max(size.values())

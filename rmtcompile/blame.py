@@ -1,0 +1,68 @@
+"""Blame: which line of the user's code an operation or an error comes from, and the refusal it amounts to."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from rmtcompile.errors import CaptureError
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_HERE = os.path.dirname(__file__) + os.sep
+_MODELS = os.path.join(_HERE, "models") + os.sep  # user's models as far as the compiler goes
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith((_TORCH, _HERE, "<")) and not name.startswith(_MODELS)
+
+
+def _short(name: str) -> str:
+    return os.sep.join(name.split(os.sep)[-3:]) if name.startswith(sys.prefix) else os.path.relpath(name)
+
+
+def user_source(frame: Any) -> str:
+    """`file.py:123` of the innermost frame outside torch and outside this package."""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not _is_ours(name):
+            return f"{_short(name)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "?"
+
+
+def raised_at(error: BaseException) -> str:
+    """The user's line at which an error was raised, and the source text of that line where it can be read."""
+    best = "?"
+    trace = error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if not _is_ours(name):
+            text = linecache.getline(name, trace.tb_lineno).strip()
+            best = f"{_short(name)}:{trace.tb_lineno}  {text}"
+        trace = trace.tb_next
+    return best
+
+
+def refusal(error: Exception) -> CaptureError:
+    """What an error in a forward on fake tensors says to the user; raise it from the error."""
+    remedy = "decide it from shapes or Python values"
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        what = f"the forward depends on the values of a tensor ({error})"
+        remedy += (
+            ", or pass inputs for which the check is not made "
+            "(for example no attention_mask instead of one that is all ones)"
+        )
+    elif "data-dependent" in str(error) or "data dependent" in str(error):
+        what = "the forward depends on the values of a tensor"
+    else:
+        what = f"the forward could not be traced: {type(error).__name__}: {error}"
+        remedy = (
+            "see whether the model itself runs on these inputs; what cannot be traced can run with "
+            "fallback='sequential'"
+        )
+    return CaptureError(what, [f"at {raised_at(error)}"], remedy)

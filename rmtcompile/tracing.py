@@ -1,0 +1,44 @@
+"""Tracing: what would leak out of a forward that runs on fake tensors, and is kept in."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from rmtcompile.blame import user_source
+from rmtcompile.errors import CaptureError
+
+
+@contextmanager
+def uncached_autocast() -> Iterator[None]:
+    """No casts of weights from before, and none kept for later: autocast would remember those of fake
+    tensors."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+class SharedData(TorchFunctionMode):
+    """Reads `p.data` as `p.detach()`, which counts its writes as those of p, and refuses `p.data = x`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        data: Any = torch.Tensor.data
+        if args and isinstance(args[0], nn.Parameter):
+            if func == data.__get__:
+                return args[0].detach()
+            if func == data.__set__:
+                raise CaptureError(
+                    "the forward writes into a parameter",
+                    [f"at {user_source(sys._getframe(1))}"],
+                    "run the model once before optimizing it if this happens on the first call only",
+                )
+        return func(*args, **(kwargs or {}))

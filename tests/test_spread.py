@@ -1,0 +1,69 @@
+"""spread: a head over a concatenation runs on its parts, where less is left of each than came in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_stream import IDS, NORM, TABLE, D, S, T, V, X, captured, sizes
+from torch import Tensor, fx
+
+from rmtcompile.passes.functionalise import overload_name
+from rmtcompile.passes.spread import spread
+from rmtcompile.passes.stream import stream
+
+
+def hidden(x: Tensor) -> Tensor:
+    return torch.cat([part.cumsum(1) for part in x.split(T, 1)], 1)
+
+
+def run(
+    f: Callable[..., Tensor], *args: Tensor, inside: Callable[[fx.Node], bool] = lambda n: False
+) -> fx.GraphModule:
+    before = stream(captured(f, *args), inside)
+    after = spread(before, inside)
+    after.graph.lint()
+    expected, got = f(*args), after(*args)
+    torch.testing.assert_close(
+        got[0] if isinstance(got, (tuple, list)) else got, expected, rtol=1e-12, atol=1e-12
+    )
+    assert spread(after, inside) is after
+    return after
+
+
+SMALLER: dict[str, Callable[[Tensor], Tensor]] = {
+    "tokens": lambda x: F.linear(NORM(hidden(x)), TABLE).argmax(-1),
+    "a few logits": lambda x: F.linear(hidden(x), TABLE)[..., :2],
+    "two results": lambda x: torch.stack([(y := F.linear(hidden(x), TABLE)).amax(-1), y.logsumexp(-1)], -1),
+    "log probabilities": lambda x: (
+        F.linear(hidden(x), TABLE).log_softmax(-1).gather(-1, IDS[..., None])[..., 0]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMALLER)
+def test_what_shrinks_is_computed_part_by_part(name: str) -> None:
+    gm = run(SMALLER[name], X)
+    assert sizes(gm, "linear") == {(2, T, V)}
+    assert (2, S * T, D) not in sizes(gm)
+
+
+@pytest.mark.parametrize(
+    "keeps",
+    [
+        lambda x: F.linear(hidden(x), TABLE),
+        lambda x: NORM(hidden(x)),
+        lambda x: F.linear(hidden(x), TABLE).cumsum(1).sum(-1),
+        lambda x: torch.cat([hidden(x), F.linear(hidden(x), TABLE)[..., :1]], -1),
+    ],
+)
+def test_what_stays_as_large_stays_whole(keeps: Callable[[Tensor], Tensor]) -> None:
+    before = stream(captured(keeps, X), lambda n: False)
+    assert spread(before, lambda n: False) is before
+
+
+def test_the_inside_of_layers_stays_as_it_is() -> None:
+    gm = run(SMALLER["tokens"], X, inside=lambda n: overload_name(n) == "linear")
+    assert sizes(gm, "linear") == {(2, S * T, V)}
