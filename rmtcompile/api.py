@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from rmtcompile.beyond import LONGER, first_segments, length_to_check, rounds
+from rmtcompile.beyond import LONGER, first_segments, length_to_check, rounding
 from rmtcompile.capture import Leaf
 from rmtcompile.errors import (
     InternalError,
@@ -285,14 +285,18 @@ class Optimized:
         while entry.longer is not None:
             entry = entry.longer
         longest = self._options.max_segments_captured + LONGER
-        while (length := length_to_check(entry.compiled, count, entry.checked_to)) is not None:
+        length = length_to_check(entry.compiled, count, entry.checked_to)
+        while length is not None:
             part = first_segments(args, kwargs, entry.segmentation, length)
             with entry.executor.uncompiled():
-                difference = self._difference(entry, length, *part)
+                difference = self._difference(entry, length, *part, tolerance=rounding(entry.compiled))
             proved = entry.compiled.rolled.proved_on[-1]
-            if difference is None or (proved >= longest and rounds(entry.compiled)):
+            settled = proved >= longest or length <= proved
+            if difference is None or (settled and rounding(entry.compiled)):
                 entry.checked_to = length
                 break
+            if length <= proved:
+                raise VerificationError(difference)
             if proved >= longest:
                 raise RerollError(
                     f"what holds for up to {proved} segments does not hold for {length}",
@@ -302,6 +306,7 @@ class Optimized:
                 )
             entry.longer = self._compile(args, kwargs, entry.segmentation, shortest=proved)
             entry = entry.longer
+            length = max(length, length_to_check(entry.compiled, count, 0) or 0)
         return entry
 
     def _run(
@@ -333,8 +338,11 @@ class Optimized:
             )
             entry.executor.costs = costs
 
-    def _difference(self, entry: _Entry, count: int, args: Any, kwargs: Any) -> str | None:
-        """Run both and compare; the model is left as it was. Returns the difference in words, or None."""
+    def _difference(
+        self, entry: _Entry, count: int, args: Any, kwargs: Any, tolerance: float = 0.0
+    ) -> str | None:
+        """Run both and compare; the model is left as it was. Returns the difference in words, or None;
+        relative differences up to `tolerance` are none."""
         compiled = entry.compiled
         snapshot = Snapshot(roots_of(self.model))
         written = [compiled.leaves[name].fetch() for kind, name in compiled.written if kind == "leaf"]
@@ -351,7 +359,7 @@ class Optimized:
             except (KeyError, InternalError) as error:
                 return f"the program does not cover {count} segments ({error})"
         got = value_of(compiled.result, outputs, count)
-        return _compare(expected, got, count)
+        return _compare(expected, got, count, tolerance)
 
     # ---- looking -------------------------------------------------------------------------------------------
 
@@ -515,7 +523,7 @@ def _write_back(compiled: Compiled, outputs: tuple[Any, ...], inputs: list[torch
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
-def _compare(expected: Any, got: Any, count: int) -> str | None:
+def _compare(expected: Any, got: Any, count: int, tolerance: float = 0.0) -> str | None:
     a, b = pytree.tree_leaves(expected), pytree.tree_leaves(got)
     if len(a) != len(b):
         return f"the result has {len(b)} leaves instead of {len(a)} at {count} segments"
@@ -533,7 +541,7 @@ def _compare(expected: Any, got: Any, count: int) -> str | None:
             continue
         wide = torch.float64 if x.device.type == "cpu" else torch.float32
         error = (x.to(wide) - y.to(wide)).norm() / x.to(wide).norm().clamp_min(1e-30)
-        if not error <= _TOLERANCE.get(x.dtype, 1e-3) and not (
+        if not error <= max(tolerance, _TOLERANCE.get(x.dtype, 1e-3)) and not (
             x.isnan().any() and torch.equal(x.isnan(), y.isnan())
         ):
             return (

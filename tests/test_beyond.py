@@ -132,3 +132,32 @@ def test_rounding_is_no_difference() -> None:
 
     fast = rmtcompile.optimize(made(Rounded, torch.float32))
     fast(features(9, dtype=torch.float32))
+    assert fast.captures == 1
+
+
+class FirstSegment(nn.Module):
+    """Every segment reads what the layer below gave of the first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = Toy(3).layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        zero = x.new_zeros(x.shape[0], WIDTH)
+        first: list[Tensor] = []
+        out = []
+        for s, h in enumerate(x.split(SEGMENT, 1)):
+            for l, layer in enumerate(self.layers):
+                h, given = layer(h, first[l - 1] if s and l else zero)
+                if s == 0:
+                    first.append(given)
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize(("plan", "alpha"), [("auto", 0), ("sequential", 3)])
+def test_what_one_segment_gave_is_read_by_all(plan: str, alpha: int) -> None:
+    model = made(FirstSegment)
+    fast = rmtcompile.optimize(copy.deepcopy(model), plan=plan)
+    assert_equal_runs(model, fast, [features(segments) for segments in (5, 1, 2, 3, 9)])
+    assert fast.schedule.alpha == alpha

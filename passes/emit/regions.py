@@ -9,10 +9,7 @@ from torch import fx
 
 from rmtcompile.passes.align import class_name
 from rmtcompile.passes.emit.bodies import parts_of, write_operations
-from rmtcompile.passes.emit.text import (
-    Writer,
-    outside,
-)
+from rmtcompile.passes.emit.text import Writer, outside, segment_of
 from rmtcompile.passes.partition import EPILOGUE, INIT, PROLOGUE
 from rmtcompile.passes.reroll import ClassRule
 from rmtcompile.program import Each, LaneEntry, Program, Source
@@ -59,8 +56,7 @@ class Regions:
         """Source of a value, read from the run, for a reader at `segment`."""
         if source.kind in ("leaf", "input", INIT):
             return outside(source)
-        where = f"{segment} - {source.segment}" if source.relative and source.segment else segment
-        return f"run.taps[{self.tap_name(source)!r}][{where if source.relative else source.segment}]"
+        return f"run.taps[{self.tap_name(source)!r}][{segment_of(source, segment)}]"
 
     def _always_made(self, source: Source) -> bool:
         """Whether every class of the source's region makes the value."""
@@ -214,7 +210,7 @@ class Regions:
         cases = [(f"s == {segment}", source) for segment, source in early]
         if steady is not None:
             made = self._always_made(steady)
-            where = f"s - {steady.segment}" if steady.relative and steady.segment else "s"
+            where = segment_of(steady)
             cases.append(("" if made else f"{where} in run.taps[{self.tap_name(steady)!r}]", steady))
         for i, (test, source) in enumerate(cases):
             body = [f"run.lanes[{name!r}].fill(layer, {self.expression(source)})" for name in names]

@@ -19,7 +19,7 @@ from typing import Any
 from rmtcompile.passes.emit.cells import CellFunction
 from rmtcompile.passes.emit.levels import ranges
 from rmtcompile.passes.emit.regions import Regions
-from rmtcompile.passes.emit.text import Writer, outside
+from rmtcompile.passes.emit.text import Writer, outside, segment_of
 from rmtcompile.passes.partition import EPILOGUE, PROLOGUE
 from rmtcompile.program import Group, Lane, LaneEntry, Program
 
@@ -76,7 +76,7 @@ def _write_entry(
     cases = [(f"s == {segment}", source) for segment, source in early]
     if steady is not None:
         made = regions._always_made(steady)
-        where = f"s - {steady.segment}" if steady.relative and steady.segment else "s"
+        where = segment_of(steady)
         cases.append(("" if made else f"{where} in run.taps[{regions.tap_name(steady)!r}]", steady))
     for i, (test, source) in enumerate(cases):
         if test:

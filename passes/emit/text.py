@@ -142,3 +142,10 @@ def outside(source: Source) -> str:
     if source.kind == "input":
         return f"run.inputs[{source.name!r}]"
     return f"run.init[{source.node!r}]"
+
+
+def segment_of(source: Source, segment: str = "s") -> str:
+    """The segment that a source lies in, for a reader at `segment`."""
+    if not source.relative:
+        return str(source.segment)
+    return f"{segment} - {source.segment}" if source.segment else segment
