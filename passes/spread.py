@@ -18,7 +18,10 @@ from collections.abc import Callable
 
 from torch import fx
 
-from rmtcompile.passes.forward import _deep_recursion, _Range, _shape, _val
+from rmtcompile.passes.forward.joins import parts_of
+from rmtcompile.passes.forward.nodes import shape_of, val_of
+from rmtcompile.passes.forward.ranges import Range
+from rmtcompile.passes.forward.rewrite import deep_recursion
 from rmtcompile.passes.functionalise import overload_name
 from rmtcompile.passes.stream import Dims, Streamer, aten, passed_on
 
@@ -32,7 +35,7 @@ def spread(gm: fx.GraphModule, inside: Callable[[fx.Node], bool]) -> fx.GraphMod
     Returns:
         A new module, or the same object if there is nothing to do.
     """
-    with _deep_recursion():
+    with deep_recursion():
         return _Spreader(gm, inside).run()
 
 
@@ -40,7 +43,7 @@ class _Spreader(Streamer):
     """What comes out of a region of row-wise operations becomes a concatenation of loads of itself."""
 
     def _visit(self, node: fx.Node) -> None:
-        known = self._parts(node) if overload_name(node) == "cat" and not self.inside(node) else None
+        known = parts_of(node) if overload_name(node) == "cat" and not self.inside(node) else None
         if known is None:
             return
         parts, at = known
@@ -53,8 +56,8 @@ class _Spreader(Streamer):
             self.here = out
             pieces, lo = [], 0
             for part in parts:
-                pieces.append(self.load(out, region[out], _Range(lo, _shape(part)[at])))
-                lo += _shape(part)[at]
+                pieces.append(self.load(out, region[out], Range(lo, shape_of(part)[at])))
+                lo += shape_of(part)[at]
             self._replace(out, self.join(aten.cat.default, pieces, region[out]))
 
     def _region(self, cat: fx.Node, at: int) -> Dims:
@@ -74,5 +77,5 @@ class _Spreader(Streamer):
 
 def is_worth(region: Dims, exits: list[fx.Node]) -> bool:
     """Whether what comes out is at most half as large as something on the way."""
-    size = {node: _val(node).numel() * _val(node).element_size() for node in region}
+    size = {node: val_of(node).numel() * val_of(node).element_size() for node in region}
     return next(iter(region)) not in exits and 2 * sum(size[out] for out in exits) <= max(size.values())

@@ -27,22 +27,19 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from rmtcompile.passes.forward import (
-    _COPIES,
-    _PERMUTES,
-    _SPLITS,
-    _blocks,
-    _deep_recursion,
-    _Forwarder,
-    _is_reshape,
-    _is_static_tensor,
-    _permutation,
-    _Range,
-    _shape,
-    _val,
+from rmtcompile.passes.forward.nodes import (
+    SPLITS,
     as_load,
+    is_reshape,
+    is_static_tensor,
+    permutation,
+    shape_of,
+    val_of,
 )
-from rmtcompile.passes.functionalise import bind, overload_name
+from rmtcompile.passes.forward.ranges import Range, blocks
+from rmtcompile.passes.forward.rewrite import Forwarder, deep_recursion
+from rmtcompile.passes.forward.shapes import COPIES
+from rmtcompile.passes.functionalise import PERMUTES, bind, overload_name
 from rmtcompile.passes.lift.builder import _contexts
 
 aten = torch.ops.aten
@@ -71,7 +68,7 @@ def stream(gm: fx.GraphModule, inside: Callable[[fx.Node], bool]) -> fx.GraphMod
     Returns:
         A new module, or the same object if there is nothing to do.
     """
-    with _deep_recursion():
+    with deep_recursion():
         return Streamer(gm, inside).run()
 
 
@@ -84,14 +81,15 @@ def row_wise(node: fx.Node, d: int) -> Dims | None:
 
     `add(x: [2, 6, 4], y: [6, 1])`: along 1 it is `{x: 1, y: 0}`, along 2 `{x: 2}`.
     """
-    if node.op != "call_function" or not _is_static_tensor(node):
+    if node.op != "call_function" or not is_static_tensor(node):
         return None
     tags = getattr(node.target, "tags", ())
     if torch.Tag.nondeterministic_seeded in tags:
         return None
-    name, rank = overload_name(node), len(_shape(node))
-    if torch.Tag.pointwise in tags or (name in _CASTS and _shape(node.all_input_nodes[0]) == _shape(node)):
-        return _aligned([n for n in node.all_input_nodes if _is_static_tensor(n)], _shape(node), d)
+    name, rank = overload_name(node), len(shape_of(node))
+    is_cast = name in _CASTS and shape_of(node.all_input_nodes[0]) == shape_of(node)
+    if torch.Tag.pointwise in tags or is_cast:
+        return _aligned([n for n in node.all_input_nodes if is_static_tensor(n)], shape_of(node), d)
     rule = _RULES.get(name)
     return None if rule is None else rule(node, d, rank)
 
@@ -100,8 +98,8 @@ def _aligned(operands: list[fx.Node], shape: tuple[int, ...], d: int) -> Dims:
     """The dimension of each operand that broadcasting puts at `d`, for those that have it."""
     found: Dims = {}
     for operand in operands:
-        at = d - (len(shape) - len(_shape(operand)))
-        if at >= 0 and _shape(operand)[at] == shape[d]:
+        at = d - (len(shape) - len(shape_of(operand)))
+        if at >= 0 and shape_of(operand)[at] == shape[d]:
             found[operand] = at
     return found
 
@@ -127,15 +125,15 @@ def _matmul(node: fx.Node, d: int, rank: int) -> Dims | None:
     if len(operands) != len([arg for arg in node.args if isinstance(arg, fx.Node)]):
         return None  # one value twice
     *bias, a, b = operands
-    if min(len(_shape(a)), len(_shape(b))) < 2:
+    if min(len(shape_of(a)), len(shape_of(b))) < 2:
         return None
-    found = _aligned(bias, _shape(node), d)
+    found = _aligned(bias, shape_of(node), d)
     if d >= rank - 2:
         side = a if d == rank - 2 else b
-        return {**found, side: len(_shape(side)) - (rank - d)}
+        return {**found, side: len(shape_of(side)) - (rank - d)}
     for side in (a, b):
-        at = d - (rank - len(_shape(side)))
-        if at >= 0 and _shape(side)[at] == _shape(node)[d]:
+        at = d - (rank - len(shape_of(side)))
+        if at >= 0 and shape_of(side)[at] == shape_of(node)[d]:
             found[side] = at
     return found
 
@@ -148,9 +146,9 @@ def _along(node: fx.Node, d: int, rank: int) -> Dims | None:
 def _reduction(node: fx.Node, d: int, _: int) -> Dims | None:
     bound = bind(node)
     source, dims = bound["self"], bound.get("dim")
-    if dims is None or not _is_static_tensor(source):
+    if dims is None or not is_static_tensor(source):
         return None
-    inner = len(_shape(source))
+    inner = len(shape_of(source))
     gone = {k % inner for k in ([dims] if isinstance(dims, int) else dims)}
     kept = range(inner) if bound.get("keepdim") else [k for k in range(inner) if k not in gone]
     return {source: kept[d]} if gone and kept[d] not in gone else None
@@ -165,7 +163,7 @@ def _pad(node: fx.Node, d: int, rank: int) -> Dims | None:
 def _gather(node: fx.Node, d: int, rank: int) -> Dims | None:
     bound = bind(node)
     source, index = bound["self"], bound["index"]
-    same = _shape(source)[d] == _shape(index)[d] and source is not index
+    same = shape_of(source)[d] == shape_of(index)[d] and source is not index
     return {source: d, index: d} if same and d != bound["dim"] % rank else None
 
 
@@ -184,32 +182,32 @@ _RULES: dict[str, Callable[[fx.Node, int, int], Dims | None]] = {
 
 def passed_on(node: fx.Node, operand: fx.Node, d: int) -> list[int]:
     """The dimensions of a node along which a load is a load of dimension `d` of an operand."""
-    if not _is_static_tensor(node):
+    if not is_static_tensor(node):
         return []
-    name, rank, view = overload_name(node), len(_shape(node)), as_load(node)
+    name, rank, view = overload_name(node), len(shape_of(node)), as_load(node)
     if view is not None:
         return [d - (view.range.drop and view.dim < d)] if view.source is operand and view.dim != d else []
-    if name in _PERMUTES:
-        return [_permutation(node).index(d)]
+    if name in PERMUTES:
+        return [permutation(node).index(d)]
     if name == "expand":
-        return [d + rank - len(_shape(operand))] if _shape(operand)[d] > 1 else []
+        return [d + rank - len(shape_of(operand))] if shape_of(operand)[d] > 1 else []
     if name in ("cat", "stack"):
         at = bind(node)["dim"] % rank
         return [d + (name == "stack" and d >= at)]
-    if _is_reshape(node):
-        return _in_reshape(_shape(operand), _shape(node), d)
-    if name in _COPIES | {"detach"} and _shape(node) == _shape(operand):
+    if is_reshape(node):
+        return _in_reshape(shape_of(operand), shape_of(node), d)
+    if name in COPIES | {"detach"} and shape_of(node) == shape_of(operand):
         return [d]
     return [o for o in range(rank) if (row_wise(node, o) or {}).get(operand) == d]
 
 
 def _in_reshape(inner: tuple[int, ...], outer: tuple[int, ...], d: int) -> list[int]:
     """Where a reshape puts the elements along `d` in order: the first dimension of what it is cut into."""
-    a, b = next(block for block in _blocks(inner, outer) if d in block[0])
+    a, b = next(block for block in blocks(inner, outer) if d in block[0])
     return b[:1] if b and a[0] == d else []
 
 
-def _end(node: fx.Node, r: _Range) -> int:
+def _end(node: fx.Node, r: Range) -> int:
     """Where a load would end if its operand went on."""
     end = r.at(r.n - 1) + 1
     if node.target is aten.slice.Tensor:
@@ -224,14 +222,14 @@ def _end(node: fx.Node, r: _Range) -> int:
 # ---- rewrite -----------------------------------------------------------------------------------------------
 
 
-class Streamer(_Forwarder):
+class Streamer(Forwarder):
     """Loads move up through row-wise operations too, where nobody needs the whole value."""
 
     def __init__(self, gm: fx.GraphModule, inside: Callable[[fx.Node], bool]) -> None:
         super().__init__(gm)
         self.inside = inside
         self.partial: dict[tuple[fx.Node, int], bool] = {}
-        self.asked = (_Range(0, 0), 0, 0)  # of the load that is visited: range, size of the dimension, end
+        self.asked = (Range(0, 0), 0, 0)  # of the load that is visited: range, size of the dimension, end
 
     def run(self) -> fx.GraphModule:
         for node in list(self.graph.nodes):
@@ -241,7 +239,7 @@ class Streamer(_Forwarder):
 
     def _fill(self, node: fx.Node) -> None:
         """`x.new_zeros(size)` reads nothing of x."""
-        val, target = _val(node), _FILLED[overload_name(node)]
+        val, target = val_of(node), _FILLED[overload_name(node)]
         if not val.is_contiguous():
             return
         self.here, self.count = node, self.count + 1
@@ -253,49 +251,49 @@ class Streamer(_Forwarder):
     def _visit(self, node: fx.Node) -> None:
         view = as_load(node)
         if view is not None and not self.inside(node):
-            self.asked = (view.range, _shape(view.source)[view.dim], _end(node, view.range))
+            self.asked = (view.range, shape_of(view.source)[view.dim], _end(node, view.range))
             super()._visit(node)
 
-    def take(self, x: fx.Node, d: int, r: _Range) -> fx.Node:
+    def take(self, x: fx.Node, d: int, r: Range) -> fx.Node:
         """With the end that the user's code has, where it lies behind the last position: integers of a short
         last segment follow the same rule as the others."""
-        if (r, _shape(x)[d]) != self.asked[:2] or r.drop:
+        if (r, shape_of(x)[d]) != self.asked[:2] or r.drop:
             return super().take(x, d, r)
         return self.emit(aten.slice.Tensor, x, d, r.lo, self.asked[2], r.step)
 
-    def try_load(self, x: fx.Node, d: int, r: _Range) -> fx.Node | None:
+    def try_load(self, x: fx.Node, d: int, r: Range) -> fx.Node | None:
         found = super().try_load(x, d, r)
-        if found is not None or x in self.pinned or self.inside(x) or not self._is_open(x):
+        if found is not None or x in self.pinned or self.inside(x) or not self.is_open(x):
             return found
-        if _shape(x)[d] == 1:
+        if shape_of(x)[d] == 1:
             return None
         key = (x, d, r, repr(self.here.meta.get("scope")), self.grad is False)
         if key in self.memo and self._only_loaded(x, d):
             self.memo[key] = found = self._load_made(x, d, r) or self._load_row_wise(x, d, r)
         return found
 
-    def _load_made(self, x: fx.Node, d: int, r: _Range) -> fx.Node | None:
+    def _load_made(self, x: fx.Node, d: int, r: Range) -> fx.Node | None:
         """A part of a constant or of a range of integers is a smaller one."""
         name = overload_name(x)
         if r.drop or name not in ("full", "zeros", "ones", "arange"):
             return None
         if name != "arange":
-            size = [*_shape(x)[:d], r.n, *_shape(x)[d + 1 :]]
+            size = [*shape_of(x)[:d], r.n, *shape_of(x)[d + 1 :]]
             return self._like(x, x.target, (size, *x.args[1:]), x.kwargs)
         start, step = (x.args[0] if len(x.args) > 1 else 0), (x.args[2] if len(x.args) > 2 else 1)
-        if type(start) is not int or type(step) is not int or _val(x).is_floating_point():
+        if type(start) is not int or type(step) is not int or val_of(x).is_floating_point():
             return None
         first, by = start + r.lo * step, step * r.step
         return self._like(x, aten.arange.start_step, (first, first + r.n * by, by), x.kwargs)
 
-    def _load_row_wise(self, x: fx.Node, d: int, r: _Range) -> fx.Node | None:
+    def _load_row_wise(self, x: fx.Node, d: int, r: Range) -> fx.Node | None:
         """The operation on what is loaded of its operands."""
         operands = row_wise(x, d)
         if operands is None:
             return None
         if r.drop:
-            row = self.load(x, d, _Range(r.lo, 1))
-            return self.take(row, d, _Range(0, 1, 1, True))
+            row = self.load(x, d, Range(r.lo, 1))
+            return self.take(row, d, Range(0, 1, 1, True))
         moved = {operand: self.load(operand, at, r) for operand, at in operands.items()}
         args, kwargs = (map_arg(a, lambda n: moved.get(n, n)) for a in (x.args, x.kwargs))
         return self._like(x, x.target, args, kwargs)
@@ -307,7 +305,7 @@ class Streamer(_Forwarder):
         node.meta = {k: v for k, v in x.meta.items() if k not in ("val", "tensor_meta")}
         with _contexts(x):
             node.meta["val"] = self.values.run(target, args, kwargs)
-        assert _val(node).dtype == _val(x).dtype
+        assert val_of(node).dtype == val_of(x).dtype
         return node
 
     def _only_loaded(self, x: fx.Node, d: int) -> bool:
@@ -322,7 +320,7 @@ class Streamer(_Forwarder):
             return True  # dead, or a load that was moved
         if user.op != "call_function" or self.inside(user) or user in self.pinned:
             return False
-        if overload_name(user) in _SPLITS | {"unbind"}:
+        if overload_name(user) in SPLITS | {"unbind"}:
             return all(self._is_load(item, x, d) for item in user.users)
         view = as_load(user)
         if view is not None and view.source is x and view.dim == d:

@@ -30,7 +30,7 @@ def is_thin(node: fx.Node) -> bool:
     if torch.is_autocast_enabled(device) or any("autocast" in text for text in node.meta.get("context", ())):
         return False
     if node.target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
-        a, b = (_shape(operand) for operand in node.args[:2])  # type: ignore[misc]
+        a, b = (_shape(operand) for operand in node.args[:2])
         return len(a) >= 2 and len(b) >= 2 and b[-1] == 1
     if node.target is aten.linear.default:
         weight = _shape(node.args[1])

@@ -30,7 +30,7 @@ class Parts:
     """The operations of a region that are needed, in order.
 
     Attributes:
-        before: views of live-ins whose place depends on s or S, taken by the caller.
+        before: views of live-ins and ranges whose place depends on s or S, taken by the caller.
         body: what the region's function does.
         after: what reads sizes or lists over segments and is no view of a live-in.
         compiled: whether the body is a function without sizes, to be run by `run.region`.
@@ -159,10 +159,10 @@ def _needed(nodes: tuple[fx.Node, ...], results: list[fx.Node]) -> set[fx.Node]:
 
 
 def _views_of_live_ins(nodes: tuple[fx.Node, ...], rule: ClassRule) -> set[fx.Node]:
-    """Views of single live-ins, and views of those."""
+    """Views of single live-ins, ranges that read nothing, and views of those."""
     found = {live_in for live_in in rule.body.live_ins if isinstance(live_in, fx.Node)}
     for node in nodes:
-        if _is_view(node) and all(operand in found for operand in node.all_input_nodes):
+        if not node.all_input_nodes or (_is_view(node) and found.issuperset(node.all_input_nodes)):
             found.add(node)
     return found & set(nodes)
 

@@ -14,7 +14,7 @@ from rmtcompile.passes.functionalise import RESHAPES, bind, overload_name
 
 aten = torch.ops.aten
 
-_SPLITS = {"split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"}
+SPLITS = {"split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _item_load(node: fx.Node) -> View | None:
     if not isinstance(several, fx.Node) or not isinstance(item, int):
         return None
     name = overload_name(several)
-    if name not in _SPLITS | {"unbind"} or not is_static_tensor(several.args[0]):
+    if name not in SPLITS | {"unbind"} or not is_static_tensor(several.args[0]):
         return None
     bound = bind(several)
     source, vals = bound["self"], several.meta["val"]

@@ -36,7 +36,7 @@ aten = torch.ops.aten
 
 
 @contextmanager
-def _deep_recursion() -> Iterator[None]:
+def deep_recursion() -> Iterator[None]:
     """Loads climb chains of stores by recursion, one store at a time; Python's default depth is too small."""
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(max(limit, 100_000))
@@ -46,7 +46,7 @@ def _deep_recursion() -> Iterator[None]:
         sys.setrecursionlimit(limit)
 
 
-class _Forwarder(Loads):
+class Forwarder(Loads):
     """Rewrites a copy of a graph, node by node in order."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -128,5 +128,5 @@ class _Forwarder(Loads):
 
 def forward(gm: fx.GraphModule) -> fx.GraphModule:
     """Rewrites loads of stored values into the values; the same module object if there is nothing to do."""
-    with _deep_recursion():
-        return _Forwarder(gm).run()
+    with deep_recursion():
+        return Forwarder(gm).run()
