@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from rmtcompile.blame import refusal, user_source
 from rmtcompile.errors import CaptureError
 from rmtcompile.guard import ModuleGuard, ReadTracker
-from rmtcompile.state import DELETED, Change, Snapshot, contains_tensor, roots_of
+from rmtcompile.state import DELETED, Change, Contents, Snapshot, contains_tensor, roots_of
 from rmtcompile.tracing import SharedData, uncached_autocast
 
 _SET_GRAD = torch._C._set_grad_enabled
@@ -225,7 +225,7 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     trace = proxy_tensor.make_fx(traced, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
     grad = torch.is_grad_enabled()
     tracker = ReadTracker()
-    contents = _Contents(snapshot)
+    contents = Contents(snapshot)
     try:
         with (
             recorder.watching(),
@@ -254,36 +254,6 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     leaves = _leaves(module, snapshot)
     guard = ModuleGuard(snapshot, tracker.reads, roots)
     return Capture(module, leaves, recorder.calls, produced["result"], produced["effects"], roots, guard)
-
-
-class _Contents:
-    """Contents of small tensors, put back after tracing.
-
-    A write that reads no input is made for real while the forward is traced.
-    """
-
-    SMALL = 1 << 16
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._kept = []
-        for tensor, _, _, name in snapshot.tensors():
-            if isinstance(tensor, FakeTensor) or tensor.is_inference():
-                continue
-            small = tensor.numel() <= self.SMALL
-            self._kept.append((tensor, tensor._version, tensor.detach().clone() if small else None, name))
-
-    def restore(self) -> list[str]:
-        """Put back what was written; gives the names of what is too large to have been kept."""
-        lost = []
-        with torch.no_grad():
-            for tensor, version, content, name in self._kept:
-                if tensor._version == version:
-                    continue
-                if content is None:
-                    lost.append(name)
-                else:
-                    tensor.copy_(content)
-        return lost
 
 
 def _fake(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
@@ -365,5 +335,11 @@ def _leaves(module: fx.GraphModule, snapshot: Snapshot) -> dict[str, Leaf]:
             continue
         named[id(tensor)] = node.target
         holder, key, name = owners.get(id(tensor), (None, None, f"constant{len(leaves)}"))
+        if holder is None and isinstance(tensor, FakeTensor):
+            raise CaptureError(
+                "the forward reads a tensor that tracing cannot follow: `.data` of a parameter or a buffer",
+                [f"at {user.meta.get('source', '?')}" for user in list(node.users)[:1]],
+                "use `.detach()` instead of `.data`; to update weights, do so outside the forward",
+            )
         leaves[node.target] = Leaf(name, tensor, holder, key)
     return leaves

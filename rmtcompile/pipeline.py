@@ -262,6 +262,23 @@ def _reroll(
     raise failure
 
 
+def capture_at(
+    fn: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    segmentation: Segmentation,
+    options: Options,
+    count: int,
+) -> tuple[Capture, Unrolled]:
+    """The functional capture of `count` segments, and its regions.
+
+    Raises:
+        UnsupportedError: as `compile_forward`.
+    """
+    captured, unrolled, _, _ = _unrolled(fn, args, kwargs, segmentation, count, options, _Log(None))
+    return captured, unrolled
+
+
 def _unrolled(
     fn: Callable[..., Any],
     args: Any,

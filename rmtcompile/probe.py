@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmtcompile.blame import refusal
 from rmtcompile.errors import PartitionError, UnsupportedError
-from rmtcompile.state import Snapshot, roots_of
+from rmtcompile.state import Contents, Snapshot, roots_of
 from rmtcompile.tracing import SharedData, uncached_autocast
 
 
@@ -203,6 +203,7 @@ def _attempt(
     """Run the forward on fake inputs of the given shapes until two segments were seen; gives the boxes that
     views cover, and what it raised."""
     snapshot = Snapshot(roots_of(fn))
+    contents = Contents(snapshot)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     values = list(flat)
     fakes = []
@@ -225,6 +226,7 @@ def _attempt(
         failure = error
     finally:
         snapshot.restore()
+        contents.restore()
     return views.taken, failure
 
 

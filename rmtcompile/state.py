@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 Path = tuple[tuple[str, Any], ...]  # (("attr" | "item", key), ...) from an object down to one value
@@ -145,6 +146,37 @@ class Snapshot:
                     yield value, record.target, key, path_name((*record.path, ("item", key)))
 
 
+class Contents:
+    """Contents of the tensors of a snapshot, to be put back after a forward on fake tensors.
+
+    A write that reads no input (`buffer.zero_()`, `count.add_(1)`) is made for real even then.
+    Large parameters are not kept: a forward that writes one is refused.
+    """
+
+    SMALL = 1 << 16
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._kept: list[tuple[torch.Tensor, int, torch.Tensor | None, str]] = []
+        for tensor, _, _, name in snapshot.tensors():
+            if isinstance(tensor, FakeTensor) or tensor.is_inference():
+                continue
+            keep = tensor.numel() <= self.SMALL or not isinstance(tensor, nn.Parameter)
+            self._kept.append((tensor, tensor._version, tensor.detach().clone() if keep else None, name))
+
+    def restore(self) -> list[str]:
+        """Put back what was written; gives the names of what was not kept."""
+        lost = []
+        with torch.no_grad():
+            for tensor, version, content, name in self._kept:
+                if tensor._version == version:
+                    continue
+                if content is None:
+                    lost.append(name)
+                else:
+                    tensor.copy_(content)
+        return lost
+
+
 class _Deleted:
     def __repr__(self) -> str:
         return "DELETED"
@@ -179,6 +211,17 @@ class Change:
     @property
     def name(self) -> str:
         return path_name(self.record.path if self.is_hook else (*self.record.path, self.step))
+
+    def now(self) -> Any:
+        """What is there now: a value, or DELETED."""
+        kind, key = self.step
+        target = self.record.target
+        if kind == "all":
+            return list(target)
+        if isinstance(target, list):
+            return target[key] if key < len(target) else DELETED
+        fields = target if kind == "item" else target.__dict__
+        return fields.get(key, DELETED)
 
     def apply(self, value: Any) -> None:
         """Leave `value` where the forward left its own."""

@@ -290,9 +290,17 @@ class Raises(Walk):
         raise ValueError("no such thing")
 
 
+class RaisesAtOnce(Walk):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("no such thing")
+
+
+@pytest.mark.parametrize("build", [Raises, RaisesAtOnce])
+@pytest.mark.parametrize("options", [{}, {"segment_size": SEGMENT}])
 @torch.no_grad()
-def test_an_error_of_the_model_is_shown_with_its_line() -> None:
-    lines = refusal(made(Raises), features(3), segment_size=SEGMENT)
+def test_an_error_of_the_model_is_shown_with_its_line(build: Any, options: dict[str, Any]) -> None:
+    """Also where it is raised before an input is cut."""
+    lines = refusal(made(build), features(3), kind=CaptureError, **options)
     assert "ValueError: no such thing" in lines[0]
     assert "test_refusals.py:" in lines[1] and 'raise ValueError("no such thing")' in lines[1]
 
