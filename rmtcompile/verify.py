@@ -224,10 +224,10 @@ def first_difference(
         pairs = [(seen, node_at[seen.place]) for seen in observer.seen if seen.place in node_at]
         values, outputs = replay(captured, inputs, {node for _, node in pairs})
     for seen, node in pairs:
-        error = compare(values[node], seen.value, "its value")
-        if error is not None:
+        found = compare(values[node], seen.value, "its value")
+        if found is not None:
             name = getattr(node.target, "__name__", str(node.target))
-            return [f"first in {seen}: {node.name} = {name}  {node.meta.get('source', '?')}", error]
+            return [f"first in {seen}: {node.name} = {name}  {node.meta.get('source', '?')}", found]
     leaves, spec = captured.result
     flat = [outputs[leaf.index] if isinstance(leaf, Out) else leaf for leaf in leaves]
     with _put_back(fn, written_tensors(compiled, inputs)):

@@ -94,7 +94,7 @@ class Executor:
         for leaf in self.compiled.leaves.values():
             try:
                 now = leaf.fetch()
-            except (KeyError, IndexError):
+            except (LookupError, AttributeError, TypeError):
                 return False
             if now is leaf.tensor:
                 continue
