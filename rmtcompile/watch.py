@@ -15,7 +15,8 @@ what differs there is looked at.
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import is_, itemgetter
+from itertools import chain
+from operator import call, is_, itemgetter
 from typing import Any
 
 import torch
@@ -28,9 +29,7 @@ _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_back
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
-NAMESPACES = frozenset(
-    {"_parameters", "_buffers", "_modules", *(key for key in nn.Module().__dict__ if key.endswith("_hooks"))}
-)
+NAMESPACES = frozenset(nn.Module().__dict__.keys() - {"training"})
 """Where nn.Module keeps what is watched in another way."""
 
 
@@ -142,16 +141,22 @@ class ModuleGuard:
         by_space: dict[int, list[Slot]] = {}
         for slot in self._slots:
             by_space.setdefault(id(slot.space), []).append(slot)
-        self._quick: list[tuple[Any, Callable[[Any], Any], tuple[Any, ...]]] = []
+        self._getters: list[Callable[[Any], Any]] = []
+        self._values: list[Any] = []
         for slots in by_space.values():
             twice = slots * 2 if len(slots) == 1 else slots  # itemgetter of one key gives no tuple
-            getter = itemgetter(*(slot.key for slot in twice))
-            self._quick.append((slots[0].space, getter, tuple(slot.value for slot in twice)))
-        self._parents = [(space, values) for space, values, _ in self._children if values]
+            self._getters.append(itemgetter(*(slot.key for slot in twice)))
+            self._values += [slot.value for slot in twice]
+        self._spaces = [slots[0].space for slots in by_space.values()]
+        parents = [(space, values) for space, values, _ in self._children if values]
+        self._parents = [space for space, _ in parents]
+        self._members = [value for _, values in parents for value in values]
         self._filled = [(hooks, list(hooks.items()), name) for hooks, name in self._hooks if hooks]
-        self._empty = [hooks for hooks, _ in self._hooks if not hooks]
-        self._sized = [space for space, *_ in (*self._closed, *self._open)]
-        self._sizes = list(map(len, self._sized))
+        containers = [space for space, *_ in (*self._closed, *self._open)]
+        self._sizes = list(map(len, containers))
+        self._empty = [space for space in (*containers, *(hooks for hooks, _ in self._hooks)) if not space]
+        self._sized = list(filter(None, containers))
+        self._lengths = list(map(len, self._sized))
 
     def settle(self) -> None:
         """Take the hooks that are registered now for those of the capture: the forward itself has registered
@@ -170,11 +175,11 @@ class ModuleGuard:
     def _holds(self) -> bool:
         """Whether all objects are the very same; where not, `_look` looks closer."""
         try:
-            if any(self._empty) or list(map(len, self._sized)) != self._sizes:
+            if any(self._empty) or list(map(len, self._sized)) != self._lengths:
                 return False
-            if not all(all(map(is_, space.values(), values)) for space, values in self._parents):
-                return False
-            if not all(all(map(is_, getter(space), values)) for space, getter, values in self._quick):
+            members = chain.from_iterable(map(dict.values, self._parents))
+            values = chain.from_iterable(map(call, self._getters, self._spaces))
+            if not all(map(is_, members, self._members)) or not all(map(is_, values, self._values)):
                 return False
         except LookupError:
             return False
