@@ -145,6 +145,24 @@ def test_layers_called_unevenly() -> None:
     assert lines[-1].startswith("  help: ")
 
 
+class CallsUntil(Walk):
+    """A layer is called until its state is large enough."""
+
+    def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        x, m = self.layers[l](x, m)
+        while m.norm() < 1:
+            x, m = self.layers[l](x, m)
+        return x, m
+
+
+@torch.no_grad()
+def test_calls_that_depend_on_values() -> None:
+    lines = refusal(made(CallsUntil), features(3), kind=CaptureError)
+    assert lines[0].startswith("the forward depends on the values of a tensor")
+    assert "test_refusals.py:" in lines[1] and "while m.norm() < 1:" in lines[1]
+    assert lines[-1].startswith("  help: decide it from shapes or Python values")
+
+
 class Dropout(Walk):
     def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         x = nn.functional.dropout(x, 0.1, self.training)
