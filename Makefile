@@ -12,7 +12,7 @@ test test-451: export OMP_NUM_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-451 lint typecheck clean
+.PHONY: help setup demo test test-451 lint typecheck readme-tables clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -36,6 +36,9 @@ typecheck: $(VENV)/installed ## mypy
 	ln -s $(CURDIR)/rmtcompile/* $(CURDIR)/passes $(TYPES)/rmtcompile/
 	cd $(TYPES) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(CURDIR)/.mypy_cache -p rmtcompile
+
+readme-tables: $(VENV)/installed ## write README's tables from tests/handled.py
+	$(BIN)/python tests/handled.py
 
 clean: ## remove the environments and everything that was built
 	rm -rf $(VENV) build dist demo-output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

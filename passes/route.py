@@ -354,7 +354,8 @@ class _Router:
                     )
         graph, merged = draft.merged.graph, draft.merged
         results = []
-        for nodes, _ in sorted(draft.outputs.items(), key=lambda item: int(item[1][3:])):
+        ordered = sorted(draft.outputs.items(), key=lambda item: int(item[1][3:]))
+        for nodes, _ in ordered:
             results.append(_by_class(graph, merged, dict(nodes)))
         graph.output(tuple(results))
         graph.eliminate_dead_code()
@@ -364,8 +365,8 @@ class _Router:
                 kept.discard(node.name)
                 graph.erase_node(node)
         ports = tuple(port for port in draft.ports if port.name in kept)
-        names = tuple(sorted(draft.outputs.values(), key=lambda name: int(name[3:])))
-        return Group(draft.name, draft.layers, merged.classes, graph, ports, names)
+        names, values = tuple(name for _, name in ordered), tuple(nodes for nodes, _ in ordered)
+        return Group(draft.name, draft.layers, merged.classes, graph, ports, names, values)
 
     def _lane(self, lane: _LaneDraft) -> Lane:
         feeds = tuple(

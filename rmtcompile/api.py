@@ -16,13 +16,7 @@ from torch.utils import _pytree as pytree
 
 from rmtcompile.beyond import LONGER, first_segments, length_to_check, rounding
 from rmtcompile.capture import Leaf
-from rmtcompile.errors import (
-    InternalError,
-    RerollError,
-    RMTCompileError,
-    UnsupportedError,
-    VerificationError,
-)
+from rmtcompile.errors import RerollError, RMTCompileError, UnsupportedError, VerificationError
 from rmtcompile.guard import call_key, program_key
 from rmtcompile.passes.optimise import FOR_COMPILED_CELLS
 from rmtcompile.passes.wavefront import blocking, wavefront
@@ -33,7 +27,8 @@ from rmtcompile.runtime.execute import Executor, backend_for
 from rmtcompile.runtime.graphs import Recording
 from rmtcompile.runtime.rows import executor_for
 from rmtcompile.schedule import Schedule
-from rmtcompile.state import DELETED, Snapshot, roots_of
+from rmtcompile.state import DELETED
+from rmtcompile.verify import difference, first_difference, tensors_of, written_tensors
 
 if TYPE_CHECKING:
     from rmtcompile.report import Explanation, Profile
@@ -197,7 +192,7 @@ class Optimized:
         if segmentation is None:
             segmentation = probe(self.model, args, kwargs, self._options.segment_size)
             self._segmentations[key] = segmentation
-        count, _ = segmentation.count([tensor.shape for tensor in _tensors(args, kwargs)])
+        count, _ = segmentation.count([tensor.shape for tensor in tensors_of(args, kwargs)])
         if count == 0:
             raise UnsupportedError("the input is empty", remedy="pass at least one token")
         return _Call(segmentation, count, program_key(args, kwargs, segmentation))
@@ -205,7 +200,7 @@ class Optimized:
     def _start(self, call: _Call, args: Any, kwargs: Any) -> tuple[_Entry, Recording] | None:
         """Start what ran the last such call, if it is recorded; whether it still holds is seen afterwards."""
         entry = self._ready.get((call.key, call.count))
-        recording = entry.executor.start(call.count, _tensors(args, kwargs)) if entry is not None else None
+        recording = entry.executor.start(call.count, tensors_of(args, kwargs)) if entry is not None else None
         return (entry, recording) if entry is not None and recording is not None else None
 
     def _entry(self, call: _Call, args: Any, kwargs: Any) -> _Entry:
@@ -224,7 +219,7 @@ class Optimized:
 
     def _compile_options(self, args: Any, kwargs: Any) -> Options:
         """The options, less the passes that pay for compiled cells alone where the cells are not compiled."""
-        device = next((tensor.device for tensor in _tensors(args, kwargs)), torch.device("cpu"))
+        device = next((tensor.device for tensor in tensors_of(args, kwargs)), torch.device("cpu"))
         if backend_for(self._backend, device) != "eager":
             return self._options
         return replace(self._options, passes_off=self._options.passes_off | FOR_COMPILED_CELLS)
@@ -262,22 +257,33 @@ class Optimized:
     def _for_length(self, entry: _Entry, count: int, args: Any, kwargs: Any) -> _Entry:
         """The entry itself, or one compiled for just this length where its rules do not cover it."""
         entry = self._beyond(entry, count, args, kwargs)
-        if count in entry.only:
-            return entry.only[count]
         rolled = entry.compiled.rolled
-        shortest = rolled.proved_on[0]
-        if rolled.fixed is None and count < rolled.minimum:
-            entry.only[count] = self._compile(args, kwargs, entry.segmentation, only=count)
-            return entry.only[count]
-        if (count < shortest or self._verify) and count not in entry.checked:
-            difference = self._difference(entry, count, args, kwargs)
-            if difference is not None and count < shortest and rolled.fixed is None:
+        is_short = rolled.fixed is None and count < rolled.proved_on[0]
+        if is_short and count not in entry.only and count not in entry.checked:
+            if count >= rolled.minimum and self._difference(entry, count, args, kwargs) is None:
+                entry.checked.add(count)
+            else:
                 entry.only[count] = self._compile(args, kwargs, entry.segmentation, only=count)
-                return entry.only[count]
-            if difference is not None:
-                raise VerificationError(difference)
-            entry.checked.add(count)
-        return entry
+        chosen = entry.only.get(count, entry)
+        if self._verify and count not in chosen.checked:
+            self._check(chosen, count, args, kwargs)
+            chosen.checked.add(count)
+        return chosen
+
+    def _check(self, entry: _Entry, count: int, args: Any, kwargs: Any) -> None:
+        """Raise VerificationError if the program differs from the model; the message says where."""
+        found = self._difference(entry, count, args, kwargs)
+        if found is not None:
+            raise self._located_difference(entry, count, found, args, kwargs)
+
+    def _located_difference(
+        self, entry: _Entry, count: int, found: str, args: Any, kwargs: Any
+    ) -> VerificationError:
+        compiled, executor, segmentation = entry.compiled, entry.executor, entry.segmentation
+        where = first_difference(
+            self.model, compiled, executor, segmentation, self._options, count, args, kwargs
+        )
+        return VerificationError("\n  ".join([found, *where]))
 
     def _beyond(self, entry: _Entry, count: int, args: Any, kwargs: Any) -> _Entry:
         """The entry, compared with the model where it is to run longer inputs than it was proved on, or what
@@ -289,18 +295,18 @@ class Optimized:
         while length is not None:
             part = first_segments(args, kwargs, entry.segmentation, length)
             with entry.executor.uncompiled():
-                difference = self._difference(entry, length, *part, tolerance=rounding(entry.compiled))
+                found = self._difference(entry, length, *part, tolerance=rounding(entry.compiled))
             proved = entry.compiled.rolled.proved_on[-1]
             settled = proved >= longest or length <= proved
-            if difference is None or (settled and rounding(entry.compiled)):
+            if found is None or (settled and rounding(entry.compiled)):
                 entry.checked_to = length
                 break
             if length <= proved:
-                raise VerificationError(difference)
+                raise self._located_difference(entry, length, found, *part)
             if proved >= longest:
                 raise RerollError(
                     f"what holds for up to {proved} segments does not hold for {length}",
-                    [difference],
+                    [found],
                     "a value must be read at most three segments later; fallback='sequential' runs the model "
                     "as it is",
                 )
@@ -315,7 +321,7 @@ class Optimized:
         self._last = (entry, count)
         outputs = entry.executor.finish(recording) if recording is not None else None
         if outputs is None:
-            outputs = entry.executor.run(count, _tensors(args, kwargs))
+            outputs = entry.executor.run(count, tensors_of(args, kwargs))
         _leave_effects(entry.compiled, count, outputs)
         if not entry.settled:
             entry.settled = True
@@ -323,14 +329,14 @@ class Optimized:
                 effect.change is not None and effect.change.is_hook for effect, _ in entry.compiled.effects
             ):
                 entry.compiled.captures[0].guard.settle()
-        _write_back(entry.compiled, outputs, _tensors(args, kwargs))
+        _write_back(entry.compiled, outputs, tensors_of(args, kwargs))
         return value_of(entry.compiled.result, outputs, count)
 
     def _choose_plan(self, entry: _Entry, args: Any, kwargs: Any) -> None:
         """Once a program has run on CUDA: keep its wavefronts only if they are measured to pay."""
         if self._options.plan != "auto" or entry.executor.costs is not None:
             return
-        costs = entry.executor.measure(_tensors(args, kwargs))
+        costs = entry.executor.measure(tensors_of(args, kwargs))
         if costs is not None and not costs.wavefront_pays:
             entry.compiled = rescheduled(entry.compiled, entry.compiled.program.n_layers)
             entry.executor = executor_for(
@@ -343,23 +349,7 @@ class Optimized:
     ) -> str | None:
         """Run both and compare; the model is left as it was. Returns the difference in words, or None;
         relative differences up to `tolerance` are none."""
-        compiled = entry.compiled
-        snapshot = Snapshot(roots_of(self.model))
-        written = [compiled.leaves[name].fetch() for kind, name in compiled.written if kind == "leaf"]
-        kept = [tensor.detach().clone() for tensor in written]
-        with torch.no_grad():
-            try:
-                expected = self.model(*args, **kwargs)
-            finally:
-                snapshot.restore()
-                for tensor, value in zip(written, kept, strict=True):
-                    tensor.copy_(value)
-            try:
-                outputs = entry.executor.run(count, _tensors(args, kwargs))
-            except (KeyError, InternalError) as error:
-                return f"the program does not cover {count} segments ({error})"
-        got = value_of(compiled.result, outputs, count)
-        return _compare(expected, got, count, tolerance)
+        return difference(self.model, entry.compiled, entry.executor, count, args, kwargs, tolerance)
 
     # ---- looking -------------------------------------------------------------------------------------------
 
@@ -488,10 +478,6 @@ def _variant(number: int, head: int) -> str:
     return "first" if number == 0 else f"segment{number}" if number > 0 else "last"
 
 
-def _tensors(args: Any, kwargs: Any) -> list[torch.Tensor]:
-    return [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-
-
 def _faked(args: Any, kwargs: Any) -> Any:
     """The arguments without the memory of their tensors."""
 
@@ -513,41 +499,8 @@ def _write_back(compiled: Compiled, outputs: tuple[Any, ...], inputs: list[torch
     """Store what the forward writes in place into buffers, state tensors and inputs."""
     first = len(outputs) - len(compiled.written)
     with torch.no_grad():
-        for (kind, name), value in zip(compiled.written, outputs[first:], strict=True):
-            target = (
-                compiled.leaves[name].fetch() if kind == "leaf" else inputs[compiled.input_names.index(name)]
-            )
+        for target, value in zip(written_tensors(compiled, inputs), outputs[first:], strict=True):
             target.copy_(value)
-
-
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
-
-
-def _compare(expected: Any, got: Any, count: int, tolerance: float = 0.0) -> str | None:
-    a, b = pytree.tree_leaves(expected), pytree.tree_leaves(got)
-    if len(a) != len(b):
-        return f"the result has {len(b)} leaves instead of {len(a)} at {count} segments"
-    for i, (x, y) in enumerate(zip(a, b, strict=True)):
-        if not isinstance(x, torch.Tensor):
-            if x is not y and x != y:
-                return f"result {i} is {y!r} instead of {x!r} at {count} segments"
-            continue
-        if x.shape != y.shape or x.dtype != y.dtype:
-            mine, theirs = f"{y.dtype}{list(y.shape)}", f"{x.dtype}{list(x.shape)}"
-            return f"result {i} is {mine} instead of {theirs} at {count} segments"
-        if not x.is_floating_point():
-            if not torch.equal(x, y):
-                return f"result {i} differs in {int((x != y).sum())} places at {count} segments"
-            continue
-        wide = torch.float64 if x.device.type == "cpu" else torch.float32
-        error = (x.to(wide) - y.to(wide)).norm() / x.to(wide).norm().clamp_min(1e-30)
-        if not error <= max(tolerance, _TOLERANCE.get(x.dtype, 1e-3)) and not (
-            x.isnan().any() and torch.equal(x.isnan(), y.isnan())
-        ):
-            return (
-                f"result {i} differs from the sequential forward by {error:.1e} relative at {count} segments"
-            )
-    return None
 
 
 __all__ = ["FallbackWarning", "Leaf", "Optimized", "SequentialScheduleWarning", "optimize", "schedule_of"]

@@ -28,9 +28,11 @@ from torch.utils import _pytree as pytree
 
 from rmtcompile.blame import refusal, user_source
 from rmtcompile.errors import CaptureError
-from rmtcompile.guard import ModuleGuard, ReadTracker
-from rmtcompile.state import DELETED, Change, Snapshot, contains_tensor, roots_of
+from rmtcompile.guard import ReadTracker
+from rmtcompile.state import DELETED, Change, Contents, Held, Path, Snapshot, contains_tensor, roots_of
+from rmtcompile.surroundings import Surroundings
 from rmtcompile.tracing import SharedData, uncached_autocast
+from rmtcompile.watch import ModuleGuard
 
 _SET_GRAD = torch._C._set_grad_enabled
 _ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
@@ -59,14 +61,15 @@ class Leaf:
     """A tensor that the graph reads but does not compute: a parameter, a buffer, a state attribute, a
     constant.
 
-    `holder`/`key` say where the model keeps it (`holder[key]` or `holder.key`); a constant has no holder and
-    is kept here.
+    `holder`/`key` say where the model keeps it (`holder[key]` or `holder.key`), or `way` does from the module
+    `holder` on; a constant has no holder and is kept here.
     """
 
     name: str
     tensor: torch.Tensor
     holder: Any = None
     key: Any = None
+    way: Path = ()
 
     @property
     def is_constant(self) -> bool:
@@ -76,6 +79,11 @@ class Leaf:
         """The tensor that the model holds now (it may have been swapped since capture)."""
         if self.holder is None:
             return self.tensor
+        if self.way:
+            value = self.holder
+            for kind, key in self.way:
+                value = value[key] if kind == "item" else value.__dict__[key]
+            return value
         fields = self.holder if isinstance(self.holder, (dict, list)) else self.holder.__dict__
         return fields[self.key]
 
@@ -140,12 +148,14 @@ class _Recorder:
         self.names = names
         self.snapshot = snapshot
         self.roots: dict[str, nn.Module] = {}
+        self.unseen: set[tuple[int, str]] = set()  # what such modules may have read
 
     def enter(self, module: nn.Module, _: Any) -> None:
         if id(module) not in self.names:  # reached by a way that `roots_of` does not see
             name = f"module{len(self.roots)}"
             self.roots[name] = module
             self.snapshot.add(name, module)
+            self.unseen |= {(id(child), key) for child in module.modules() for key in child.__dict__}
             for path, child in module.named_modules(remove_duplicate=False):
                 self.names.setdefault(id(child), f"{name}.{path}" if path else name)
         parent = self.stack[-1] if self.stack else None
@@ -201,6 +211,7 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     for name, root in roots.items():
         for path, child in root.named_modules(remove_duplicate=False):
             names.setdefault(id(child), f"{name}.{path}" if name and path else name or path)
+    _refuse_backward_hooks(roots)
     snapshot = Snapshot(roots)
     recorder = _Recorder(names, snapshot)
     flat, in_spec = pytree.tree_flatten((args, kwargs))
@@ -225,7 +236,7 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     trace = proxy_tensor.make_fx(traced, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
     grad = torch.is_grad_enabled()
     tracker = ReadTracker()
-    contents = _Contents(snapshot)
+    contents, around = Contents(snapshot), Surroundings(fn)
     try:
         with (
             recorder.watching(),
@@ -242,7 +253,13 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         raise refusal(error) from error
     finally:
         snapshot.restore()
-        lost = contents.restore()
+        lost, outside = contents.restore(), around.restore()
+    if outside:
+        raise CaptureError(
+            "the forward keeps state outside of its modules",
+            outside,
+            "keep it in an attribute of an nn.Module, or pass it in and return it",
+        )
     if lost:
         raise CaptureError(
             "the forward writes into a parameter",
@@ -252,38 +269,28 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     roots = {**roots, **recorder.roots}
     _name_contexts(module.graph)
     leaves = _leaves(module, snapshot)
-    guard = ModuleGuard(snapshot, tracker.reads, roots)
+    changes = [effect.change for effect in produced["effects"] if effect.change is not None]
+    changed = frozenset((id(change.record.target), change.step[1]) for change in changes)
+    guard = ModuleGuard(snapshot, tracker.reads | recorder.unseen, roots, changed, around)
     return Capture(module, leaves, recorder.calls, produced["result"], produced["effects"], roots, guard)
 
 
-class _Contents:
-    """Contents of small tensors, put back after tracing.
-
-    A write that reads no input is made for real while the forward is traced.
-    """
-
-    SMALL = 1 << 16
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._kept = []
-        for tensor, _, _, name in snapshot.tensors():
-            if isinstance(tensor, FakeTensor) or tensor.is_inference():
-                continue
-            small = tensor.numel() <= self.SMALL
-            self._kept.append((tensor, tensor._version, tensor.detach().clone() if small else None, name))
-
-    def restore(self) -> list[str]:
-        """Put back what was written; gives the names of what is too large to have been kept."""
-        lost = []
-        with torch.no_grad():
-            for tensor, version, content, name in self._kept:
-                if tensor._version == version:
-                    continue
-                if content is None:
-                    lost.append(name)
-                else:
-                    tensor.copy_(content)
-        return lost
+def _refuse_backward_hooks(roots: dict[str, nn.Module]) -> None:
+    """A compiled program has no modules around which such hooks could run."""
+    if not torch.is_grad_enabled():
+        return
+    hooked = [
+        f"{name}.{path}".strip(".") or type(module).__name__
+        for name, root in roots.items()
+        for path, module in root.named_modules()
+        if module._backward_hooks or module._backward_pre_hooks
+    ]
+    if hooked:
+        raise CaptureError(
+            "a module has backward hooks, which a compiled program would not run",
+            hooked,
+            "remove them, or put hooks on parameters (`parameter.register_hook`), which do run",
+        )
 
 
 def _fake(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
@@ -351,9 +358,9 @@ def _name_contexts(graph: fx.Graph) -> None:
 
 def _leaves(module: fx.GraphModule, snapshot: Snapshot) -> dict[str, Leaf]:
     """Find where the model keeps each tensor that the graph reads; one `get_attr` name a tensor."""
-    owners: dict[int, tuple[Any, Any, str]] = {}
-    for tensor, holder, key, name in snapshot.tensors():
-        owners.setdefault(id(tensor), (holder, key, name))
+    owners: dict[int, Held] = {}
+    for held in snapshot.tensors():
+        owners.setdefault(id(held.tensor), held)
     leaves: dict[str, Leaf] = {}
     named: dict[int, str] = {}
     for node in module.graph.nodes:
@@ -364,6 +371,12 @@ def _leaves(module: fx.GraphModule, snapshot: Snapshot) -> dict[str, Leaf]:
             node.target = named[id(tensor)]
             continue
         named[id(tensor)] = node.target
-        holder, key, name = owners.get(id(tensor), (None, None, f"constant{len(leaves)}"))
-        leaves[node.target] = Leaf(name, tensor, holder, key)
+        held = owners.get(id(tensor)) or Held(tensor, f"constant{len(leaves)}", None, None, ())
+        if held.holder is None and isinstance(tensor, FakeTensor):
+            raise CaptureError(
+                "the forward reads a tensor that tracing cannot follow: `.data` of a parameter or a buffer",
+                [f"at {user.meta.get('source', '?')}" for user in list(node.users)[:1]],
+                "use `.detach()` instead of `.data`; to update weights, do so outside the forward",
+            )
+        leaves[node.target] = Leaf(held.name, tensor, held.holder, held.key, held.way)
     return leaves

@@ -1,14 +1,14 @@
-"""Guards: what a compiled program took for granted, and whether it still holds.
+"""Guards: what decides whether an earlier program may run a call.
 
-Two parts. The *key* of a call is what its inputs and the ambient modes fix (types, shapes up to the number of
-segments, gradients, autocast); calls with different keys have different programs. The *watch* is what the
-captured forward read of the modules' Python state before writing it: flags, counters, names, submodules,
-hooks. A changed watch means another program.
+The *key* of a call is what its inputs and the ambient modes fix (types, shapes up to the number of segments,
+gradients, autocast); calls with different keys have different programs. What the captured forward read of the
+modules' Python state before writing it is noted here by `ReadTracker` and watched by `rmtcompile/watch.py`; a
+changed watch means another program.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from rmtcompile.errors import UnsupportedError
 from rmtcompile.probe import Segmentation
-from rmtcompile.state import _ATOMS, Snapshot
+from rmtcompile.state import _ATOMS, contains_tensor
+from rmtcompile.watch import template
 
 _tracked: dict[type, type] = {}
 
@@ -77,84 +79,6 @@ def _subclass(cls: type[nn.Module]) -> type:
     return _tracked[cls]
 
 
-Watch = list[tuple[Callable[[], Any], Any, str]]
-
-
-class ModuleGuard:
-    """The Python state that a captured forward depends on.
-
-    Args:
-        snapshot: the modules' state before the forward.
-        reads: (id of module, attribute) pairs read before written.
-        roots: modules by name.
-    """
-
-    def __init__(self, snapshot: Snapshot, reads: set[tuple[int, str]], roots: dict[str, nn.Module]) -> None:
-        self._atoms: list[tuple[Any, Any, Any, str]] = []  # (namespace, key, value, name)
-        self._structures: list[tuple[dict[Any, Any], list[Any], str]] = []
-        reached: set[int] = set()
-        for holder, copy in snapshot.holders():
-            if isinstance(holder, nn.Module):
-                for key, value in copy.items():
-                    if (id(holder), key) not in reads:
-                        continue
-                    if isinstance(value, _ATOMS):
-                        self._atoms.append((holder.__dict__, key, value, f"{type(holder).__name__}.{key}"))
-                    else:
-                        _reach(value, reached)
-        for holder, copy in snapshot.holders():
-            if isinstance(holder, nn.Module) or id(holder) not in reached:
-                continue
-            space = holder if isinstance(holder, (dict, list)) else holder.__dict__
-            for key, value in copy.items() if isinstance(copy, dict) else enumerate(copy):
-                if isinstance(value, _ATOMS):
-                    self._atoms.append((space, key, value, f"{type(holder).__name__}[{key!r}]"))
-        for name, root in roots.items():
-            for path, module in root.named_modules():
-                for space in _structures(module):
-                    self._structures.append((space, list(space.items()), f"{name}.{path}".strip(".")))
-
-    def settle(self) -> None:
-        """Take the hooks that are registered now for those of the capture: the forward itself has registered
-        them."""
-        self._structures = [(space, list(space.items()), name) for space, _, name in self._structures]
-
-    def broken(self) -> str | None:
-        """What changed since capture, in words, or None."""
-        for space, key, value, name in self._atoms:
-            try:
-                now = space[key]
-            except (KeyError, IndexError):
-                return f"{name} is gone"
-            if now is not value and (type(now) is not type(value) or now != value):
-                return f"{name} was {value!r} and is {now!r}"
-        for space, items, name in self._structures:
-            if (space or items) and list(space.items()) != items:
-                return f"submodules or hooks of {name or 'the model'} changed"
-        return None
-
-
-def _structures(module: nn.Module) -> tuple[dict[Any, Any], ...]:
-    """The namespaces that hold a module's children and hooks."""
-    return (module._modules, module._forward_hooks, module._forward_pre_hooks)
-
-
-def _reach(value: Any, reached: set[int]) -> None:
-    """Ids of plain containers and objects below a value that was read."""
-    if id(value) in reached or isinstance(value, (torch.Tensor, nn.Module, type, *_ATOMS)):
-        return
-    reached.add(id(value))
-    if isinstance(value, dict):
-        for item in value.values():
-            _reach(item, reached)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _reach(item, reached)
-    elif isinstance(getattr(value, "__dict__", None), dict):
-        for item in value.__dict__.values():
-            _reach(item, reached)
-
-
 def call_key(args: Any, kwargs: Any) -> tuple[Any, ...]:
     """What decides whether an earlier segmentation fits: structure, types and static values, shapes left
     out."""
@@ -176,7 +100,28 @@ def _static(value: Any) -> Any:
         return ("tensor", value.dtype, value.device, value.dim(), value.requires_grad)
     if isinstance(value, _ATOMS):
         return (type(value).__name__, value)
-    return (type(value).__name__, id(value))
+    if contains_tensor(value):
+        raise UnsupportedError(
+            "an argument holds tensors inside an object",
+            [f"{type(value).__module__}.{type(value).__qualname__}"],
+            "pass the tensors themselves, alone or in lists, tuples and dicts, or register the class with "
+            "torch.utils._pytree.register_pytree_node",
+        )
+    return _Object(value)
+
+
+class _Object:
+    """An argument that is no tensor, number or container: the same object with the same contents."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value  # kept, so that no other object gets its identity
+        self.content = template(value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Object) and self.value is other.value and self.content == other.content
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 def _modes() -> tuple[Any, ...]:
@@ -185,4 +130,4 @@ def _modes() -> tuple[Any, ...]:
         (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         for kind in sorted({"cpu", device})
     )
-    return (torch.is_grad_enabled(), torch.get_default_dtype(), autocast)
+    return (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(), autocast)

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from rmtcompile.capture import Capture, Effect, Leaf, capture
 from rmtcompile.errors import CaptureError, RerollError
+from rmtcompile.literals import literals, merge_literals
 from rmtcompile.passes.decompose import decompose
 from rmtcompile.passes.dependence import Dependence, dependences
 from rmtcompile.passes.emit import Emitted, emit
@@ -261,6 +262,23 @@ def _reroll(
     raise failure
 
 
+def capture_at(
+    fn: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    segmentation: Segmentation,
+    options: Options,
+    count: int,
+) -> tuple[Capture, Unrolled]:
+    """The functional capture of `count` segments, and its regions.
+
+    Raises:
+        UnsupportedError: as `compile_forward`.
+    """
+    captured, unrolled, _, _ = _unrolled(fn, args, kwargs, segmentation, count, options, _Log(None))
+    return captured, unrolled
+
+
 def _unrolled(
     fn: Callable[..., Any],
     args: Any,
@@ -276,9 +294,11 @@ def _unrolled(
         box.append(captured.module)
     _refuse_random(captured)
     with log.stage("functionalise", captured.module) as box:
+        literal = literals(captured)
         functional = functionalise(captured.module)
-        written = _flatten_writes(functional.module, tuple(functional.writes), captured)
+        written = _flatten_writes(functional.module, tuple(functional.writes), captured, literal)
         captured.module = functional.module
+        merge_literals(captured, literal)
         box.append(captured.module)
     with log.stage("forward", captured.module) as box:
         captured.module = forward(captured.module)
@@ -329,14 +349,16 @@ def _refuse_random(captured: Capture) -> None:
 
 
 def _flatten_writes(
-    module: fx.GraphModule, names: tuple[str, ...], captured: Capture
+    module: fx.GraphModule, names: tuple[str, ...], captured: Capture, literal: frozenset[str]
 ) -> tuple[tuple[str, str], ...]:
-    """Turn (outputs, writes) into one flat tuple; return ("leaf" | "input", name) for each written tensor."""
+    """Turn (outputs, writes) into one flat tuple; return ("leaf" | "input", name) for each written tensor.
+    Writes into literals are dropped."""
     if not names:
         return ()
     output = next(node for node in module.graph.nodes if node.op == "output")
     results, writes = output.args[0]
-    output.args = ((*results, *writes),)
+    output.args = ((*results, *(w for name, w in zip(names, writes, strict=True) if name not in literal)),)
+    names = tuple(name for name in names if name not in literal)
     placeholders = {str(node.target) for node in module.graph.nodes if node.op == "placeholder"}
     found = []
     for name in names:

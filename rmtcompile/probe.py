@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmtcompile.blame import refusal
 from rmtcompile.errors import PartitionError, UnsupportedError
-from rmtcompile.state import Snapshot, roots_of
+from rmtcompile.state import Contents, Snapshot, roots_of
+from rmtcompile.surroundings import Surroundings
 from rmtcompile.tracing import SharedData, uncached_autocast
 
 
@@ -89,12 +90,16 @@ class _Views(TorchDispatchMode):
         """Locate a view in what it views; a new tensor as long as an input's axis is followed like the
         input."""
         found = self.bases.get(value.untyped_storage()._cdata)
+        like_inputs = {d: self.axis_of_size[n] for d, n in enumerate(value.shape) if n in self.axis_of_size}
         if found is None:
-            axes = {d: self.axis_of_size[n] for d, n in enumerate(value.shape) if n in self.axis_of_size}
-            if axes and value.is_contiguous():
-                self.bases[value.untyped_storage()._cdata] = (value, axes)
+            if like_inputs and value.is_contiguous():
+                self.bases[value.untyped_storage()._cdata] = (value, like_inputs)
             return
         base, axes = found
+        if value.numel() == base.numel() and value.is_contiguous() and len(like_inputs) > len(axes):
+            # The rows [B * T, D] of a product, seen as [B, T, D]
+            self.bases[value.untyped_storage()._cdata] = (value, like_inputs)
+            return
         if not value.numel():
             return
         for dim, (start, length) in enumerate(_box(value, base.shape, base.stride())):
@@ -203,6 +208,7 @@ def _attempt(
     """Run the forward on fake inputs of the given shapes until two segments were seen; gives the boxes that
     views cover, and what it raised."""
     snapshot = Snapshot(roots_of(fn))
+    contents, around = Contents(snapshot), Surroundings(fn)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     values = list(flat)
     fakes = []
@@ -225,6 +231,8 @@ def _attempt(
         failure = error
     finally:
         snapshot.restore()
+        contents.restore()
+        around.restore()
     return views.taken, failure
 
 

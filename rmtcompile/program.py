@@ -179,6 +179,7 @@ class Group:
         graph: one cell; placeholders as in `ports`; the output node returns the values of `outputs`.
         outputs: names of what the graph returns, in order.
         ports: live-ins.
+        values: what each output is: the index of an operation in each class's body, as (class, index) pairs.
     """
 
     name: str
@@ -187,6 +188,7 @@ class Group:
     graph: fx.Graph
     ports: tuple[Port, ...]
     outputs: tuple[str, ...]
+    values: tuple[tuple[tuple[int, int], ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 Path = tuple[tuple[str, Any], ...]  # (("attr" | "item", key), ...) from an object down to one value
@@ -40,11 +41,29 @@ def _fields(value: object) -> dict[str, Any] | None:
 
 @dataclass
 class _Record:
-    """One container as it was: the object itself and a shallow copy of what it held."""
+    """One container as it was: the object itself, a shallow copy of what it held, and the module that holds
+    it."""
 
     target: Any
     path: Path
     copy: Any
+    module: nn.Module
+
+    @property
+    def is_replaceable(self) -> bool:
+        """Whether it sits in an attribute, where a forward may put another one in its place."""
+        return len(self.path) > 1 and self.path[1][1] not in ("_parameters", "_buffers", "_modules")
+
+
+class Held(NamedTuple):
+    """A tensor that a module keeps, and where: `holder[key]` or `holder.key`, or `way` from a module on,
+    through containers that a forward may replace."""
+
+    tensor: torch.Tensor
+    name: str
+    holder: Any
+    key: Any
+    way: Path
 
 
 class Snapshot:
@@ -65,25 +84,25 @@ class Snapshot:
         """Record `root` and everything below it that is not recorded yet."""
         for path, module in root.named_modules():
             full = f"{name}.{path}" if name and path else name or path
-            self._record(module, ((("module", full)),), 0)
+            self._record(module, ((("module", full)),), 0, module)
 
-    def _record(self, value: Any, path: Path, depth: int) -> None:
+    def _record(self, value: Any, path: Path, depth: int, module: nn.Module) -> None:
         if id(value) in self._records or depth > self.MAX_DEPTH:
             return
         if isinstance(value, nn.Module) and depth > 0:
             return  # modules are recorded by `add`, under their own path
         if isinstance(value, (dict, list)):
-            self._records[id(value)] = _Record(value, path, value.copy())
+            self._records[id(value)] = _Record(value, path, value.copy(), module)
             items = value.items() if isinstance(value, dict) else enumerate(value)
             for key, item in items:
-                self._record(item, (*path, ("item", key)), depth + 1)
+                self._record(item, (*path, ("item", key)), depth + 1, module)
         elif isinstance(value, tuple):
             for key, item in enumerate(value):
-                self._record(item, (*path, ("item", key)), depth + 1)
+                self._record(item, (*path, ("item", key)), depth + 1, module)
         elif (fields := _fields(value)) is not None:
-            self._records[id(value)] = _Record(value, path, fields.copy())
+            self._records[id(value)] = _Record(value, path, fields.copy(), module)
             for key, item in fields.items():
-                self._record(item, (*path, ("attr", key)), depth + 1)
+                self._record(item, (*path, ("attr", key)), depth + 1, module)
 
     def restore(self) -> None:
         """Put every recorded container back as it was, value by value, keeping the containers' identity."""
@@ -137,12 +156,46 @@ class Snapshot:
         for record in self._records.values():
             yield record.target, record.copy
 
-    def tensors(self) -> Iterator[tuple[torch.Tensor, Any, Any, str]]:
-        """(tensor, container, key, printable path) of every recorded tensor."""
+    def tensors(self) -> Iterator[Held]:
+        """Every recorded tensor, and where it is held."""
         for record in self._records.values():
+            kind = "item" if isinstance(record.target, (dict, list)) else "attr"
             for key, value in _entries(record.copy):
                 if isinstance(value, torch.Tensor):
-                    yield value, record.target, key, path_name((*record.path, ("item", key)))
+                    name = path_name((*record.path, ("item", key)))
+                    way = (*record.path[1:], (kind, key)) if record.is_replaceable else ()
+                    yield Held(value, name, record.module if way else record.target, key, way)
+
+
+class Contents:
+    """Contents of the tensors of a snapshot, to be put back after a forward on fake tensors.
+
+    A write that reads no input (`buffer.zero_()`, `count.add_(1)`) is made for real even then.
+    Large parameters are not kept: a forward that writes one is refused.
+    """
+
+    SMALL = 1 << 16
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._kept: list[tuple[torch.Tensor, int, torch.Tensor | None, str]] = []
+        for tensor, name, *_ in snapshot.tensors():
+            if isinstance(tensor, FakeTensor) or tensor.is_inference():
+                continue
+            keep = tensor.numel() <= self.SMALL or not isinstance(tensor, nn.Parameter)
+            self._kept.append((tensor, tensor._version, tensor.detach().clone() if keep else None, name))
+
+    def restore(self) -> list[str]:
+        """Put back what was written; gives the names of what was not kept."""
+        lost = []
+        with torch.no_grad():
+            for tensor, version, content, name in self._kept:
+                if tensor._version == version:
+                    continue
+                if content is None:
+                    lost.append(name)
+                else:
+                    tensor.copy_(content)
+        return lost
 
 
 class _Deleted:
@@ -179,6 +232,17 @@ class Change:
     @property
     def name(self) -> str:
         return path_name(self.record.path if self.is_hook else (*self.record.path, self.step))
+
+    def now(self) -> Any:
+        """What is there now: a value, or DELETED."""
+        kind, key = self.step
+        target = self.record.target
+        if kind == "all":
+            return list(target)
+        if isinstance(target, list):
+            return target[key] if key < len(target) else DELETED
+        fields = target if kind == "item" else target.__dict__
+        return fields.get(key, DELETED)
 
     def apply(self, value: Any) -> None:
         """Leave `value` where the forward left its own."""

@@ -25,7 +25,7 @@ from toys import SEGMENT, AttributeState, Toy, assert_equal_runs, assert_same, f
 from zoo.authors import authors_armt
 
 import rmtcompile
-from rmtcompile.errors import RMTCompileError, UnsupportedError
+from rmtcompile.errors import CaptureError, RMTCompileError, UnsupportedError
 from rmtcompile.models import build
 
 ROOT = Path(__file__).parent.parent
@@ -146,6 +146,24 @@ def test_armt_in_float32(name: str) -> None:
         expected, got, reference = (m(ids(segments)).logits for m in (model, fast, exact))
         own = float((expected - reference).norm() / reference.norm())
         assert_same(expected, got, max(1e-5, 10 * own))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision(dtype: torch.dtype) -> None:
+    """No further from float64 than the sequential forward, over several inputs."""
+    model = made(AttributeState, dtype)
+    exact = copy.deepcopy(model).double()
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    own, ours = 0.0, 0.0
+    for segments in range(2, 10):
+        x = features(segments, batch=16, dtype=dtype)
+        expected, got, reference = (m(x.to(d))["all"].double() for m, d in (
+            (model, dtype), (fast, dtype), (exact, torch.float64)))  # fmt: skip
+        own += float((expected - reference).norm())
+        ours += float((got - reference).norm())
+    assert 0 < own and ours <= 1.05 * own
+    assert fast.captures == 1
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 4])
@@ -484,6 +502,49 @@ def test_a_run_that_fails_leaves_the_next_one_right() -> None:
         fast(features(5))
     cells.update(kept)
     assert_equal_runs(model, fast, [features(5)])
+
+
+@torch.no_grad()
+def test_an_error_in_a_hook_leaves_the_next_run_right() -> None:
+    """A hook runs while the forward is traced; its error is shown, and the next call is right."""
+    model = made(AttributeState)
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+
+    def fails(*_: Any) -> None:
+        raise ValueError("from a hook")
+
+    assert_equal_runs(model, fast, [features(4)])
+    handle = fast.model.layers[1].register_forward_hook(fails)
+    with pytest.raises(CaptureError, match="ValueError: from a hook"):
+        fast(features(4))
+    handle.remove()
+    assert_equal_runs(model, fast, [features(5)])
+    assert fast.captures == 1
+
+
+@torch.no_grad()
+def test_running_out_of_memory_leaves_the_next_run_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(AttributeState)
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    fast(features(4))
+    state = {key: value for key, value in left_behind(fast.model).items() if isinstance(value, Tensor)}
+    cells = dict(fast.compiled.namespace["CELLS"])
+    calls: list[int] = []
+
+    def out_of_memory(run: Any, window: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return cells[window.group](run, window)
+
+    with monkeypatch.context() as patch:
+        for name in cells:
+            patch.setitem(fast.compiled.namespace["CELLS"], name, out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            fast(features(6))
+    after = left_behind(fast.model)
+    assert all(after[key] is value for key, value in state.items()), "a run that fails leaves nothing behind"
+    assert_equal_runs(model, fast, [features(6)])
 
 
 # --- torch.compile ------------------------------------------------------------------------------------------

@@ -145,6 +145,24 @@ def test_layers_called_unevenly() -> None:
     assert lines[-1].startswith("  help: ")
 
 
+class CallsUntil(Walk):
+    """A layer is called until its state is large enough."""
+
+    def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        x, m = self.layers[l](x, m)
+        while m.norm() < 1:
+            x, m = self.layers[l](x, m)
+        return x, m
+
+
+@torch.no_grad()
+def test_calls_that_depend_on_values() -> None:
+    lines = refusal(made(CallsUntil), features(3), kind=CaptureError)
+    assert lines[0].startswith("the forward depends on the values of a tensor")
+    assert "test_refusals.py:" in lines[1] and "while m.norm() < 1:" in lines[1]
+    assert lines[-1].startswith("  help: decide it from shapes or Python values")
+
+
 class Dropout(Walk):
     def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         x = nn.functional.dropout(x, 0.1, self.training)
@@ -290,9 +308,17 @@ class Raises(Walk):
         raise ValueError("no such thing")
 
 
+class RaisesAtOnce(Walk):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("no such thing")
+
+
+@pytest.mark.parametrize("build", [Raises, RaisesAtOnce])
+@pytest.mark.parametrize("options", [{}, {"segment_size": SEGMENT}])
 @torch.no_grad()
-def test_an_error_of_the_model_is_shown_with_its_line() -> None:
-    lines = refusal(made(Raises), features(3), segment_size=SEGMENT)
+def test_an_error_of_the_model_is_shown_with_its_line(build: Any, options: dict[str, Any]) -> None:
+    """Also where it is raised before an input is cut."""
+    lines = refusal(made(build), features(3), kind=CaptureError, **options)
     assert "ValueError: no such thing" in lines[0]
     assert "test_refusals.py:" in lines[1] and 'raise ValueError("no such thing")' in lines[1]
 

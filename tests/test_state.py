@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
+from toys import Toy, features, made
 
+import rmtcompile
 from rmtcompile.state import DELETED, Snapshot, contains_tensor, flatten_new, path_name, roots_of
 
 
@@ -184,3 +186,27 @@ def test_paths() -> None:
 def test_flatten_new() -> None:
     leaves, spec = flatten_new({"a": [torch.zeros(1), 2]})
     assert len(leaves) == 2 and spec.num_leaves == 2
+
+
+class Counting(Toy):
+    """Counts its calls in a buffer and clears a large one: writes that read no input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("large", torch.ones(1 << 17))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        self.large.zero_()
+        return super().forward(x)
+
+
+@torch.no_grad()
+def test_writes_are_not_made_while_preparing() -> None:
+    model = made(Counting)
+    fast = rmtcompile.optimize(model).prepare(features(3))
+    assert model.calls == 0 and model.large.all()
+    for calls in (1, 2):
+        fast(features(3))
+        assert model.calls == calls and not model.large.any()

@@ -114,6 +114,18 @@ def test_stacked_lstm_cells_against_the_fused_lstm() -> None:
 
 
 @torch.no_grad()
+def test_stacked_gru_cells_against_the_fused_gru() -> None:
+    entry = ZOO["gru_time_major"]
+    model = entry.build()
+    gru = nn.GRU(8, 8, entry.n_layers, batch_first=True).double()
+    for l, cell in enumerate(model.cells):
+        for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            getattr(gru, f"{kind}_l{l}").copy_(getattr(cell, kind))
+    (x,) = entry.inputs(2, 9)
+    assert_same(model.out(gru(x)[0]), rmtcompile.optimize(model)(x))
+
+
+@torch.no_grad()
 def test_a_growing_cache_is_refused() -> None:
     entry = ZOO["growing_cache"]
     with pytest.raises(UnsupportedError) as caught:

@@ -48,6 +48,7 @@ class Executor:
         self.compiled = compiled
         self.segmentation = segmentation
         self._prepared = False
+        self._observer: Callable[[Any], None] | None = None
         self._lengths: set[int] = set()
         self.program = compiled.program
         weights = {
@@ -93,7 +94,7 @@ class Executor:
         for leaf in self.compiled.leaves.values():
             try:
                 now = leaf.fetch()
-            except (KeyError, IndexError):
+            except (LookupError, AttributeError, TypeError):
                 return False
             if now is leaf.tensor:
                 continue
@@ -228,9 +229,22 @@ class Executor:
     ) -> tuple[Any, ...]:
         named = dict(zip(self.compiled.input_names, inputs, strict=True))
         weights = self.stacks.current(leaves)
-        run = Run(self.program, segments, named, leaves, weights, self.engine, functional)
+        return self._execute(Run(self.program, segments, named, leaves, weights, self.engine, functional))
+
+    def _execute(self, run: Any) -> tuple[Any, ...]:
+        if self._observer is not None:
+            self._observer(run)
         with sdpa_kernel(_ATTENTION, set_priority=True):
             return self.compiled.namespace["forward"](run)
+
+    def observe(self, segments: int, inputs: list[torch.Tensor], observer: Callable[[Any], None]) -> None:
+        """Run without CUDA graphs and gradients; `observer` is called with the run before it begins."""
+        self._observer = observer
+        try:
+            with _plain_tensors():
+                self._run(segments, inputs, self._leaves(), False)
+        finally:
+            self._observer = None
 
 
 @contextmanager

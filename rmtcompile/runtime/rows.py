@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.attention import sdpa_kernel
 
 from rmtcompile.pipeline import Compiled
 from rmtcompile.probe import Segmentation
 from rmtcompile.program import Feed, Lane, Program, Source
 from rmtcompile.runtime.engine import Engine
-from rmtcompile.runtime.execute import _ATTENTION, Executor
+from rmtcompile.runtime.execute import Executor
 from rmtcompile.runtime.run import Target
 from rmtcompile.runtime.storage import TapStore
 
@@ -295,9 +294,7 @@ class RowExecutor(Executor):
     ) -> tuple[Any, ...]:
         named = dict(zip(self.compiled.input_names, inputs, strict=True))
         assert isinstance(self.engine, RowEngine)
-        run = RowRun(self.program, segments, named, leaves, self.engine)
-        with sdpa_kernel(_ATTENTION, set_priority=True):
-            return self.compiled.namespace["forward"](run)
+        return self._execute(RowRun(self.program, segments, named, leaves, self.engine))
 
 
 def executor_for(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import cells, memories, storage, traps
+from . import cells, hybrids, memories, storage, traps
 from .blocks import features, tokens
 
 ARMT_OFFSETS = frozenset({(0, 1), (1, 0)})
@@ -93,6 +93,8 @@ ZOO: dict[str, ZooEntry] = {
         functools.partial(storage.StackedMemories, roll=1), _offsets((1, 1), (1, -3)), parallel=False, skew=4
     ),
     "buffer_copy": ZooEntry(storage.BufferCopy),
+    "in_place": ZooEntry(storage.InPlace),
+    "hybrid": ZooEntry(hybrids.Hybrid, n_layers=6),
     "cache_object": ZooEntry(storage.CacheObject, ragged=False),
     "universal": ZooEntry(memories.Universal),
     "glue_update": ZooEntry(memories.GlueUpdate),

@@ -107,6 +107,47 @@ class BufferCopy(nn.Module):
         return self.head(torch.cat(out, 1))
 
 
+class InPlaceLayer(nn.Module):
+    """A block that updates its memory in place: decays all slots, adds to all, and replaces some."""
+
+    def __init__(self, d: int, heads: int, slots: tuple[int, ...]) -> None:
+        super().__init__()
+        self.slots = slots
+        self.block, self.new, self.decay = Block(d, heads), nn.Linear(d, d), nn.Linear(d, 1)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        x = self.block(x, memory.clone())
+        memory.mul_(torch.sigmoid(self.decay(x[:, -1:])))
+        memory.add_(x.mean(1, keepdim=True), alpha=0.1)
+        rows = torch.tensor(self.slots, device=x.device)
+        memory.index_put_((torch.arange(len(x))[:, None], rows), torch.tanh(self.new(x[:, -len(rows) :])))
+        memory[:, 0] += x[:, 0]
+        return x
+
+
+class InPlace(nn.Module):
+    """Memories [B, M, D] made once a forward, updated by `mul_`, `add_`, `index_put_` and `+=` on a slice."""
+
+    def __init__(
+        self, d: int = 16, heads: int = 2, n_layers: int = 4, segment: int = 4, n_mem: int = 3
+    ) -> None:
+        super().__init__()
+        self.segment, self.n_mem = segment, n_mem
+        self.embed = nn.Embedding(VOCAB, d)
+        self.layers = nn.ModuleList(InPlaceLayer(d, heads, (2, 1)) for _ in range(n_layers))
+        self.head = nn.Linear(d, VOCAB)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x_all = self.embed(ids)
+        memories = [x_all.new_zeros(x_all.shape[0], self.n_mem, x_all.shape[2]) for _ in self.layers]
+        out = []
+        for x in x_all.split(self.segment, 1):
+            for layer, memory in zip(self.layers, memories):
+                x = layer(x, memory)
+            out.append(x)
+        return self.head(torch.cat(out, 1))
+
+
 class SegmentCache:
     """Tensors allocated once for each layer and overwritten by `update`, the way decoding caches work."""
 

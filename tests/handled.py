@@ -1,0 +1,171 @@
+"""What is handled and what is refused, row by row, with the tests that say so: the source of README's tables.
+
+    python tests/handled.py          writes the tables into README.md, between their markers
+
+Add a row in one line: what it is, and where it is tested (`file.py::test`, or `file.py::test[parameter]`; a
+file's tests after the first one without the file's name). `zoo(...)` names entries of tests/zoo/others.py, from
+which offsets and levels are taken. tests/test_handled.py checks that README.md holds what is written here and
+that every test exists.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ARMT = ("(0,1) (1,0)", "s + l")
+ZOO_TEST = "test_zoo_end_to_end.py::test_equal_for_any_number_of_segments"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: cells of text, then the tests."""
+
+    cells: tuple[str, ...]
+    tests: tuple[str, ...]
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Each test with its file."""
+        found, file = [], ""
+        for test in self.tests:
+            file, _, name = test.rpartition("::") if "::" in test else (file, "", test)
+            found.append(f"{file}::{name}")
+        return tuple(found)
+
+    def __str__(self) -> str:
+        by_file: dict[str, list[str]] = {}
+        for test in self.ids:
+            file, name = test.split("::", 1)
+            by_file.setdefault(file, []).append(_shown(name))
+        tests = "; ".join(f"`{file}`: {', '.join(dict.fromkeys(names))}" for file, names in by_file.items())
+        return f"| {' | '.join(self.cells)} | {tests} |"
+
+
+def _shown(name: str) -> str:
+    match = re.fullmatch(r"(\w+)\[(.*)\]", name)
+    return f"`[{match[2]}]`" if match else f"`{name}`"
+
+
+def model(text: str, *tests: str, offsets: str = ARMT[0], levels: str = ARMT[1]) -> Row:
+    """A model, its dependence offsets and the levels it runs on."""
+    return Row((text, offsets, levels), tests)
+
+
+def zoo(text: str, *names: str, more: tuple[str, ...] = ()) -> Row:
+    """Models of the zoo with equal offsets."""
+    from zoo.others import ZOO
+
+    stated = {(frozenset(ZOO[name].offsets), ZOO[name].skew, ZOO[name].n_layers) for name in names}
+    offsets = {o for o, _, _ in stated}
+    assert len(offsets) == len({k for _, k, _ in stated}) == 1, f"{names} have different offsets"
+    found, skew, n_layers = next(iter(stated))
+    below = {(ds, 1 - n_layers) for ds, dl in found if ds and dl == 1 - n_layers and skew == n_layers}
+    text_of = {o: f"({o[0]},1-L)" if o in below else f"({o[0]},{o[1]})" for o in found}
+    levels = {0: "l: all segments of a layer at once", 1: "s + l"}.get(skew or 0, f"{skew}s + l")
+    if skew == n_layers:
+        levels = "L·s + l: one cell after the other, with a warning"
+    tests = tuple(f"{ZOO_TEST}[{name}]" for name in names)
+    return Row((text, " ".join(text_of[o] for o in sorted(found)), levels), (*tests, *more))
+
+
+def use(text: str, *tests: str) -> Row:
+    """An input, an output or a way of use."""
+    return Row((text,), tests)
+
+
+def refused(text: str, happens: str, *tests: str) -> Row:
+    """What is not handled, and what happens."""
+    return Row((text, happens), tests)
+
+
+def tables() -> dict[str, tuple[str, list[Row]]]:
+    """By marker: the head of the table and its rows."""
+    end, arch, guard = "test_end_to_end.py::", "test_architectures.py::", "test_changes.py::"
+    no, zooed, inputs = "test_refusals.py::", "test_zoo_end_to_end.py::", "test_inputs.py::"
+    models = [
+        model("ARMT, reference and authors' manner, on Llama, GPT-2, Qwen2", end + "test_armt_in_float64_for_any_number_of_segments", "test_armt_runs_on_diagonals"),
+        model("ARMT on GPT-NeoX, Mistral, Gemma-2 (layers alternate in their masks)", arch + "test_armt"),
+        model("ARMT without the gamma correction", arch + "test_armt_without_correction"),
+        model("ARMT whose layers also see the keys and values of the segment before, on all six", arch + "test_armt_with_a_window_into_the_segment_before"),
+        model("Mamba from transformers, read piece by piece with its cache", arch + "test_mamba_with_its_cache"),
+        zoo("Memory tokens kept per layer; Infini-attention; carry in some layers only; kinds of layers in turn; one block for all layers", "parallel_rmt", "infini_attention", "block_recurrent", "alternating", "universal"),
+        zoo("Attention, state-space and recurrent layers in one stack", "hybrid"),
+        zoo("GRU and LSTM cells looped over time or layer by layer (a segment is one step)", "gru_time_major", "lstm_layer_major", "gru_residual", more=("test_stacked_lstm_cells_against_the_fused_lstm", "test_stacked_gru_cells_against_the_fused_gru")),
+        zoo("State in buffers, in cache objects, in one tensor for all layers, stacked, in the segment loop itself", "buffer_copy", "cache_object", "sliced_state", "stacked_memories", "glue_update"),
+        zoo("`copy_`, `add_`, `mul_`, `index_put_` on carries", "in_place", "buffer_copy"),
+        zoo("Carry read below its writer", "skewed", more=("test_the_skew_is_printed",)),
+        zoo("Memories rolled down one layer between segments", "rolled_memories"),
+        zoo("A carried view that the layer above overwrites", "alias_trap"),
+        zoo("Compressed older memory", "compressed_older"),
+        zoo("Residual edges past a layer", "skip_connections"),
+        zoo("Transformer-XL-like carry", "transformer_xl"),
+        zoo("No carry at all", "no_carry"),
+        zoo("Layers that are plain functions, no module", "plain_function"),
+        zoo("Classic RMT: the top layer feeds the next segment's bottom layer", "classic_rmt", more=("test_no_parallelism_is_said",)),
+        model("Random layers, offsets and kinds", "test_random_models.py::test_equal_or_refused", "test_chosen_models", offsets="(1,0) (1,1) (1,-1) (2,0) (2,1) (0,2) ...", levels="the skew of the offsets"),
+    ]  # fmt: skip
+    uses = [
+        use("Any number of segments from one capture, 1 included; same code for all", end + "test_one_capture_serves_all_lengths"),
+        use("Batches; a shorter last segment; input shorter than one segment", end + "test_batch_sizes", "test_ragged_last_segment"),
+        use("Attention masks padded left or right, `labels` with the loss, `inputs_embeds`, `output_hidden_states=True`, all at once", inputs + "test_arguments_of_an_armt"),
+        use("`position_ids`, keyword arguments, defaults, any callable", inputs + "test_positions", "test_keywords_and_defaults", end + "test_any_callable"),
+        use("Dicts, tuples, `ModelOutput`s, nested; a result per segment (`logits_0`, `logits_1`, ...) or per layer", inputs + "test_structures"),
+        use("What is not returned is not held: memory does not grow with the segments; the head runs once, on one position", "test_memory.py::test_memory_does_not_grow_with_the_segments", "test_the_head_runs_once_on_one_position"),
+        use("State left in attributes, flags, counters and buffers equals the model's own; state kept from call to call", end + "test_state_left_behind_is_equal", guard + "test_state_in_a_list_that_is_replaced"),
+        use("A changed flag, number, list, dict, object, function, hook, submodule, class or global, shape, dtype or mode: a new capture", guard + "test_of_the_model", "test_around_the_model", "test_closures_globals_and_objects", "test_objects_as_arguments"),
+        use("Weights held once; changed in place, swapped, loaded, stepped by an optimizer: seen, no new capture", end + "test_weights_are_held_once", "test_optimizer_steps_are_seen", "test_the_model_keeps_working_and_its_weights_are_seen", guard + "test_of_the_model"),
+        use("A first call that fills tables or caches", guard + "test_a_first_call_that_differs"),
+        use("Gradients reach the original parameters; hooks of parameters run", end + "test_gradients_reach_the_parameters", "test_gradients_of_an_armt", guard + "test_hooks_of_parameters_run"),
+        use("`model.to(...)`, `deepcopy`, `torch.save`", end + "test_copies_and_conversions"),
+        use("float64, float32; bfloat16 and float16 no further from float64 than the sequential forward", end + "test_armt_in_float32", "test_half_precision"),
+        use("Two threads; a run that fails half way, an error in a hook", end + "test_two_threads", "test_a_run_that_fails_leaves_the_next_one_right", "test_an_error_in_a_hook_leaves_the_next_run_right", "test_running_out_of_memory_leaves_the_next_run_right"),
+        use("`verify=True`: the first differing cell is named", "test_verify.py::test_the_first_cell_is_named", "test_a_broken_rule_is_found", "test_what_is_left_behind_is_compared"),
+        use("Carries that only later segments read; the first longer input is compared with the model", "test_beyond.py::test_a_carry_that_short_captures_do_not_show", "test_it_is_compared_once"),
+        use("Tensors written out in the forward's code", "test_literals.py::test_a_literal_in_every_cell"),
+        use("Inductor: new lengths compile nothing", end + "test_inductor_compiles_nothing_for_new_lengths"),
+    ]  # fmt: skip
+    refusals = [
+        refused("Control flow that depends on tensor values", "`CaptureError` with the line", no + "test_data_dependent_control_flow", "test_shortcuts_of_masks"),
+        refused("A cache that grows with every segment", "`RerollError` with both operations", no + "test_growing_cache", zooed + "test_a_growing_cache_is_refused"),
+        refused("Layers skipped in some segments", "refused", no + "test_layers_called_unevenly"),
+        refused("Layers called as often as the values say", "`CaptureError` with the line", no + "test_calls_that_depend_on_values"),
+        refused("Dropout that is on", "`CaptureError`", no + "test_dropout_in_training_mode"),
+        refused("A forward that writes into a parameter", "`CaptureError`; the parameter keeps its value", no + "test_parameter_writes"),
+        refused("State kept in no module: a closure, a global, a plain object", "`CaptureError` with the name", guard + "test_state_outside_of_modules_is_refused"),
+        refused("Backward hooks of modules, with gradients", "`CaptureError` with the modules", guard + "test_backward_hooks_are_refused"),
+        refused("An argument that is an object with tensors inside", "`UnsupportedError`", guard + "test_objects_as_arguments"),
+        refused("No segments, no repeated layers, empty input", "refused, `segment_size=` or `layers=` named", no + "test_no_segments", "test_wrong_layers", "test_empty_input"),
+        refused("An error of the model itself", "`CaptureError` with the error and its line", no + "test_an_error_of_the_model_is_shown_with_its_line"),
+        refused("`plan=\"diagonal\"` on a model that has none", "`UnsupportedError`; `plan=\"auto\"` runs it sequentially", no + "test_classic_rmt_is_refused_where_diagonals_are_asked_for"),
+        refused("A constant that is not affine in s (1 / (s + 1), a running mean)", "`RerollError`", zooed + "test_a_constant_of_the_segment_is_refused"),
+    ]  # fmt: skip
+    return {
+        "models": ("model | dependence offsets (segment, layer) | runs on levels | checked by", models),
+        "uses": ("inputs and use | checked by", uses),
+        "refused": ("what | what happens | checked by", refusals),
+    }
+
+
+def written(text: str) -> str:
+    """README's text with the tables between their markers."""
+    for name, (head, rows) in tables().items():
+        lines = [f"| {head} |", "| " + " | ".join(["---"] * (head.count("|") + 1)) + " |", *map(str, rows)]
+        begin, end = f"<!-- {name}: written by tests/handled.py -->", f"<!-- end of {name} -->"
+        before, _, rest = text.partition(begin)
+        assert rest, f"README.md has no {begin}"
+        text = f"{before}{begin}\n" + "\n".join(lines) + f"\n{end}" + rest.partition(end)[2]
+    return text
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT / "tests"))
+    main()
