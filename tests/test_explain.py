@@ -219,6 +219,12 @@ def test_plans_that_were_measured_are_explained(
     assert json.loads(found.to_json())["compile_seconds"] == 12.5
 
 
+def test_the_plan_that_was_not_asked_for_is_predicted_too() -> None:
+    found = rmtcompile.optimize(Own(), plan="sequential").prepare(X).explain()
+    assert (found.plan, found.why) == ("sequential", "asked for with plan='sequential'")
+    assert [(row.plan, row.steps) for row in found.speedups] == [("sequential", 15), ("diagonal", 7)]
+
+
 def test_kinds_of_layers_are_counted_apart() -> None:
     found = rmtcompile.explain(Mixed(), X)
     assert [(kind.layers, len(kind.operations)) for kind in found.kinds] == [((0, 2), 2), ((1,), 2)]

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from rmtcompile.api import Optimized, optimize, schedule_of
 from rmtcompile.errors import RMTCompileError, UnsupportedError
 from rmtcompile.passes.partition import CELL, INIT
-from rmtcompile.passes.wavefront import blocking, blocking_reason, skew
+from rmtcompile.passes.wavefront import blocking, blocking_reason, skew, wavefront
 from rmtcompile.pipeline import Compiled
 from rmtcompile.report.explanation import (
     Axis,
@@ -253,8 +253,11 @@ def _speedups(fast: Optimized, schedule: Schedule, plan: str, measured: Measured
     profile = fast.last_profile
     ratio = profile.speedup if profile is not None and profile.schedule == schedule else None
     rows = [("sequential", schedule.n_cells, 1.0)]
-    if schedule.n_levels < schedule.n_cells:
-        rows.append(("diagonal", schedule.n_levels, schedule.mean_width))
+    widest = schedule
+    if schedule.alpha >= schedule.n_layers:  # what was not chosen, or not asked for
+        widest = wavefront(schedule.offsets, schedule.n_layers, schedule.n_segments)
+    if widest.n_levels < schedule.n_cells:
+        rows.append(("diagonal", widest.n_levels, widest.mean_width))
     return tuple(
         Speedup(name, steps, predicted, ratio if name == plan else None, measured.seconds.get(name))
         for name, steps, predicted in rows
