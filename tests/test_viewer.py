@@ -439,6 +439,17 @@ def test_only_edges_that_there_are_are_shown(browser: Any, tmp_path: Path) -> No
     assert page.errors() == []
 
 
+def test_blocks_of_segments_are_walked(browser: Any, tmp_path: Path) -> None:
+    schedule = wavefront({(0, 1), (1, 1)}, 3, 10, alpha=0, block=4)
+    page = Viewer(browser)
+    page.open(schedule.save(tmp_path / "s.html"))
+    assert "at most 4 segments run together" in page.text("#banner")
+    page.to_cell(9, 1, 3, click=True)
+    assert page.level == schedule.level_of((9, 1)) == 7
+    assert "2 cells run together: layer 1 on segments 8–9" in page.text("#now")
+    assert page.errors() == []
+
+
 def test_32_layers_by_128_segments_load_and_play_without_lag(browser: Any, tmp_path: Path) -> None:
     path = tmp_path / "big.html"
     path.write_text(render(whole_view(32, 128)), encoding="utf-8")

@@ -68,7 +68,7 @@ def _kind(kind: Kind) -> str:
     counts = dict.fromkeys(number for _, number in kind.operations)
     words = [f"{number} ({variant})" for variant, number in kind.operations]
     operations = f"{next(iter(counts))}" if len(counts) == 1 else ", ".join(words)
-    weights = f", {plural(kind.weights, 'stacked weight')}" if kind.weights else ""
+    weights = f", {plural(kind.weights, 'weight')}" if kind.weights else ""
     layers = f"layer{'s' * (len(kind.layers) > 1)} {ranges(kind.layers)}"
     return f"{kind.name}: {layers}, {operations} operations a cell{weights}"
 
@@ -130,6 +130,8 @@ def _parallel(found: Explanation) -> Iterator[str]:
     if schedule is None:
         return
     reached = "reached" if schedule.is_optimal else "not reached by one skew"
+    if 0 < schedule.block < schedule.n_segments:
+        reached = f"not reached: at most {schedule.block} segments run together, so that memory does not grow"
     yield f"level of cell (s, l) = {schedule.level_rule}: skew {schedule.alpha}"
     yield (
         f"{schedule.n_cells:,} cells in {schedule.n_levels:,} levels and {schedule.n_calls:,} grouped calls: "

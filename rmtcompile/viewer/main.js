@@ -47,7 +47,7 @@ function renderHead() {
   } else if (G.levels > G.criticalPath) {
     $("banner").hidden = false;
     $("banner").innerHTML =
-      `<p>The dependences alone would allow ${count(G.criticalPath, "level")}; this schedule has ${G.levels}.</p>`;
+      `<p>The dependences alone would allow ${count(G.criticalPath, "level")}; this schedule has ${G.levels}${G.block < G.segments ? `: at most ${count(G.block, "segment")} run together, so that memory does not grow with the text` : ""}.</p>`;
   }
   const swatch = (bg, text) => `<li><i style="background:var(${bg})"></i>${text}</li>`;
   const phases = Object.keys(G.phases).filter((p) => G.phases[p][1] > G.phases[p][0]);
