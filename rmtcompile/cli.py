@@ -6,16 +6,14 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from rmtcompile.cli_options import USAGE, Command, build_parser
 
 if TYPE_CHECKING:
-    import torch
-
     from rmtcompile.api import Optimized
-    from rmtcompile.target import Sizes, Target
+    from rmtcompile.target import Target
 
 OK, REFUSED = 0, 1
 
@@ -37,17 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    run: Command = options.run
+    return _guarded(lambda: run(options), options.command, options.json)
+
+
+def _guarded(run: Callable[[], int], command: str, as_json: bool = False) -> int:
+    """Run a command; errors that a user can cause become a message and an exit status."""
     from rmtcompile.errors import RMTCompileError
     from rmtcompile.target import UsageError
 
-    run: Command = options.run
     try:
-        return run(options)
+        return run()
     except UsageError as error:
-        print(f"rmtcompile {options.command}: {error}", file=sys.stderr)
+        print(f"rmtcompile {command}: {error}", file=sys.stderr)
         return USAGE
     except RMTCompileError as error:
-        if options.json:
+        if as_json:
             print(json.dumps({"error": type(error).__name__, "message": str(error)}))
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return REFUSED
@@ -59,43 +62,13 @@ def _run(options: argparse.Namespace) -> int:
 # -- commands
 
 
-def _sizes(options: argparse.Namespace) -> Sizes:
-    from rmtcompile.target import Sizes
-
-    names = {field.name for field in dataclasses.fields(Sizes)}
-    return Sizes(**{name: value for name, value in vars(options).items() if name in names})
-
-
 def _target(options: argparse.Namespace) -> Target:
-    from rmtcompile.target import armt_target, config_target, load_target
-
-    _check_device(options.device)
-    dtype = _dtype(options.dtype)
-    sizes = _sizes(options)
-    if options.model is None:
-        import torch
-
-        return armt_target(sizes, options.device or "cpu", dtype or torch.float32)
-    if options.model.endswith(".json"):
-        return config_target(options.model, sizes, options.device or "cpu", dtype)
-    return load_target(options.model, sizes.segment * sizes.segments, options.device, dtype)
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
     import torch
 
-    return None if name is None else getattr(torch, name)
+    from rmtcompile.target import Sizes, target_of
 
-
-def _check_device(name: str | None) -> None:
-    import torch
-
-    from rmtcompile.target import UsageError
-
-    try:
-        torch.empty(0, device=name or "cpu")
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"there is no device {name!r} here ({str(error).splitlines()[0]})") from error
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    return target_of(options.model, Sizes.of(options), options.device, dtype)
 
 
 def _optimized(options: argparse.Namespace, target: Target) -> Optimized:
@@ -115,11 +88,12 @@ def _optimized(options: argparse.Namespace, target: Target) -> Optimized:
 
 def _demo(options: argparse.Namespace) -> int:
     from rmtcompile.demo import run_demo
+    from rmtcompile.target import Sizes
 
-    target = _target(options) if options.model is not None or options.dtype is not None else None
-    _check_device(options.device)
+    own = options.model is not None or options.dtype is not None
+    target = _target(options) if own else None
     result = run_demo(
-        _sizes(options),
+        Sizes.of(options),
         target=target,
         text=options.text,
         out=options.out,
@@ -182,13 +156,20 @@ def _report(options: argparse.Namespace, data: object, text: str) -> None:
 
 
 def _bench(arguments: list[str]) -> int:
+    """The benchmark has flags of its own; with a MODEL first it times that."""
     try:
-        from rmtcompile import bench  # type: ignore[attr-defined, unused-ignore]
+        if arguments and not arguments[0].startswith("-"):
+            from rmtcompile.bench import own
+
+            return _guarded(lambda: own.run(arguments), "bench")
+        from rmtcompile import bench
+
+        return int(bench.main(arguments) or OK)
     except ImportError as error:
         print(f"rmtcompile bench: not in this installation ({error})", file=sys.stderr)
         return REFUSED
-    result: Any = bench.main(arguments)
-    return int(result or OK)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else USAGE
 
 
 COMMANDS: dict[str, Command] = {"demo": _demo, "explain": _explain, "view": _view, "dump": _dump}

@@ -93,15 +93,15 @@ def build_parser(commands_of: Mapping[str, Command]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rmtcompile {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="command", title="commands")
     demo = _command(commands, "demo", "a small ARMT reads a text in both orders", _DEMO, commands_of["demo"])
-    _add_target(demo)
+    add_target(demo)
     demo.add_argument("--text", metavar="FILE", help="the text to read (default: the one that is shipped)")
     demo.add_argument(
         "--out", default="demo-output", metavar="FOLDER", help="where to write (default: %(default)s)"
     )
     demo.add_argument(
-        "--repeats", type=_positive, default=5, metavar="N", help="timed runs, median (default: 5)"
+        "--repeats", type=positive, default=5, metavar="N", help="timed runs, median (default: 5)"
     )
-    _add_sizes(demo, segments=16)
+    add_sizes(demo, segments=16)
     explain = _command(
         commands,
         "explain",
@@ -154,14 +154,16 @@ def _command(commands: Any, name: str, summary: str, text: str, run: Command) ->
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number from 1 on."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("has to be at least 1")
     return value
 
 
-def _add_sizes(parser: argparse.ArgumentParser, segments: int = 8) -> None:
+def add_sizes(parser: argparse.ArgumentParser, segments: int = 8) -> None:
+    """Sizes of the small ARMT, and of the memory around a config's decoder."""
     group = parser.add_argument_group("the small ARMT")
     for name, default, text in (
         ("layers", 4, "layers"),
@@ -173,7 +175,7 @@ def _add_sizes(parser: argparse.ArgumentParser, segments: int = 8) -> None:
         ("d-mem", 16, "size of memory keys"),
     ):
         group.add_argument(
-            f"--{name}", type=_positive, default=default, metavar="N", help=f"{text} (default: {default})"
+            f"--{name}", type=positive, default=default, metavar="N", help=f"{text} (default: {default})"
         )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the random weights (default: 0)")
     parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: where the model is)")
@@ -188,7 +190,8 @@ def _cell(text: str) -> tuple[int, int]:
     return segment, layer
 
 
-def _add_target(parser: argparse.ArgumentParser) -> None:
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """MODEL and its dtype."""
     parser.add_argument(
         "model",
         nargs="?",
@@ -201,15 +204,15 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    _add_target(parser)
+    add_target(parser)
     parser.add_argument(
         "--plan", choices=("auto", "diagonal", "sequential"), default="auto", help="default: auto"
     )
     parser.add_argument(
-        "--segment-size", type=_positive, metavar="N", help="override what is found from the graph"
+        "--segment-size", type=positive, metavar="N", help="override what is found from the graph"
     )
     parser.add_argument(
         "--layers-at", metavar="PATH", help="override: path of the layers, such as model.layers"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
-    _add_sizes(parser)
+    add_sizes(parser)

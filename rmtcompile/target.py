@@ -51,6 +51,12 @@ class Sizes:
     vocabulary: int = 256
     seed: int = 0
 
+    @staticmethod
+    def of(options: object) -> Sizes:
+        """The sizes among the options of a command line."""
+        names = {field.name for field in dataclasses.fields(Sizes)}
+        return Sizes(**{name: value for name, value in vars(options).items() if name in names})
+
 
 def small_armt(sizes: Sizes, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
     """The reference ARMT at these sizes, in eval mode.
@@ -97,6 +103,25 @@ def _armt(config: Any, sizes: Sizes, dtype: torch.dtype | None) -> nn.Module:
             if name.endswith("W_mv.weight"):
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
     return model.eval()
+
+
+def target_of(
+    name: str | None, sizes: Sizes, device: str | None = None, dtype: torch.dtype | None = None
+) -> Target:
+    """The model that the command line names: a function, a config, or nothing for the small ARMT.
+
+    Raises:
+        UsageError: there is no such model or device.
+    """
+    try:
+        torch.empty(0, device=device or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"there is no device {device!r} here ({str(error).splitlines()[0]})") from error
+    if name is None:
+        return armt_target(sizes, device or "cpu", dtype or torch.float32)
+    if name.endswith(".json"):
+        return config_target(name, sizes, device or "cpu", dtype)
+    return load_target(name, sizes.segment * sizes.segments, device, dtype)
 
 
 def armt_target(sizes: Sizes, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Target:

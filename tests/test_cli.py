@@ -42,6 +42,30 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         assert max(map(len, out.splitlines())) <= 110
 
 
+def test_help_of_the_benchmark_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "examples\n  rmtcompile bench --preset tiny" in out and "--json" in out and "exit status" in out
+    assert main(["bench", "mymodel:build", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "rmtcompile bench mymodel:build --rounds 20" in out and "config.json" in out
+
+
+def test_bench_of_a_model_of_yours(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    record = tmp_path / "run.json"
+    assert main(["bench", f"{TOYS}:own", "--rounds", "2", "--json", str(record)]) == 0
+    out = capsys.readouterr().out
+    assert "3 layers x 5 segments, 7 levels, up to 3 cells at once" in out
+    assert " x as fast by the diagonal plan; first call " in out
+    data = json.loads(record.read_text())
+    assert {name: len(times) for name, times in data["ms"].items()} == {"as it is": 2, "rmtcompile": 2}
+    assert data["difference"] < 1e-6
+    assert main(["bench", f"{TOYS}:whole"]) == 1
+    assert "PartitionError: the forward does not cut" in capsys.readouterr().err
+    assert main(["bench", "nothing"]) == 2
+    assert main(["bench", "--no-such-flag"]) == 2
+
+
 def test_version_and_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("rmtcompile 0.")

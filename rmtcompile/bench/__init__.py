@@ -8,6 +8,7 @@ measure    clocks, memory, ceilings
 session    one run: build, check, time
 numerics   errors against a reference, and how they accumulate
 kernels    the profile of one steady step
+own        a model of yours, as it is and on diagonals
 report     tables, JSON          plots     pictures
 ```
 """

@@ -26,6 +26,17 @@ LARGE = {
 }
 SHAPE_FLAGS = ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab")
 
+_EXAMPLES = """\
+examples
+  rmtcompile bench --preset tiny                            small shapes, anywhere, in about a minute
+  rmtcompile bench --tokens 4096 131072 --json run.json     the 1B shape, on a GPU
+  rmtcompile bench --segment 128 256 512 --opponents graphed diagonal
+  rmtcompile bench --layers 32 --hidden 4096 --errors --profile --plots plots
+
+exit status
+  0  every piece worked      1  one failed, the rest was measured      2  the command line makes no sense
+"""
+
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 if every piece worked, 1 if one failed, 2 for a bad command line."""
@@ -72,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="rmtcompile bench",
         description="Time the optimized model beside full attention and sequential runs, in turn.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     model = top.add_argument_group("model (random weights)")
     model.add_argument(
