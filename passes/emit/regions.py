@@ -58,11 +58,37 @@ class Regions:
             return outside(source)
         return f"run.taps[{self.tap_name(source)!r}][{segment_of(source, segment)}]"
 
-    def _always_made(self, source: Source) -> bool:
-        """Whether every class of the source's region makes the value."""
+    def _given(self, source: Source) -> str:
+        """The condition under which segment s finds the source's value; empty if it always does. Classes of
+        segments that do not read it may come before it is made."""
         if source.kind in ("leaf", "input", INIT):
-            return True
-        return set(dict(source.nodes)) >= set(self.rolled.rules[(source.kind, source.layer)])
+            return ""
+        there = f"{segment_of(source)} in run.taps[{self.tap_name(source)!r}]"
+        if not source.relative:
+            return f"s > {source.segment} or {there}"
+        if not set(dict(source.nodes)) >= set(self.rolled.rules[(source.kind, source.layer)]):
+            return there
+        return f"s >= {source.segment}" if source.segment else ""
+
+    def write_cases(
+        self,
+        writer: Writer,
+        early: tuple[tuple[int, Source], ...],
+        steady: Source | None,
+        names: list[str],
+        place: str,
+    ) -> None:
+        """Fill `place` of the lanes `names` with what segment s reads there."""
+        cases = [(f"s == {segment}", source) for segment, source in early]
+        cases += [(self._given(steady), steady)] if steady is not None else []
+        for i, (test, source) in enumerate(cases):
+            if test:
+                writer.line(("if " if not i else "elif ") + test + ":")
+            elif i:
+                writer.line("else:")
+            for name in names:
+                text = f"run.lanes[{name!r}].fill({place}, {self.expression(source)})"
+                writer.line("    " * bool(test or i) + text)
 
     def functions(self, kind: str) -> list[tuple[int, str, ClassRule]]:
         classes = self.rolled.classes[(kind, -1)]
@@ -207,19 +233,7 @@ class Regions:
         only += f", last={max(s for s, _ in early)}" if steady is None else ""
         writer.line(f"for s, layer in run.alive(t, {list(layers)!r}{only}):")
         writer.depth += 1
-        cases = [(f"s == {segment}", source) for segment, source in early]
-        if steady is not None:
-            made = self._always_made(steady)
-            where = segment_of(steady)
-            cases.append(("" if made else f"{where} in run.taps[{self.tap_name(steady)!r}]", steady))
-        for i, (test, source) in enumerate(cases):
-            body = [f"run.lanes[{name!r}].fill(layer, {self.expression(source)})" for name in names]
-            if test:
-                writer.line(("if " if not i else "elif ") + test + ":")
-            elif i:
-                writer.line("else:")
-            for line in body:
-                writer.line("    " * bool(test or i) + line)
+        self.write_cases(writer, early, steady, names, "layer")
         writer.depth -= 1
 
     def write_leave(self, writer: Writer) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from rmtcompile.passes.emit.cells import CellFunction
 from rmtcompile.passes.emit.levels import ranges
 from rmtcompile.passes.emit.regions import Regions
-from rmtcompile.passes.emit.text import Writer, outside, segment_of
+from rmtcompile.passes.emit.text import Writer, outside
 from rmtcompile.passes.partition import EPILOGUE, PROLOGUE
 from rmtcompile.program import Group, Lane, LaneEntry, Program
 
@@ -73,20 +73,7 @@ def _write_entry(
     only += f", last={max(s for s, _ in early)}" if steady is None else ""
     writer.line(f"for s in run.alive(l, {layers!r}{only}):")
     writer.depth += 1
-    cases = [(f"s == {segment}", source) for segment, source in early]
-    if steady is not None:
-        made = regions._always_made(steady)
-        where = segment_of(steady)
-        cases.append(("" if made else f"{where} in run.taps[{regions.tap_name(steady)!r}]", steady))
-    for i, (test, source) in enumerate(cases):
-        if test:
-            writer.line(("if " if not i else "elif ") + test + ":")
-        elif i:
-            writer.line("else:")
-        writer.depth += bool(test or i)
-        for name in names:
-            writer.line(f"run.lanes[{name!r}].fill(s, {regions.expression(source)})")
-        writer.depth -= bool(test or i)
+    regions.write_cases(writer, early, steady, names, "s")
     writer.depth -= 1
 
 
