@@ -173,10 +173,10 @@ class Stacks:
                 made[weight] = Derived(weight, leaves, owner)
         self._in_order: list[Stack | Derived] = [s for s in made.values() if isinstance(s, Stack)]
         self._in_order += [s for s in made.values() if isinstance(s, Derived)]
-        whole = sum(stack.nbytes for stack in made.values() if isinstance(stack, Stack))
-        for stack in made.values():
-            if isinstance(stack, Stack):
-                stack.is_large = stack.nbytes > _LARGE * whole
+        stacks = [s for s in made.values() if isinstance(s, Stack)]
+        whole = sum(stack.nbytes for stack in stacks)
+        for stack in stacks:
+            stack.is_large = stack.nbytes > _LARGE * whole
         self.stacks = {name: made[weight] for name, weight in weights.items()}
 
     def current(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
