@@ -294,7 +294,7 @@ class Optimized:
         length = length_to_check(entry.compiled, count, entry.checked_to)
         while length is not None:
             part = first_segments(args, kwargs, entry.segmentation, length)
-            with entry.executor.uncompiled():
+            with entry.executor.uncompiled(), torch.no_grad():
                 found = self._difference(entry, length, *part, tolerance=rounding(entry.compiled))
             proved = entry.compiled.rolled.proved_on[-1]
             settled = proved >= longest or length <= proved
