@@ -76,9 +76,10 @@ class Surroundings:
         self._seen.add(id(value))
         if isinstance(value, types.FunctionType):
             self._function(value, depth)
-        elif isinstance(value, types.MethodType) and isinstance(value.__func__, types.FunctionType):
-            self._function(value.__func__, depth)
-            self._visit(name, value.__self__, _names(value.__func__.__code__), depth + 1)
+        elif isinstance(value, types.MethodType):
+            if isinstance(value.__func__, types.FunctionType):
+                self._function(value.__func__, depth)
+                self._visit(name, value.__self__, _names(value.__func__.__code__), depth + 1)
         elif all(hasattr(value, part) for part in ("func", "args", "keywords")):  # functools.partial
             for part in (value.func, *value.args, *value.keywords.values()):
                 self._visit(name, part, names, depth + 1)

@@ -103,10 +103,10 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
         zoo("Compressed older memory", "compressed_older"),
         zoo("Residual edges past a layer", "skip_connections"),
         zoo("Transformer-XL-like carry", "transformer_xl"),
-        zoo("No carry at all", "no_carry"),
-        zoo("Layers that are plain functions, no module", "plain_function"),
+        zoo("No carry at all", "no_carry", more=("test_rows.py::test_equal_block_by_block", "test_memory_does_not_grow_with_the_number_of_blocks")),
+        zoo("Layers that are plain functions, no module", "plain_function", more=("test_repeats.py::test_equal_on_diagonals", "test_two_kinds_of_layers")),
         zoo("Classic RMT: the top layer feeds the next segment's bottom layer", "classic_rmt", more=("test_no_parallelism_is_said",)),
-        model("Random layers, offsets and kinds", "test_random_models.py::test_equal_or_refused", "test_chosen_models", offsets="(1,0) (1,1) (1,-1) (2,0) (2,1) (0,2) ...", levels="the skew of the offsets"),
+        model("Random layers, offsets and kinds", "test_random_models.py::test_equal_or_refused", "test_chosen_models", "test_random_glue.py::test_equal_or_refused", offsets="(1,0) (1,1) (1,-1) (2,0) (2,1) (0,2) ...", levels="the skew of the offsets"),
     ]  # fmt: skip
     uses = [
         use("Any number of segments from one capture, 1 included; same code for all", end + "test_one_capture_serves_all_lengths"),
@@ -121,7 +121,8 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
         use("A first call that fills tables or caches", guard + "test_a_first_call_that_differs"),
         use("Gradients reach the original parameters; hooks of parameters run", end + "test_gradients_reach_the_parameters", "test_gradients_of_an_armt", guard + "test_hooks_of_parameters_run"),
         use("`model.to(...)`, `deepcopy`, `torch.save`", end + "test_copies_and_conversions"),
-        use("float64, float32; bfloat16 and float16 no further from float64 than the sequential forward", end + "test_armt_in_float32", "test_half_precision"),
+        use("float64, float32; bfloat16 and float16 no further from float64 than the sequential forward", end + "test_armt_in_float32", "test_modes.py::test_half_precision_is_no_further_from_float64"),
+        use("The call inside `torch.autocast`, regions inside the model; inference mode; train mode without dropout", "test_modes.py::test_the_call_inside_autocast", "test_modes_of_gradients", "test_train_mode_without_dropout"),
         use("Two threads; a run that fails half way, an error in a hook", end + "test_two_threads", "test_a_run_that_fails_leaves_the_next_one_right", "test_an_error_in_a_hook_leaves_the_next_run_right", "test_running_out_of_memory_leaves_the_next_run_right"),
         use("`verify=True`: the first differing cell is named", "test_verify.py::test_the_first_cell_is_named", "test_a_broken_rule_is_found", "test_what_is_left_behind_is_compared"),
         use("Carries that only later segments read; the first longer input is compared with the model", "test_beyond.py::test_a_carry_that_short_captures_do_not_show", "test_it_is_compared_once"),

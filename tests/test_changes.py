@@ -236,7 +236,7 @@ class Runner:
 
 @torch.no_grad()
 def test_closures_globals_and_objects(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, other, x = made(Toy), made(Toy, seed=1), features(2)
+    model, other, x = made(lambda: Toy(2)), made(lambda: Toy(2), seed=1), features(2)
     shift, parts, weight = 1.0, [1.0], ones(D)
 
     def fn(x: Tensor) -> Tensor:

@@ -148,24 +148,6 @@ def test_armt_in_float32(name: str) -> None:
         assert_same(expected, got, max(1e-5, 10 * own))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@torch.no_grad()
-def test_half_precision(dtype: torch.dtype) -> None:
-    """No further from float64 than the sequential forward, over several inputs."""
-    model = made(AttributeState, dtype)
-    exact = copy.deepcopy(model).double()
-    fast = rmtcompile.optimize(copy.deepcopy(model))
-    own, ours = 0.0, 0.0
-    for segments in range(2, 10):
-        x = features(segments, batch=16, dtype=dtype)
-        expected, got, reference = (m(x.to(d))["all"].double() for m, d in (
-            (model, dtype), (fast, dtype), (exact, torch.float64)))  # fmt: skip
-        own += float((expected - reference).norm())
-        ours += float((got - reference).norm())
-    assert own > 0 and ours <= 1.05 * own
-    assert fast.captures == 1
-
-
 @pytest.mark.parametrize("n_layers", [1, 2, 4])
 @pytest.mark.parametrize("build_toy", [Toy, AttributeState])
 def test_toys_for_any_number_of_segments(build_toy: Any, n_layers: int) -> None:
