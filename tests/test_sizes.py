@@ -25,6 +25,7 @@ from rmtcompile.passes.sizes import Sample, SizesDiffer, _Fit, at, unify
 from rmtcompile.pipeline import Options, compile_forward
 from rmtcompile.probe import probe
 from rmtcompile.program import Affine, Size
+from rmtcompile.runtime.costs import Costs
 
 TOKENS = 8  # in a segment of the transformers
 
@@ -96,8 +97,8 @@ def sample(model: nn.Module, x: Tensor, **sizes: int) -> Sample:
 
 
 def test_two_batches_give_one_program() -> None:
-    model = made(Toy)
-    samples = [sample(model, batch(b, 12), B=b) for b in (2, 3, 5)]
+    model = made(lambda: Toy(2))
+    samples = [sample(model, batch(b, 12), B=b) for b in (2, 3)]
     found = unify(samples)
     source = emit(found.program, sized=found.sized).source
     assert "B = 2  # sizes of the inputs" in source
@@ -107,7 +108,7 @@ def test_two_batches_give_one_program() -> None:
 
 
 def test_a_rectangle_gives_products() -> None:
-    model = made(Toy)
+    model = made(lambda: Toy(2))
     found = unify([sample(model, batch(b, 12 + r), B=b, R=r) for b in (2, 3) for r in (1, 2)])
     assert f"reshape(v0, [-1, B * R, {WIDTH}])" in emit(found.program, sized=found.sized).source
 
@@ -135,8 +136,8 @@ class Longer(Toy):
 
 
 @pytest.mark.parametrize("build", [Mean, Flipped, Longer])
-def test_other_differences_are_refused(build: Callable[[], nn.Module]) -> None:
-    model = made(build)
+def test_other_differences_are_refused(build: Callable[[int], nn.Module]) -> None:
+    model = made(lambda: build(2))
     with pytest.raises(SizesDiffer, match="against"):
         unify([sample(model, batch(b, 12), B=b) for b in (2, 3)])
 
@@ -160,17 +161,18 @@ def test_corners() -> None:
 # --- batches ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [Toy, AttributeState])
-@pytest.mark.parametrize("seen", [(1, 2), (2, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("build", "seen"), [(Toy, (1, 2)), (Toy, (3, 2)), (AttributeState, (1, 2)), (AttributeState, (2, 1))]
+)
 @torch.no_grad()
-def test_a_third_batch_size(build: Callable[[], nn.Module], seen: tuple[int, ...]) -> None:
+def test_a_third_batch_size(build: Callable[[int], nn.Module], seen: tuple[int, ...]) -> None:
     unseen = [batch(size, length) for size in (4, 7) for length in (12, 3, 18)]
-    assert new_captures(made(build), [batch(size, 12) for size in seen], unseen) == 0
+    assert new_captures(made(lambda: build(2)), [batch(size, 12) for size in seen], unseen) == 0
 
 
 @torch.no_grad()
 def test_the_code_is_the_same_for_later_batch_sizes() -> None:
-    fast = rmtcompile.optimize(made(Toy))
+    fast = rmtcompile.optimize(made(lambda: Toy(2)))
     codes = []
     for size in (2, 3, 4, 5, 4):
         fast(batch(size, 12))
@@ -180,7 +182,7 @@ def test_the_code_is_the_same_for_later_batch_sizes() -> None:
 
 @torch.no_grad()
 def test_weights_are_held_once_for_all_sizes() -> None:
-    model = made(Toy)
+    model = made(lambda: Toy(2))
     fast = rmtcompile.optimize(model)
     fast(batch(2, 12))
     place = model.layers[1].mix.weight.data_ptr()
@@ -191,11 +193,11 @@ def test_weights_are_held_once_for_all_sizes() -> None:
 
 @pytest.mark.parametrize("build", [Mean, Flipped, Longer])
 @torch.no_grad()
-def test_sizes_without_a_rule_are_right(build: Callable[[], nn.Module]) -> None:
-    model = made(build)
+def test_sizes_without_a_rule_are_right(build: Callable[[int], nn.Module]) -> None:
+    model = made(lambda: build(2))
     fast = rmtcompile.optimize(copy.deepcopy(model))
-    assert_equal_runs(model, fast, [batch(size, 12) for size in (2, 3, 4, 5, 6, 3)])
-    assert fast.captures <= 8
+    assert_equal_runs(model, fast, [batch(size, 12) for size in (2, 3, 4, 5, 3)])
+    assert fast.captures <= 4
 
 
 class Threshold(Toy):
@@ -214,12 +216,12 @@ class Squares(Toy):
 
 @pytest.mark.parametrize("build", [Threshold, Squares])
 @torch.no_grad()
-def test_a_wrong_rule_is_found_at_its_first_use(build: Callable[[], nn.Module]) -> None:
-    model = made(build)
+def test_a_wrong_rule_is_found_at_its_first_use(build: Callable[[int], nn.Module]) -> None:
+    model = made(lambda: build(2))
     fast = rmtcompile.optimize(copy.deepcopy(model))
     assert_equal_runs(model, fast, [batch(size, 12) for size in (2, 3)])
     assert fast.captures == 2
-    assert_equal_runs(model, fast, [batch(size, 12) for size in (4, 5, 6)])
+    assert_equal_runs(model, fast, [batch(size, 12) for size in (4, 5)])
     assert fast.captures > 2
 
 
@@ -232,7 +234,7 @@ class Clamped(Toy):
 
 @torch.no_grad()
 def test_verify_compares_each_new_size() -> None:
-    fast = rmtcompile.optimize(made(Clamped), verify=True)
+    fast = rmtcompile.optimize(made(lambda: Clamped(2)), verify=True)
     for size in (2, 3, 4, 5):
         fast(batch(size, 12))
     assert fast.captures == 2
@@ -266,7 +268,7 @@ class Told(AttributeState):
 
 @torch.no_grad()
 def test_sizes_in_results_and_in_what_is_left_behind() -> None:
-    model = made(Told)
+    model = made(lambda: Told(2))
     twin = copy.deepcopy(model)
     fast = rmtcompile.optimize(twin)
     for size in (2, 3, 4, 6):
@@ -276,7 +278,7 @@ def test_sizes_in_results_and_in_what_is_left_behind() -> None:
 
 
 def test_gradients_of_a_new_batch_size() -> None:
-    model = made(AttributeState)
+    model = made(lambda: AttributeState(2))
     twin = copy.deepcopy(model)
     fast = rmtcompile.optimize(twin)
     for size in (2, 3, 5):
@@ -284,6 +286,18 @@ def test_gradients_of_a_new_batch_size() -> None:
             run(batch(size, 12))["all"].square().sum().backward()
     assert fast.captures == 2
     assert_same([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()], 1e-9)
+
+
+@torch.no_grad()
+def test_the_plan_chosen_for_one_size_holds_for_later_ones() -> None:
+    model = made(lambda: Toy(2))
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    assert_equal_runs(model, fast, [batch(size, 12) for size in (2, 3, 4)])
+    assert fast._last is not None
+    fast._families.run_in_order(fast._last[0], Costs(1.0, 3.0, 2, 2, 1))
+    assert_equal_runs(model, fast, [batch(4, 12), batch(5, 12)])
+    assert fast.schedule.alpha == 2 and fast.captures == 2
+    assert fast._last[0].executor.costs is not None
 
 
 # --- rests --------------------------------------------------------------------------------------------------
@@ -313,11 +327,10 @@ class Right(Wide):
         return self.walk(x, [0, *range((x.shape[1] - 1) % 6 + 1, x.shape[1], 6)])
 
 
-@pytest.mark.parametrize("build", [Wide, Right])
-@pytest.mark.parametrize("seen", [(1, 2), (5, 3)])
+@pytest.mark.parametrize(("build", "seen"), [(Wide, (1, 2)), (Right, (5, 3))])
 @torch.no_grad()
-def test_a_third_rest(build: Callable[[], nn.Module], seen: tuple[int, int]) -> None:
-    model = made(build)
+def test_a_third_rest(build: Callable[[int], nn.Module], seen: tuple[int, int]) -> None:
+    model = made(lambda: build(2))
     fast = rmtcompile.optimize(copy.deepcopy(model))
     assert_equal_runs(model, fast, [batch(2, 18 + rest) for rest in seen])
     before, codes = fast.captures, {fast.code}
@@ -327,50 +340,48 @@ def test_a_third_rest(build: Callable[[], nn.Module], seen: tuple[int, int]) -> 
     assert fast.captures == before and len(codes) == 1
 
 
-@pytest.mark.parametrize("build", [Wide, Right])
 @torch.no_grad()
-def test_less_than_one_segment(build: Callable[[], nn.Module]) -> None:
+def test_less_than_one_segment() -> None:
     seen, unseen = [batch(2, n) for n in (2, 3)], [batch(2, n) for n in (1, 4, 5)]
-    assert new_captures(made(build), seen, unseen) == 0
+    assert new_captures(made(lambda: Wide(2)), seen, unseen) == 0
 
 
-@pytest.mark.parametrize("layers", [1, 2])
 @torch.no_grad()
-def test_one_layer_and_one_segment(layers: int) -> None:
+def test_one_layer_and_one_segment() -> None:
     seen, unseen = [batch(b, n) for b, n in ((2, 3), (3, 4))], [batch(4, 5), batch(5, 1), batch(2, 11)]
-    assert new_captures(made(lambda: Wide(layers)), seen, unseen) == 0
+    assert new_captures(made(lambda: Wide(1)), seen, unseen) == 0
 
 
 @torch.no_grad()
 def test_a_rest_of_one_position_stays_a_segment_of_its_own() -> None:
-    model = made(AttributeState)
+    model = made(lambda: AttributeState(2))
     assert_equal_runs(model, rmtcompile.optimize(copy.deepcopy(model)), [batch(2, 13), batch(3, 13)])
 
 
-@pytest.mark.parametrize("build", [Wide, Right, AttributeState])
+@pytest.mark.parametrize("build", [Right, AttributeState])
 @torch.no_grad()
-def test_batches_and_rests_together(build: Callable[[], nn.Module]) -> None:
+def test_batches_and_rests_together(build: Callable[[int], nn.Module]) -> None:
     length = 6 if build is not AttributeState else SEGMENT
     seen = [batch(b, 3 * length + r) for b, r in ((2, 1), (3, 2))]
     unseen = [batch(b, k * length + r) for b, k, r in ((3, 3, 1), (2, 3, 2), (4, 4, 1), (5, 3, 2))]
     unseen += [] if build is AttributeState else [batch(4, 23), batch(7, 21)]
-    assert new_captures(made(build), seen, unseen) == 0
+    assert new_captures(made(lambda: build(2)), seen, unseen) == 0
 
 
 @torch.no_grad()
 def test_one_after_the_other() -> None:
     """Two rests of one batch size, then another batch size: from then on all combinations."""
     seen = [batch(2, 19), batch(2, 20), batch(3, 20)]
-    assert new_captures(made(Wide), seen, [batch(3, 22), batch(4, 19), batch(5, 23)]) == 0
+    assert new_captures(made(lambda: Wide(2)), seen, [batch(3, 22), batch(4, 19), batch(5, 23)]) == 0
 
 
 # --- models -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
 @torch.no_grad()
-def test_batches_of_an_armt(name: str) -> None:
-    model = armt(name, torch.float64)
+def test_batches_of_an_armt() -> None:
+    """Its programs for one row and for several differ."""
+    model = armt("llama", torch.float64)
     fast = rmtcompile.optimize(copy.deepcopy(model))
     run = lambda x: assert_same(dict(model(x)), dict(fast(x)))  # noqa: E731
     for size in (1, 2):
@@ -400,10 +411,7 @@ def test_rests_of_an_armt_with_masks() -> None:
     assert fast.captures == before and fast.code == code
 
 
-ZOO_BATCHES = ["parallel_rmt", "gru_residual", "lstm_layer_major", "named_outputs", "skewed"]
-
-
-@pytest.mark.parametrize("name", ZOO_BATCHES)
+@pytest.mark.parametrize("name", ["parallel_rmt", "skewed", "no_carry", "lstm_layer_major"])
 @torch.no_grad()
 def test_batches_of_other_models(name: str) -> None:
     entry = ZOO[name]
