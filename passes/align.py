@@ -110,6 +110,19 @@ def _val(node: Any) -> Any:
     return node.meta.get("val")
 
 
+def _is_fed_anew(live_in: LiveIn) -> bool:
+    """Whether every segment makes the value itself: it is no carry."""
+    steady = live_in.steady
+    return isinstance(steady, Source) and steady.relative and steady.segment == 0
+
+
+def _anew(rule: ClassRule) -> list[tuple[LiveIn, Any]]:
+    """The live-ins that every segment makes itself."""
+    return [
+        (x, node) for x, node in zip(rule.sources, rule.body.live_ins, strict=True) if _is_fed_anew(x)
+    ]
+
+
 class _Builder:
     """A merged program that classes are folded into one by one."""
 
@@ -135,6 +148,7 @@ class _Builder:
     def fold(self, numbers: list[int], rule: ClassRule) -> None:
         """Merge one more class in, or raise `_CannotMergeError` and leave the builder as it was."""
         number, body = numbers[0], rule.body
+        self._check_lengths(rule)
         pairs = self._match(body)
         _check_worth(pairs, self.rows, body)
         bound = self._bind(pairs, body, number, rule)
@@ -214,6 +228,13 @@ class _Builder:
         self.rules[number] = rule
         self.masks[number] = tuple(numbers)
 
+    def _check_lengths(self, rule: ClassRule) -> None:
+        """A segment of another length is no variant, also where its one position would broadcast."""
+        mine = {c: [(x.key, shape_of(_val(n))) for x, n in _anew(r)] for c, r in self.rules.items()}
+        theirs = {x.key: shape_of(_val(node)) for x, node in _anew(rule)}
+        if any(theirs.get(key, shape) != shape for found in mine.values() for key, shape in found):
+            raise _CannotMergeError
+
     def _match(self, body: Body) -> list[tuple[Any, fx.Node]]:
         mine = [_token(row.target, row.args, row.kwargs, row.meta) for row in self.rows]
         theirs = [_token(node.target, node.args, node.kwargs, node.meta) for node in body.nodes]
@@ -269,10 +290,8 @@ class _Builder:
             return theirs.is_invariant and mine.key == theirs.key
         if not _is_one_value(mine, theirs):
             return False
-        steady, val = mine.steady, _val(rule.body.live_ins[j])
-        if (
-            isinstance(steady, Source) and steady.relative and steady.segment == 0
-        ):  # fed anew in every segment
+        val = _val(rule.body.live_ins[j])
+        if _is_fed_anew(mine):
             return mine.key == theirs.key and shape_of(val) == shape_of(port.val)
         return isinstance(val, torch.Tensor) and _fills(val, port.val)
 

@@ -17,7 +17,7 @@ Reference: loop rerolling is the inverse of unrolling; anti-unification gives th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -287,11 +287,13 @@ class ClassRule:
         sources: for each live-in, the sources of the first segments of the class one by one, then the steady
             rule (relative or absolute). A list over segments is one `Each`.
         ints: for each integer of the body, its value as a function of s and S.
+        varying: dims of the body's values and live-ins that are not the same for every s and S.
     """
 
     body: Body
     sources: tuple[LiveIn, ...]
     ints: tuple[Affine, ...]
+    varying: Mapping[fx.Node, frozenset[int]] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -524,7 +526,8 @@ def _class_rules(
         body = body.lender or body
         sources = tuple(_live_in(key, j, found, classes) for j in range(len(body.live_ins)))
         ints = tuple(_affine(key, j, found) for j in range(len(body.ints)))
-        rules[number] = ClassRule(body, sources, ints)
+        others = [_body_at(unrolled, key, s) for unrolled, s in found]
+        rules[number] = ClassRule(body, sources, ints, _varying(body, others))
     return rules
 
 
@@ -550,7 +553,20 @@ def _init_rule(small: Unrolled, large: Unrolled) -> ClassRule:
             raise RerollError("init reads other values with one more segment", [f"{source} against {other}"])
         sources.append(LiveIn({}, source))
     ints = tuple(_affine(key, j, members, by_count_only=True) for j in range(len(a.ints)))
-    return ClassRule(a, tuple(sources), ints)
+    return ClassRule(a, tuple(sources), ints, _varying(a, [b]))
+
+
+def _varying(body: Body, others: list[Body]) -> dict[fx.Node, frozenset[int]]:
+    """Dims of a body's values that have another size in another instance of it."""
+    found: dict[fx.Node, set[int]] = defaultdict(set)
+    for other in others:
+        mine_all, theirs_all = (*body.nodes, *body.live_ins), (*other.nodes, *other.live_ins)
+        for mine, theirs in zip(mine_all, theirs_all, strict=False):
+            if isinstance(mine, fx.Node) and isinstance(theirs, fx.Node) and mine is not theirs:
+                a, b = shape_of(mine.meta.get("val")), shape_of(theirs.meta.get("val"))
+                if a != b and isinstance(mine.meta.get("val"), torch.Tensor):
+                    found[mine] |= {i for i, (x, y) in enumerate(zip(a[0], b[0], strict=False)) if x != y}
+    return {node: frozenset(dims) for node, dims in found.items()}
 
 
 def _affine(key: Key, j: int, members: list[tuple[Unrolled, int]], by_count_only: bool = False) -> Affine:

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from rmtcompile.beyond import LONGER, first_segments, length_to_check, rounding
+from rmtcompile.beyond import CHECKED, LONGER, first_segments, length_to_check, rounding
 from rmtcompile.capture import Leaf
 from rmtcompile.errors import RerollError, RMTCompileError, UnsupportedError, VerificationError
+from rmtcompile.families import Entry, Families, is_current
 from rmtcompile.guard import call_key, program_key
 from rmtcompile.passes.optimise import FOR_COMPILED_CELLS
 from rmtcompile.passes.wavefront import blocking, wavefront
-from rmtcompile.pipeline import Compiled, Options, Progress, compile_forward, rescheduled
+from rmtcompile.pipeline import Compiled, Options, Progress, compile_forward
 from rmtcompile.probe import Segmentation, probe
 from rmtcompile.results import value_of
 from rmtcompile.runtime.execute import Executor, backend_for
 from rmtcompile.runtime.graphs import Recording
 from rmtcompile.runtime.rows import executor_for
+from rmtcompile.runtime.stacks import Stack
 from rmtcompile.schedule import Schedule
 from rmtcompile.state import DELETED
 from rmtcompile.verify import difference, first_difference, tensors_of, written_tensors
@@ -100,23 +104,6 @@ def optimize(
     return Optimized(model, options, backend, cuda_graphs, fallback, verify, report)
 
 
-class _Entry:
-    """A compiled program and what executes it."""
-
-    def __init__(
-        self, compiled: Compiled, executor: Executor, segmentation: Segmentation, example: Any
-    ) -> None:
-        self.compiled = compiled
-        self.executor = executor
-        self.segmentation = segmentation
-        self.example = example  # (args, kwargs) with fake tensors
-        self.settled = False  # whether hooks that the first forward registers are registered
-        self.checked: set[int] = set()  # short lengths that were compared with the model
-        self.checked_to = 0  # the longest input that was compared because it is longer than the captures
-        self.longer: _Entry | None = None  # what replaces it: rules from longer captures
-        self.only: dict[int, _Entry] = {}  # programs for single lengths that the rules do not give
-
-
 @dataclass(frozen=True)
 class _Call:
     """One call's segmentation, number of segments, and the key of the programs that may run it."""
@@ -131,6 +118,9 @@ class Optimized:
 
     Attributes of the model (parameters, `state_dict`, `config`, ...) are reached through it.
     """
+
+    MAX_SIZES = 32
+    """Sizes of inputs whose programs are kept loaded."""
 
     def __init__(
         self,
@@ -151,9 +141,11 @@ class Optimized:
         self._progress = progress
         self._lock = threading.RLock()
         self._segmentations: dict[Any, Segmentation] = {}
-        self._entries: dict[Any, list[_Entry]] = {}
-        self._ready: dict[tuple[Any, int], _Entry] = {}  # what ran the last call of a key and length
-        self._last: tuple[_Entry, int] | None = None
+        self._entries: OrderedDict[Any, list[Entry]] = OrderedDict()
+        self._families = Families(self._compile, self._execute)
+        self._stacks: WeakSet[Stack] = WeakSet()
+        self._ready: dict[tuple[Any, int], Entry] = {}  # what ran the last call of a key and length
+        self._last: tuple[Entry, int] | None = None
         self.last_profile: Profile | None = None
         self.captures = 0
 
@@ -197,25 +189,51 @@ class Optimized:
             raise UnsupportedError("the input is empty", remedy="pass at least one token")
         return _Call(segmentation, count, program_key(args, kwargs, segmentation))
 
-    def _start(self, call: _Call, args: Any, kwargs: Any) -> tuple[_Entry, Recording] | None:
+    def _start(self, call: _Call, args: Any, kwargs: Any) -> tuple[Entry, Recording] | None:
         """Start what ran the last such call, if it is recorded; whether it still holds is seen afterwards."""
         entry = self._ready.get((call.key, call.count))
         recording = entry.executor.start(call.count, tensors_of(args, kwargs)) if entry is not None else None
         return (entry, recording) if entry is not None and recording is not None else None
 
-    def _entry(self, call: _Call, args: Any, kwargs: Any) -> _Entry:
+    def _entry(self, call: _Call, args: Any, kwargs: Any) -> Entry:
         """The program for this call, compiled now if there is none."""
         entries = self._entries.setdefault(call.key, [])
-        entry = next(
-            (e for e in entries if e.compiled.captures[0].guard.broken() is None and e.executor.fits()), None
-        )
+        self._entries.move_to_end(call.key)
+        entry = next((e for e in entries if is_current(e.compiled)), None)
         if entry is None:
-            entry = self._compile(args, kwargs, call.segmentation)
+            entry = self._made(call, args, kwargs)
             entries.append(entry)
-            for dropped in entries[:-8]:
-                self._ready = {k: e for k, e in self._ready.items() if e is not dropped}
             del entries[:-8]
-        return self._for_length(entry, call.count, args, kwargs)
+            while len(self._entries) > self.MAX_SIZES:
+                self._entries.popitem(last=False)
+            self._ready = {k: e for k, e in self._ready.items() if k[0] in self._entries}
+        if self._is_refuted(entry, call.count, args, kwargs):
+            entries[entries.index(entry)] = entry = self._made(call, args, kwargs)
+        return self._for_length(entry, call, args, kwargs)
+
+    def _made(
+        self, call: _Call, args: Any, kwargs: Any, only: int | None = None, fewest: int = 2
+    ) -> Entry:
+        """A program captured now, or given by rules for its sizes."""
+        entry = self._families.entry(args, kwargs, call.segmentation, only, fewest)
+        entry.example = _faked(args, kwargs)
+        return entry
+
+    def _is_refuted(self, entry: Entry, count: int, args: Any, kwargs: Any) -> bool:
+        """Compare the first use of rules for sizes with the model, or each with `verify`; short lengths have
+        no say."""
+        rolled, trial = entry.compiled.rolled, entry.trial
+        is_short = rolled.fixed is None and count < rolled.proved_on[0]
+        if trial is None or trial.is_corner or is_short or not (trial.is_new or self._verify):
+            return False
+        length = count if self._verify else min(count, max(CHECKED, rolled.proved_on[0]))
+        part = first_segments(args, kwargs, entry.segmentation, length)
+        with entry.executor.uncompiled():
+            tolerance = rounding(entry.compiled)
+            is_right = self._difference(entry, length, *part, tolerance=tolerance) is None
+        self._families.settle(trial, is_right)
+        trial.is_new = False
+        return not is_right
 
     def _compile_options(self, args: Any, kwargs: Any) -> Options:
         """The options, less the passes that pay for compiled cells alone where the cells are not compiled."""
@@ -225,12 +243,12 @@ class Optimized:
         return replace(self._options, passes_off=self._options.passes_off | FOR_COMPILED_CELLS)
 
     def _compile(
-        self, args: Any, kwargs: Any, segmentation: Segmentation, only: int | None = None, shortest: int = 2
-    ) -> _Entry:
+        self, args: Any, kwargs: Any, segmentation: Segmentation, only: int | None, fewest: int
+    ) -> Compiled:
         options = self._compile_options(args, kwargs)
-        if shortest > options.min_segments_captured:
+        if fewest > options.min_segments_captured:
             longest = options.max_segments_captured + LONGER
-            options = replace(options, min_segments_captured=shortest, max_segments_captured=longest)
+            options = replace(options, min_segments_captured=fewest, max_segments_captured=longest)
         compiled = compile_forward(self.model, args, kwargs, segmentation, options, self._progress, only)
         self.captures += 1
         n_layers, offsets = compiled.program.n_layers, compiled.program.offsets
@@ -246,38 +264,36 @@ class Optimized:
                 raise UnsupportedError(
                     message, remedy="use plan='auto' to run it as a compiled sequential program"
                 )
-            warnings.warn(message, SequentialScheduleWarning, stacklevel=4)
-        return _Entry(
-            compiled,
-            executor_for(compiled, segmentation, self._backend, self._cuda_graphs),
-            segmentation,
-            _faked(args, kwargs),
-        )
+            warnings.warn(message, SequentialScheduleWarning, stacklevel=6)
+        return compiled
 
-    def _for_length(self, entry: _Entry, count: int, args: Any, kwargs: Any) -> _Entry:
+    def _execute(self, compiled: Compiled, segmentation: Segmentation, like: Executor | None) -> Executor:
+        return executor_for(compiled, segmentation, self._backend, self._cuda_graphs, like, self._stacks)
+
+    def _for_length(self, entry: Entry, call: _Call, args: Any, kwargs: Any) -> Entry:
         """The entry itself, or one compiled for just this length where its rules do not cover it."""
-        entry = self._beyond(entry, count, args, kwargs)
-        rolled = entry.compiled.rolled
+        entry = self._beyond(entry, call, args, kwargs)
+        rolled, count, lengths = entry.compiled.rolled, call.count, entry.lengths
         is_short = rolled.fixed is None and count < rolled.proved_on[0]
-        if is_short and count not in entry.only and count not in entry.checked:
+        if is_short and count not in lengths.uncovered and count not in lengths.checked:
             if count >= rolled.minimum and self._difference(entry, count, args, kwargs) is None:
-                entry.checked.add(count)
+                lengths.checked.add(count)
             else:
-                entry.only[count] = self._compile(args, kwargs, entry.segmentation, only=count)
-        chosen = entry.only.get(count, entry)
-        if self._verify and count not in chosen.checked:
+                lengths.uncovered.add(count)
+        chosen = self._for_just(entry, call, args, kwargs) if count in lengths.uncovered else entry
+        if self._verify and count not in chosen.verified:
             self._check(chosen, count, args, kwargs)
-            chosen.checked.add(count)
+            chosen.verified.add(count)
         return chosen
 
-    def _check(self, entry: _Entry, count: int, args: Any, kwargs: Any) -> None:
+    def _check(self, entry: Entry, count: int, args: Any, kwargs: Any) -> None:
         """Raise VerificationError if the program differs from the model; the message says where."""
         found = self._difference(entry, count, args, kwargs)
         if found is not None:
             raise self._located_difference(entry, count, found, args, kwargs)
 
     def _located_difference(
-        self, entry: _Entry, count: int, found: str, args: Any, kwargs: Any
+        self, entry: Entry, count: int, found: str, args: Any, kwargs: Any
     ) -> VerificationError:
         compiled, executor, segmentation = entry.compiled, entry.executor, entry.segmentation
         where = first_difference(
@@ -285,38 +301,48 @@ class Optimized:
         )
         return VerificationError("\n  ".join([found, *where]))
 
-    def _beyond(self, entry: _Entry, count: int, args: Any, kwargs: Any) -> _Entry:
+    def _for_just(self, entry: Entry, call: _Call, args: Any, kwargs: Any) -> Entry:
+        """The program for this number of segments alone."""
+        if call.count not in entry.only:
+            entry.only[call.count] = self._made(call, args, kwargs, only=call.count)
+        if self._is_refuted(entry.only[call.count], call.count, args, kwargs):
+            entry.only[call.count] = self._made(call, args, kwargs, only=call.count)
+        return entry.only[call.count]
+
+    def _beyond(self, entry: Entry, call: _Call, args: Any, kwargs: Any) -> Entry:
         """The entry, compared with the model where it is to run longer inputs than it was proved on, or what
         replaces it."""
         while entry.longer is not None:
             entry = entry.longer
         longest = self._options.max_segments_captured + LONGER
-        length = length_to_check(entry.compiled, count, entry.checked_to)
+        length = length_to_check(entry.compiled, call.count, entry.lengths.checked_to)
         while length is not None:
-            part = first_segments(args, kwargs, entry.segmentation, length)
-            with entry.executor.uncompiled(), torch.no_grad():
-                found = self._difference(entry, length, *part, tolerance=rounding(entry.compiled))
             proved = entry.compiled.rolled.proved_on[-1]
-            settled = proved >= longest or length <= proved
-            if found is None or (settled and rounding(entry.compiled)):
-                entry.checked_to = length
-                break
-            if length <= proved:
-                raise self._located_difference(entry, length, found, *part)
-            if proved >= longest:
-                raise RerollError(
-                    f"what holds for up to {proved} segments does not hold for {length}",
-                    [found],
-                    "a value must be read at most three segments later; fallback='sequential' runs the model "
-                    "as it is",
-                )
-            entry.longer = self._compile(args, kwargs, entry.segmentation, shortest=proved)
+            if not entry.lengths.too_short:
+                part = first_segments(args, kwargs, entry.segmentation, length)
+                with entry.executor.uncompiled(), torch.no_grad():
+                    found = self._difference(entry, length, *part, tolerance=rounding(entry.compiled))
+                settled = proved >= longest or length <= proved
+                if found is None or (settled and rounding(entry.compiled)):
+                    entry.lengths.checked_to = length
+                    break
+                if length <= proved:
+                    raise self._located_difference(entry, length, found, *part)
+                if proved >= longest:
+                    raise RerollError(
+                        f"what holds for up to {proved} segments does not hold for {length}",
+                        [found],
+                        "a value must be read at most three segments later; fallback='sequential' runs the "
+                        "model as it is",
+                    )
+            entry.lengths.too_short = True
+            entry.longer = self._made(call, args, kwargs, fewest=proved)
             entry = entry.longer
-            length = max(length, length_to_check(entry.compiled, count, 0) or 0)
+            length = max(length, length_to_check(entry.compiled, call.count, 0) or 0)
         return entry
 
     def _run(
-        self, entry: _Entry, count: int, args: Any, kwargs: Any, recording: Recording | None = None
+        self, entry: Entry, count: int, args: Any, kwargs: Any, recording: Recording | None = None
     ) -> Any:
         self._last = (entry, count)
         outputs = entry.executor.finish(recording) if recording is not None else None
@@ -332,20 +358,18 @@ class Optimized:
         _write_back(entry.compiled, outputs, tensors_of(args, kwargs))
         return value_of(entry.compiled.result, outputs, count)
 
-    def _choose_plan(self, entry: _Entry, args: Any, kwargs: Any) -> None:
+    def _choose_plan(self, entry: Entry, args: Any, kwargs: Any) -> None:
         """Once a program has run on CUDA: keep its wavefronts only if they are measured to pay."""
         if self._options.plan != "auto" or entry.executor.costs is not None:
             return
         costs = entry.executor.measure(tensors_of(args, kwargs))
         if costs is not None and not costs.wavefront_pays:
-            entry.compiled = rescheduled(entry.compiled, entry.compiled.program.n_layers)
-            entry.executor = executor_for(
-                entry.compiled, entry.segmentation, self._backend, self._cuda_graphs
-            )
-            entry.executor.costs = costs
+            self._families.run_in_order(entry, costs)
+        elif costs is not None and entry.trial is not None:
+            entry.trial.rules.costs = costs
 
     def _difference(
-        self, entry: _Entry, count: int, args: Any, kwargs: Any, tolerance: float = 0.0
+        self, entry: Entry, count: int, args: Any, kwargs: Any, tolerance: float = 0.0
     ) -> str | None:
         """Run both and compare; the model is left as it was. Returns the difference in words, or None;
         relative differences up to `tolerance` are none."""

@@ -95,6 +95,14 @@ def program_key(args: Any, kwargs: Any, segmentation: Segmentation) -> tuple[Any
     return (spec, tuple(_static(value) for value in flat), tuple(canonical), rest, _modes())
 
 
+def structure_key(args: Any, kwargs: Any, segmentation: Segmentation) -> tuple[Any, ...]:
+    """What calls have in common that differ in sizes only: all of `program_key` but the shapes, and whether
+    there is an incomplete segment."""
+    flat = pytree.tree_leaves((args, kwargs))
+    _, rest = segmentation.count([value.shape for value in flat if isinstance(value, torch.Tensor)])
+    return (call_key(args, kwargs), segmentation, rest > 0)
+
+
 def _static(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return ("tensor", value.dtype, value.device, value.dim(), value.requires_grad)

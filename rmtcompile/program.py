@@ -10,10 +10,58 @@ bodies; a *lane* is the storage of one live-in for every cell of a kind, indexed
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
+
+
+class Size(int):
+    """An integer of a program that follows from free sizes of the inputs (`passes/sizes.py`).
+
+    As an `int` it is the value in the capture that it was read from; printed, it is an expression of the
+    sizes. Arithmetic gives plain integers.
+
+    Attributes:
+        terms: (names, factor) pairs; the value is the sum of each factor times the sizes of these names.
+    """
+
+    terms: tuple[tuple[tuple[str, ...], int], ...]
+
+    def __new__(cls, value: int, terms: tuple[tuple[tuple[str, ...], int], ...]) -> Size:
+        self = super().__new__(cls, value)
+        self.terms = terms
+        return self
+
+    def at(self, sizes: Mapping[str, int]) -> int:
+        """The integer at other sizes."""
+        return sum(factor * math.prod(sizes[name] for name in names) for names, factor in self.terms)
+
+    @property
+    def names(self) -> set[str]:
+        """The sizes that it follows from."""
+        return {name for names, _ in self.terms for name in names}
+
+    def __bool__(self) -> bool:
+        return True  # it may be zero in one capture, but is no zero that can be left out
+
+    def __repr__(self) -> str:
+        text = ""
+        for names, factor in self.terms:
+            size = abs(factor)
+            term = " * ".join([*([] if size == 1 and names else [str(size)]), *names])
+            text += f" {'-' if factor < 0 else '+'} {term}" if text else "-" * (factor < 0) + term
+        return text
+
+    __str__ = __repr__
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)
+
+    def __reduce__(self) -> Any:
+        return (Size, (int(self), self.terms))
 
 
 @dataclass(frozen=True)
@@ -35,12 +83,20 @@ class Affine:
 
     def __str__(self) -> str:
         terms = [("s", self.by_segment), ("S", self.by_count)]
-        text = " + ".join(name if k == 1 else f"{k} * {name}" for name, k in terms if k)
+        text = " + ".join(_times(k, name) for name, k in terms if k)
         if not text:
             return str(self.const)
-        if self.const:
+        if isinstance(self.const, Size):
+            text += f" + {self.const}"
+        elif self.const:
             text += f" {'+' if self.const > 0 else '-'} {abs(self.const)}"
         return text
+
+
+def _times(factor: int, name: str) -> str:
+    if isinstance(factor, Size):
+        return f"({factor}) * {name}"
+    return name if factor == 1 else f"{factor} * {name}"
 
 
 @dataclass(frozen=True)
@@ -283,6 +339,14 @@ class Tap:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """Dims that depend on free sizes, of each argument and of each result of a function."""
+
+    inputs: tuple[tuple[int, ...], ...]
+    outputs: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
 class Program:
     """A scheduled program, ready to be printed as Python.
 
@@ -292,6 +356,8 @@ class Program:
         block: with alpha 0, how many segments run together at most; else 0.
         offsets: dependence offsets between cells, consumer minus producer.
         rolled: the rules of init, prologue and epilogue.
+        opened: functions of the emitted module that are the same for all free sizes, and what depends on
+            those; empty where no size is free.
     """
 
     n_layers: int
@@ -302,3 +368,4 @@ class Program:
     taps: tuple[Tap, ...]
     rolled: Any
     block: int = 0
+    opened: Mapping[str, Opened] = field(default_factory=dict)

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from rmtcompile.passes.align import class_name
+from rmtcompile.passes.emit.sizes import Opening, opening
 from rmtcompile.passes.emit.text import Writer, comment, plain_name, write_nodes
 from rmtcompile.passes.lift import lift
 from rmtcompile.program import Group
@@ -122,11 +123,23 @@ def write_cell(writer: Writer, cell: CellFunction, group: Group) -> None:
         writer.line(
             f"# {node.name}: {_role(port)}{comment(node, port.has_axis)[3:].join(('  ', ''))}"
         )
+    if (found := opened(cell)) is not None:
+        for line in found.lines:
+            writer.line(line)
     write_nodes(writer, nodes, plain_name, batched=True)
     output = next(node for node in cell.graph.nodes if node.op == "output")
     values = ", ".join(value.name for value in output.args[0])
     writer.line(f"return ({values},)")
     writer.end()
+
+
+def opened(cell: CellFunction) -> Opening | None:
+    """How the function gets the free sizes it needs."""
+    params = [n for n in cell.graph.nodes if n.op == "placeholder"]
+    shapes = [(node.name, node.meta.get("sizes", ())) for node in params]
+    values = [(dict(n.kwargs), n.args) for n in cell.graph.nodes if n.op == "call_function"]
+    output = next(node for node in cell.graph.nodes if node.op == "output")
+    return opening(shapes, values, [value.meta.get("sizes", ()) for value in output.args[0]])
 
 
 def _role(port: Any) -> str:

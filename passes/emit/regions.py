@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import fx
 
 from rmtcompile.passes.align import class_name
-from rmtcompile.passes.emit.bodies import parts_of, write_operations
+from rmtcompile.passes.emit.bodies import integers, parts_of, write_operations
+from rmtcompile.passes.emit.sizes import Opening, Shape, opening
 from rmtcompile.passes.emit.text import Writer, outside, segment_of
 from rmtcompile.passes.partition import EPILOGUE, INIT, PROLOGUE
 from rmtcompile.passes.reroll import ClassRule
@@ -18,8 +19,10 @@ from rmtcompile.program import Each, LaneEntry, Program, Source
 class Regions:
     """Functions for the regions that are not cells, and the code that calls them."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, shapes: Mapping[fx.Node, Shape] | None = None) -> None:
         self.program = program
+        self.shapes = shapes or {}
+        self.openings: dict[str, Opening] = {}
         self.rolled = program.rolled
         self.init_nodes = sorted(self._init_reads())
         self.taps = {(t.value.kind, t.value.layer, t.value.nodes): t for t in program.taps}
@@ -133,11 +136,17 @@ class Regions:
         if parts.compiled:
             params = [node.name for node in parts.inputs]
             returned = parts.outputs(results)
+            ints = integers(rule)
+            shapes = [(node.name, self.shapes.get(node, ())) for node in parts.inputs]
+            if (found := opening(shapes, [ints[node] for node in parts.body])) is not None:
+                self.openings[name] = found
         else:
             names = {live_in: f"x{j}" for j, live_in in enumerate(rule.body.live_ins)}
             params = ["S" if whole else "s, S", *names.values()]
             returned = tuple(results)
         writer.function(name, params, doc)
+        for line in self.openings[name].lines if name in self.openings else ():
+            writer.line(line)
         write_operations(writer, parts.body, rule, names)
         values = "".join(f"{node.name}, " for node in returned).strip()
         writer.line(f"return ({values})" if values else "return ()")

@@ -102,7 +102,8 @@ def comment(node: fx.Node, batched: bool = False) -> str:
     val = node.meta.get("val")
     kind = ""
     if isinstance(val, torch.Tensor):
-        sizes = ("n", *val.shape[1:]) if batched and val.dim() else val.shape
+        shape = node.meta.get("sizes", val.shape)
+        sizes = ("n", *shape[1:]) if batched and val.dim() else shape
         kind = short_type(str(val.dtype), sizes)
     source = node.meta.get("source", "")
     return "  # " + "   ".join(part for part in (kind, source) if part) if kind or source else ""

@@ -13,6 +13,9 @@ from rmtcompile.program import Lane, Program
 from rmtcompile.runtime.run import Target
 from rmtcompile.runtime.storage import lane_buffers
 
+Marks = tuple[tuple[int, ...], ...]
+"""Dims, by argument."""
+
 _PLACE = -1  # an output that goes to a tensor of its own
 
 
@@ -48,6 +51,10 @@ class Engine:
     def is_compiled(self) -> bool:
         return self.backend != "eager"
 
+    def share(self, other: Engine) -> None:
+        """Use the compiled forms of an engine of the same code at other sizes."""
+        self.fixed_widths, self._compiled, self._regions = other.fixed_widths, other._compiled, other._regions
+
     def fix_width(self, width: int) -> None:
         """Give this width a compiled form of its own, if there is room for one more."""
         if 1 < width < self.full and len(self.fixed_widths - {1, self.full}) < self.MAX_FIXED_WIDTHS:
@@ -72,16 +79,19 @@ class Engine:
     ) -> tuple[torch.Tensor, ...]:
         """Run the body of a prologue or an epilogue, compiled for the shapes that it is called with first.
 
-        With other shapes, which come from values that grow with the number of segments, it runs as it is.
+        With other shapes, which come from values that grow with the number of segments, it runs as it is, and
+        so does a body that reads free sizes which its arguments do not show.
         """
-        if not self.is_compiled:
+        opened = self.program.opened.get(function.__name__)
+        if not self.is_compiled or (self.program.opened and opened is None):
             return function(*args)
-        shapes = tuple(arg.shape for arg in args)
+        marks = opened.inputs if opened is not None else ()
+        shapes = tuple(_fixed(arg.shape, marks[i] if marks else ()) for i, arg in enumerate(args))
         if function.__name__ not in self._regions:
             form = torch.compile(function, backend=self.backend, dynamic=False, fullgraph=True)
-            self._regions[function.__name__] = (shapes, form)
+            self._regions[function.__name__] = (shapes, _marked(form, marks))
         first, form = self._regions[function.__name__]
-        return form(*args) if shapes == first else function(*args)
+        return form(*args) if shapes == first and not _has_one(args, marks) else function(*args)
 
     def call(
         self,
@@ -116,14 +126,23 @@ class Engine:
         self, function: Callable[..., Any], width: int, modes: tuple[int | None, ...]
     ) -> Callable[..., Any]:
         size = width if self.is_compiled and width in self.fixed_widths else 0
-        key = (function.__name__, size, modes)
+        key = self._key(function, size, modes)
         if key not in self._compiled:
             stored = storing(function, modes)
-            self._compiled[key] = self._compile(function, stored, size) if self.is_compiled else stored
+            self._compiled[key] = self._compile(function, stored, size, modes) if self.is_compiled else stored
         return self._compiled[key]
 
+    def _key(self, function: Callable[..., Any], *rest: Any) -> tuple[Any, ...]:
+        """Of a form; a function that does not show the free sizes has one for each module that it is in."""
+        shows = self.is_compiled and function.__name__ in self.program.opened
+        return (function.__name__, *rest, None if shows else id(function.__globals__))
+
     def _compile(
-        self, function: Callable[..., Any], stored: Callable[..., Any], size: int
+        self,
+        function: Callable[..., Any],
+        stored: Callable[..., Any],
+        size: int,
+        modes: tuple[int | None, ...] = (),
     ) -> Callable[..., Any]:
         own = _renamed(stored, f"{function.__name__}_{size or 'n'}")  # a cache of compiled forms for itself
         compiled = torch.compile(
@@ -133,18 +152,27 @@ class Engine:
             fullgraph=True,
             options=self._options(size),
         )
-        if size:
-            return compiled
-        has_axis = self._has_axis(function)
+        form = _marked(compiled, self._marks(function, size, modes))
+        free = opened.inputs if (opened := self.program.opened.get(function.__name__)) is not None else ()
 
         def call(*args: torch.Tensor) -> Any:
-            views = [arg[:] if i >= len(has_axis) or has_axis[i] else arg for i, arg in enumerate(args)]
-            for view, arg in zip(views, args, strict=True):
-                if view is not arg:  # the mark stays on a tensor object, so it goes on a view of this call
-                    torch._dynamo.mark_dynamic(view, 0)
-            return compiled(*views)
+            return stored(*args) if _has_one(args, free) else form(*args)
 
-        return call
+        return call if any(free) else form
+
+    def _marks(self, function: Callable[..., Any], size: int, modes: tuple[int | None, ...]) -> Marks:
+        """Dims of a stored function's arguments that a compiled form leaves open: the number of cells where
+        `size` is 0, and the free sizes."""
+        has_axis = [axis and not size for axis in self._has_axis(function)]
+        opened = self.program.opened.get(function.__name__)
+        inputs = opened.inputs if opened is not None else ((),) * len(has_axis)
+        outputs = opened.outputs if opened is not None else ((),) * len(modes)
+        places = [dims for dims, mode in zip(outputs, modes, strict=False) if mode == _PLACE]
+        has_axis += [not size] * len(places)
+        return tuple(
+            (*((0,) if axis else ()), *dims)
+            for axis, dims in zip(has_axis, (*inputs, *places), strict=True)
+        )
 
     def _options(self, size: int) -> dict[str, Any] | None:
         """Inductor computes a sum of four values again where it is read a second time.  Where the values of a
@@ -163,6 +191,31 @@ class Engine:
         )
         has_axis = {port.name: port.has_axis for port in group.ports}
         return [has_axis[name] for name in _parameters(function)]
+
+
+def _marked(form: Callable[..., Any], marks: Marks) -> Callable[..., Any]:
+    """A compiled form that leaves the dims in `marks` open."""
+    if not any(marks):
+        return form
+
+    def call(*args: torch.Tensor) -> Any:
+        # A mark stays on its tensor object, so it goes on a view of this call.
+        views = [arg[:] if dims else arg for arg, dims in zip(args, marks, strict=True)]
+        for view, dims in zip(views, marks, strict=True):
+            for dim in dims:
+                torch._dynamo.mark_dynamic(view, dim)
+        return form(*views)
+
+    return call
+
+
+def _has_one(args: Sequence[torch.Tensor], marks: Marks) -> bool:
+    """Whether an open size is one, for which a form would be compiled again."""
+    return any(arg.shape[dim] < 2 for arg, dims in zip(args, marks, strict=False) for dim in dims)
+
+
+def _fixed(shape: torch.Size, free: Sequence[int]) -> tuple[int, ...]:
+    return tuple(-1 if dim in free else size for dim, size in enumerate(shape))
 
 
 def storing(function: Callable[..., Any], modes: tuple[int | None, ...]) -> Callable[..., Any]:

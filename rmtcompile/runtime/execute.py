@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableSet, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rmtcompile.pipeline import Compiled
@@ -15,7 +17,7 @@ from rmtcompile.runtime.costs import Costs, measured
 from rmtcompile.runtime.engine import Engine
 from rmtcompile.runtime.graphs import Recorder, Recording
 from rmtcompile.runtime.run import Run
-from rmtcompile.runtime.stacks import Stacks
+from rmtcompile.runtime.stacks import Stack, Stacks
 
 _ATTENTION = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
@@ -29,6 +31,14 @@ def backend_for(backend: str | Callable[..., Any], device: torch.device) -> str 
     return "inductor" if device.type == "cuda" else "eager"
 
 
+@dataclass
+class _Seen:
+    """What executors of one code have run: whether all forms are compiled, and the lengths so far."""
+
+    prepared: bool = False
+    lengths: set[int] = field(default_factory=set)
+
+
 class Executor:
     """Runs one compiled program for any number of segments.
 
@@ -36,6 +46,8 @@ class Executor:
         backend: "eager", "inductor", another `torch.compile` backend, or "auto" (inductor on CUDA, eager
             elsewhere).
         cuda_graphs: "auto" (on CUDA, where no gradients are recorded), True or False.
+        like: an executor of the same code at other sizes; weights and compiled forms are shared with it.
+        stacks: stacks of other programs of the model, to be used again for the same weights.
     """
 
     def __init__(
@@ -44,12 +56,14 @@ class Executor:
         segmentation: Segmentation,
         backend: str | Callable[..., Any],
         cuda_graphs: str | bool,
+        like: Executor | None = None,
+        stacks: MutableSet[Stack] | None = None,
     ) -> None:
         self.compiled = compiled
         self.segmentation = segmentation
-        self._prepared = False
+        self._like = like
         self._observer: Callable[[Any], None] | None = None
-        self._lengths: set[int] = set()
+        self._seen: _Seen = like._seen if like is not None else _Seen()
         self.program = compiled.program
         weights = {
             f"{group.name}.{port.name}": port.source
@@ -59,7 +73,9 @@ class Executor:
         }
         left = {effect.name for effect, _ in compiled.effects if effect.in_place is None}
         self._replaced = frozenset(left & compiled.leaves.keys())
-        self.stacks = Stacks(weights, compiled.leaves, self._replaced)
+        self.stacks: Stacks = (
+            like.stacks if like is not None else Stacks(weights, compiled.leaves, self._replaced, stacks)
+        )
         self.device = next((lane.device for lane in self.program.lanes), torch.device("cpu"))
         self.backend = backend_for(backend, self.device)
         self._use_graphs = self.device.type == "cuda" and cuda_graphs is not False
@@ -73,6 +89,8 @@ class Executor:
         if self._engine is None:
             with _plain_tensors():
                 self._engine = self.new_engine(self.backend, keeps_buffers=self._use_graphs)
+                if self._like is not None:
+                    self._engine.share(self._like.engine)
         return self._engine
 
     def new_engine(self, backend: str | Callable[..., Any], keeps_buffers: bool) -> Engine:
@@ -91,22 +109,7 @@ class Executor:
 
     def fits(self) -> bool:
         """Whether the model still holds tensors of the captured shapes, dtypes and devices."""
-        for leaf in self.compiled.leaves.values():
-            try:
-                now = leaf.fetch()
-            except (LookupError, AttributeError, TypeError):
-                return False
-            if now is leaf.tensor:
-                continue
-            if not isinstance(now, torch.Tensor):
-                return False
-            if (now.shape, now.dtype, now.device) != (
-                leaf.tensor.shape,
-                leaf.tensor.dtype,
-                leaf.tensor.device,
-            ):
-                return False
-        return True
+        return self.compiled.fits()
 
     def start(self, segments: int, inputs: list[torch.Tensor]) -> Recording | None:
         """Start a recorded run of this length, if there is one and no gradients are wanted; the caller
@@ -184,11 +187,11 @@ class Executor:
     def _compile_forms(self, segments: int, inputs: list[torch.Tensor]) -> None:
         if not self.engine.is_compiled:
             return
-        self._lengths.add(segments)
-        if len(self._lengths) <= 2:
+        self._seen.lengths.add(segments)
+        if len(self._seen.lengths) <= 2:
             self.engine.fix_width(segments)
-        if not self._prepared:
-            self._prepared = True
+        if not self._seen.prepared:
+            self._seen.prepared = True
             enough = self.program.n_layers + 1
             if segments < enough and self.compiled.rolled.fixed is None:
                 self._run_once(enough, self._resized(enough, inputs))
@@ -211,6 +214,18 @@ class Executor:
                     x = x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
             resized.append(x)
         return resized
+
+    def dry_run(self, segments: int, shapes: Sequence[Sequence[int]], like: list[torch.Tensor]) -> Any:
+        """Run on fake tensors of these shapes, typed like `like`; the shapes of the outputs."""
+        with _plain_tensors():
+            self.stacks.current(self._leaves())  # weights are stacked for real
+        with self.uncompiled(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            inputs = [
+                torch.empty(tuple(shape), dtype=x.dtype, device=x.device)
+                for shape, x in zip(shapes, like, strict=True)
+            ]
+            outputs = self._run(segments, inputs, self._leaves(), False)
+        return [[tuple(t.shape) for t in x] if isinstance(x, list) else tuple(x.shape) for x in outputs]
 
     def _leaves(self) -> dict[str, torch.Tensor]:
         return {name: leaf.fetch() for name, leaf in self.compiled.leaves.items()}

@@ -7,7 +7,7 @@ the last layer that reads them has run, and a lane is a slice of them where it c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableSet, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from rmtcompile.program import Feed, Lane, Program, Source
 from rmtcompile.runtime.engine import Engine
 from rmtcompile.runtime.execute import Executor
 from rmtcompile.runtime.run import Target
+from rmtcompile.runtime.stacks import Stack
 from rmtcompile.runtime.storage import TapStore
 
 Outputs = dict[str, torch.Tensor]
@@ -120,6 +121,12 @@ class RowEngine(Engine):
         super().__init__(program, backend, keeps_buffers=False)
         self._first: dict[str, int] = {}
 
+    def share(self, other: Engine) -> None:
+        """Use the compiled forms of an engine of the same code at other sizes."""
+        super().share(other)
+        assert isinstance(other, RowEngine)
+        self._first = other._first
+
     def call(
         self,
         function: Callable[..., Any],
@@ -134,9 +141,10 @@ class RowEngine(Engine):
         fixed = {1, self.program.block}
         if width not in fixed:
             fixed.add(self._first.setdefault(function.__name__, width))
-        key = (function.__name__, width if width in fixed else 0)
+        size = width if width in fixed else 0
+        key = self._key(function, size)
         if key not in self._compiled:
-            self._compiled[key] = self._compile(function, function, key[1])
+            self._compiled[key] = self._compile(function, function, size)
         return self._compiled[key](*args)
 
 
@@ -298,9 +306,13 @@ class RowExecutor(Executor):
 
 
 def executor_for(
-    compiled: Compiled, segmentation: Segmentation, backend: str | Callable[..., Any], cuda_graphs: str | bool
+    compiled: Compiled,
+    segmentation: Segmentation,
+    backend: str | Callable[..., Any],
+    cuda_graphs: str | bool,
+    like: Executor | None = None,
+    stacks: MutableSet[Stack] | None = None,
 ) -> Executor:
     """What runs a compiled program; for the arguments see `Executor`."""
-    if compiled.program.alpha:
-        return Executor(compiled, segmentation, backend, cuda_graphs)
-    return RowExecutor(compiled, segmentation, backend, cuda_graphs)
+    kind = Executor if compiled.program.alpha else RowExecutor
+    return kind(compiled, segmentation, backend, cuda_graphs, like, stacks)

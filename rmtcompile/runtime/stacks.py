@@ -3,7 +3,7 @@ are views."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableSet, Sequence
 from itertools import pairwise
 
 import torch
@@ -26,6 +26,17 @@ class Stack:
         self.tensor: torch.Tensor | None = None
         self.pointers: list[int] = []
         self.is_large = False
+
+    def holds(self, weight: Weight, leaves: dict[str, Leaf]) -> bool:
+        """Whether this is the stack of these very parameters."""
+        if weight != self.weight:
+            return False
+        mine = [leaf for parts in self.leaves for leaf in parts]
+        theirs = [leaves[name] for parts in weight.leaves for name in parts]
+        return all(
+            a.holder is not None and a.holder is b.holder and a.key == b.key
+            for a, b in zip(mine, theirs, strict=True)
+        )
 
     def current(self) -> torch.Tensor:
         """The stack, made again where a parameter was replaced, moved or cast since."""
@@ -151,11 +162,18 @@ class Stacks:
         weights: by port name.
         leaves: the tensors they are made of, by name.
         replaced: leaves that the forward replaces by other tensors.
+        known: stacks of other programs of the same model; they are used again for the same parameters, so
+            that programs do not take the weights from each other. New ones are added.
     """
 
     def __init__(
-        self, weights: dict[str, Weight], leaves: dict[str, Leaf], replaced: frozenset[str] = frozenset()
+        self,
+        weights: dict[str, Weight],
+        leaves: dict[str, Leaf],
+        replaced: frozenset[str] = frozenset(),
+        known: MutableSet[Stack] | None = None,
     ) -> None:
+        known = known if known is not None else set()
         owner: dict[str, Stack] = {}
         made: dict[Weight, Stack | Derived | Gathered] = {}
         widest_first = sorted(
@@ -166,9 +184,10 @@ class Stacks:
             if replaced.intersection(names):
                 made[weight] = Gathered(weight)
             elif len(set(names)) == len(names) and not any(name in owner for name in names):
-                stack = Stack(weight, leaves)
-                owner.update(dict.fromkeys(names, stack))
-                made[weight] = stack
+                alike = next((s for s in known if s.holds(weight, leaves)), None)
+                made[weight] = single = alike or Stack(weight, leaves)
+                known.add(single)
+                owner.update(dict.fromkeys(names, single))
             else:
                 made[weight] = Derived(weight, leaves, owner)
         self._in_order: list[Stack | Derived] = [s for s in made.values() if isinstance(s, Stack)]

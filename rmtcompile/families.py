@@ -1,0 +1,440 @@
+"""Families: the programs of calls that differ in sizes only, and the rules that give the program of a size
+that was not seen yet.
+
+    f(x[1, 20, D])   captured
+    f(x[2, 20, D])   captured, and made one with the first: B is a free size
+    f(x[3, 20, D])   the same code, loaded with B = 3; no capture
+    f(x[7, 23, D])   a rest of 3: captured ...
+
+A size vector lists every dim of every input; along axes that are cut into segments it holds what is left over
+by whole segments. Sizes that change together are one free size. Rules need the program at both values of a
+free size, at the four corners where there are two; corners that nobody called for are captured too. Where one
+of two sizes is 1 the programs may differ (broadcasting), and the next larger size is captured instead.
+
+A rule is proved at its corners. Elsewhere it is checked: every instance runs on fake tensors first, and the
+first one away from the corners, and the first of length one, are compared with the model itself.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from rmtcompile.errors import UnsupportedError
+from rmtcompile.guard import structure_key
+from rmtcompile.passes.sizes import Sizes, SizesDiffer
+from rmtcompile.passes.sizes import at as at_sizes
+from rmtcompile.pipeline import Compiled, rescheduled, reshaped
+from rmtcompile.probe import Segmentation
+from rmtcompile.runtime.costs import Costs
+from rmtcompile.runtime.execute import Executor
+from rmtcompile.sizes import differ, instance, sized
+
+Vector = tuple[int, ...]
+Columns = tuple[int, ...]
+_MAX_EXTRA = 3
+"""Captures that one call may cost beyond its own."""
+
+
+@dataclass
+class Lengths:
+    """What comparisons with the model have shown of one code at different numbers of segments.
+
+    Attributes:
+        checked: short lengths that are right.
+        uncovered: short lengths that are not.
+        checked_to: the longest input that was compared because it is longer than the captures.
+        too_short: whether the captures were too short for longer inputs.
+    """
+
+    checked: set[int] = field(default_factory=set)
+    uncovered: set[int] = field(default_factory=set)
+    checked_to: int = 0
+    too_short: bool = False
+
+
+@dataclass
+class Entry:
+    """A compiled program and what executes it.
+
+    Attributes:
+        settled: whether hooks that the first forward registers are registered.
+        lengths: what is known about numbers of segments.
+        verified: lengths at which `verify=True` compared this very program with the model.
+        only: programs for single lengths that the rules do not give.
+        longer: what replaces it: rules from longer captures.
+        trial: for a program that rules for sizes gave, what would show that they are wrong.
+    """
+
+    compiled: Compiled
+    executor: Executor
+    segmentation: Segmentation
+    example: Any = None  # (args, kwargs) with fake tensors
+    settled: bool = False
+    lengths: Lengths = field(default_factory=Lengths)
+    verified: set[int] = field(default_factory=set)
+    only: dict[int, Entry] = field(default_factory=dict)
+    longer: Entry | None = None
+    trial: Trial | None = None
+
+
+@dataclass
+class Trial:
+    """A use of rules.
+
+    Attributes:
+        at: the sizes.
+        ones: the free sizes that are 1 here and at no corner.
+        is_new: whether nothing has shown yet that the rules hold for these.
+        is_corner: whether the rules were read from a program of these sizes.
+    """
+
+    rules: Rules
+    at: Sizes
+    ones: frozenset[str]
+    is_new: bool
+    is_corner: bool
+
+
+@dataclass
+class Rules:
+    """A program of free sizes, and the sizes that it is for.
+
+    Attributes:
+        columns: where in the size vector each free size stands.
+        corners: the vectors that the rules were read from.
+        remainders: the free sizes that are lengths of a short segment.
+        samples: the programs at the corners.
+        shapes: shapes of the outputs.
+        executor: the first one; others share its compiled forms.
+        costs: measured, for the choice of the plan.
+        lengths, trusted, refuted: what comparisons with the model have shown, by which free sizes are 1.
+    """
+
+    columns: dict[str, Columns]
+    corners: tuple[Vector, ...]
+    remainders: frozenset[str]
+    samples: list[tuple[Sizes, Compiled]]
+    compiled: Compiled
+    shapes: Any
+    executor: Executor | None = None
+    costs: Costs | None = None
+    lengths: dict[frozenset[str], Lengths] = field(default_factory=dict)
+    trusted: set[frozenset[str]] = field(default_factory=set)
+    refuted: set[frozenset[str]] = field(default_factory=set)
+
+    def sizes(self, vector: Vector) -> Sizes | None:
+        """The free sizes in a vector, or None if it differs from the corners elsewhere too."""
+        mine = {i for columns in self.columns.values() for i in columns}
+        base = self.corners[0]
+        if len(vector) != len(base) or any(v != base[i] for i, v in enumerate(vector) if i not in mine):
+            return None
+        found = {}
+        for name, columns in self.columns.items():
+            values = {vector[i] for i in columns}
+            seen = {corner[columns[0]] for corner in self.corners}
+            if len(values) != 1 or min(values) < 1:
+                return None
+            found[name] = values.pop()
+            if found[name] == 1 and 1 not in seen and name not in self.remainders:
+                return None  # one row is often another program, and worth a capture of its own
+        return found
+
+    def ones(self, sizes: Sizes) -> frozenset[str]:
+        """The free sizes that are 1 and were not 1 at any corner."""
+        seen = {name for name, columns in self.columns.items() if 1 in {c[columns[0]] for c in self.corners}}
+        return frozenset(name for name, size in sizes.items() if size == 1 and name not in seen)
+
+
+@dataclass
+class _Family:
+    """Programs by size vector, and the rules read from them."""
+
+    known: dict[Vector, Compiled] = field(default_factory=dict)
+    rules: list[Rules] = field(default_factory=list)
+    failed: set[frozenset[Vector]] = field(default_factory=set)
+    losses: int = 0  # captures made for rules that did not come about
+
+    def forget(self) -> None:
+        """Drop what the model's state or weights no longer fit, and the oldest programs."""
+        for vector in [v for v, compiled in self.known.items() if not is_current(compiled)]:
+            del self.known[vector]
+        self.rules = [rules for rules in self.rules if is_current(rules.compiled)]
+        for vector in list(self.known)[:-8]:
+            del self.known[vector]
+
+
+def is_current(compiled: Compiled) -> bool:
+    """Whether the model still is in the state in which it was captured."""
+    return compiled.captures[0].guard.broken() is None and compiled.fits()
+
+
+class Families:
+    """Finds or makes the program of a call.
+
+    Args:
+        compile_at: captures and compiles for arguments; the last two are a single number of segments or
+            None, and the fewest segments to capture.
+        execute: makes an executor, like another one.
+    """
+
+    def __init__(
+        self,
+        compile_at: Callable[[Any, Any, Segmentation, int | None, int], Compiled],
+        execute: Callable[[Compiled, Segmentation, Executor | None], Executor],
+    ) -> None:
+        self._compile_at = compile_at
+        self._execute = execute
+        self._families: dict[Any, _Family] = {}
+
+    def entry(
+        self, args: Any, kwargs: Any, segmentation: Segmentation, only: int | None = None, fewest: int = 2
+    ) -> Entry:
+        """A program for these arguments: of rules that apply, or captured now.
+
+        Raises:
+            UnsupportedError: the forward cannot be compiled.
+        """
+        key = (structure_key(args, kwargs, segmentation), only, fewest)
+        family = self._families.setdefault(key, _Family())
+        family.forget()
+        vector = sizes_of(args, kwargs, segmentation)
+        for rules in family.rules:
+            found = self._instance(rules, vector, args, kwargs, segmentation)
+            if found is not None:
+                return found
+        if vector not in family.known:
+            family.known[vector] = self._compile_at(args, kwargs, segmentation, only, fewest)
+            new = self._learn(family, vector, args, kwargs, segmentation, only, fewest)
+            if new is not None and new.remainders:
+                found = self._instance(new, vector, args, kwargs, segmentation)
+                if found is not None:
+                    return found
+        compiled = family.known[vector]
+        return Entry(compiled, self._execute(compiled, segmentation, None), segmentation)
+
+    def settle(self, trial: Trial, is_right: bool) -> None:
+        """Note whether a use of rules gave what the model gives; where not, they are not used again."""
+        (trial.rules.trusted if is_right else trial.rules.refuted).add(trial.ones)
+
+    def run_in_order(self, entry: Entry, costs: Costs) -> None:
+        """Give a program one cell a level, and all later ones of the same rules, since that was measured to
+        be cheaper."""
+        if entry.trial is None:
+            entry.compiled = rescheduled(entry.compiled, entry.compiled.program.n_layers)
+            entry.executor = self._execute(entry.compiled, entry.segmentation, None)
+        else:
+            rules = entry.trial.rules
+            n_layers = entry.compiled.program.n_layers
+            rules.samples = [(sizes, rescheduled(compiled, n_layers)) for sizes, compiled in rules.samples]
+            rules.compiled, rules.shapes = sized(rules.samples)
+            rules.executor, rules.costs = None, costs
+            entry.compiled = instance(rules.compiled, entry.trial.at)
+            entry.executor = rules.executor = self._execute(entry.compiled, entry.segmentation, None)
+        entry.executor.costs = costs
+
+    def _instance(
+        self, rules: Rules, vector: Vector, args: Any, kwargs: Any, segmentation: Segmentation
+    ) -> Entry | None:
+        """The program of the rules at these sizes, or None where they do not apply or do not hold."""
+        sizes = rules.sizes(vector)
+        if sizes is None:
+            return None
+        ones = rules.ones(sizes)
+        if ones in rules.refuted:
+            return None
+        compiled = instance(rules.compiled, sizes)
+        executor = self._execute(compiled, segmentation, rules.executor)
+        if not self._holds(rules, sizes, executor, args, kwargs):
+            return None
+        rules.executor = rules.executor or executor
+        executor.costs = rules.costs
+        lengths = rules.lengths.setdefault(ones, Lengths())
+        trial = Trial(rules, sizes, ones, ones not in rules.trusted, vector in rules.corners)
+        return Entry(compiled, executor, segmentation, lengths=lengths, trial=trial)
+
+    def _holds(self, rules: Rules, sizes: Sizes, executor: Executor, args: Any, kwargs: Any) -> bool:
+        """Whether the program runs at these sizes, on fake tensors, and gives results of the right shapes."""
+        count, inputs = executor.compiled.rolled.base.count, _tensors(args, kwargs)
+        shapes = executor.segmentation.shapes([x.shape for x in inputs], count)
+        try:
+            return executor.dry_run(count, shapes, inputs) == at_sizes(rules.shapes, sizes)
+        except Exception:  # whatever it is, the rules do not hold here
+            return False
+
+    # ---- learning ------------------------------------------------------------------------------------------
+
+    def _learn(
+        self,
+        family: _Family,
+        vector: Vector,
+        args: Any,
+        kwargs: Any,
+        segmentation: Segmentation,
+        only: int | None,
+        fewest: int,
+    ) -> Rules | None:
+        """Rules that a new program makes possible, read from it and others, some captured for that."""
+        lengths = _lengths(args, kwargs, segmentation)
+        for corners in boxes(list(family.known), vector, lengths):
+            missing = [v for v in corners if v not in family.known]
+            free = _free_sizes(corners, lengths)
+            if frozenset(corners) in family.failed or len(missing) > _MAX_EXTRA or free is None:
+                continue
+            if missing and family.losses >= _MAX_EXTRA:
+                continue
+            try:
+                present = [family.known[v] for v in corners if v in family.known]
+                for other in present[1:]:
+                    differ(present[0], other)
+                for v in missing:
+                    family.known[v] = self._captured(v, args, kwargs, segmentation, only, fewest)
+                    differ(present[0], family.known[v])
+                return self._read(family, corners, free, lengths)
+            except (SizesDiffer, UnsupportedError):
+                family.failed.add(frozenset(corners))
+                family.losses += len(missing)
+        return None
+
+    def _captured(
+        self,
+        vector: Vector,
+        args: Any,
+        kwargs: Any,
+        segmentation: Segmentation,
+        only: int | None,
+        fewest: int,
+    ) -> Compiled:
+        """A program for sizes that nobody has called for."""
+        args, kwargs = reshaped(args, kwargs, _shapes_at(vector, args, kwargs, segmentation))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return self._compile_at(args, kwargs, segmentation, only, fewest)
+
+    def _read(
+        self,
+        family: _Family,
+        corners: Sequence[Vector],
+        free: dict[str, Columns],
+        lengths: Sequence[int | None],
+    ) -> Rules:
+        remainders = frozenset(name for name, columns in free.items() if lengths[columns[0]] is not None)
+        samples: list[tuple[Sizes, Compiled]] = [
+            ({name: v[columns[0]] for name, columns in free.items()}, family.known[v]) for v in corners
+        ]
+        compiled, shapes = sized(samples)
+        rules = Rules(free, tuple(corners), remainders, samples, compiled, shapes)
+        family.rules = [rules, *family.rules[:7]]
+        return rules
+
+
+# ---- size vectors ------------------------------------------------------------------------------------------
+
+
+def _tensors(args: Any, kwargs: Any) -> list[torch.Tensor]:
+    return [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+
+
+def _shapes(args: Any, kwargs: Any) -> list[torch.Size]:
+    return [value.shape for value in _tensors(args, kwargs)]
+
+
+def sizes_of(args: Any, kwargs: Any, segmentation: Segmentation) -> Vector:
+    """Every dim of every input; along an axis that is cut, what whole segments leave over."""
+    shapes, rests = _shapes(args, kwargs), _rests(args, kwargs, segmentation)
+    return tuple(rests.get((i, d), n) for i, shape in enumerate(shapes) for d, n in enumerate(shape))
+
+
+def _rests(args: Any, kwargs: Any, segmentation: Segmentation) -> dict[tuple[int, int], int]:
+    shapes = _shapes(args, kwargs)
+    count, rest = segmentation.count(shapes)
+    whole = count - (rest > 0)
+    return {(a.leaf, a.dim): shapes[a.leaf][a.dim] - whole * a.length for a in segmentation.axes}
+
+
+def _lengths(args: Any, kwargs: Any, segmentation: Segmentation) -> list[int | None]:
+    """For each place of the size vector, the length of a whole segment; None where nothing is cut."""
+    cut = {(axis.leaf, axis.dim): axis.length for axis in segmentation.axes}
+    shapes = _shapes(args, kwargs)
+    return [cut.get((i, d)) for i, shape in enumerate(shapes) for d in range(len(shape))]
+
+
+def _shapes_at(vector: Vector, args: Any, kwargs: Any, segmentation: Segmentation) -> list[list[int]]:
+    """Shapes of the inputs at another size vector, with as many segments."""
+    rests, values = _rests(args, kwargs, segmentation), iter(vector)
+    return [
+        [next(values) + (n - rests[i, d] if (i, d) in rests else 0) for d, n in enumerate(shape)]
+        for i, shape in enumerate(_shapes(args, kwargs))
+    ]
+
+
+def moved(a: Vector, b: Vector) -> list[Columns]:
+    """The free sizes between two vectors: places that change from one value to one other, together."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for i, pair in enumerate(zip(a, b, strict=True)):
+        if pair[0] != pair[1]:
+            found.setdefault(pair, []).append(i)
+    return [tuple(columns) for columns in found.values()]
+
+
+def _with(vector: Vector, other: Vector, columns: Columns) -> Vector:
+    """A vector with some places as in another one."""
+    return tuple(other[i] if i in columns else v for i, v in enumerate(vector))
+
+
+def boxes(known: list[Vector], new: Vector, lengths: Sequence[int | None]) -> Iterator[list[Vector]]:
+    """Corners from which rules could be read that hold at `new`, in the order in which to try them."""
+    near = sorted((v for v in known if v != new), key=lambda v: len(moved(v, new)))
+    for other in near[:3]:
+        free = moved(other, new)
+        if len(free) == 1:
+            for third in near:
+                side = moved(other, third)
+                if len(side) == 1 and not set(side[0]) & set(free[0]):
+                    yield [other, new, third, _with(new, third, side[0])]
+            yield [other, new]
+        elif len(free) == 2:
+            yield [other, new, _with(other, new, free[0]), _with(other, new, free[1])]
+    for other in near[:1]:
+        free = moved(other, new)
+        ones = [columns for columns in free if 1 in (other[columns[0]], new[columns[0]])]
+        ones = [columns for columns in ones if lengths[columns[0]] is None] or ones  # batches first
+        if len(ones) != 1 or len(free) > 2:
+            continue
+        base = new if other[ones[0][0]] == 1 else other
+        up = _larger(base, ones[0], lengths)
+        if up is not None and len(free) == 1:
+            yield [base, up]
+        elif up is not None:
+            rest = next(columns for columns in free if columns is not ones[0])
+            there = other if base is new else new
+            yield [base, up, _with(base, there, rest), _with(up, there, rest)]
+
+
+def _larger(vector: Vector, columns: Columns, lengths: Sequence[int | None]) -> Vector | None:
+    """The vector with one free size made larger by one, or smaller where a segment ends."""
+    size, length = vector[columns[0]], lengths[columns[0]]
+    size = size + 1 if length is None or size + 1 < length else size - 1
+    return tuple(size if i in columns else v for i, v in enumerate(vector)) if size > 1 else None
+
+
+def _free_sizes(corners: Sequence[Vector], lengths: Sequence[int | None]) -> dict[str, Columns] | None:
+    """Names of the free sizes and where they stand: R for what is left over, B for the first axis of an
+    input."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, values in enumerate(zip(*corners, strict=True)):
+        if len(set(values)) > 1:
+            groups.setdefault(values, []).append(i)
+    if 2 ** len(groups) != len(set(corners)):
+        return None
+    found: dict[str, Columns] = {}
+    for columns in groups.values():
+        letter = "R" if lengths[columns[0]] is not None else "B"
+        name = letter if letter not in found else f"{letter}{len(found)}"
+        found[name] = tuple(columns)
+    return found
