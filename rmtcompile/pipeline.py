@@ -87,6 +87,7 @@ class Compiled:
         final: for each Python value that the forward leaves behind, its value as a function of the number of
             segments.
         stages: what each stage did.
+        sizes: values of the module's free sizes; empty where all are fixed.
         passes_off: passes of `optimise` that were switched off.
     """
 
@@ -104,6 +105,7 @@ class Compiled:
     namespace: dict[str, Any]
     stages: list[Stage] = field(default_factory=list)
     passes_off: frozenset[str] = frozenset()
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:

@@ -73,6 +73,7 @@ def instance(compiled: Compiled, sizes: Sizes) -> Compiled:
         result=at(compiled.result, sizes),
         effects=[(effect, at(rule, sizes)) for effect, rule in compiled.effects],
         namespace=vars(module),
+        sizes=dict(sizes),
     )
     weakref.finalize(made, unload, module.__name__)
     return made

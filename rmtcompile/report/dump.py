@@ -81,6 +81,7 @@ def use(fast: Optimized, path: str | Path) -> None:
     if not callable(trial.get("forward")):
         raise RMTCompileError(f"{path} defines no forward(run): take the last file of a dump")
     exec(code, entry.compiled.namespace)
+    entry.compiled.namespace.update(entry.compiled.sizes)
     entry.compiled.emitted = replace(entry.compiled.emitted, source=source, phases={})
 
 
