@@ -135,6 +135,16 @@ def test_rounding_is_no_difference() -> None:
     assert fast.captures == 1
 
 
+@torch.no_grad()
+def test_longer_captures_settle_what_may_be_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results in 16 bits that differ altogether: captured once more, and that gives the same code."""
+    monkeypatch.setattr(rmtcompile.Optimized, "_difference", lambda *_, **__: "the result differs")
+    fast = rmtcompile.optimize(made(Toy, torch.bfloat16))
+    for _ in range(2):
+        fast(features(9, dtype=torch.bfloat16))
+    assert fast.captures == 2
+
+
 class FirstSegment(nn.Module):
     """Every segment reads what the layer below gave of the first one."""
 

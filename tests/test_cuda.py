@@ -13,6 +13,7 @@ import transformers
 from test_reroll import FirstDiffers, Kept
 from torch import Tensor, nn
 from toys import Toy, assert_same, features, made
+from zoo.others import ZOO
 
 import rmtcompile
 from rmtcompile.models import build
@@ -247,3 +248,28 @@ class Wide(nn.Module):
                 memory[l] = h.mean(1)
             out.append(h)
         return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("name", ["transformer_xl", "no_carry"])
+@torch.no_grad()
+def test_a_layer_at_a_time(name: str, backend: str) -> None:
+    """alpha = 0: all segments of a layer in one call."""
+    entry = ZOO[name]
+    model = entry.build().cuda()
+    fast = rmtcompile.optimize(copy.deepcopy(model), backend=backend)
+    for _ in range(3):
+        for segments in (1, 4, 9):
+            x = entry.inputs(2, segments)[0].cuda()
+            assert_same(model(x), fast(x), TOLERANCE)
+    assert fast.schedule.alpha == 0
+
+
+@torch.no_grad()
+def test_free_sizes() -> None:
+    """Batches and rests that no program was captured for."""
+    model, twin = on_cuda(Toy)
+    fast = rmtcompile.optimize(twin)
+    for batch, length in ((1, 12), (2, 12), (3, 12), (3, 13), (3, 14), (5, 17), (5, 17), (5, 17)):
+        x = torch.randn(batch, length, 4, dtype=torch.float64, device="cuda")
+        assert_same(model(x), fast(x), TOLERANCE)
