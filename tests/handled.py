@@ -110,7 +110,8 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
     ]  # fmt: skip
     uses = [
         use("Any number of segments from one capture, 1 included; same code for all", end + "test_one_capture_serves_all_lengths"),
-        use("Batches; a shorter last segment; input shorter than one segment", end + "test_batch_sizes", "test_ragged_last_segment"),
+        use("Batches; a shorter last or first segment; input shorter than one segment", end + "test_batch_sizes", "test_ragged_last_segment", "test_sizes.py::test_a_third_rest", "test_less_than_one_segment"),
+        use("A third batch size and a third length of the short segment: no new capture, same code", "test_sizes.py::test_a_third_batch_size", "test_the_code_is_the_same_for_later_batch_sizes", "test_batches_and_rests_together", "test_rests_of_an_armt_with_masks"),
         use("Attention masks padded left or right, `labels` with the loss, `inputs_embeds`, `output_hidden_states=True`, all at once", inputs + "test_arguments_of_an_armt"),
         use("`position_ids`, keyword arguments, defaults, any callable", inputs + "test_positions", "test_keywords_and_defaults", end + "test_any_callable"),
         use("Dicts, tuples, `ModelOutput`s, nested; a result per segment (`logits_0`, `logits_1`, ...) or per layer", inputs + "test_structures"),
@@ -127,7 +128,8 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
         use("`verify=True`: the first differing cell is named", "test_verify.py::test_the_first_cell_is_named", "test_a_broken_rule_is_found", "test_what_is_left_behind_is_compared"),
         use("Carries that only later segments read; the first longer input is compared with the model", "test_beyond.py::test_a_carry_that_short_captures_do_not_show", "test_it_is_compared_once"),
         use("Tensors written out in the forward's code", "test_literals.py::test_a_literal_in_every_cell"),
-        use("Inductor: new lengths compile nothing", end + "test_inductor_compiles_nothing_for_new_lengths"),
+        use("Inductor: new lengths and a third rest compile nothing, batch sizes from the third on once", end + "test_inductor_compiles_nothing_for_new_lengths", "test_sizes.py::test_inductor_compiles_nothing_for_a_third_rest", "test_inductor_compiles_once_for_later_batch_sizes"),
+        use("On CUDA: recorded runs, other streams, modes and weights in between", "test_cuda.py::test_recorded_runs", "test_changed_weights_are_seen", "test_modes", "test_streams_and_threads"),
     ]  # fmt: skip
     refusals = [
         refused("Control flow that depends on tensor values", "`CaptureError` with the line", no + "test_data_dependent_control_flow", "test_shortcuts_of_masks"),

@@ -358,5 +358,9 @@ def environment(device: torch.device, flags: Sequence[str]) -> dict[str, Any]:
         found["device"] = torch.cuda.get_device_name(device)
         found["cuda"] = torch.version.cuda
         found["cudnn"] = torch.backends.cudnn.version()
-        found["properties"] = str(torch.cuda.get_device_properties(device))
+        properties = torch.cuda.get_device_properties(device)
+        found["properties"] = (
+            f"sm_{properties.major}{properties.minor}, {properties.multi_processor_count} multiprocessors, "
+            f"{properties.total_memory / 2**30:.0f} GiB, L2 {properties.L2_cache_size / 2**20:.0f} MiB"
+        )
     return found
