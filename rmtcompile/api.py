@@ -17,12 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from rmtcompile.beyond import CHECKED, LONGER, first_segments, length_to_check, rounding
-from rmtcompile.capture import Leaf
 from rmtcompile.errors import RerollError, RMTCompileError, UnsupportedError, VerificationError
 from rmtcompile.families import Entry, Families, is_current
 from rmtcompile.guard import call_key, program_key
+from rmtcompile.leaving import leave_effects, write_back
 from rmtcompile.passes.optimise import FOR_COMPILED_CELLS
-from rmtcompile.passes.wavefront import blocking, wavefront
+from rmtcompile.passes.wavefront import blocking
 from rmtcompile.pipeline import Compiled, Options, Progress, compile_forward
 from rmtcompile.probe import Segmentation, probe
 from rmtcompile.results import value_of
@@ -31,8 +31,7 @@ from rmtcompile.runtime.graphs import Recording
 from rmtcompile.runtime.rows import executor_for
 from rmtcompile.runtime.stacks import Stack
 from rmtcompile.schedule import Schedule
-from rmtcompile.state import DELETED
-from rmtcompile.verify import difference, first_difference, tensors_of, written_tensors
+from rmtcompile.verify import difference, first_difference, tensors_of
 
 if TYPE_CHECKING:
     from rmtcompile.report import Explanation, Profile
@@ -352,14 +351,14 @@ class Optimized:
         outputs = entry.executor.finish(recording) if recording is not None else None
         if outputs is None:
             outputs = entry.executor.run(count, tensors_of(args, kwargs))
-        _leave_effects(entry.compiled, count, outputs)
+        leave_effects(entry.compiled, count, outputs)
         if not entry.settled:
             entry.settled = True
             if any(
                 effect.change is not None and effect.change.is_hook for effect, _ in entry.compiled.effects
             ):
                 entry.compiled.captures[0].guard.settle()
-        _write_back(entry.compiled, outputs, tensors_of(args, kwargs))
+        write_back(entry.compiled, outputs, tensors_of(args, kwargs))
         return value_of(entry.compiled.result, outputs, count)
 
     def _choose_plan(self, entry: Entry, args: Any, kwargs: Any) -> None:
@@ -393,6 +392,8 @@ class Optimized:
         """The schedule of the last call."""
         if self._last is None:
             raise RMTCompileError("nothing is captured yet: call the optimized model once")
+        from rmtcompile.report.scheduled import schedule_of
+
         return schedule_of(self._last[0].compiled, self._last[1])
 
     @property
@@ -477,35 +478,6 @@ class Optimized:
 _RETURN_SELF = ("to", "eval", "train", "cuda", "cpu", "half", "float", "double", "bfloat16", "requires_grad_")
 
 
-def schedule_of(compiled: Compiled, count: int) -> Schedule:
-    """The schedule of a compiled program over `count` segments, with its carries, variants and kinds."""
-    from rmtcompile.report.carries import carries_of, reads_of
-    from rmtcompile.report.cells import operations_of
-
-    program = compiled.program
-    classes = [program.rolled.classes[("cell", layer)] for layer in range(program.n_layers)]
-    finest = max(classes, key=lambda one: one.head + one.tail)
-    variants = tuple(_variant(finest.of(s, count), finest.head) for s in range(count))
-    kinds = {layer: group.name for group in reversed(program.groups) for layer in group.layers}
-    schedule = wavefront(
-        program.offsets,
-        program.n_layers,
-        count,
-        alpha=program.alpha,
-        block=program.block,
-        carries=carries_of(compiled),
-        segment_variants=variants,
-        layer_kinds=tuple(kinds.get(layer, "unused") for layer in range(program.n_layers)),
-    )
-    return replace(schedule, reads=reads_of(compiled), operations=operations_of(compiled, count))
-
-
-def _variant(number: int, head: int) -> str:
-    if number == head:
-        return "later" if head else "every"
-    return "first" if number == 0 else f"segment{number}" if number > 0 else "last"
-
-
 def _faked(args: Any, kwargs: Any) -> Any:
     """The arguments without the memory of their tensors."""
 
@@ -516,19 +488,4 @@ def _faked(args: Any, kwargs: Any) -> Any:
         return pytree.tree_map(fake, (args, kwargs))
 
 
-def _leave_effects(compiled: Compiled, count: int, outputs: tuple[Any, ...]) -> None:
-    """Leave in the model what the forward would have left."""
-    for effect, rule in compiled.effects:
-        assert effect.change is not None
-        effect.change.apply(DELETED if effect.spec is None else value_of(rule, outputs, count))
-
-
-def _write_back(compiled: Compiled, outputs: tuple[Any, ...], inputs: list[torch.Tensor]) -> None:
-    """Store what the forward writes in place into buffers, state tensors and inputs."""
-    first = len(outputs) - len(compiled.written)
-    with torch.no_grad():
-        for target, value in zip(written_tensors(compiled, inputs), outputs[first:], strict=True):
-            target.copy_(value)
-
-
-__all__ = ["FallbackWarning", "Leaf", "Optimized", "SequentialScheduleWarning", "optimize", "schedule_of"]
+__all__ = ["FallbackWarning", "Optimized", "SequentialScheduleWarning", "optimize"]

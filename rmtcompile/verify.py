@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from rmtcompile.capture import Capture, Out
 from rmtcompile.errors import InternalError, UnsupportedError
+from rmtcompile.leaving import written_tensors
 from rmtcompile.passes.partition import CELL, INIT, Region
 from rmtcompile.pipeline import Compiled, Options, capture_at
 from rmtcompile.probe import Segmentation
@@ -36,14 +37,6 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, tor
 def tensors_of(args: Any, kwargs: Any) -> list[torch.Tensor]:
     """The tensors among the arguments of a call, in pytree order."""
     return [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-
-
-def written_tensors(compiled: Compiled, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The buffers, state tensors and inputs that the forward writes in place."""
-    return [
-        compiled.leaves[name].fetch() if kind == "leaf" else inputs[compiled.input_names.index(name)]
-        for kind, name in compiled.written
-    ]
 
 
 # ---- the whole ---------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 names.py             what the user's program calls a value
 explanation.py       what was found, and why it runs as it does, as data;  findings.py  fills it in
 explanation_text.py  the same as text and HTML
-carries.py           what flows from segment to segment;  plans.py  what the runtime measured of its plans
+carries.py           what flows from segment to segment;  scheduled.py  the schedule with it
+plans.py             what the runtime measured of its plans
 texts.py             each stage of the compiler as text;  dump.py writes them to a folder
 view.py              a compiled program for the viewer;  cells.py, passes.py  parts of it
 profiling.py         time of each level, and of each kind of operation

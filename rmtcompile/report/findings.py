@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from rmtcompile.api import Optimized, optimize, schedule_of
+from rmtcompile.api import Optimized, optimize
 from rmtcompile.errors import RMTCompileError, UnsupportedError
 from rmtcompile.passes.partition import CELL, INIT
 from rmtcompile.passes.wavefront import blocking, blocking_reason, skew, wavefront
@@ -26,6 +26,7 @@ from rmtcompile.report.explanation import (
 )
 from rmtcompile.report.names import input_labels, model_name, op_name, type_of
 from rmtcompile.report.plans import Measured, measured_plans
+from rmtcompile.report.scheduled import schedule_of
 from rmtcompile.report.stages import changes
 from rmtcompile.schedule import Schedule, short_type
 
