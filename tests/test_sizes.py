@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from test_end_to_end import armt
@@ -403,6 +404,7 @@ def test_batches_of_an_armt() -> None:
     assert fast.captures == before
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="the decoder branches on the mask's values")
 @torch.no_grad()
 def test_rests_of_an_armt_with_masks() -> None:
     model = armt("gpt2", torch.float64)
