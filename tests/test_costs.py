@@ -45,3 +45,15 @@ def test_a_plan_that_was_asked_for_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     fast = rmtcompile.optimize(made(Toy), plan="diagonal")
     fast(features(4))
     assert fast.schedule.alpha == 1
+
+
+@torch.no_grad()
+def test_the_time_of_compiling_is_told() -> None:
+    fast = rmtcompile.optimize(made(Toy), backend="aot_eager")
+    fast(features(4))
+    told = fast.explain()
+    assert told.compile_seconds is not None and told.compile_seconds > 0
+    assert "cell functions, by aot_eager" in str(told)
+    eager = rmtcompile.optimize(made(Toy))
+    eager(features(4))
+    assert eager.explain().compile_seconds is None

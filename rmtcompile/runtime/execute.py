@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, MutableSet, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -82,6 +83,7 @@ class Executor:
         self._engine: Engine | None = None
         self._recorder: Recorder | None = None
         self.costs: Costs | None = None
+        self.compile_seconds: float | None = None  # of the first run, nearly all of it `torch.compile`
 
     @property
     def engine(self) -> Engine:
@@ -140,7 +142,14 @@ class Executor:
             inputs: tensor arguments of the forward.
             graphs: whether CUDA graphs may be recorded and replayed.
         """
+        started = time.perf_counter()
         self._compile_forms(segments, inputs)
+        outputs = self._run_once(segments, inputs, graphs)
+        if self.compile_seconds is None and self.engine.is_compiled:
+            self.compile_seconds = time.perf_counter() - started
+        return outputs
+
+    def _run_once(self, segments: int, inputs: list[torch.Tensor], graphs: bool = False) -> tuple[Any, ...]:
         if self._records_gradients(inputs):
             return self._run(segments, inputs, self._leaves(), True)
         with _plain_tensors():
@@ -195,14 +204,6 @@ class Executor:
             enough = self.program.n_layers + 1
             if segments < enough and self.compiled.rolled.fixed is None:
                 self._run_once(enough, self._resized(enough, inputs))
-
-    def _run_once(self, segments: int, inputs: list[torch.Tensor]) -> None:
-        functional = self._records_gradients(inputs)
-        if functional:
-            self._run(segments, inputs, self._leaves(), True)
-            return
-        with _plain_tensors():
-            self._run(segments, inputs, self._leaves(), False)
 
     def _resized(self, wanted: int, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Inputs of `wanted` segments, the given ones repeated or cut."""
