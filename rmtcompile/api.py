@@ -69,11 +69,13 @@ def optimize(
             graph by default.
         layers: override: path of the container of the layers, `"model.layers"`, or a regular expression for
             their paths.
-        plan: "auto" (the widest legal wavefront), "diagonal" (the same, but refuse a model whose wavefronts
-            are one cell wide) or "sequential" (one cell after the other, compiled).
+        plan: "auto" (the widest legal wavefront; on CUDA the sequential plan where a cell alone is measured
+            to cost less than one in company), "diagonal" (the widest, but refuse a model whose wavefronts are
+            one cell wide) or "sequential" (one cell after the other, compiled).
         backend: "eager", "inductor" or any `torch.compile` backend for the cell functions; "auto" is inductor
             on CUDA and eager elsewhere.
-        cuda_graphs: replay levels as CUDA graphs; "auto" does so on CUDA when no gradients are recorded.
+        cuda_graphs: record a run of a length that comes again as one CUDA graph; "auto" does so on CUDA when
+            no gradients are recorded.
         fallback: "sequential" runs the model as it is, with a warning, where it cannot be compiled; None
             raises.
         verify: run the model as it is, too, at the first call of each program, and raise on a difference.
