@@ -1,4 +1,4 @@
-"""passes/reroll.py: rules read from k segments give k + 1, and what follows no rule is refused."""
+"""passes/reroll: rules read from k segments give k + 1, and what follows no rule is refused."""
 
 from __future__ import annotations
 

@@ -1,0 +1,112 @@
+"""Which segments of a region share one body: peeled ones at the start, peeled ones at the end, the rest."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from rmtcompile.errors import RerollError
+from rmtcompile.passes.reroll.rules import Classes
+from rmtcompile.passes.reroll.sources import affine
+from rmtcompile.passes.reroll.unrolled import Key, Unrolled, body_at, region_name
+
+
+def classes_of(key: Key, small: Unrolled, large: Unrolled) -> Classes:
+    """The fewest peeled segments such that repeating the body before the tail once more gives the larger
+    capture, and such that the integers of what is repeated follow one rule (a short last segment ends
+    early)."""
+    short = [body_at(small, key, s).key for s in range(small.count)]
+    long = [body_at(large, key, s).key for s in range(large.count)]
+    found: Classes | None = None
+    for tail in range(small.count):
+        middle = small.count - tail
+        if short[:middle] + [short[middle - 1]] + short[middle:] != long:
+            continue
+        head = middle - 1
+        while head and short[head - 1] == short[middle - 1]:
+            head -= 1
+        found = found or Classes(head, tail)
+        if found.tail == tail or middle - head >= 2:  # integers of one segment follow any rule
+            members = members_of(key, Classes(head, tail), small, large)
+            if all(_follow(key, ofclass) for ofclass in members.values()):
+                return Classes(head, tail)
+    if found is not None:
+        return found
+    evidence = list(_difference(key, small, large))
+    if constants := _constants(key, large):
+        raise RerollError(
+            f"a constant in {region_name(key)} changes from segment to segment: "
+            + ", ".join(f"{a!r} and {b!r}" for a, b in constants),
+            evidence,
+            "make a table before the segments and index it, table = 1 / torch.arange(1, n + 1) and table[s] "
+            "instead of 1 / (s + 1); fallback='sequential' runs the model as it is",
+        )
+    raise RerollError(
+        f"the segments of {region_name(key)} do not follow one rule",
+        evidence,
+        "segments that differ from each other by more than a special start and end cannot be run on "
+        "diagonals; use fallback='sequential' to run the model as it is",
+    )
+
+
+def _constants(key: Key, large: Unrolled) -> list[tuple[Any, Any]]:
+    """The numbers in which two segments in the middle differ, if they differ in nothing else."""
+
+    def pairs(left: Any, right: Any) -> Iterator[tuple[Any, Any]]:
+        if left == right:
+            return
+        if not (isinstance(left, tuple) and isinstance(right, tuple) and len(left) == len(right)):
+            raise _OtherwiseError
+        if len(left) == 2 and left[0] == right[0] and left[0] in ("float", "int", "bool"):
+            yield left[1], right[1]
+            return
+        for x, y in zip(left, right, strict=True):
+            yield from pairs(x, y)
+
+    for s in range(1, large.count - 1):
+        try:
+            found = list(pairs(body_at(large, key, s).key, body_at(large, key, s + 1).key))
+        except _OtherwiseError:
+            continue
+        if found:
+            return found
+    return []
+
+
+class _OtherwiseError(Exception):
+    """Two bodies differ in more than numbers."""
+
+
+def _difference(key: Key, small: Unrolled, large: Unrolled) -> Iterator[str]:
+    """Evidence: the first operation at which two segments in the middle differ."""
+    middle = small.count - 1
+    a, b = body_at(large, key, middle), body_at(large, key, middle - 1)
+    for left, right, x, y in zip(b.key, a.key, b.nodes, a.nodes, strict=False):
+        if left != right:
+            yield f"segment {middle - 1}: {x.format_node()}   {x.meta.get('source')}"
+            yield f"segment {middle}: {y.format_node()}   {y.meta.get('source')}"
+            return
+    yield f"segment {middle - 1} has {len(b.nodes)} operations, segment {middle} has {len(a.nodes)}"
+
+
+def members_of(
+    key: Key, classes: Classes, small: Unrolled, large: Unrolled
+) -> dict[int, list[tuple[Unrolled, int]]]:
+    """The instances of each class of a region in both captures."""
+    members: dict[int, list[tuple[Unrolled, int]]] = defaultdict(list)
+    for unrolled in (small, large) if large is not small else (small,):
+        for s in range(unrolled.count):
+            members[classes.of(s, unrolled.count)].append((unrolled, s))
+    return members
+
+
+def _follow(key: Key, members: list[tuple[Unrolled, int]]) -> bool:
+    """Whether every integer of a class is affine."""
+    unrolled, segment = members[0]
+    try:
+        for j in range(len(body_at(unrolled, key, segment).ints)):
+            affine(key, j, members)
+    except RerollError:
+        return False
+    return True
