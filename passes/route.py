@@ -123,7 +123,7 @@ class _Router:
         finished = (self._finish(group) for group in self.groups)
         groups = tuple(group for group in finished if group.outputs)  # layers that nobody reads are dead
         lanes = tuple(self._lane(lane) for lane in self.lanes.values())
-        taps = tuple(self._resolved(tap) for tap in self.taps.values())
+        taps = tuple(self.taps.values())
         return Program(self.n_layers, self.alpha, offsets, groups, lanes, taps, self.rolled, self.block)
 
     def _kinds(self) -> list[tuple[int, ...]]:
@@ -338,9 +338,6 @@ class _Router:
         else:
             name = f"{kind}{layer}_{len(self.taps)}" if kind == CELL else f"{kind}_{len(self.taps)}"
         self.taps[key] = Tap(name, Value(kind, layer, nodes), (), when, keep)
-
-    def _resolved(self, tap: Tap) -> Tap:
-        return tap
 
     # ---- results -------------------------------------------------------------------------------------------
 

@@ -369,3 +369,9 @@ class Program:
     rolled: Any
     block: int = 0
     opened: Mapping[str, Opened] = field(default_factory=dict)
+
+    def levels(self, segments: int) -> int:
+        """Number of levels of a run."""
+        if self.alpha == 0 and self.block:
+            return self.n_layers * -(-segments // self.block)
+        return self.alpha * (segments - 1) + self.n_layers

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+
+from rmtcompile.runtime.execute import Executor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,15 +23,6 @@ class Measured:
     compile_seconds: float | None = None
 
 
-def measured_plans(executor: Any, segments: int) -> Measured:
-    """Ask an executor; it need not know anything.
-
-    What it may have: `plan_seconds(segments)`, a mapping from plans to seconds; `plan_for(segments)`, the
-    name of the plan that runs; `compile_seconds`.
-    """
-    seconds, chosen = getattr(executor, "plan_seconds", None), getattr(executor, "plan_for", None)
-    return Measured(
-        dict(seconds(segments)) if seconds is not None else {},
-        str(chosen(segments)) if chosen is not None else "",
-        getattr(executor, "compile_seconds", None),
-    )
+def measured_plans(executor: Executor, segments: int) -> Measured:
+    """What the executor of a program has measured."""
+    return Measured(executor.plan_seconds(segments), executor.plan_for(segments), executor.compile_seconds)

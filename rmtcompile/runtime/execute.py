@@ -187,9 +187,9 @@ class Executor:
         recording = recorder.replay(segments, inputs)
         if recording is not None and recorder.is_current(recording):
             return recorder.results(recording)
-        outputs = self._run(segments, inputs, self._leaves(), False)
-        levels = self.program.alpha * (segments - 1) + self.program.n_layers
-        if recorder.wants(segments, levels):
+        with recorder.alone():
+            outputs = self._run(segments, inputs, self._leaves(), False)
+        if recorder.wants(segments, self.program.levels(segments)):
             recorder.record(segments, inputs, lambda ins, held: self._run(segments, ins, held, False))
         return outputs
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,30 +71,49 @@ class Recorder:
         may wait until the device is at work.
         """
         recording = self._recordings.get(segments)
-        if recording is None:
+        state = self._state(recording) if recording is not None else None
+        if recording is None or state is None:
             return None
         self._recordings.move_to_end(segments)
-        stream = torch.cuda.current_stream()
-        stream.wait_event(self._done)  # an earlier run, maybe on another stream, uses the same storage
-        self._fill(recording, inputs)
-        recording.graph.replay()
-        self._done.record(stream)
+        with self.alone():
+            places = (*recording.inputs, *recording.state.values())
+            for place, value in zip(places, (*inputs, *state), strict=True):
+                place.copy_(value)
+            recording.graph.replay()
         return recording
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """What is launched here runs after every earlier run, maybe on another stream: they share storage."""
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self._done)
+        try:
+            yield
+        finally:
+            self._done.record(stream)
 
     def is_current(self, recording: Recording) -> bool:
         """Whether the model's tensors are where they were when the run was recorded."""
         try:
             now = {name: self.leaves[name].fetch().data_ptr() for name in recording.addresses}
-        except (KeyError, IndexError, AttributeError):
+        except (LookupError, AttributeError, TypeError):
             return False
         return now == recording.addresses
+
+    def _state(self, recording: Recording) -> list[torch.Tensor] | None:
+        """What the model holds where the forward replaces tensors; None if that is something else by now."""
+        try:
+            values = [self.leaves[name].fetch() for name in recording.state]
+            fits = all(v.shape == x.shape for v, x in zip(values, recording.state.values(), strict=True))
+        except (LookupError, AttributeError, TypeError):
+            return None
+        return values if fits else None
 
     def results(self, recording: Recording) -> Any:
         """The outputs of the last replay, in memory of their own."""
         flat, spec = pytree.tree_flatten(recording.outputs)
-        results = _copies(flat)
-        self._done.record(torch.cuda.current_stream())
-        return pytree.tree_unflatten(results, spec)
+        with self.alone():
+            return pytree.tree_unflatten(_copies(flat), spec)
 
     def wants(self, segments: int, levels: int) -> bool:
         """Whether to record this length now; counts how often it was seen."""
@@ -118,14 +138,6 @@ class Recorder:
         self._recordings[segments] = Recording(graph, static, state, addresses, kept, outputs)
         while len(self._recordings) > self.limit:
             self._recordings.popitem(last=False)
-
-    def _fill(self, recording: Recording, inputs: list[torch.Tensor]) -> None:
-        for place, value in zip(recording.inputs, inputs, strict=True):
-            place.copy_(value)
-        for name, place in recording.state.items():
-            value = self.leaves[name].fetch()
-            if place.shape == value.shape:
-                place.copy_(value)
 
 
 def _copies(values: list[Any]) -> list[Any]:
