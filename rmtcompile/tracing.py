@@ -1,18 +1,33 @@
-"""Tracing: what would leak out of a forward that runs on fake tensors, and is kept in."""
+"""Tracing: what would leak out of a forward that runs on fake tensors, and is kept in; modules around graphs
+that are seldom run."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.overrides import TorchFunctionMode
 
 from rmtcompile.blame import user_source
 from rmtcompile.errors import CaptureError
+
+
+def graph_module(like: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A module of `graph` with the attributes of `like`; its code is made when it is run or shown, which is a
+    tenth of the time of a compilation that shows none."""
+    module = _LazyGraphModule(like, graph, "GraphModule")
+    module.meta = dict(like.meta)
+    return module
+
+
+def lazy_code() -> AbstractContextManager[None]:
+    """Within it, `make_fx` makes such modules too."""
+    return _use_lazy_graph_module(True)
 
 
 @contextmanager

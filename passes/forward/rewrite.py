@@ -31,6 +31,7 @@ from rmtcompile.passes.functionalise import (
     same_strides,
     where,
 )
+from rmtcompile.tracing import graph_module
 
 aten = torch.ops.aten
 
@@ -77,9 +78,7 @@ class Forwarder(Loads):
         remove_dead(self.graph)
         if not self.count and self.original <= set(self.graph.nodes):
             return self.gm
-        module = fx.GraphModule(self.gm, self.graph, self.gm.__class__.__name__)
-        module.meta = dict(self.gm.meta)
-        return module
+        return graph_module(self.gm, self.graph)
 
     def _protect(self, output: fx.Node, roots: list[fx.Node]) -> None:
         """An output that was memory of its own must not become a view of an input or attribute."""

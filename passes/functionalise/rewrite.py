@@ -19,6 +19,7 @@ from rmtcompile.passes.functionalise.sources import object_of, source_of
 from rmtcompile.passes.functionalise.values import same_strides
 from rmtcompile.passes.functionalise.views import IDENTITIES
 from rmtcompile.passes.functionalise.writes import check_hidden_writes, visit_write
+from rmtcompile.tracing import graph_module
 
 aten = torch.ops.aten
 
@@ -185,9 +186,7 @@ class Rewriter(Contents):
         output = self.graph.output((result, list(writes.values())) if writes else result)
         output.meta = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta")}
         remove_dead(self.graph)
-        module = fx.GraphModule(self.gm, self.graph, self.gm.__class__.__name__)
-        module.meta = dict(self.gm.meta)
-        return Functional(module, writes)
+        return Functional(graph_module(self.gm, self.graph), writes)
 
 
 def _is_identity(alias: Alias, val: torch.Tensor) -> bool:
