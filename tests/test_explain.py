@@ -202,12 +202,15 @@ class Plans:
     def plan_for(self, segments: int) -> str:
         return "sequential"
 
+    def workspace_seconds(self, segments: int) -> dict[str, float]:
+        return {"with": 0.0061 * segments, "without": 0.006 * segments}
+
 
 def test_plans_that_were_measured_are_explained(
     fast: rmtcompile.Optimized, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert fast._last is not None
-    for name in ("compile_seconds", "plan_seconds", "plan_for"):
+    for name in ("compile_seconds", "plan_seconds", "plan_for", "workspace_seconds"):
         value = getattr(Plans(), name)
         monkeypatch.setattr(fast._last[0].executor, name, value, raising=False)
     found = fast.explain()
@@ -216,6 +219,8 @@ def test_plans_that_were_measured_are_explained(
     text = str(found)
     assert "sequential  15 steps, measured 5 ms" in text
     assert "12.50 s  cell functions, by eager" in text
+    flat = " ".join(text.split())
+    assert "one CUDA graph: 30.5 ms with cuBLAS's workspace, 30 ms without cuBLAS's workspace;" in flat
     assert json.loads(found.to_json())["compile_seconds"] == 12.5
 
 

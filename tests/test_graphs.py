@@ -3,34 +3,62 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
 
 from rmtcompile.capture import Leaf
+from rmtcompile.runtime import graphs
 from rmtcompile.runtime.graphs import Recorder
+from rmtcompile.runtime.workspaces import can_choose, no_workspaces
+
+
+class Device:
+    """A clock, and how recordings that are made now set the workspace."""
+
+    seconds = 0.0
+    workspaces = "own"
+    taken: ClassVar[dict[str, float]] = {"own": 5.0, "none": 4.0}
 
 
 class FakeGraph:
-    """Replays nothing, and counts it."""
+    """Replays nothing, and counts it; takes its time, the first time more."""
 
-    replays = 0
+    def __init__(self) -> None:
+        self.replays = 0
+        self.workspaces = Device.workspaces
 
     def replay(self) -> None:
         self.replays += 1
+        Device.seconds += Device.taken[self.workspaces] + (100 if self.replays == 1 else 0)
 
 
 class FakeEvent:
-    """Notes on which streams it was recorded."""
+    """Notes on which streams it was recorded, and when."""
 
-    def __init__(self) -> None:
+    def __init__(self, enable_timing: bool = False) -> None:
         self.recorded: list[Any] = []
 
-    def record(self, stream: Any) -> None:
+    def record(self, stream: Any = None) -> None:
         self.recorded.append(stream)
+        self.at = Device.seconds
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return end.at - self.at
+
+
+@contextlib.contextmanager
+def workspaces(kind: str) -> Iterator[None]:
+    Device.workspaces, before = kind, Device.workspaces
+    yield
+    Device.workspaces = before
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +70,8 @@ def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(graphs, "own_workspaces", lambda: workspaces("own"))
+    monkeypatch.setattr(graphs, "no_workspaces", lambda: workspaces("none"))
 
 
 class Holder(nn.Module):
@@ -59,7 +89,7 @@ def recorded() -> tuple[Holder, Recorder, dict[str, Any]]:
         "weight": Leaf("weight", holder.weight, holder._parameters, "weight"),
         "state": Leaf("state", holder.state, holder, "state"),
     }
-    recorder = Recorder(leaves, frozenset({"state"}))
+    recorder = Recorder(leaves, frozenset({"state"}), 3)
 
     def forward(inputs: list[torch.Tensor], held: dict[str, torch.Tensor]) -> Any:
         seen.update(inputs=inputs, held=held)
@@ -127,3 +157,47 @@ def test_runs_wait_for_each_other() -> None:
     with pytest.raises(KeyError), recorder.alone():
         raise KeyError
     assert stream.waited[-1] is recorder._done and recorder._done.recorded == [stream]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("own", "none"), [(5.0, 4.0), (4.0, 5.0)])
+@torch.no_grad()
+def test_the_faster_products_are_taken_once_a_width(
+    own: float, none: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "can_choose", lambda: True)
+    monkeypatch.setattr(Device, "taken", {"own": own, "none": none})
+    _, recorder, _ = recorded()
+    faster = "own" if own < none else "none"
+    forward = lambda inputs, _: inputs  # noqa: E731
+    made: dict[int, Any] = recorder._recordings
+    assert (made[4].graph.workspaces, made[4].graph.replays) == (faster, 4)
+    recorder.record(9, [torch.zeros(3)], forward)  # three layers: no wider than four segments
+    assert (made[9].graph.workspaces, made[9].graph.replays) == (faster, 0)
+    monkeypatch.setattr(Device, "taken", {"own": none, "none": own})
+    recorder.record(2, [torch.zeros(3)], forward)
+    assert (made[2].graph.workspaces != faster, made[2].graph.replays) == (True, 4)
+
+
+def test_what_the_user_has_configured_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert can_choose()
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    assert not can_choose()
+
+
+@pytest.mark.parametrize("has_function", [True, False])
+def test_workspaces_come_back(has_function: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, cleared = [7], []
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append(1), raising=False)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if has_function:
+        size = lambda x=None: sizes.append(x) if x is not None else sizes[-1]  # noqa: E731
+        monkeypatch.setattr(torch.backends.cuda, "cublas_workspace_size", size, raising=False)
+    else:
+        monkeypatch.delattr(torch.backends.cuda, "cublas_workspace_size", raising=False)
+    with contextlib.suppress(KeyError), no_workspaces():
+        assert sizes[-1] == 0 if has_function else os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":0:0"
+        raise KeyError
+    assert sizes[-1] == 7 and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert cleared == [1, 1]

@@ -197,6 +197,8 @@ class Session:
         row["held_bytes"], row["peak_bytes"] = about["held_bytes"], memory.peak
         row["result_bytes"] = result.numel() * result.element_size()
         row["beyond_weights_bytes"] = about["held_bytes"] + memory.peak
+        if isinstance(opponent, Diagonal):
+            row["workspace_s"] = dict(opponent.fast.explain().workspace_seconds)
         if not opponent.recurrent or row["result_bytes"] > LARGEST_COMPARED:
             return reference
         if opponent.name == "sequential":

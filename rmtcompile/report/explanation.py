@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from rmtcompile.schedule import Carry, Schedule
@@ -119,6 +120,8 @@ class Explanation:
         backend: how cell functions run.
         stages: what each stage of the compiler took and did.
         compile_seconds: time in which the backend compiled the cell functions; None if it is not known.
+        workspace_seconds: of one call as a CUDA graph, "with" and "without" cuBLAS's workspace, where both
+            were measured; the faster one is kept.
     """
 
     model: str
@@ -146,6 +149,7 @@ class Explanation:
     backend: str = ""
     stages: tuple[StageReport, ...] = ()
     compile_seconds: float | None = None
+    workspace_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def seconds(self) -> float:

@@ -42,7 +42,15 @@ def sections(found: Explanation) -> Iterator[Section]:
     yield "shrunk", list(_shrunk(found))
     yield "optimised", [f"{name}: {text}" for name, text in found.optimised]
     yield "parallel", list(_parallel(found))
-    yield "plan", [f"{found.plan}: {found.why}", *_speedups(found), f"cell functions run on {found.backend}"]
+    yield (
+        "plan",
+        [
+            f"{found.plan}: {found.why}",
+            *_speedups(found),
+            f"cell functions run on {found.backend}",
+            *_recorded(found),
+        ],
+    )
     yield "compiled", [f"in {found.seconds:.1f} s", *map(_stage, found.stages), *_compiled(found)]
 
 
@@ -150,6 +158,12 @@ def _speedups(found: Explanation) -> Iterator[str]:
         if row.measured is not None:
             text += f", measured {row.measured:.2f} x as fast as the model's own forward"
         yield text
+
+
+def _recorded(found: Explanation) -> Iterator[str]:
+    times = [f"{1e3 * t:.4g} ms {kind} cuBLAS's workspace" for kind, t in found.workspace_seconds.items()]
+    if times:
+        yield f"recorded as one CUDA graph: {', '.join(times)}; the faster one is kept"
 
 
 def _compiled(found: Explanation) -> Iterator[str]:

@@ -122,6 +122,7 @@ def explain_last(fast: Optimized) -> Explanation:
             for s in compiled.stages
         ),
         compile_seconds=measured.compile_seconds,
+        workspace_seconds=measured.workspace_seconds,
     )
 
 

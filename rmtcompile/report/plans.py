@@ -16,13 +16,21 @@ class Measured:
         seconds: of one call by each plan, by name; empty if it measured none.
         chosen: the plan that runs this number of segments; "" if there was no choice.
         compile_seconds: time in which the backend compiled the cell functions; None if it is not known.
+        workspace_seconds: of one recorded call "with" and "without" cuBLAS's workspace; empty if it measured
+            none.
     """
 
     seconds: Mapping[str, float]
     chosen: str = ""
     compile_seconds: float | None = None
+    workspace_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def measured_plans(executor: Executor, segments: int) -> Measured:
     """What the executor of a program has measured."""
-    return Measured(executor.plan_seconds(segments), executor.plan_for(segments), executor.compile_seconds)
+    return Measured(
+        executor.plan_seconds(segments),
+        executor.plan_for(segments),
+        executor.compile_seconds,
+        executor.workspace_seconds(segments),
+    )

@@ -180,9 +180,14 @@ class Executor:
         """The plan chosen by measurement; empty if nothing was measured."""
         return self.costs.plan if self.costs is not None else ""
 
+    def workspace_seconds(self, segments: int) -> dict[str, float]:
+        """Seconds of a recorded run "with" and "without" cuBLAS's workspace; empty if that was not
+        measured."""
+        return self._recorder.workspace_seconds(segments) if self._recorder is not None else {}
+
     def _graphed(self, segments: int, inputs: list[torch.Tensor]) -> tuple[Any, ...]:
         if self._recorder is None:
-            self._recorder = Recorder(self.compiled.leaves, self._replaced)
+            self._recorder = Recorder(self.compiled.leaves, self._replaced, self.program.n_layers)
         recorder = self._recorder
         recording = recorder.replay(segments, inputs)
         if recording is not None and recorder.is_current(recording):

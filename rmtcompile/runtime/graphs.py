@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from rmtcompile.capture import Leaf
+from rmtcompile.runtime.workspaces import can_choose, no_workspaces, own_workspaces
 
 Forward = Callable[[list[torch.Tensor], dict[str, torch.Tensor]], Any]
 """Runs the program on inputs and leaves."""
+
+
+Workspaces = Callable[[], AbstractContextManager[None]]
+"""How cuBLAS's workspace is set while a run is recorded."""
 
 
 @dataclass
@@ -48,20 +53,28 @@ class Recorder:
     Args:
         leaves: parameters, buffers, state and constants of the program.
         replaced: names of those that the forward replaces by other tensors.
+        widest: segments from which on the steady wavefronts of all runs are of one width.
         limit: recordings kept; the least recently used one is dropped.
         longest: levels of a run that is recorded at most.
     """
 
     def __init__(
-        self, leaves: dict[str, Leaf], replaced: frozenset[str], limit: int = 16, longest: int = 4096
+        self,
+        leaves: dict[str, Leaf],
+        replaced: frozenset[str],
+        widest: int,
+        limit: int = 16,
+        longest: int = 4096,
     ) -> None:
         self.leaves = leaves
         self.replaced = replaced
+        self.widest = widest
         self.limit = limit
         self.longest = longest
         self._pool = torch.cuda.graph_pool_handle()
         self._recordings: OrderedDict[int, Recording] = OrderedDict()
         self._seen: Counter[int] = Counter()
+        self._seconds: dict[int, dict[str, float]] = {}  # see `workspace_seconds`
         self._done = torch.cuda.Event()
 
     def replay(self, segments: int, inputs: list[torch.Tensor]) -> Recording | None:
@@ -125,19 +138,54 @@ class Recorder:
         self._recordings.clear()
 
     def record(self, segments: int, inputs: list[torch.Tensor], forward: Forward) -> None:
-        """Record a run of this length; `forward` has run with it before, so that all is compiled."""
+        """Record a run of this length; `forward` has run with it before, so that all is compiled.
+
+        The first run of each number of segments up to `widest`, where wavefronts are of different widths, is
+        recorded with and without cuBLAS's workspace, and what is faster is taken for all others of its width.
+        """
         static = [x.clone() for x in inputs]
         leaves = {name: leaf.fetch() for name, leaf in self.leaves.items()}
         state = {name: leaves[name].clone() for name in sorted(self.replaced)}
         addresses = {name: x.data_ptr() for name, x in leaves.items() if name not in state}
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.current_stream().wait_event(self._done)
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = forward(static, {**leaves, **state})
         kept = [x.detach() for x in leaves.values()]
-        self._recordings[segments] = Recording(graph, static, state, addresses, kept, outputs)
+        torch.cuda.current_stream().wait_event(self._done)
+
+        def recorded(workspaces: Workspaces) -> Recording:
+            with workspaces():
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                    outputs = forward(static, {**leaves, **state})
+            return Recording(graph, static, state, addresses, kept, outputs)
+
+        seconds = self.workspace_seconds(segments)
+        if seconds or not can_choose():
+            is_without = bool(seconds) and seconds["without"] < seconds["with"]
+            self._recordings[segments] = recorded(no_workspaces if is_without else own_workspaces)
+        else:
+            made = {"with": recorded(own_workspaces), "without": recorded(no_workspaces)}
+            seconds.update(self._timed({kind: recording.graph for kind, recording in made.items()}))
+            self._recordings[segments] = made[min(made, key=seconds.__getitem__)]
         while len(self._recordings) > self.limit:
             self._recordings.popitem(last=False)
+
+    def workspace_seconds(self, segments: int) -> dict[str, float]:
+        """Seconds of a run of the width of this one "with" and "without" cuBLAS's workspace; empty before it
+        was measured."""
+        return self._seconds.setdefault(min(segments, self.widest), {})
+
+    def _timed(self, graphs: dict[str, torch.cuda.CUDAGraph]) -> dict[str, float]:
+        """Best of three replays of each, in turn, after a first one."""
+        taken: dict[str, list[float]] = {name: [] for name in graphs}
+        with self.alone():
+            for _ in range(4):
+                for name, graph in graphs.items():
+                    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                    begin.record()
+                    graph.replay()
+                    end.record()
+                    end.synchronize()
+                    taken[name].append(begin.elapsed_time(end) / 1e3)
+        return {name: min(times[1:]) for name, times in taken.items()}
 
 
 def _copies(values: list[Any]) -> list[Any]:
