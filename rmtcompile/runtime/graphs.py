@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +18,9 @@ from rmtcompile.runtime.workspaces import can_choose, no_workspaces, own_workspa
 Forward = Callable[[list[torch.Tensor], dict[str, torch.Tensor]], Any]
 """Runs the program on inputs and leaves."""
 
+
+_WARM_UP = 0.3
+"""Seconds of work before a measurement, and of the measurement; more if three replays of each take longer."""
 
 Workspaces = Callable[[], AbstractContextManager[None]]
 """How cuBLAS's workspace is set while a run is recorded."""
@@ -174,18 +178,33 @@ class Recorder:
         return self._seconds.setdefault(min(segments, self.widest), {})
 
     def _timed(self, graphs: dict[str, torch.cuda.CUDAGraph]) -> dict[str, float]:
-        """Best of three replays of each, in turn, after a first one."""
-        taken: dict[str, list[float]] = {name: [] for name in graphs}
+        """Median seconds of a replay of each, in turn and without a pause.
+
+        A device that has rested is 5 to 10 % faster for some tenths of a second, so that it is kept at work
+        for that long first.
+        """
         with self.alone():
-            for _ in range(4):
-                for name, graph in graphs.items():
-                    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                    begin.record()
-                    graph.replay()
-                    end.record()
-                    end.synchronize()
-                    taken[name].append(begin.elapsed_time(end) / 1e3)
-        return {name: min(times[1:]) for name, times in taken.items()}
+            once = max(self._in_turn(graphs, 1).values(), key=max)[0]
+            rounds = max(3, min(20, int(_WARM_UP / once / len(graphs))))
+            self._in_turn(graphs, rounds)
+            taken = self._in_turn(graphs, rounds)
+        return {name: statistics.median(times) for name, times in taken.items()}
+
+    def _in_turn(self, graphs: dict[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, list[float]]:
+        """Seconds of `rounds` replays of each; every other round in reverse order."""
+        events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        for i in range(rounds):
+            for name in sorted(graphs, reverse=i % 2 == 1):
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                graphs[name].replay()
+                end.record()
+                events.append((name, begin, end))
+        events[-1][2].synchronize()
+        taken: dict[str, list[float]] = {name: [] for name in graphs}
+        for name, begin, end in events:
+            taken[name].append(begin.elapsed_time(end) / 1e3)
+        return taken
 
 
 def _copies(values: list[Any]) -> list[Any]:
