@@ -96,7 +96,7 @@ def _has_causal_mask(node: fx.Node, ports: dict[str, Port], rule: ClassRule, kno
 def constant_value(rule: ClassRule, index: int) -> Any:
     """The value of an init operation that depends on nothing but constants, or None."""
     inside = set(rule.body.nodes)
-    varying = _varying(rule)
+    varying = {node for node, ints in rule.integers().items() if not all(a.is_constant for a in ints)}
     values: dict[fx.Node, Any] = {}
 
     def value_of(node: fx.Node) -> Any:
@@ -116,24 +116,3 @@ def constant_value(rule: ClassRule, index: int) -> Any:
             pending += node.all_input_nodes
     with torch.no_grad():
         return value_of(rule.body.nodes[index])
-
-
-def _varying(rule: ClassRule) -> set[fx.Node]:
-    """Operations with an integer that depends on the number of segments."""
-    found: set[fx.Node] = set()
-    ints = iter(rule.ints)
-
-    def visit(value: Any, node: fx.Node) -> None:
-        if isinstance(value, (list, tuple)):
-            for item in value:
-                visit(item, node)
-        elif isinstance(value, dict):
-            for item in value.values():
-                visit(item, node)
-        elif type(value) is int and not next(ints).is_constant:
-            found.add(node)
-
-    for node in rule.body.nodes:
-        visit(node.args, node)
-        visit(dict(node.kwargs), node)
-    return found

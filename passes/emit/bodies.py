@@ -67,7 +67,7 @@ def parts_of(rule: ClassRule, results: list[fx.Node], whole: bool = False) -> Pa
     undivided = Parts((), nodes, (), False)
     if whole:
         return undivided
-    ints, inside = integers(rule), set(rule.body.nodes)
+    ints, inside = rule.integers(), set(rule.body.nodes)
     sized = {node for node in nodes if not all(a.is_constant for a in ints[node])}
     sized |= {node for node in nodes if any(_is_list(x) for x in node.all_input_nodes if x not in inside)}
     lists = [set(live_in) for live_in in rule.body.live_ins if isinstance(live_in, tuple)]
@@ -89,25 +89,11 @@ def parts_of(rule: ClassRule, results: list[fx.Node], whole: bool = False) -> Pa
     return Parts(in_order(before), body, in_order(after), True)
 
 
-def integers(rule: ClassRule) -> dict[fx.Node, tuple[Affine, ...]]:
-    """The integers of each operation, in the order of its arguments."""
-    remaining = iter(rule.ints)
-
-    def taken(value: Any) -> list[Affine]:
-        if isinstance(value, (list, tuple)):
-            return [a for item in value for a in taken(item)]
-        if isinstance(value, dict):
-            return [a for item in value.values() for a in taken(item)]
-        return [next(remaining)] if type(value) is int else []
-
-    return {node: (*taken(node.args), *taken(dict(node.kwargs))) for node in rule.body.nodes}
-
-
 def write_operations(
     writer: Writer, nodes: tuple[fx.Node, ...], rule: ClassRule, names: Mapping[Any, str]
 ) -> None:
     """One line an operation; `names` gives the source of what they read."""
-    ints = integers(rule)
+    ints = rule.integers()
     for node in nodes:
         context = node.meta.get("context", ())
         if context:

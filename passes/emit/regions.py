@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from rmtcompile.passes.align import class_name
-from rmtcompile.passes.emit.bodies import integers, parts_of, write_operations
+from rmtcompile.passes.emit.bodies import parts_of, write_operations
 from rmtcompile.passes.emit.sizes import Opening, Shape, opening
 from rmtcompile.passes.emit.text import Writer, outside, segment_of
 from rmtcompile.passes.partition import EPILOGUE, INIT, PROLOGUE
@@ -136,7 +136,7 @@ class Regions:
         if parts.compiled:
             params = [node.name for node in parts.inputs]
             returned = parts.outputs(results)
-            ints = integers(rule)
+            ints = rule.integers()
             shapes = [(node.name, self.shapes.get(node, ())) for node in parts.inputs]
             if (found := opening(shapes, [ints[node] for node in parts.body])) is not None:
                 self.openings[name] = found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -28,6 +29,19 @@ class ClassRule:
     sources: tuple[LiveIn, ...]
     ints: tuple[Affine, ...]
     varying: Mapping[fx.Node, frozenset[int]] = field(default_factory=dict, compare=False)
+
+    def integers(self) -> dict[fx.Node, tuple[Affine, ...]]:
+        """The integers of each operation, in the order of its arguments."""
+        remaining = iter(self.ints)
+
+        def taken(value: Any) -> list[Affine]:
+            if isinstance(value, (list, tuple)):
+                return [a for item in value for a in taken(item)]
+            if isinstance(value, dict):
+                return [a for item in value.values() for a in taken(item)]
+            return [next(remaining)] if type(value) is int else []
+
+        return {node: (*taken(node.args), *taken(dict(node.kwargs))) for node in self.body.nodes}
 
 
 @dataclass(frozen=True)
