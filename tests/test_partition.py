@@ -1,4 +1,4 @@
-"""passes/partition.py: layers are found, and every node has its place."""
+"""passes/partition/: layers are found, and every node has its place."""
 
 from __future__ import annotations
 
