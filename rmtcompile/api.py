@@ -21,9 +21,10 @@ from rmtcompile.errors import RerollError, RMTCompileError, UnsupportedError, Ve
 from rmtcompile.families import Entry, Families, is_current
 from rmtcompile.guard import call_key, program_key
 from rmtcompile.leaving import leave_effects, write_back
+from rmtcompile.options import Options
 from rmtcompile.passes.optimise import FOR_COMPILED_CELLS
 from rmtcompile.passes.wavefront import blocking
-from rmtcompile.pipeline import Compiled, Options, Progress, compile_forward
+from rmtcompile.pipeline import Compiled, compile_forward
 from rmtcompile.probe import Segmentation, probe
 from rmtcompile.results import value_of
 from rmtcompile.runtime.execute import Executor, backend_for
@@ -31,6 +32,7 @@ from rmtcompile.runtime.graphs import Recording
 from rmtcompile.runtime.rows import executor_for
 from rmtcompile.runtime.stacks import Stack
 from rmtcompile.schedule import Schedule
+from rmtcompile.stages import Progress
 from rmtcompile.verify import difference, first_difference, tensors_of
 
 if TYPE_CHECKING:

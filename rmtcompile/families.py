@@ -29,11 +29,12 @@ from rmtcompile.errors import UnsupportedError
 from rmtcompile.guard import structure_key
 from rmtcompile.passes.sizes import Sizes, SizesDiffer
 from rmtcompile.passes.sizes import at as at_sizes
-from rmtcompile.pipeline import Compiled, rescheduled, reshaped
+from rmtcompile.pipeline import Compiled, rescheduled
 from rmtcompile.probe import Segmentation
 from rmtcompile.runtime.costs import Costs
 from rmtcompile.runtime.execute import Executor
 from rmtcompile.sizes import differ, instance, sized
+from rmtcompile.unrolling import reshaped
 
 Vector = tuple[int, ...]
 Columns = tuple[int, ...]

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import fx
 
+from rmtcompile.loading import load, unload
 from rmtcompile.passes.emit import emit
 from rmtcompile.passes.sizes import Sample, Sizes, at, unify
-from rmtcompile.pipeline import TITLE, Compiled, load, unload
+from rmtcompile.pipeline import TITLE, Compiled
 
 
 def sized(samples: Sequence[tuple[Sizes, Compiled]]) -> tuple[Compiled, Any]:

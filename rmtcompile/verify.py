@@ -23,12 +23,14 @@ from torch.utils import _pytree as pytree
 from rmtcompile.capture import Capture, Out
 from rmtcompile.errors import InternalError, UnsupportedError
 from rmtcompile.leaving import written_tensors
+from rmtcompile.options import Options
 from rmtcompile.passes.partition import CELL, INIT, Region
-from rmtcompile.pipeline import Compiled, Options, capture_at
+from rmtcompile.pipeline import Compiled
 from rmtcompile.probe import Segmentation
 from rmtcompile.results import value_of
 from rmtcompile.runtime.execute import Executor
 from rmtcompile.state import _ATOMS, DELETED, Snapshot, roots_of
+from rmtcompile.unrolling import capture_at
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Relative differences that are rounding."""

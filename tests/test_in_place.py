@@ -13,8 +13,8 @@ from test_route import program
 from toys import Toy, assert_same, features, made
 
 import rmtcompile
+from rmtcompile.options import Options
 from rmtcompile.passes.in_place import in_place
-from rmtcompile.pipeline import Options
 from rmtcompile.program import Feed, Lane, Program
 
 

@@ -15,16 +15,18 @@ from torch import Tensor, nn
 from toys import SEGMENT, WIDTH, features, made
 
 from rmtcompile.errors import RerollError
+from rmtcompile.options import Options
 from rmtcompile.passes.partition import CELL, EPILOGUE, INIT, PROLOGUE, Region
 from rmtcompile.passes.reroll import Classes, Rolled, Unrolled, reroll
-from rmtcompile.pipeline import Options, _Log, _unrolled
 from rmtcompile.probe import Axis, Segmentation
+from rmtcompile.stages import Log
+from rmtcompile.unrolling import unrolled_forward
 
 
 @torch.no_grad()
 def unrolled(build: Callable[[], nn.Module], segments: int) -> Unrolled:
     where = Segmentation((Axis(0, 1, SEGMENT),))
-    return _unrolled(made(build), (features(2),), {}, where, segments, Options(), _Log(None))[1]
+    return unrolled_forward(made(build), (features(2),), {}, where, segments, Options(), Log(None))[1]
 
 
 @functools.cache

@@ -21,10 +21,11 @@ from zoo.others import ZOO
 
 import rmtcompile
 from rmtcompile.families import boxes, moved
+from rmtcompile.options import Options
 from rmtcompile.passes.emit import emit
 from rmtcompile.passes.emit.sizes import opening
 from rmtcompile.passes.sizes import Sample, SizesDiffer, _Fit, at, unify
-from rmtcompile.pipeline import Options, compile_forward
+from rmtcompile.pipeline import compile_forward
 from rmtcompile.probe import probe
 from rmtcompile.program import Affine, Size
 from rmtcompile.report.dump import use

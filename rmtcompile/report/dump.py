@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from rmtcompile.errors import RMTCompileError
-from rmtcompile.pipeline import _Log
 from rmtcompile.report import texts
 from rmtcompile.report.findings import inputs_of
 from rmtcompile.report.names import model_name
 from rmtcompile.report.stages import changes, programs
+from rmtcompile.stages import Log
 
 if TYPE_CHECKING:
     from rmtcompile.api import Optimized
@@ -97,7 +97,7 @@ def _cells(fast: Optimized) -> list[tuple[str, str]]:
 
 def _front(fast: Optimized) -> list[tuple[str, str]]:
     """The graph after capture and after each pass on it."""
-    from rmtcompile.pipeline import _unrolled
+    from rmtcompile.unrolling import unrolled_forward
 
     assert fast._last is not None
     entry, _ = fast._last
@@ -106,11 +106,11 @@ def _front(fast: Optimized) -> list[tuple[str, str]]:
     leaves = {target: leaf.name for target, leaf in base.leaves.items()}
     log = _Notes([call.path for call in base.calls], leaves)
     count = entry.compiled.rolled.base.count
-    _unrolled(fast.model, args, kwargs, entry.segmentation, count, fast._options, log)
+    unrolled_forward(fast.model, args, kwargs, entry.segmentation, count, fast._options, log)
     return log.found
 
 
-class _Notes(_Log):
+class _Notes(Log):
     """Writes down the graph after each stage.
 
     Args:
