@@ -20,7 +20,6 @@ from toys import SEGMENT, WIDTH, AttributeState, Toy, assert_equal_runs, assert_
 from zoo.others import ZOO
 
 import rmtcompile
-from rmtcompile.families import boxes, moved
 from rmtcompile.options import Options
 from rmtcompile.passes.emit import emit
 from rmtcompile.passes.emit.sizes import opening
@@ -30,6 +29,7 @@ from rmtcompile.probe import probe
 from rmtcompile.program import Affine, Size
 from rmtcompile.report.dump import use
 from rmtcompile.runtime.costs import Costs
+from rmtcompile.vectors import boxes, moved
 
 TOKENS = 8  # in a segment of the transformers
 
