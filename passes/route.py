@@ -285,13 +285,16 @@ class _Router:
             held, at = target.name, at + dl
 
     def _broadcast(self, lane: _LaneDraft, source: Source, layers: list[int]) -> None:
-        """One value of a segment read by several layers: it enters once and moves up with its segment."""
-        first = 0
+        """One value of a segment read by several layers: it enters once and moves up with its segment.
+
+        It enters at a layer that reads it: only there does the cell's class say whether this lane is read.
+        """
+        first = min(layers)
         if source.kind == CELL and source.relative and source.segment == 0:
             first = source.layer + 1
             self._connect(lane, source, (0, 1), first)
         else:
-            self._enter(lane, 0, source)
+            self._enter(lane, first, source)
         lane.layers |= set(range(first, max(layers) + 1))
         for layer in range(first, max(layers)):
             lane.feeds[("", lane.name, (0, 1))].add(layer)

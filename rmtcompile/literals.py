@@ -45,8 +45,10 @@ def merge_literals(captured: Capture, names: frozenset[str]) -> None:
         target_of[target] = first.setdefault(name, target)
         captured.leaves[first[name]] = Leaf(name, leaf.tensor)
     for node in captured.graph.nodes:
-        if node.op == "get_attr":
-            node.target = target_of.get(node.target, node.target)
+        if node.op == "get_attr" and node.target in target_of:
+            node.target = target_of[node.target]
+            # The first of equal ones may have left the module with a write that nobody reads.
+            setattr(captured.module, node.target, captured.leaves[node.target].tensor)
 
 
 def _name(tensor: torch.Tensor) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor
 from toys import SEGMENT, Toy, assert_equal_runs, features, made
@@ -39,6 +40,29 @@ class Two(Literal):
     def literal(self, h: Tensor) -> Tensor:
         empty = torch.tensor([], dtype=h.dtype)
         return torch.cat((empty, super().literal(h))) + SHARED
+
+
+class Indexed(Toy):
+    """Writes its states at a literal index; nobody reads what the last segment has written."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = x.new_zeros(len(self.layers), x.shape[0], x.shape[2])
+        out = []
+        for h in x.split(SEGMENT, 1):
+            for l, layer in enumerate(self.layers):
+                h, new = layer(h, states[l])
+                states = states.index_copy(0, torch.tensor([l]), new[None])
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+@pytest.mark.filterwarnings("ignore::rmtcompile.SequentialScheduleWarning")
+@torch.no_grad()
+def test_literals_that_the_last_segment_does_not_need() -> None:
+    model = made(lambda: Indexed(4))  # more than ten, so that the order of names is not that of segments
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    for segments in (2, 3, 5):
+        assert_equal_runs(model, fast, (features(segments),))
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -103,6 +103,63 @@ def test_modes_of_gradients(mode: type) -> None:
             expected, got = model(x), fast(x)
             assert got.requires_grad == expected.requires_grad
             assert_same(expected, got)
+
+
+def _copied(memory: Tensor, new: Tensor) -> Tensor:
+    with torch.no_grad():
+        return memory.copy_(new)
+
+
+def _assigned(memory: Tensor, new: Tensor) -> Tensor:
+    with torch.set_grad_enabled(False):
+        memory[:] = new
+    return memory
+
+
+def _joined(memory: Tensor, new: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([new], 0)
+
+
+@torch.no_grad()
+def _decayed(memory: Tensor, new: Tensor) -> Tensor:
+    return memory.mul_(0.5).add_(new)
+
+
+class WrittenWithoutGradients(nn.Module):
+    """Gradients end where a memory was written."""
+
+    def __init__(self, write: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.write = write
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories = [x.new_zeros(x.shape[0], WIDTH) for _ in self.layers]
+        out = []
+        for h in x.split(SEGMENT, 1):
+            for l, layer in enumerate(self.layers):
+                h, new = layer(h, memories[l].clone())
+                memories[l] = self.write(memories[l], new)
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("write", [_copied, _assigned, _joined, _decayed])
+def test_memories_written_without_gradients(write: Callable[[Tensor, Tensor], Tensor]) -> None:
+    model = made(lambda: WrittenWithoutGradients(write))
+    twin = copy.deepcopy(model)
+    fast = rmtcompile.optimize(twin)
+    for segments in (3, 5):
+        x = features(segments)
+        expected, got = model(x), fast(x)
+        assert_same(expected, got)
+        assert fast.schedule.width == 3
+        expected.square().sum().backward()
+        got.square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None, name
+        assert_same(p.grad, q.grad)
 
 
 def test_inference_mode_and_gradients_in_turn() -> None:

@@ -21,7 +21,7 @@ class Builder:
     Attributes:
         graph: the copy;  values: the fake values of its nodes.
         here: the node that is visited: new nodes stand before it and take over its metadata.
-        grad: what the last gradient marker said;  no_grad: nodes computed while gradients were off.
+        grad: whether gradients are recorded, see `grad_mode`;  no_grad: nodes for which they were not.
         pinned: nodes whose memory is read by address; they stay as they are.
     """
 

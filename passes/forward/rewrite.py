@@ -25,6 +25,7 @@ from rmtcompile.passes.forward.nodes import (
 from rmtcompile.passes.functionalise import (
     PERMUTES,
     alias_root,
+    grad_mode,
     is_mutating,
     overload_name,
     remove_dead,
@@ -62,8 +63,7 @@ class Forwarder(Loads):
         map_arg(output.args, lambda n: roots.append(alias_root(n)))
         for node in list(self.graph.nodes):
             self.here = node
-            if node.target is torch._C._set_grad_enabled:
-                self.grad = bool(node.args[0])
+            self.grad = grad_mode(node, self.grad)
             if self.grad is False:
                 self.no_grad.add(node)
             if is_mutating(node):
@@ -115,8 +115,11 @@ class Forwarder(Loads):
             found = joins.reordered(self, node)
         elif name in ("index_select", "index"):
             found = joins.gathered(self, node)
-        if found is not None and found is not node:
-            self._replace(node, found)
+        if found is None or found is node:
+            return
+        if self.grad is False and found not in self.no_grad:  # `found` may have a gradient, `node` has none
+            found = self.emit(aten.detach.default, found)
+        self._replace(node, found)
 
     def _replace(self, node: fx.Node, found: fx.Node) -> None:
         self.count += 1

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from rmtcompile.errors import UnsupportedError
-from rmtcompile.passes.functionalise.nodes import where
+from rmtcompile.passes.functionalise.nodes import grad_mode, where
 from rmtcompile.passes.functionalise.values import Values, dense_order, same_strides
 
 aten = torch.ops.aten
@@ -20,7 +20,7 @@ class Builder:
     Attributes:
         graph: the new graph;  values: the fake values of its nodes.
         reader: the original node that is visited: new nodes take over its metadata.
-        grad: what the last gradient marker said;  autocast: the autocast regions that are open.
+        grad: whether gradients are recorded, see `grad_mode`;  autocast: the autocast regions that are open.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -31,10 +31,9 @@ class Builder:
         self.autocast: list[bool] = []
 
     def track_markers(self, node: fx.Node) -> None:
-        """Follow the markers of gradients and of autocast."""
-        if node.target is torch._C._set_grad_enabled:
-            self.grad = bool(node.args[0])
-        elif node.target is torch.amp.autocast_mode._enter_autocast:
+        """Follow contexts, or the markers of gradients and of autocast."""
+        self.grad = grad_mode(node, self.grad)
+        if node.target is torch.amp.autocast_mode._enter_autocast:
             self.autocast.append(len(node.args) < 3 or node.args[2] is not False)
         elif node.target is torch.amp.autocast_mode._exit_autocast and self.autocast:
             self.autocast.pop()

@@ -47,6 +47,14 @@ def bind(node: fx.Node) -> dict[str, Any]:
     return bound
 
 
+def grad_mode(node: fx.Node, before: bool | None) -> bool | None:
+    """Whether gradients are recorded at a node: what its context says, or the last marker before it; None if
+    neither is there."""
+    if node.target is torch._C._set_grad_enabled:
+        return bool(node.args[0])
+    return "torch.no_grad()" not in node.meta["context"] if "context" in node.meta else before
+
+
 def is_mutating(node: fx.Node) -> bool:
     """Whether a call writes into an argument."""
     if node.op == "call_method":

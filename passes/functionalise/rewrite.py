@@ -93,6 +93,7 @@ class Rewriter(Contents):
         return new
 
     def _visit(self, node: fx.Node) -> None:
+        self.track_markers(node)
         if node.op in ("placeholder", "get_attr"):
             self._visit_input(node)
         elif is_mutating(node):
@@ -101,7 +102,6 @@ class Rewriter(Contents):
             self._visit_item(node, self._first(node))
         else:
             check_hidden_writes(self.gm, node)
-            self.track_markers(node)
             self._visit_pure(node)
 
     def _first(self, node: fx.Node) -> Any:

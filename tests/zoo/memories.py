@@ -307,6 +307,65 @@ class Alternating(nn.Module):
         return torch.cat(out, 1)
 
 
+class LocalGlobal(nn.Module):
+    """Local layers without state, global ones that see earlier segments, too; rotary tables are made once a
+    segment and given to every layer."""
+
+    def __init__(
+        self, d: int = 16, heads: int = 2, n_layers: int = 6, segment: int = 4, every: int = 3
+    ) -> None:
+        super().__init__()
+        self.segment, self.every = segment, every
+        self.embed = nn.Embedding(VOCAB, d)
+        self.layers = nn.ModuleList(RotaryAttention(d, heads) for _ in range(n_layers))
+        self.register_buffer("freqs", 1 / 100 ** torch.linspace(0, 1, d // heads // 2))
+        self.head = nn.Linear(d, VOCAB)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        past: list[tuple[Tensor, Tensor] | None] = [None] * len(self.layers)
+        out, offset = [], 0
+        for chunk in ids.split(self.segment, 1):
+            x = self.embed(chunk)
+            angles = torch.outer(torch.arange(offset, offset + chunk.shape[1]).to(self.freqs), self.freqs)
+            rotary = (angles.cos(), angles.sin())
+            for i, layer in enumerate(self.layers):
+                x, seen = layer(x, rotary, past[i])
+                if i % self.every == self.every - 1:
+                    past[i] = seen
+            out.append(x)
+            offset += chunk.shape[1]
+        return self.head(torch.cat(out, 1))
+
+
+class RotaryAttention(nn.Module):
+    """Attention over a segment, and over faded keys and values of earlier ones if there are any."""
+
+    def __init__(self, d: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(d)
+        self.qkv = nn.Linear(d, 3 * d)
+        self.out = nn.Linear(d, d)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        parts = self.qkv(self.norm(x)).chunk(3, -1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in parts)
+        q, k = self.turned(q, *rotary), self.turned(k, *rotary)
+        seen = (k, v)
+        if past is not None:
+            seen = (k + 0.5 * past[0], v + 0.5 * past[1])
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.out(mixed), seen
+
+    @staticmethod
+    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
 class GlueUpdate(nn.Module):
     """The segment loop itself reads and updates the memories; the layers know nothing of memory."""
 

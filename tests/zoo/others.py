@@ -99,6 +99,7 @@ ZOO: dict[str, ZooEntry] = {
     "universal": ZooEntry(memories.Universal),
     "glue_update": ZooEntry(memories.GlueUpdate),
     "alternating": ZooEntry(memories.Alternating, n_layers=6, ragged=False),
+    "local_global": ZooEntry(memories.LocalGlobal, n_layers=6, ragged=False),
     "alias_trap": ZooEntry(storage.AliasTrap, _offsets((1, -1), (1, 0)), skew=2, trains=False),
     "shared_scratch": ZooEntry(
         storage.SharedScratch, _offsets((1, -2)), parallel=False, n_layers=3, skew=3, trains=False
