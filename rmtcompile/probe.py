@@ -1,8 +1,10 @@
 """Probe: along which axis of which input the forward walks, and how long a segment is.
 
-The forward runs once on fake tensors until it has taken two segments; every view that it takes of an input is
+The forward runs on fake tensors until it has taken two segments; every view that it takes of an input is
 located in the input by offset and strides, so slicing, splitting, unbinding, reshaping into segments or
-indexing all look alike.
+indexing all look alike. Tensors as long as an input are followed like the input, and some of them are cut for
+other reasons: a layer walks the tokens of the only segment, halves of a feature axis are swapped. Such cuts
+do not stay when the input grows, so other lengths are looked at, too.
 """
 
 from __future__ import annotations
@@ -60,6 +62,10 @@ class Segmentation:
         return [torch.Size(shape) for shape in resized]
 
 
+Boxes = dict[tuple[int, int], list[tuple[int, int]]]
+"""Start and length of views, in the order in which they were taken, by (leaf, dim)."""
+
+
 class _Enough(BaseException):
     """Two segments have been seen."""
 
@@ -77,7 +83,9 @@ class _Views(TorchDispatchMode):
             for d, size in enumerate(leaf.shape):
                 if size > 2:
                     self.axis_of_size.setdefault(size, (i, d))
-        self.taken: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+        self.taken: Boxes = defaultdict(list)
+        self.tokens: Boxes = defaultdict(list)  # those taken of integers, which no layer cuts
+        self.integers = {x.untyped_storage()._cdata for x in leaves if not x.dtype.is_floating_point}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -96,6 +104,7 @@ class _Views(TorchDispatchMode):
                 self.bases[value.untyped_storage()._cdata] = (value, like_inputs)
             return
         base, axes = found
+        is_token = value.untyped_storage()._cdata in self.integers
         if value.numel() == base.numel() and value.is_contiguous() and len(like_inputs) > len(axes):
             # The rows [B * T, D] of a product, seen as [B, T, D]
             self.bases[value.untyped_storage()._cdata] = (value, like_inputs)
@@ -106,6 +115,8 @@ class _Views(TorchDispatchMode):
             if dim not in axes or length >= base.shape[dim]:
                 continue
             seen = self.taken[axes[dim]]
+            if is_token and (start, length) not in self.tokens[axes[dim]]:
+                self.tokens[axes[dim]].append((start, length))
             if (start, length) not in seen:
                 seen.append((start, length))
                 tiles = _tiles(seen)
@@ -174,21 +185,20 @@ def probe(
     grown = [tuple(shape) for shape in shapes]
     first: Exception | None = None
     for attempt in range(7):
-        found, failure = _attempt(fn, flat, positions, spec, grown)
+        views, failure = _attempt(fn, flat, positions, spec, grown)
         first = failure if attempt == 0 else first
-        axes = _axes(found, grown)
+        axes, of_tokens = _axes(views.taken, grown), _axes(views.tokens, grown)
+        if axes and not of_tokens:
+            axes = _confirmed(axes, lambda sizes: _attempt(fn, flat, positions, spec, sizes)[0], grown)
+        elif axes:
+            known = {(axis.leaf, axis.dim) for axis in of_tokens}
+            axes = [*of_tokens, *(axis for axis in axes if (axis.leaf, axis.dim) not in known)]
         if axes:
             return _with_partners(axes[0], {(a.leaf, a.dim): a for a in axes}, shapes)
         candidates = [(i, d) for i, shape in enumerate(grown) for d in (1, 0) if len(shape) > d]
         if not candidates:
             break
-        leaf, dim = candidates[0]
-        size = shapes[leaf][dim]
-        grown = [
-            tuple(n * 4 if n == grown[leaf][dim] and (i, d) in ((leaf, dim), *_same(shapes, size, dim)) else n
-                  for d, n in enumerate(shape))
-            for i, shape in enumerate(grown)
-        ]
+        grown = _longer(grown, *candidates[0], 4)
     if first is not None:
         raise refusal(first) from first
     raise PartitionError(
@@ -198,15 +208,31 @@ def probe(
     )
 
 
-def _same(shapes: list[torch.Size], size: int, dim: int) -> list[tuple[int, int]]:
-    return [(i, dim) for i, shape in enumerate(shapes) if len(shape) > dim and shape[dim] == size]
+def _longer(shapes: list[Any], leaf: int, dim: int, factor: int) -> list[Any]:
+    """The shapes with one dim, and those of other inputs that are as long, `factor` times as long."""
+    size = shapes[leaf][dim]
+    return [
+        tuple(n * factor if d == dim and n == size else n for d, n in enumerate(shape)) for shape in shapes
+    ]
+
+
+def _confirmed(axes: list[Axis], views_at: Callable[[list[Any]], _Views], shapes: list[Any]) -> list[Axis]:
+    """The cut that two of three lengths of the input agree on, or that of the input as it is."""
+    found = [axes]
+    for factor in (4, 3):
+        sizes = _longer(shapes, axes[0].leaf, axes[0].dim, factor)
+        again = _axes(views_at(sizes).taken, sizes)
+        if any(again[:1] == other[:1] for other in found):
+            return again
+        found.append(again or axes)
+    return axes
 
 
 def _attempt(
     fn: Callable[..., Any], flat: list[Any], positions: list[int], spec: pytree.TreeSpec, shapes: list[Any]
-) -> tuple[dict[tuple[int, int], list[tuple[int, int]]], Exception | None]:
-    """Run the forward on fake inputs of the given shapes until two segments were seen; gives the boxes that
-    views cover, and what it raised."""
+) -> tuple[_Views, Exception | None]:
+    """Run the forward on fake inputs of the given shapes until two segments were seen; gives the views of
+    them, and what it raised."""
     snapshot = Snapshot(roots_of(fn))
     contents, around = Contents(snapshot), Surroundings(fn)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -233,10 +259,10 @@ def _attempt(
         snapshot.restore()
         contents.restore()
         around.restore()
-    return views.taken, failure
+    return views, failure
 
 
-def _axes(taken: dict[tuple[int, int], list[tuple[int, int]]], shapes: list[Any]) -> list[Axis]:
+def _axes(taken: Boxes, shapes: list[Any]) -> list[Axis]:
     axes = []
     for (leaf, dim), seen in taken.items():
         tiles = _tiles(seen)

@@ -57,6 +57,37 @@ def test_one_step_a_segment() -> None:
     assert probe(fn, (torch.randn(2, 5, 4),), {}) == Segmentation((Axis(0, 1, 1),))
 
 
+def walked(h: Tensor) -> Tensor:
+    return torch.stack([h[:, t].sin() for t in range(h.shape[1])], 1)
+
+
+def swapped(h: Tensor) -> Tensor:
+    half = h.shape[-1] // 2
+    return torch.cat([-h[..., half:], h[..., :half]], -1)
+
+
+def projected(h: Tensor) -> Tensor:
+    q, k, v = F.linear(h, torch.ones(24, 8)).chunk(3, -1)
+    return q * k + v
+
+
+@pytest.mark.parametrize("layer", [walked, swapped, projected])
+@pytest.mark.parametrize("length", [8, 16, 24, 32])
+@pytest.mark.parametrize("is_embedded", [True, False])
+def test_cuts_inside_of_a_segment(
+    layer: Callable[[Tensor], Tensor], length: int, is_embedded: bool
+) -> None:
+    """Eight features and segments of eight, so that cuts of one look like cuts of the other."""
+
+    def fn(x: Tensor) -> Tensor:
+        table = torch.ones(9, 8)
+        parts = [F.embedding(part, table) if is_embedded else part * 2 for part in x.split(8, 1)]
+        return torch.cat([layer(part) for part in parts], 1)
+
+    x = torch.zeros(2, length, dtype=torch.long) if is_embedded else torch.randn(2, length, 8)
+    assert probe(fn, (x,), {}) == Segmentation((Axis(0, 1, 8),))
+
+
 def test_first_axis() -> None:
     def fn(x: Tensor) -> Tensor:
         return torch.cat([piece.sin() for piece in x.split(3)])
