@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -63,6 +63,10 @@ class Leaf:
 
     `holder`/`key` say where the model keeps it (`holder[key]` or `holder.key`), or `way` does from the module
     `holder` on; a constant has no holder and is kept here.
+
+    Attributes:
+        ties: other places where the model keeps the same tensor.
+        kind: shape, dtype and device at capture; `module.to` changes those of a parameter.
     """
 
     name: str
@@ -70,6 +74,11 @@ class Leaf:
     holder: Any = None
     key: Any = None
     way: Path = ()
+    ties: tuple[Leaf, ...] = ()
+    kind: tuple[torch.Size, torch.dtype, torch.device] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", (self.tensor.shape, self.tensor.dtype, self.tensor.device))
 
     @property
     def is_constant(self) -> bool:
@@ -86,6 +95,16 @@ class Leaf:
             return value
         fields = self.holder if isinstance(self.holder, (dict, list)) else self.holder.__dict__
         return fields[self.key]
+
+    def fits(self) -> bool:
+        """Whether the model still holds a tensor of this kind, in all places where it was the same one."""
+        try:
+            now = self.fetch()
+            if any(tie.fetch() is not now for tie in self.ties):
+                return False
+        except (LookupError, AttributeError, TypeError):
+            return False
+        return isinstance(now, torch.Tensor) and (now.shape, now.dtype, now.device) == self.kind
 
 
 @dataclass(frozen=True)
@@ -359,9 +378,9 @@ def _name_contexts(graph: fx.Graph) -> None:
 
 def _leaves(module: fx.GraphModule, snapshot: Snapshot) -> dict[str, Leaf]:
     """Find where the model keeps each tensor that the graph reads; one `get_attr` name a tensor."""
-    owners: dict[int, Held] = {}
+    owners: dict[int, list[Held]] = {}
     for held in snapshot.tensors():
-        owners.setdefault(id(held.tensor), held)
+        owners.setdefault(id(held.tensor), []).append(held)
     leaves: dict[str, Leaf] = {}
     named: dict[int, str] = {}
     for node in module.graph.nodes:
@@ -372,12 +391,13 @@ def _leaves(module: fx.GraphModule, snapshot: Snapshot) -> dict[str, Leaf]:
             node.target = named[id(tensor)]
             continue
         named[id(tensor)] = node.target
-        held = owners.get(id(tensor)) or Held(tensor, f"constant{len(leaves)}", None, None, ())
+        held, *ties = owners.get(id(tensor)) or [Held(tensor, f"constant{len(leaves)}", None, None, ())]
         if held.holder is None and isinstance(tensor, FakeTensor):
             raise CaptureError(
                 "the forward reads a tensor that tracing cannot follow: `.data` of a parameter or a buffer",
                 [f"at {user.meta.get('source', '?')}" for user in list(node.users)[:1]],
                 "use `.detach()` instead of `.data`; to update weights, do so outside the forward",
             )
-        leaves[node.target] = Leaf(held.name, tensor, held.holder, held.key, held.way)
+        others = tuple(Leaf(tie.name, tensor, tie.holder, tie.key, tie.way) for tie in ties)
+        leaves[node.target] = Leaf(held.name, tensor, held.holder, held.key, held.way, others)
     return leaves

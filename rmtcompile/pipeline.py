@@ -73,22 +73,7 @@ class Compiled:
 
     def fits(self) -> bool:
         """Whether the model still holds tensors of the captured shapes, dtypes and devices."""
-        for leaf in self.leaves.values():
-            try:
-                now = leaf.fetch()
-            except (LookupError, AttributeError, TypeError):
-                return False
-            if now is leaf.tensor:
-                continue
-            if not isinstance(now, torch.Tensor):
-                return False
-            if (now.shape, now.dtype, now.device) != (
-                leaf.tensor.shape,
-                leaf.tensor.dtype,
-                leaf.tensor.device,
-            ):
-                return False
-        return True
+        return all(leaf.fits() for leaf in self.leaves.values())
 
 
 @uncached_autocast()
