@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
 from collections import OrderedDict
@@ -98,6 +99,16 @@ def optimize(
         raise ValueError(f"fallback must be None or 'sequential', not {fallback!r}")
     if cuda_graphs not in ("auto", True, False):
         raise ValueError(f"cuda_graphs must be 'auto', True or False, not {cuda_graphs!r}")
+    if segment_size is not None and not (isinstance(segment_size, int) and segment_size > 0):
+        raise ValueError(f"segment_size must be a positive number of tokens, not {segment_size!r}")
+    if layers is not None:
+        try:
+            re.compile(layers)
+        except re.error as error:
+            message = f"layers must be a path or a regular expression, not {layers!r}: {error}"
+            raise ValueError(message) from None
+    if not isinstance(verify, bool):
+        raise ValueError(f"verify must be True or False, not {verify!r}")
     if not callable(model):
         raise ValueError(f"model must be callable, not {type(model).__name__}")
     if isinstance(model, Optimized):
@@ -160,7 +171,7 @@ class Optimized:
             try:
                 call = self._located(args, kwargs)
                 started = self._start(call, args, kwargs)
-                entry = self._entry(call, args, kwargs)  # the device is at work meanwhile
+                call, entry = self._entry(call, args, kwargs)  # the device is at work meanwhile
             except UnsupportedError as error:
                 if self._fallback != "sequential":
                     raise
@@ -176,17 +187,16 @@ class Optimized:
     def prepare(self, *args: Any, **kwargs: Any) -> Optimized:
         """Compile for these arguments without running the program; returns self."""
         with self._lock:
-            call = self._located(args, kwargs)
-            self._last = self._entry(call, args, kwargs), call.count
+            call, entry = self._entry(self._located(args, kwargs), args, kwargs)
+            self._last = entry, call.count
         return self
 
     def _located(self, args: Any, kwargs: Any) -> _Call:
         """How this call is cut into segments, and the key of the programs that may run it."""
         key = call_key(args, kwargs)
-        segmentation = self._segmentations.get(key)
-        if segmentation is None:
-            segmentation = probe(self.model, args, kwargs, self._options.segment_size)
-            self._segmentations[key] = segmentation
+        if key not in self._segmentations:
+            self._segmentations[key] = probe(self.model, args, kwargs, self._options.segment_size)
+        segmentation = self._segmentations[key]
         count, _ = segmentation.count([tensor.shape for tensor in tensors_of(args, kwargs)])
         if count == 0:
             raise UnsupportedError("the input is empty", remedy="pass at least one token")
@@ -198,8 +208,22 @@ class Optimized:
         recording = entry.executor.start(call.count, tensors_of(args, kwargs)) if entry is not None else None
         return (entry, recording) if entry is not None and recording is not None else None
 
-    def _entry(self, call: _Call, args: Any, kwargs: Any) -> Entry:
-        """The program for this call, compiled now if there is none."""
+    def _entry(self, call: _Call, args: Any, kwargs: Any) -> tuple[_Call, Entry]:
+        """The call and its program, compiled now if there is none.
+
+        Where it cannot be compiled the segments are looked for again: the model may cut its inputs in another
+        way by now, or this input may show what an earlier one has hidden.
+        """
+        try:
+            return call, self._entry_of(call, args, kwargs)
+        except UnsupportedError:
+            known = self._segmentations.pop(call_key(args, kwargs), call.segmentation)
+            again = self._located(args, kwargs)
+            if again.segmentation == known:
+                raise
+            return again, self._entry_of(again, args, kwargs)
+
+    def _entry_of(self, call: _Call, args: Any, kwargs: Any) -> Entry:
         entries = self._entries.setdefault(call.key, [])
         self._entries.move_to_end(call.key)
         entry = next((e for e in entries if is_current(e.compiled)), None)
@@ -267,7 +291,7 @@ class Optimized:
                 raise UnsupportedError(
                     message, remedy="use plan='auto' to run it as a compiled sequential program"
                 )
-            warnings.warn(message, SequentialScheduleWarning, stacklevel=6)
+            warnings.warn(message, SequentialScheduleWarning, stacklevel=7)
         return compiled
 
     def _execute(self, compiled: Compiled, segmentation: Segmentation, like: Executor | None) -> Executor:

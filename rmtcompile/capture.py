@@ -31,7 +31,7 @@ from rmtcompile.errors import CaptureError
 from rmtcompile.guard import ReadTracker
 from rmtcompile.state import DELETED, Change, Contents, Held, Path, Snapshot, contains_tensor, roots_of
 from rmtcompile.surroundings import Surroundings
-from rmtcompile.tracing import SharedData, lazy_code, uncached_autocast
+from rmtcompile.tracing import SharedData, lazy_code, refused_functions, uncached_autocast
 from rmtcompile.watch import ModuleGuard
 
 _SET_GRAD = torch._C._set_grad_enabled
@@ -265,6 +265,7 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
             uncached_autocast(),
             SharedData(),
             lazy_code(),
+            refused_functions(),
         ):
             module = trace(*fakes)
     except CaptureError:

@@ -4,11 +4,13 @@ that are seldom run."""
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import fx, nn
 from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.overrides import TorchFunctionMode
@@ -57,3 +59,29 @@ class SharedData(TorchFunctionMode):
                     "run the model once before optimizing it if this happens on the first call only",
                 )
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def refused_functions() -> Iterator[None]:
+    """Refuses, in this thread, custom autograd Functions where gradients are recorded: what is traced are the
+    operations of their forward, and their backward would be lost. Those of torch itself only mark what is
+    computed again."""
+    apply: Any = torch.autograd.Function.__dict__["apply"]
+    thread = threading.get_ident()
+
+    def checked(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        own = not cls.__module__.startswith("torch.") or cls is torch.utils.checkpoint.CheckpointFunction
+        if own and torch.is_grad_enabled() and threading.get_ident() == thread:
+            raise CaptureError(
+                "the forward has a backward of its own, which tracing cannot see",
+                [f"{cls.__name__} at {user_source(sys._getframe(1))}"],
+                "run it under torch.no_grad(), or let autograd differentiate the operations (checkpoints: "
+                "with use_reentrant=False)",
+            )
+        return apply.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(checked)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]

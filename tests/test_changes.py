@@ -288,6 +288,71 @@ def test_objects_as_arguments() -> None:
     assert "help: pass the tensors themselves" in str(caught.value)
 
 
+class AnySegments(Toy):
+    """The length of a segment is an attribute."""
+
+    segment = SEGMENT
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = [x.new_zeros(x.shape[0], x.shape[2]) for _ in self.layers]
+        out = []
+        for h in x.split(self.segment, 1):
+            for l, layer in enumerate(self.layers):
+                h, memory[l] = layer(h, memory[l])
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+@torch.no_grad()
+def test_another_segment_length() -> None:
+    model, x = made(AnySegments), features(8)
+    fast = rmtcompile.optimize(model)
+    for model.segment in (SEGMENT, 2 * SEGMENT, SEGMENT + 2, SEGMENT):
+        assert_same(model(x), fast(x))
+    assert fast.schedule.n_segments == 8 and fast.captures == 3
+
+
+class Tied(Toy):
+    """Two layers have one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[2].mix.weight = self.layers[0].mix.weight
+
+
+@torch.no_grad()
+def test_weights_that_are_tied_no_more() -> None:
+    model, x = made(Tied), features(3)
+    fast = rmtcompile.optimize(model)
+    fast(x)
+    model.layers[2].mix.weight = nn.Parameter(2 * model.layers[2].mix.weight)
+    assert_same(model(x), fast(x))
+    assert fast.captures == 2
+    model.layers[2].mix.weight = model.layers[0].mix.weight
+    assert_same(model(x), fast(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@torch.no_grad()
+def test_another_dtype_of_the_weights_alone(dtype: torch.dtype) -> None:
+    """The parameters stay the same objects, and the inputs are integers."""
+
+    class Embedded(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(9, D)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(self.embed(ids))
+
+    model, ids = made(Embedded), torch.arange(12)[None] % 9
+    fast = rmtcompile.optimize(model)
+    fast(ids)
+    model.to(dtype)
+    assert fast(ids).dtype is dtype
+    assert_same(model(ids), fast(ids), 0.05 if dtype is torch.bfloat16 else 1e-5)
+
+
 def test_backward_hooks_are_refused() -> None:
     model, x = made(Toy), features(2)
     fast = rmtcompile.optimize(model)

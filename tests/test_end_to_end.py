@@ -402,6 +402,10 @@ def test_sequential_plan() -> None:
         ({"plan": "fast"}, "plan must be"),
         ({"fallback": "eager"}, "fallback must be"),
         ({"cuda_graphs": "yes"}, "cuda_graphs must be"),
+        ({"segment_size": 0}, "segment_size must be a positive number"),
+        ({"segment_size": "4"}, "segment_size must be a positive number"),
+        ({"layers": "blocks[("}, "layers must be a path or a regular expression"),
+        ({"verify": "x"}, "verify must be"),
     ],
 )
 def test_options_are_checked(option: dict[str, Any], message: str) -> None:

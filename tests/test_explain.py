@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from reported import SEGMENT, WIDTH, ByValue, Classic, Mixed, Own, Whole
+from zoo.others import ZOO
 
 import rmtcompile
 from rmtcompile.report import Profile, view_model
@@ -467,6 +468,17 @@ def test_profiling_leaves_nothing_behind(measured: tuple[rmtcompile.Optimized, P
         optimized.profile(torch.randn_like(X))
         assert model.layers[0].memory is memory
         torch.testing.assert_close(optimized(X), expected)
+
+
+@torch.no_grad()
+def test_profiling_leaves_buffers_as_they_were() -> None:
+    model = ZOO["buffer_copy"].build()
+    optimized, ids = rmtcompile.optimize(model), torch.arange(12)[None] % 7
+    optimized(ids)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimized.profile(ids.flip(1))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 @pytest.mark.parametrize(

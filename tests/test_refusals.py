@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import SEGMENT, WIDTH, Layer, Toy, features, made
+from torch.utils.checkpoint import checkpoint
+from toys import SEGMENT, WIDTH, Layer, Toy, assert_same, features, made
 
 import rmtcompile
 from rmtcompile.errors import CaptureError, PartitionError, RerollError, RMTCompileError, UnsupportedError
@@ -301,6 +302,42 @@ def test_empty_input() -> None:
     with pytest.raises(UnsupportedError, match="the input is empty") as caught:
         fast(features(2)[:, :0])
     assert "help: pass at least one token" in str(caught.value)
+
+
+class Straight(torch.autograd.Function):
+    """Signs, with the gradient of what they are signs of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class OwnBackward(Walk):
+    def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        x, m = super().step(l, x, m)
+        return x, Straight.apply(m)
+
+
+class Reentrant(Walk):
+    def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        return checkpoint(super().step, l, x, m, use_reentrant=True)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(("build", "name"), [(OwnBackward, "Straight"), (Reentrant, "CheckpointFunction")])
+def test_a_backward_of_its_own(build: Any, name: str) -> None:
+    model, x = made(build), features(3).requires_grad_()
+    lines = refusal(model, x, kind=CaptureError)
+    assert lines[0] == "the forward has a backward of its own, which tracing cannot see"
+    assert lines[1].startswith(f"  {name} at ") and "test_refusals.py:" in lines[1]
+    assert "use_reentrant=False" in lines[2]
+    with torch.no_grad():
+        assert_same(model(x), rmtcompile.optimize(model)(x))
+    model(x).sum().backward()  # refused while tracing only
 
 
 class Raises(Walk):

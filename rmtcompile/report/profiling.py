@@ -151,7 +151,7 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
         args, kwargs: of the call.
         repeats: timed calls of each.
     """
-    from rmtcompile.state import Snapshot, roots_of
+    from rmtcompile.state import Contents, Snapshot, roots_of
 
     fast.prepare(*args, **kwargs)
     assert fast._last is not None
@@ -168,10 +168,12 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
 
     def model() -> None:
         snapshot = Snapshot(roots_of(fast.model))
+        contents = Contents(snapshot)
         try:
             fast.model(*args, **kwargs)
         finally:
             snapshot.restore()
+            contents.restore()
 
     program()
     program()  # the second run of a length records it
