@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from rmtcompile.passes.functionalise.nodes import bind
+
 _IMPURE = {torch.Tag.nondeterministic_seeded}
 
 
@@ -39,6 +41,9 @@ def _is_inactive_dropout(node: fx.Node) -> bool:
     if name == "scaled_dot_product_attention":
         dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
         return not dropout
+    if name in ("gru", "lstm", "rnn_tanh", "rnn_relu"):
+        bound = bind(node)
+        return not (bound["dropout"] and bound["train"])
     return False
 
 
