@@ -160,6 +160,7 @@ class Optimized:
         self._stacks: WeakSet[Stack] = WeakSet()
         self._ready: dict[tuple[Any, int], Entry] = {}  # what ran the last call of a key and length
         self._last: tuple[Entry, int] | None = None
+        self._refused: UnsupportedError | None = None  # why the model ran as it is
         self.last_profile: Profile | None = None
         self.captures = 0
 
@@ -175,6 +176,7 @@ class Optimized:
             except UnsupportedError as error:
                 if self._fallback != "sequential":
                     raise
+                self._refused = error
                 warnings.warn(f"running the model as it is: {error}", FallbackWarning, stacklevel=2)
                 return self.model(*args, **kwargs)
             recording = started[1] if started is not None and started[0] is entry else None
@@ -411,18 +413,24 @@ class Optimized:
     @property
     def compiled(self) -> Compiled:
         """The program of the last call."""
-        if self._last is None:
-            raise RMTCompileError("nothing is captured yet: call the optimized model once")
-        return self._last[0].compiled
+        return self._ran[0].compiled
 
     @property
     def schedule(self) -> Schedule:
         """The schedule of the last call."""
-        if self._last is None:
-            raise RMTCompileError("nothing is captured yet: call the optimized model once")
         from rmtcompile.report.scheduled import schedule_of
 
-        return schedule_of(self._last[0].compiled, self._last[1])
+        entry, count = self._ran
+        return schedule_of(entry.compiled, count)
+
+    @property
+    def _ran(self) -> tuple[Entry, int]:
+        """The program of the last call and its number of segments."""
+        if self._last is None and self._refused is not None:
+            raise RMTCompileError(f"the model runs as it is, without a program: {self._refused}")
+        if self._last is None:
+            raise RMTCompileError("nothing is captured yet: call the optimized model once")
+        return self._last
 
     @property
     def code(self) -> str:
@@ -467,6 +475,13 @@ class Optimized:
             return lambda *args, **kwargs: self._same(value(*args, **kwargs))
         return value
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Attributes of the model are set there."""
+        if name in _OWN or name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.model, name, value)
+
     def _same(self, result: Any) -> Any:
         return self if result is self.model else result
 
@@ -503,7 +518,10 @@ class Optimized:
         self.__init__(*kept, None)  # type: ignore[misc]
 
 
-_RETURN_SELF = ("to", "eval", "train", "cuda", "cpu", "half", "float", "double", "bfloat16", "requires_grad_")
+_OWN = ("model", "last_profile", "captures")
+_RETURN_SELF = (
+    "to", "eval", "train", "cuda", "cpu", "half", "float", "double", "bfloat16", "requires_grad_", "apply"
+)  # fmt: skip
 
 
 def _faked(args: Any, kwargs: Any) -> Any:

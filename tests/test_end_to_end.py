@@ -317,6 +317,13 @@ def test_gradients_of_an_armt() -> None:
             assert_same(p.grad, q.grad, 1e-9)
 
 
+class Scaled(Toy):
+    scale = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * super().forward(x)
+
+
 @torch.no_grad()
 def test_copies_and_conversions() -> None:
     model = made(Toy)
@@ -331,8 +338,19 @@ def test_copies_and_conversions() -> None:
     torch.save(model, buffer)
     buffer.seek(0)
     assert_same(expected, torch.load(buffer, weights_only=False)(x))
-    assert fast.to(torch.float32) is fast
+    assert fast.apply(lambda module: None) is fast and fast.to(torch.float32) is fast
     assert_same(model(x.float()), fast(x.float()))
+
+
+@torch.no_grad()
+def test_attributes_of_the_model_are_set_there() -> None:
+    model = made(Scaled)
+    fast = rmtcompile.optimize(model)
+    before = fast(features(3))
+    fast.scale = 3.0
+    assert model.scale == fast.scale == 3.0
+    assert not torch.equal(before, fast(features(3)))
+    assert_same(model(features(3)), fast(features(3)))
 
 
 # --- options ------------------------------------------------------------------------------------------------
@@ -386,6 +404,8 @@ def test_fallback_runs_the_model_as_it_is() -> None:
     with pytest.warns(rmtcompile.FallbackWarning, match="running the model as it is"):
         result = fast(x)
     assert torch.equal(result, model(x))
+    with pytest.raises(RMTCompileError, match="the model runs as it is, without a program"):
+        fast.explain()
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from rmtcompile.api import Optimized, optimize
-from rmtcompile.errors import RMTCompileError, UnsupportedError
+from rmtcompile.errors import UnsupportedError
 from rmtcompile.passes.partition import CELL, INIT
 from rmtcompile.passes.wavefront import blocking, blocking_reason, skew, wavefront
 from rmtcompile.pipeline import Compiled
@@ -85,9 +85,7 @@ def _types(model: Any, args: Any, kwargs: Any) -> tuple[str, ...]:
 
 def explain_last(fast: Optimized) -> Explanation:
     """The explanation of the program that the last call ran."""
-    if fast._last is None:
-        raise RMTCompileError("nothing is captured yet: call the optimized model once, or give its arguments")
-    entry, count = fast._last
+    entry, count = fast._ran
     compiled, backend = entry.compiled, entry.executor.backend
     schedule = schedule_of(compiled, count)
     inputs, axes = inputs_of(fast)
