@@ -143,7 +143,29 @@ class FirstOnly(Returns):
         return out[0], out[-1]
 
 
-@pytest.mark.parametrize("build", [Numbered, Listed, LastOnly, FirstOnly])
+class Entering(nn.Module):
+    """Returns what enters each layer: to the first one nothing was added in the first segment."""
+
+    def __init__(self, n_memory: int | None = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.start = nn.Parameter(torch.randn(1, 2, 4))
+        self.n_memory = n_memory
+
+    def forward(self, x: Tensor) -> Any:
+        memory: list[Tensor | None] = [None] * 3
+        seen: list[list[Tensor]] = [[], [], []]
+        for h in x.split(SEGMENT, 1):
+            h = torch.cat([h, self.start.expand(h.shape[0], -1, -1)], 1)
+            for l, layer in enumerate(self.layers):
+                before = memory[l]
+                h = h if before is None else h + before[:, None]
+                seen[l].append(h[:, : self.n_memory])
+                h, memory[l] = layer(h, h.new_zeros(h.shape[0], 4) if before is None else before)
+        return [torch.cat(pieces, 1) for pieces in seen]
+
+
+@pytest.mark.parametrize("build", [Numbered, Listed, LastOnly, FirstOnly, Entering, lambda: Entering(-2)])
 @torch.no_grad()
 def test_whole_models(build: Any) -> None:
     model = made(build)

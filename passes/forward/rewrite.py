@@ -105,6 +105,8 @@ class Forwarder(Loads):
             found = shapes.undone(self, node)
         elif name in PERMUTES:
             found = shapes.permuted(self, node)
+        elif name == "alias":
+            found = operand_of(node)
         elif name == "expand" and is_static_tensor(node.args[0]):
             found = operand_of(node) if shape_of(operand_of(node)) == shape_of(node) else None
         elif name in ("stack", "cat"):

@@ -22,7 +22,13 @@ from torch import fx
 from rmtcompile.errors import PartitionError
 from rmtcompile.passes.partition.claim import claim
 from rmtcompile.passes.partition.layers import call_sizes, find_layers, split_index
-from rmtcompile.passes.partition.place import cells_of, constant_nodes, place_dependent, place_sources
+from rmtcompile.passes.partition.place import (
+    cells_of,
+    complete_lists,
+    constant_nodes,
+    place_dependent,
+    place_sources,
+)
 from rmtcompile.passes.partition.regions import (
     CELL,
     EPILOGUE,
@@ -52,7 +58,8 @@ def partition(graph: fx.Graph, layers: Layers, n_segments: int) -> Partition:
     place_dependent(nodes, region, layers)
     place_sources(nodes, region, n_segments)
     claim(region, scoped, n_segments, len(layers.paths))
-    ordered = {node: region[node] for node in nodes}
+    complete_lists(graph, region)
+    ordered = {node: region[node] for node in graph.nodes if node in region}
     _check_acyclic(ordered)
     return Partition(n_segments, layers, ordered)
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
+import torch
 from torch import fx
 
 from rmtcompile.passes.partition.regions import CELL, EPILOGUE, INIT, PROLOGUE, Layers, Region
+
+aten = torch.ops.aten
+_JOINS = (aten.cat.default, aten.stack.default)
 
 
 def cells_of(node: fx.Node, layers: Layers) -> set[tuple[int, int]]:
@@ -143,6 +147,32 @@ def _first_hits(nodes: list[fx.Node], region: dict[fx.Node, Region]) -> dict[fx.
                 found |= feeds.get(user, set())
         feeds[node] = found
     return feeds
+
+
+def complete_lists(graph: fx.Graph, region: dict[fx.Node, Region]) -> None:
+    """Give lists over all segments one kind of member. Changes the graph.
+
+    What enters a layer is the layer's own value as soon as a memory was added to it, but in the first segment
+    it is what the layer below or the prologue made. Where an epilogue joins them, all pass through the
+    epilogues of their segments.
+    """
+    for node in list(graph.nodes):
+        if node.target not in _JOINS or node not in region or region[node].kind != EPILOGUE:
+            continue
+        places = [region.get(member, Region(INIT)) for member in node.args[0]]
+        is_list = [place.segment for place in places] == list(range(len(places)))
+        if not is_list or len({(place.kind, place.layer) for place in places}) == 1:
+            continue
+        members = []
+        for member, place in zip(node.args[0], places, strict=True):
+            if place.kind != EPILOGUE:
+                with graph.inserting_before(node):
+                    passed = graph.call_function(aten.alias.default, (member,))
+                passed.meta = {**node.meta, "val": member.meta["val"]}
+                region[passed] = Region(EPILOGUE, place.segment)
+                member = passed
+            members.append(member)
+        node.args = (members, *node.args[1:])
 
 
 def _source_segments(
