@@ -79,15 +79,22 @@ class _OtherwiseError(Exception):
 
 
 def _difference(key: Key, small: Unrolled, large: Unrolled) -> Iterator[str]:
-    """Evidence: the first operation at which two segments in the middle differ."""
+    """Evidence: the first operation at which two segments in the middle differ, or the last ones of the two
+    captures; failing that, operations by segment."""
     middle = small.count - 1
-    a, b = body_at(large, key, middle), body_at(large, key, middle - 1)
-    for left, right, x, y in zip(b.key, a.key, b.nodes, a.nodes, strict=False):
-        if left != right:
-            yield f"segment {middle - 1}: {x.format_node()}   {x.meta.get('source')}"
-            yield f"segment {middle}: {y.format_node()}   {y.meta.get('source')}"
-            return
-    yield f"segment {middle - 1} has {len(b.nodes)} operations, segment {middle} has {len(a.nodes)}"
+    for (one, s), (other, t) in (
+        ((large, middle - 1), (large, middle)),
+        ((small, small.count - 1), (large, large.count - 1)),
+    ):
+        a, b = body_at(one, key, s), body_at(other, key, t)
+        for left, right, x, y in zip(a.key, b.key, a.nodes, b.nodes, strict=False):
+            if left != right:
+                yield f"segment {s} of {one.count}: {x.format_node()}   {x.meta.get('source')}"
+                yield f"segment {t} of {other.count}: {y.format_node()}   {y.meta.get('source')}"
+                return
+    for unrolled in (small, large):
+        counts = ", ".join(str(len(body_at(unrolled, key, s).nodes)) for s in range(unrolled.count))
+        yield f"operations of {unrolled.count} segments, one by one: {counts}"
 
 
 def members_of(
