@@ -79,8 +79,8 @@ def optimize(
             on CUDA and eager elsewhere.
         cuda_graphs: record a run of a length that comes again as one CUDA graph; "auto" does so on CUDA when
             no gradients are recorded.
-        fallback: "sequential" runs the model as it is, with a warning, where it cannot be compiled; None
-            raises.
+        fallback: "sequential" runs the model as it is, with a warning, where it cannot be compiled, and does
+            not try again for inputs of these shapes; None raises.
         verify: run the model as it is, too, at the first call of each program, and raise on a difference.
         progress: print what is being done on long work, or call a function with each line.
 
@@ -160,7 +160,8 @@ class Optimized:
         self._stacks: WeakSet[Stack] = WeakSet()
         self._ready: dict[tuple[Any, int], Entry] = {}  # what ran the last call of a key and length
         self._last: tuple[Entry, int] | None = None
-        self._refused: UnsupportedError | None = None  # why the model ran as it is
+        self._refused = ""  # why the model ran as it is
+        self._refusals: dict[Any, str] = {}  # by kind of call
         self.last_profile: Profile | None = None
         self.captures = 0
 
@@ -169,22 +170,37 @@ class Optimized:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; same arguments, result and effects as `model(*args, **kwargs)`."""
         with self._lock:
+            kind = None
             try:
+                if self._fallback == "sequential":
+                    kind = self._kind(args, kwargs)
+                    if kind in self._refusals:
+                        return self._as_it_is(self._refusals[kind], args, kwargs)
                 call = self._located(args, kwargs)
                 started = self._start(call, args, kwargs)
                 call, entry = self._entry(call, args, kwargs)  # the device is at work meanwhile
             except UnsupportedError as error:
                 if self._fallback != "sequential":
                     raise
-                self._refused = error
-                warnings.warn(f"running the model as it is: {error}", FallbackWarning, stacklevel=2)
-                return self.model(*args, **kwargs)
+                if kind is not None:
+                    self._refusals[kind] = str(error)
+                return self._as_it_is(str(error), args, kwargs)
             recording = started[1] if started is not None and started[0] is entry else None
             result = self._run(entry, call.count, args, kwargs, recording)
             if recording is None:
                 self._choose_plan(entry, args, kwargs)
             self._ready[call.key, call.count] = entry
             return result
+
+    def _kind(self, args: Any, kwargs: Any) -> Any:
+        """Calls of one kind are refused alike, so that one of them is tried."""
+        shapes = tuple(tensor.shape for tensor in tensors_of(args, kwargs))
+        return call_key(args, kwargs), shapes, getattr(self.model, "training", None)
+
+    def _as_it_is(self, why: str, args: Any, kwargs: Any) -> Any:
+        self._refused = why
+        warnings.warn(f"running the model as it is: {why}", FallbackWarning, stacklevel=3)
+        return self.model(*args, **kwargs)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Optimized:
         """Compile for these arguments without running the program; returns self."""
@@ -426,7 +442,7 @@ class Optimized:
     @property
     def _ran(self) -> tuple[Entry, int]:
         """The program of the last call and its number of segments."""
-        if self._last is None and self._refused is not None:
+        if self._last is None and self._refused:
             raise RMTCompileError(f"the model runs as it is, without a program: {self._refused}")
         if self._last is None:
             raise RMTCompileError("nothing is captured yet: call the optimized model once")

@@ -406,6 +406,14 @@ def test_fallback_runs_the_model_as_it_is() -> None:
     assert torch.equal(result, model(x))
     with pytest.raises(RMTCompileError, match="the model runs as it is, without a program"):
         fast.explain()
+    calls: list[int] = []
+    model.linear.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.warns(rmtcompile.FallbackWarning, match="running the model as it is"):
+        fast(features(3))
+    assert len(calls) == 1, "it is tried again"
+    with pytest.warns(rmtcompile.FallbackWarning):
+        fast(features(4))
+    assert len(calls) > 2, "another length is not tried"
 
 
 @torch.no_grad()
