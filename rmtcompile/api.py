@@ -134,7 +134,7 @@ class Optimized:
     """
 
     MAX_SIZES = 32
-    """Sizes of inputs whose programs are kept loaded."""
+    """Sizes of inputs whose programs are kept loaded, and kinds of calls whose refusal is remembered."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class Optimized:
         self._ready: dict[tuple[Any, int], Entry] = {}  # what ran the last call of a key and length
         self._last: tuple[Entry, int] | None = None
         self._refused = ""  # why the model ran as it is
-        self._refusals: dict[Any, str] = {}  # by kind of call
+        self._refusals: OrderedDict[Any, str] = OrderedDict()  # by kind of call
         self.last_profile: Profile | None = None
         self.captures = 0
 
@@ -184,6 +184,8 @@ class Optimized:
                     raise
                 if kind is not None:
                     self._refusals[kind] = str(error)
+                    while len(self._refusals) > self.MAX_SIZES:
+                        self._refusals.popitem(last=False)
                 return self._as_it_is(str(error), args, kwargs)
             recording = started[1] if started is not None and started[0] is entry else None
             result = self._run(entry, call.count, args, kwargs, recording)

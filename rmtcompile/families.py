@@ -206,7 +206,15 @@ class Families:
                 return found
         if vector not in family.known:
             family.known[vector] = self._compile_at(args, kwargs, segmentation, only, fewest)
-            new = self._learn(family, vector, args, kwargs, segmentation, only, fewest)
+
+            def captured(at: Vector) -> Compiled:
+                """A program for sizes that nobody has called for."""
+                there = reshaped(args, kwargs, shapes_at(at, args, kwargs, segmentation))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    return self._compile_at(*there, segmentation, only, fewest)
+
+            new = self._learn(family, vector, lengths_of(args, kwargs, segmentation), captured)
             if new is not None and new.remainders:
                 found = self._instance(new, vector, args, kwargs, segmentation)
                 if found is not None:
@@ -269,14 +277,10 @@ class Families:
         self,
         family: _Family,
         vector: Vector,
-        args: Any,
-        kwargs: Any,
-        segmentation: Segmentation,
-        only: int | None,
-        fewest: int,
+        lengths: Sequence[int | None],
+        captured: Callable[[Vector], Compiled],
     ) -> Rules | None:
         """Rules that a new program makes possible, read from it and others, some captured for that."""
-        lengths = lengths_of(args, kwargs, segmentation)
         for corners in boxes(list(family.known), vector, lengths):
             missing = [v for v in corners if v not in family.known]
             free = free_sizes(corners, lengths)
@@ -289,28 +293,13 @@ class Families:
                 for other in present[1:]:
                     differ(present[0], other)
                 for v in missing:
-                    family.known[v] = self._captured(v, args, kwargs, segmentation, only, fewest)
+                    family.known[v] = captured(v)
                     differ(present[0], family.known[v])
                 return self._read(family, corners, free, lengths)
             except (SizesDiffer, UnsupportedError):
                 family.failed.add(frozenset(corners))
                 family.losses += len(missing)
         return None
-
-    def _captured(
-        self,
-        vector: Vector,
-        args: Any,
-        kwargs: Any,
-        segmentation: Segmentation,
-        only: int | None,
-        fewest: int,
-    ) -> Compiled:
-        """A program for sizes that nobody has called for."""
-        args, kwargs = reshaped(args, kwargs, shapes_at(vector, args, kwargs, segmentation))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return self._compile_at(args, kwargs, segmentation, only, fewest)
 
     def _read(
         self,
