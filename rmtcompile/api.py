@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -31,7 +30,6 @@ from rmtcompile.results import value_of
 from rmtcompile.runtime.execute import Executor, backend_for
 from rmtcompile.runtime.graphs import Recording
 from rmtcompile.runtime.rows import executor_for
-from rmtcompile.runtime.stacks import Stack
 from rmtcompile.schedule import Schedule
 from rmtcompile.stages import Progress
 from rmtcompile.verify import difference, first_difference, tensors_of
@@ -157,7 +155,6 @@ class Optimized:
         self._segmentations: dict[Any, Segmentation] = {}
         self._entries: OrderedDict[Any, list[Entry]] = OrderedDict()
         self._families = Families(self._compile, self._execute)
-        self._stacks: WeakSet[Stack] = WeakSet()
         self._ready: dict[tuple[Any, int], Entry] = {}  # what ran the last call of a key and length
         self._last: tuple[Entry, int] | None = None
         self._refused = ""  # why the model ran as it is
@@ -315,7 +312,7 @@ class Optimized:
         return compiled
 
     def _execute(self, compiled: Compiled, segmentation: Segmentation, like: Executor | None) -> Executor:
-        return executor_for(compiled, segmentation, self._backend, self._cuda_graphs, like, self._stacks)
+        return executor_for(compiled, segmentation, self._backend, self._cuda_graphs, like)
 
     def _for_length(self, entry: Entry, call: _Call, args: Any, kwargs: Any) -> Entry:
         """The entry itself, or one compiled for just this length where its rules do not cover it."""

@@ -116,6 +116,15 @@ def test_swapped_parameters_are_stacked_again() -> None:
     assert stacks.current({})["w"].dtype == torch.float32
 
 
+@torch.no_grad()
+def test_programs_of_one_model_share_its_stacks() -> None:
+    model: Any = three()
+    first, second = Stacks(WEIGHTS, leaves(model)), Stacks(WEIGHTS, leaves(model))
+    stack = first.current({})["w"]
+    assert second.current({})["w"] is stack
+    assert first.current({})["w"] is stack
+
+
 def test_gradients_flow_through_a_stack() -> None:
     model: Any = three()
     stacks = Stacks(WEIGHTS, leaves(model))

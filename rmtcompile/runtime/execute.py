@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, MutableSet, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from rmtcompile.runtime.costs import Costs, measured
 from rmtcompile.runtime.engine import Engine
 from rmtcompile.runtime.graphs import Recorder, Recording
 from rmtcompile.runtime.run import Run
-from rmtcompile.runtime.stacks import Stack, Stacks
+from rmtcompile.runtime.stacks import Stacks
 
 _ATTENTION = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
@@ -48,7 +48,6 @@ class Executor:
             elsewhere).
         cuda_graphs: "auto" (on CUDA, where no gradients are recorded), True or False.
         like: an executor of the same code at other sizes; weights and compiled forms are shared with it.
-        stacks: stacks of other programs of the model, to be used again for the same weights.
     """
 
     def __init__(
@@ -58,7 +57,6 @@ class Executor:
         backend: str | Callable[..., Any],
         cuda_graphs: str | bool,
         like: Executor | None = None,
-        stacks: MutableSet[Stack] | None = None,
     ) -> None:
         self.compiled = compiled
         self.segmentation = segmentation
@@ -74,9 +72,7 @@ class Executor:
         }
         left = {effect.name for effect, _ in compiled.effects if effect.in_place is None}
         self._replaced = frozenset(left & compiled.leaves.keys())
-        self.stacks: Stacks = (
-            like.stacks if like is not None else Stacks(weights, compiled.leaves, self._replaced, stacks)
-        )
+        self.stacks = like.stacks if like is not None else Stacks(weights, compiled.leaves, self._replaced)
         self.device = next((lane.device for lane in self.program.lanes), torch.device("cpu"))
         self.backend = backend_for(backend, self.device)
         self._use_graphs = self.device.type == "cuda" and cuda_graphs is not False

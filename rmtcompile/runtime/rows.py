@@ -7,7 +7,7 @@ the last layer that reads them has run, and a lane is a slice of them where it c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableSet, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from rmtcompile.program import Feed, Lane, Program, Source
 from rmtcompile.runtime.engine import Engine
 from rmtcompile.runtime.execute import Executor
 from rmtcompile.runtime.run import Target
-from rmtcompile.runtime.stacks import Stack
 from rmtcompile.runtime.storage import TapStore
 
 Outputs = dict[str, torch.Tensor]
@@ -311,8 +310,7 @@ def executor_for(
     backend: str | Callable[..., Any],
     cuda_graphs: str | bool,
     like: Executor | None = None,
-    stacks: MutableSet[Stack] | None = None,
 ) -> Executor:
     """What runs a compiled program; for the arguments see `Executor`."""
     kind = Executor if compiled.program.alpha else RowExecutor
-    return kind(compiled, segmentation, backend, cuda_graphs, like, stacks)
+    return kind(compiled, segmentation, backend, cuda_graphs, like)

@@ -3,8 +3,9 @@ are views."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableSet, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from weakref import WeakSet
 
 import torch
 
@@ -162,18 +163,18 @@ class Stacks:
         weights: by port name.
         leaves: the tensors they are made of, by name.
         replaced: leaves that the forward replaces by other tensors.
-        known: stacks of other programs of the same model; they are used again for the same parameters, so
-            that programs do not take the weights from each other. New ones are added.
     """
+
+    _alive: WeakSet[Stack] = WeakSet()
+    """Stacks of all programs; they are used again for the same parameters, so that programs of one model do not
+    take the weights from each other."""
 
     def __init__(
         self,
         weights: dict[str, Weight],
         leaves: dict[str, Leaf],
         replaced: frozenset[str] = frozenset(),
-        known: MutableSet[Stack] | None = None,
     ) -> None:
-        known = known if known is not None else set()
         owner: dict[str, Stack] = {}
         made: dict[Weight, Stack | Derived | Gathered] = {}
         widest_first = sorted(
@@ -184,9 +185,9 @@ class Stacks:
             if replaced.intersection(names):
                 made[weight] = Gathered(weight)
             elif len(set(names)) == len(names) and not any(name in owner for name in names):
-                alike = next((s for s in known if s.holds(weight, leaves)), None)
+                alike = next((s for s in self._alive if s.holds(weight, leaves)), None)
                 made[weight] = single = alike or Stack(weight, leaves)
-                known.add(single)
+                self._alive.add(single)
                 owner.update(dict.fromkeys(names, single))
             else:
                 made[weight] = Derived(weight, leaves, owner)
