@@ -30,13 +30,22 @@ class Engine:
         program: whose cells are run.
         backend: "eager", or a `torch.compile` backend.
         keeps_buffers: whether all runs use one set of lane buffers, whose addresses stay.
+        accumulates: whether products of cells compiled by Inductor add to what they are added to, see
+            `passes/accumulate.py`.
     """
 
     MAX_FIXED_WIDTHS = 2
 
-    def __init__(self, program: Program, backend: str | Callable[..., Any], keeps_buffers: bool) -> None:
+    def __init__(
+        self,
+        program: Program,
+        backend: str | Callable[..., Any],
+        keeps_buffers: bool,
+        accumulates: bool = False,
+    ) -> None:
         self.program = program
         self.backend = backend
+        self.accumulates = accumulates and backend == "inductor"
         self.device = next((lane.device for lane in program.lanes), torch.device("cpu"))
         self.is_sequential = program.alpha >= program.n_layers
         widths = [len(group.layers) for group in program.groups]
@@ -175,13 +184,24 @@ class Engine:
         )
 
     def _options(self, size: int) -> dict[str, Any] | None:
+        """Settings of Inductor for a form of `size` cells."""
+        options: dict[str, Any] = {}
+        if self.accumulates:
+            from rmtcompile.passes.accumulate import Accumulate  # imports Inductor
+
+            options["post_grad_custom_post_pass"] = Accumulate()
+        if self._exceeds_cache(size):
+            options["realize_reads_threshold"] = 3
+        return options or None
+
+    def _exceeds_cache(self, size: int) -> bool:
         """Inductor computes a sum of four values again where it is read a second time.  Where the values of a
         window do not fit in half the L2 cache, reading them again costs more than storing the sum once."""
         if self.backend != "inductor" or self.device.type != "cuda" or not size:
-            return None
+            return False
         largest = max(math.prod(lane.shape) * lane.dtype.itemsize for lane in self.program.lanes)
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
-        return {"realize_reads_threshold": 3} if size * largest > cache / 2 else None
+        return size * largest > cache / 2
 
     def _has_axis(self, function: Callable[..., Any]) -> list[bool]:
         """For each parameter of a cell function, whether it has the axis of cells in front."""

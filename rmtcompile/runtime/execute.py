@@ -72,7 +72,9 @@ class Executor:
         }
         left = {effect.name for effect, _ in compiled.effects if effect.in_place is None}
         self._replaced = frozenset(left & compiled.leaves.keys())
-        self.stacks = like.stacks if like is not None else Stacks(weights, compiled.leaves, self._replaced)
+        self.stacks: Stacks = (
+            like.stacks if like is not None else Stacks(weights, compiled.leaves, self._replaced)
+        )
         self.device = next((lane.device for lane in self.program.lanes), torch.device("cpu"))
         self.backend = backend_for(backend, self.device)
         self._use_graphs = self.device.type == "cuda" and cuda_graphs is not False
@@ -93,7 +95,8 @@ class Executor:
 
     def new_engine(self, backend: str | Callable[..., Any], keeps_buffers: bool) -> Engine:
         """An engine for the program; for the arguments see `Engine`."""
-        return Engine(self.program, backend, keeps_buffers)
+        accumulates = self.device.type == "cuda" and "accumulate" not in self.compiled.passes_off
+        return Engine(self.program, backend, keeps_buffers, accumulates)
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import ClassVar
 from weakref import WeakSet
 
 import torch
@@ -165,9 +166,9 @@ class Stacks:
         replaced: leaves that the forward replaces by other tensors.
     """
 
-    _alive: WeakSet[Stack] = WeakSet()
-    """Stacks of all programs; they are used again for the same parameters, so that programs of one model do not
-    take the weights from each other."""
+    _alive: ClassVar[WeakSet[Stack]] = WeakSet()
+    """Stacks of all programs; they are used again for the same parameters, so that programs of one model do
+    not take the weights from each other."""
 
     def __init__(
         self,

@@ -1,0 +1,285 @@
+"""passes/accumulate.py: products write over what they are added to, where nobody reads it any more."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from toys import assert_equal_runs, features, made
+
+import rmtcompile
+from rmtcompile.options import Options
+from rmtcompile.passes.accumulate import Accumulate
+from rmtcompile.runtime.engine import Engine
+from rmtcompile.runtime.execute import Executor
+
+ADD = torch.ops.rmtcompile.accumulate.default
+STORE = torch.ops.rmtcompile.store.default
+N, ROWS, D = 3, 5, 4
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def norm(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def layer(x: Tensor, up: Tensor, down: Tensor, place: Tensor) -> tuple[Tensor, ...]:
+    """Two residual sums; the second goes to a lane, and what comes after reads it."""
+    residual = x * 2
+    residual = residual + torch.bmm(norm(residual), up)
+    residual = residual + torch.bmm(torch.bmm(norm(residual), up).sin(), down)
+    place.copy_(residual)
+    return (residual[:, -1].sum(-1),)
+
+
+def viewed(x: Tensor, up: Tensor, down: Tensor, place: Tensor) -> tuple[Tensor, ...]:
+    summed = x.unsqueeze(1).exp() + torch.bmm(x, up).reshape(N, 1, ROWS, D)
+    return (summed.sin(), place)
+
+
+def plain(x: Tensor, up: Tensor, down: Tensor, place: Tensor) -> tuple[Tensor, ...]:
+    return (torch.mm(x[0], up[0]).sin() + torch.mm(x[1], up[1]), place)
+
+
+def of_products(x: Tensor, up: Tensor, down: Tensor, place: Tensor) -> tuple[Tensor, ...]:
+    place.copy_(torch.bmm(x, up) + torch.bmm(x, down))
+    return (x,)
+
+
+FIRES: dict[str, tuple[Callable[..., Any], int, int]] = {  # function, sums, stores
+    "layer": (layer, 2, 1),
+    "viewed": (viewed, 1, 0),
+    "mm": (plain, 1, 0),
+    "a sum of products": (of_products, 1, 0),
+}
+
+
+def read_later(x: Tensor, up: Tensor) -> Any:
+    residual = x.exp()
+    return (residual + torch.bmm(x, up), residual.sin())
+
+
+def read_later_by_a_view(x: Tensor, up: Tensor) -> Any:
+    residual = x.exp()
+    last = residual[:, -1]
+    return (residual + torch.bmm(x, up), last.sin())
+
+
+def returned(x: Tensor, up: Tensor) -> Any:
+    residual = x.exp()
+    return (residual + torch.bmm(x, up), residual)
+
+
+def an_input(x: Tensor, up: Tensor) -> Any:
+    return (x + torch.bmm(x, up),)
+
+
+def a_view_of_an_input(x: Tensor, up: Tensor) -> Any:
+    return (x.transpose(0, 1).transpose(0, 1) + torch.bmm(x, up),)
+
+
+def its_own_factor(x: Tensor, up: Tensor) -> Any:
+    residual = x.exp()
+    return (residual + torch.bmm(residual.view(N, ROWS, D), up),)
+
+
+def broadcast(x: Tensor, up: Tensor) -> Any:
+    return (x.exp() + torch.bmm(x[:1], up[:1]),)
+
+
+def product_read_twice(x: Tensor, up: Tensor) -> Any:
+    product = torch.bmm(x, up)
+    return (x.exp() + product, product.sin())
+
+
+def scaled(x: Tensor, up: Tensor) -> Any:
+    return (torch.add(x.exp(), torch.bmm(x, up), alpha=2),)
+
+
+def transposed(x: Tensor, up: Tensor) -> Any:
+    residual = x.transpose(1, 2).contiguous().exp().transpose(1, 2).sin()  # strides of the operand
+    return (residual + torch.bmm(x, up),)
+
+
+def random(x: Tensor, up: Tensor) -> Any:
+    return (torch.bernoulli(x.sigmoid()) + torch.bmm(x, up),)
+
+
+LEAVES_ALONE = [
+    read_later,
+    read_later_by_a_view,
+    returned,
+    an_input,
+    a_view_of_an_input,
+    its_own_factor,
+    broadcast,
+    product_read_twice,
+    scaled,
+    transposed,
+    random,
+]
+
+
+def graph_of(function: Callable[..., Any], args: list[Tensor]) -> fx.GraphModule:
+    """As Inductor has it: functional, then `copy_` into what is written."""
+    module = make_fx(functionalize(function, remove="mutations"), tracing_mode="fake")(*args)
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.copy.default:
+            node.replace_all_uses_with(node.args[1])
+    module.graph.eliminate_dead_code()
+    return module
+
+
+def count(graph: fx.Graph, target: Any) -> int:
+    return sum(node.target is target for node in graph.nodes)
+
+
+@pytest.mark.parametrize("name", FIRES)
+def test_fires(name: str) -> None:
+    function, sums, stores = FIRES[name]
+    args = [rand(N, ROWS, D), rand(N, D, D), rand(N, D, D), rand(N, ROWS, D)]
+    module = graph_of(function, args)
+    Accumulate()(module.graph)
+    module.graph.lint()
+    module.recompile()
+    assert (count(module.graph, ADD), count(module.graph, STORE)) == (sums, stores)
+    mine, theirs = [[x.clone() for x in args] for _ in range(2)]
+    for result, expected in zip((*module(*mine), *mine), (*function(*theirs), *theirs), strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("function", LEAVES_ALONE, ids=lambda function: function.__name__)
+def test_leaves_alone(function: Callable[..., Any]) -> None:
+    args = [rand(N, ROWS, D), rand(N, D, D)]
+    module = graph_of(function, args)
+    before = str(module.graph)
+    Accumulate()(module.graph)
+    assert str(module.graph) == before
+
+
+def test_a_place_that_is_read_is_not_written_early() -> None:
+    def swap(x: Tensor, up: Tensor, place: Tensor) -> tuple[Tensor, ...]:
+        summed = x.exp() + torch.bmm(x, up)
+        kept = place.sin()
+        place.copy_(summed)
+        return (kept,)
+
+    args = [rand(N, ROWS, D), rand(N, D, D), rand(N, ROWS, D)]
+    module = graph_of(swap, args)
+    Accumulate()(module.graph)
+    module.recompile()
+    assert (count(module.graph, ADD), count(module.graph, STORE)) == (1, 0)
+    mine, theirs = [[x.clone() for x in args] for _ in range(2)]
+    torch.testing.assert_close((module(*mine), mine), (swap(*theirs), theirs))
+
+
+def test_totals_that_are_made_of_each_other() -> None:
+    def nested(x: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        first = x.exp()
+        second = first * 2
+        return (first + torch.bmm(x, up), second + torch.bmm(x, up.sin()))
+
+    args = [rand(N, ROWS, D), rand(N, D, D)]
+    module = graph_of(nested, args)
+    Accumulate()(module.graph)
+    module.recompile()
+    assert count(module.graph, ADD) == 2
+    torch.testing.assert_close(module(*args), nested(*args))
+
+
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_by_inductor(dynamic: bool) -> None:
+    compiled = torch.compile(
+        layer, dynamic=dynamic, fullgraph=True, options={"post_grad_custom_post_pass": Accumulate()}
+    )
+    for n in (N, N + 1):
+        args = [rand(n, ROWS, D), rand(n, D, D), rand(n, D, D), torch.zeros(n, ROWS, D, dtype=torch.float64)]
+        mine, theirs = [[x.clone() for x in args] for _ in range(2)]
+        torch.testing.assert_close((compiled(*mine), mine), (layer(*theirs), theirs))
+
+
+@needs_compiler
+def test_gradients_of_a_compiled_function() -> None:
+    def function(x: Tensor, up: Tensor) -> Tensor:
+        residual = x.exp()
+        residual = residual + torch.bmm(norm(residual), up)
+        return residual + torch.bmm(residual.sin(), up)
+
+    compiled = torch.compile(function, fullgraph=True, options={"post_grad_custom_post_pass": Accumulate()})
+    args = [rand(N, ROWS, D).requires_grad_(), rand(N, D, D).requires_grad_()]
+    mine = torch.autograd.grad(compiled(*args).sin().sum(), args)
+    torch.testing.assert_close(mine, torch.autograd.grad(function(*args).sin().sum(), args))
+
+
+class Residual(nn.Module):
+    """Two residual sums a layer, the first of them with what the layer remembers."""
+
+    def __init__(self, layers: int = 3, width: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(width, width, bias=False) for name in ("up", "down")})
+            for _ in range(layers)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        states: list[Tensor | None] = [None] * len(self.layers)
+        out = []
+        for h in x.split(3, 1):
+            for l, layer in enumerate(self.layers):
+                if (state := states[l]) is not None:
+                    h = h + 0.5 * state
+                h = h + layer["up"](norm(h))
+                h = h + layer["down"](norm(h).sin())
+                states[l] = h.tanh()
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+@needs_compiler
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def engine(executor: Executor, backend: Any, keeps_buffers: bool) -> Engine:
+        return Engine(executor.program, backend, keeps_buffers, accumulates=True)  # else on CUDA alone
+
+    added: list[int] = []
+    run = Accumulate.__call__
+
+    def counted(self: Accumulate, graph: fx.Graph) -> None:
+        run(self, graph)
+        added.append(count(graph, ADD))
+
+    monkeypatch.setattr(Executor, "new_engine", engine)
+    monkeypatch.setattr(Accumulate, "__call__", counted)
+    monkeypatch.setattr(Accumulate, "uuid", lambda self: None)  # nothing compiled from the cache
+    model = made(Residual)
+    fast = rmtcompile.optimize(copy.deepcopy(model), backend="inductor")
+    assert_equal_runs(model, fast, [features(1), features(4), features(2), features(7)])
+    assert max(added) == 2
+
+
+def test_switched_off() -> None:
+    fast = rmtcompile.optimize(made(Residual))
+    fast._options = replace(Options(), passes_off=frozenset({"accumulate"}))
+    fast(features(3))
+    executor = fast._last[0].executor
+    executor.device = torch.device("cuda")
+    engine = executor.new_engine("inductor", keeps_buffers=False)
+    assert not engine.accumulates
