@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from test_reroll import FirstDiffers
+from torch import Tensor, fx, nn
 from toys import SEGMENT, AttributeState, Toy, assert_equal_runs, assert_same, features, made
 from zoo.authors import authors_armt
 
@@ -562,6 +563,59 @@ def test_running_out_of_memory_leaves_the_next_run_right(monkeypatch: pytest.Mon
 
 
 # --- torch.compile ------------------------------------------------------------------------------------------
+
+
+class Prefix(nn.Module):
+    """All layers read the first positions; a segment is projected before it enters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(4, 4)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        prefix = x[:, :2]
+        states = [torch.zeros_like(x[:, 0]) for _ in self.layers]
+        out = []
+        for h in x.split(3, 1):
+            h = torch.tanh(self.enter(2 * h))
+            for l, layer in enumerate(self.layers):
+                h = torch.tanh(layer(h) + states[l][:, None]) + prefix.mean(1, keepdim=True) * prefix[:, :1]
+                states[l] = h.mean(1)
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_compiled_code_does_not_see_the_length(batch: int) -> None:
+    """Parts of an input have strides that grow with it; torch compiles a function eight times at most."""
+    graphs: list[fx.GraphModule] = []
+
+    def backend(graph: fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model = made(Prefix)
+    fast = rmtcompile.optimize(copy.deepcopy(model), backend=backend)
+    compiled = 0
+    for segments in (4, 2, 3, *range(5, 15)):
+        assert_same(model(features(segments, batch)), fast(features(segments, batch)))
+        assert segments in (4, 2) or len(graphs) == compiled
+        compiled = len(graphs)
+    assert compiled > 0
+
+
+@torch.no_grad()
+def test_full_wavefronts_of_mixed_classes_get_no_form_of_their_own() -> None:
+    model = made(FirstDiffers)
+    fast = rmtcompile.optimize(copy.deepcopy(model), backend="aot_eager")
+    assert_same(model(features(7)), fast(features(7)))
+    engine = fast._last[0].executor.engine
+    forms = {key[:2] for key in engine._compiled}
+    full = engine.full
+    assert full > 2 and {size for name, size in forms if name.endswith("_mixed")} == {0, 1}
+    assert {size for name, size in forms if name.endswith("_later")} == {full}
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from rmtcompile.program import Lane, Program
+from rmtcompile.program import Group, Lane, Program
 from rmtcompile.runtime.run import Target
-from rmtcompile.runtime.storage import lane_buffers
+from rmtcompile.runtime.storage import dense, lane_buffers
 
 Marks = tuple[tuple[int, ...], ...]
 """Dims, by argument."""
@@ -23,8 +23,8 @@ class Engine:
     """Runs functions as they are, or in compiled forms.
 
     A cell function is compiled with all sizes fixed for one cell and for the full width, and with the number
-    of cells left open for every other one; the widths of the first short inputs that are seen (`fix_width`)
-    get a form of their own too, since fixed sizes make faster kernels.
+    of cells left open for every other one and for full wavefronts of mixed classes; the widths of the first
+    short inputs that are seen (`fix_width`) get a form of their own too: fixed sizes make faster kernels.
 
     Args:
         program: whose cells are run.
@@ -95,6 +95,7 @@ class Engine:
         if not self.is_compiled or (self.program.opened and opened is None):
             return function(*args)
         marks = opened.inputs if opened is not None else ()
+        args = tuple(dense(arg) for arg in args)
         shapes = tuple(_fixed(arg.shape, marks[i] if marks else ()) for i, arg in enumerate(args))
         if function.__name__ not in self._regions:
             form = torch.compile(function, backend=self.backend, dynamic=False, fullgraph=True)
@@ -134,12 +135,23 @@ class Engine:
     def _form(
         self, function: Callable[..., Any], width: int, modes: tuple[int | None, ...]
     ) -> Callable[..., Any]:
-        size = width if self.is_compiled and width in self.fixed_widths else 0
+        size = width if self.is_compiled and self._is_fixed(function, width) else 0
         key = self._key(function, size, modes)
         if key not in self._compiled:
             stored = storing(function, modes)
             self._compiled[key] = self._compile(function, stored, size, modes) if self.is_compiled else stored
         return self._compiled[key]
+
+    def _is_fixed(self, function: Callable[..., Any], width: int) -> bool:
+        """Whether a function has a form for just this width. Of wavefronts of the full width few are of mixed
+        classes, which is not worth one."""
+        is_rare = width == self.full and not self.is_sequential and self._is_mixed(function)
+        return width in self.fixed_widths and not is_rare
+
+    def _is_mixed(self, function: Callable[..., Any]) -> bool:
+        """Whether a cell function asks each cell for its class."""
+        masks = {port.name for port in self._group(function).ports if port.role == "mask"}
+        return not masks.isdisjoint(_parameters(function))
 
     def _key(self, function: Callable[..., Any], *rest: Any) -> tuple[Any, ...]:
         """Of a form; a function that does not show the free sizes has one for each module that it is in."""
@@ -205,12 +217,15 @@ class Engine:
 
     def _has_axis(self, function: Callable[..., Any]) -> list[bool]:
         """For each parameter of a cell function, whether it has the axis of cells in front."""
-        group = max(
+        has_axis = {port.name: port.has_axis for port in self._group(function).ports}
+        return [has_axis[name] for name in _parameters(function)]
+
+    def _group(self, function: Callable[..., Any]) -> Group:
+        """The group that a cell function is of."""
+        return max(
             (g for g in self.program.groups if function.__name__.startswith(f"cell_{g.name}")),
             key=lambda g: len(g.name),
         )
-        has_axis = {port.name: port.has_axis for port in group.ports}
-        return [has_axis[name] for name in _parameters(function)]
 
 
 def _marked(form: Callable[..., Any], marks: Marks) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from rmtcompile.pipeline import Compiled
 from rmtcompile.probe import Segmentation
@@ -19,7 +20,7 @@ from rmtcompile.program import Feed, Lane, Program, Source
 from rmtcompile.runtime.engine import Engine
 from rmtcompile.runtime.execute import Executor
 from rmtcompile.runtime.run import Target
-from rmtcompile.runtime.storage import TapStore
+from rmtcompile.runtime.storage import TapStore, dense
 
 Outputs = dict[str, torch.Tensor]
 Row = tuple[torch.Tensor, int]  # values [n, ...] of several segments, and which of them
@@ -254,6 +255,8 @@ class RowRun:
 
     def set_init(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> None:
         """Keep what is the same for all segments."""
+        if self.engine.is_compiled:
+            values = pytree.tree_map_only(torch.Tensor, dense, list(values))
         self.init = dict(zip(indices, values, strict=True))
 
     def keep(self, names: Sequence[str], segment: int, values: Sequence[torch.Tensor]) -> None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.utils import _pytree as pytree
 
 from rmtcompile.program import Feed, Lane, Program
-from rmtcompile.runtime.storage import LaneStore, TapStore, as_slice
+from rmtcompile.runtime.storage import LaneStore, TapStore, as_slice, dense
 
 Outputs = dict[str, torch.Tensor]
 
@@ -35,6 +36,8 @@ class Target:
 class Engine(Protocol):
     """How the cells of a run are executed: which functions, which storage."""
 
+    @property
+    def is_compiled(self) -> bool: ...
     def call(
         self,
         function: Callable[..., Any],
@@ -237,6 +240,8 @@ class Run:
 
     def set_init(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> None:
         """Keep what is the same for all segments."""
+        if self.engine.is_compiled:
+            values = pytree.tree_map_only(torch.Tensor, dense, list(values))
         self.init = dict(zip(indices, values, strict=True))
 
     def keep(self, names: Sequence[str], segment: int, values: Sequence[torch.Tensor]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+from torch._prims_common import make_contiguous_strides_for
 
 from rmtcompile.program import Lane
 
@@ -18,6 +19,19 @@ def as_slice(indices: Sequence[int]) -> slice | None:
     if step > 0 and all(b - a == step for a, b in pairwise(indices)):
         return slice(indices[0], indices[-1] + 1, step)
     return None
+
+
+def dense(value: torch.Tensor) -> torch.Tensor:
+    """The value, laid out as if it were no part of another one.
+
+    A part of what grows with the number of segments has strides that grow too, and compiled code holds for
+    the strides that it was made for.
+    """
+    if value.is_contiguous():
+        is_plain = value.stride() == make_contiguous_strides_for(value.shape)
+        return value if is_plain else value.reshape(-1).view(value.shape)
+    is_part = value.untyped_storage().nbytes() > value.numel() * value.element_size()
+    return value.contiguous() if is_part else value
 
 
 class LaneStore:
