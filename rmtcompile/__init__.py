@@ -14,7 +14,13 @@ if not (Path(__file__).parent / "passes").exists() and (_beside / "passes" / "__
         str(_beside)
     )  # a checkout that is not installed: `rmtcompile.passes` is the folder beside this one
 
-from rmtcompile.api import FallbackWarning, Optimized, SequentialScheduleWarning, optimize  # noqa: E402
+from rmtcompile.api import (  # noqa: E402
+    FallbackWarning,
+    Optimized,
+    RecaptureWarning,
+    SequentialScheduleWarning,
+    optimize,
+)
 from rmtcompile.errors import (  # noqa: E402
     CaptureError,
     DependenceError,
@@ -33,6 +39,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError", "DependenceError", "Explanation", "FallbackWarning", "InternalError", "LiftError",
-    "Optimized", "PartitionError", "Profile", "RMTCompileError", "RerollError", "Schedule",
-    "SequentialScheduleWarning", "UnsupportedError", "VerificationError", "explain", "optimize",
+    "Optimized", "PartitionError", "Profile", "RMTCompileError", "RecaptureWarning", "RerollError",
+    "Schedule", "SequentialScheduleWarning", "UnsupportedError", "VerificationError", "explain", "optimize",
 ]  # fmt: skip

@@ -46,6 +46,11 @@ class FallbackWarning(UserWarning):
     """The model could not be compiled and runs as it is."""
 
 
+class RecaptureWarning(UserWarning):
+    """The model has been captured anew several times, since what its forward reads changes from call to
+    call."""
+
+
 def optimize(
     model: Callable[..., Any],
     *,
@@ -134,6 +139,9 @@ class Optimized:
     MAX_SIZES = 32
     """Sizes of inputs whose programs are kept loaded, and kinds of calls whose refusal is remembered."""
 
+    CHANGES = 8
+    """Captures in a row for new states of the model after which the user is told."""
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -157,6 +165,7 @@ class Optimized:
         self._families = Families(self._compile, self._execute)
         self._ready: dict[tuple[Any, int], Entry] = {}  # what ran the last call of a key and length
         self._last: tuple[Entry, int] | None = None
+        self._changes = 0  # captures in a row for states of the model that were new
         self._refused = ""  # why the model ran as it is
         self._refusals: OrderedDict[Any, str] = OrderedDict()  # by kind of call
         self.last_profile: Profile | None = None
@@ -244,7 +253,10 @@ class Optimized:
         entries = self._entries.setdefault(call.key, [])
         self._entries.move_to_end(call.key)
         entry = next((e for e in entries if is_current(e.compiled)), None)
-        if entry is None:
+        if entry is not None:
+            self._changes = 0
+        else:
+            self._count_changes(entries)
             entry = self._made(call, args, kwargs)
             entries.append(entry)
             del entries[:-8]
@@ -254,6 +266,19 @@ class Optimized:
         if self._is_refuted(entry, call.count, args, kwargs):
             entries[entries.index(entry)] = entry = self._made(call, args, kwargs)
         return self._for_length(entry, call, args, kwargs)
+
+    def _count_changes(self, entries: list[Entry]) -> None:
+        """Say so where the model's state was another one for each of the last captures."""
+        change = entries[-1].compiled.captures[0].guard.broken() if entries else None
+        self._changes += change is not None
+        if change is not None and self._changes == self.CHANGES:
+            warnings.warn(
+                f"captured anew at {self._changes} calls in a row, since what the forward reads has changed: "
+                f"{change}. Each such call costs a capture; a number that only counts calls can be a buffer "
+                "(a tensor), which is carried from call to call",
+                RecaptureWarning,
+                stacklevel=5,
+            )
 
     def _made(
         self, call: _Call, args: Any, kwargs: Any, only: int | None = None, fewest: int = 2

@@ -456,3 +456,27 @@ def test_a_log_of_calls_is_no_state() -> None:
     calls.clear()
     assert_same(model(features(3)), fast(features(3)))
     assert fast.captures == 1
+
+
+class Counting(Toy):
+    """Counts its calls in a number of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+@torch.no_grad()
+def test_captures_again_and_again_are_told_once() -> None:
+    model = made(Counting)
+    fast, x = rmtcompile.optimize(copy.deepcopy(model)), features(3)
+    for _ in range(fast.CHANGES):
+        assert_same(model(x), fast(x))
+    with pytest.warns(rmtcompile.RecaptureWarning, match=r"calls was 7 and is 8"):
+        assert_same(model(x), fast(x))
+    assert_same(model(x), fast(x))  # warnings are errors
+    assert fast.model.calls == model.calls == 10
