@@ -275,6 +275,15 @@ def test_a_compiled_program(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(added) == 2
 
 
+def test_a_pass_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = rmtcompile.optimize(made(Residual))
+    fast(features(3))
+    engine = Engine(fast._last[0].executor.program, "inductor", False, accumulates=True)
+    assert isinstance(engine._options(0)["post_grad_custom_post_pass"], Accumulate)
+    monkeypatch.setattr("torch._inductor.config.post_grad_custom_post_pass", lambda graph: None)
+    assert engine._options(0) is None
+
+
 def test_switched_off() -> None:
     fast = rmtcompile.optimize(made(Residual))
     fast._options = replace(Options(), passes_off=frozenset({"accumulate"}))

@@ -198,10 +198,8 @@ class Engine:
     def _options(self, size: int) -> dict[str, Any] | None:
         """Settings of Inductor for a form of `size` cells."""
         options: dict[str, Any] = {}
-        if self.accumulates:
-            from rmtcompile.passes.accumulate import Accumulate  # imports Inductor
-
-            options["post_grad_custom_post_pass"] = Accumulate()
+        if self.accumulates and (accumulate := _accumulate()) is not None:
+            options["post_grad_custom_post_pass"] = accumulate
         if self._exceeds_cache(size):
             options["realize_reads_threshold"] = 3
         return options or None
@@ -226,6 +224,20 @@ class Engine:
             (g for g in self.program.groups if function.__name__.startswith(f"cell_{g.name}")),
             key=lambda g: len(g.name),
         )
+
+
+def _accumulate() -> Any:
+    """The pass of `passes/accumulate.py`; None where the user has given Inductor another one in its place,
+    or where this torch lacks the parts of Inductor that it needs."""
+    import torch._inductor.config as inductor
+
+    if inductor.post_grad_custom_post_pass is not None:
+        return None
+    try:
+        from rmtcompile.passes.accumulate import Accumulate
+    except ImportError:
+        return None
+    return Accumulate()
 
 
 def _marked(form: Callable[..., Any], marks: Marks) -> Callable[..., Any]:
