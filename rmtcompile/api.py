@@ -219,13 +219,16 @@ class Optimized:
 
     def _located(self, args: Any, kwargs: Any) -> _Call:
         """How this call is cut into segments, and the key of the programs that may run it."""
-        key = call_key(args, kwargs)
+        key, tensors = call_key(args, kwargs), tensors_of(args, kwargs)
+        empty = UnsupportedError("the input is empty", remedy="pass at least one token of one sequence")
+        if tensors and not any(tensor.numel() for tensor in tensors):
+            raise empty
         if key not in self._segmentations:
             self._segmentations[key] = probe(self.model, args, kwargs, self._options.segment_size)
         segmentation = self._segmentations[key]
-        count, _ = segmentation.count([tensor.shape for tensor in tensors_of(args, kwargs)])
+        count, _ = segmentation.count([tensor.shape for tensor in tensors])
         if count == 0:
-            raise UnsupportedError("the input is empty", remedy="pass at least one token")
+            raise empty
         return _Call(segmentation, count, program_key(args, kwargs, segmentation))
 
     def _start(self, call: _Call, args: Any, kwargs: Any) -> tuple[Entry, Recording] | None:
