@@ -67,7 +67,11 @@ Boxes = dict[tuple[int, int], list[tuple[int, int]]]
 
 
 class _Enough(BaseException):
-    """Two segments have been seen."""
+    """Two segments have been seen, or so many operations without them that there are none to see."""
+
+
+_MOST = 50_000
+"""Operations of a forward after which no cut is expected any more: two segments of a deep model are fewer."""
 
 
 class _Views(TorchDispatchMode):
@@ -83,12 +87,16 @@ class _Views(TorchDispatchMode):
             for d, size in enumerate(leaf.shape):
                 if size > 2:
                     self.axis_of_size.setdefault(size, (i, d))
+        self.operations = 0
         self.taken: Boxes = defaultdict(list)
         self.tokens: Boxes = defaultdict(list)  # those taken of integers, which no layer cuts
         self.integers = {x.untyped_storage()._cdata for x in leaves if not x.dtype.is_floating_point}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        if self.operations > _MOST:
+            raise _Enough
         for value in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(value, torch.Tensor):
                 self._note(value)
@@ -184,6 +192,7 @@ def probe(
                 return _with_partners(Axis(leaf, dim, length), {}, shapes)
     grown = [tuple(shape) for shape in shapes]
     first: Exception | None = None
+    operations = 0  # of the last attempt
     for attempt in range(7):
         views, failure = _attempt(fn, flat, positions, spec, grown)
         first = failure if attempt == 0 else first
@@ -196,8 +205,10 @@ def probe(
         if axes:
             return _with_partners(axes[0], {(a.leaf, a.dim): a for a in axes}, shapes)
         candidates = [(i, d) for i, shape in enumerate(grown) for d in (1, 0) if len(shape) > d]
-        if not candidates:
+        walks = attempt > 0 and views.operations > 3 * operations > 0  # more of them for more tokens
+        if not candidates or views.operations > _MOST or (walks and failure is None):
             break
+        operations = views.operations if failure is None else 0
         grown = _longer(grown, *candidates[0], 4)
     if first is not None:
         raise refusal(first) from first
@@ -243,7 +254,14 @@ def _attempt(
             old = flat[position]
             values[position] = torch.empty(shape, dtype=old.dtype, device=old.device)
             fakes.append(values[position])
-    views = _Views(fakes)
+    try:
+        views = _Views(fakes)
+    except NotImplementedError as error:  # tensors of `vmap` and `grad` have no storage
+        raise UnsupportedError(
+            "the first call is inside a transform of torch.func",
+            [str(error).splitlines()[0]],
+            "transform the model itself",
+        ) from error
     args, kwargs = pytree.tree_unflatten(values, spec)
     failure = None
     try:

@@ -428,6 +428,12 @@ def test_sequential_plan() -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
+        ({"backend": 5}, "backend must be"),
+        ({"cuda_graphs": 1}, "cuda_graphs must be"),
+        ({"segment_size": True}, "segment_size must be"),
+        ({"layers": 3}, "layers must be"),
+        ({"layers": ["layers"]}, "layers must be"),
+        ({"progress": "loud"}, "progress must be"),
         ({"plan": "fast"}, "plan must be"),
         ({"fallback": "eager"}, "fallback must be"),
         ({"cuda_graphs": "yes"}, "cuda_graphs must be"),

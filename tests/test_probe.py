@@ -121,6 +121,30 @@ def test_nothing_is_cut() -> None:
     assert "segment_size=" in lines[2]
 
 
+def test_a_forward_without_cuts_is_not_walked_ever_longer() -> None:
+    """Pieces of what is one token longer than the input are not seen."""
+    lengths = []
+
+    def prefixed(x: Tensor) -> Tensor:
+        lengths.append(x.shape[1])
+        x = torch.cat([x[:, :1] * 0, x], 1)
+        return torch.cat([piece.sin() for piece in x.split(3, 1)], 1)
+
+    with pytest.raises(PartitionError, match="does not cut"):
+        probe(prefixed, (torch.zeros(2, 20, 4),), {})
+    assert lengths == [20, 80, 320]
+
+
+def test_operations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(x: Tensor) -> Tensor:
+        while True:
+            x = x.sin()
+
+    monkeypatch.setattr("rmtcompile.probe._MOST", 100)
+    with pytest.raises(PartitionError, match="does not cut"):
+        probe(endless, (torch.zeros(2, 20, 4),), {})
+
+
 def test_no_tensor_at_all() -> None:
     with pytest.raises(PartitionError):
         probe(lambda: torch.zeros(1), (), {})
