@@ -36,7 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     run: Command = options.run
-    return _guarded(lambda: run(options), options.command, options.json)
+    try:
+        return _guarded(lambda: run(options), options.command, options.json)
+    except OSError as error:
+        out = getattr(options, "out", None)
+        if not out or not str(error.filename).startswith(str(out)):
+            raise
+        message = f"cannot write {error.filename}: {error.strerror}"
+        print(f"rmtcompile {options.command}: {message}", file=sys.stderr)
+        return USAGE
 
 
 def _guarded(run: Callable[[], int], command: str, as_json: bool = False) -> int:
