@@ -246,6 +246,7 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         result = fn(*call_args, **call_kwargs)
         outputs: list[torch.Tensor] = []
         result_leaves, result_spec = pytree.tree_flatten(result)
+        _refuse_objects(result_leaves)
         produced["result"] = (_refer(result_leaves, outputs), result_spec)
         produced["effects"] = list(_effects(snapshot, tracker.written, outputs))
         return outputs
@@ -320,6 +321,20 @@ def _fake(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
     fake = mode.from_tensor(value.detach(), static_shapes=True)
     return fake.requires_grad_(value.requires_grad) if value.requires_grad else fake
+
+
+def _refuse_objects(values: list[Any]) -> None:
+    """Refuse results that are objects with tensors inside: those would be the tensors of the capture."""
+    for value in values:
+        if not isinstance(value, torch.Tensor) and contains_tensor(value):
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise CaptureError(
+                "the result holds tensors inside an object",
+                [kind],
+                "return tensors in tuples, lists, dicts or a ModelOutput, or register the class: "
+                f"torch.export.register_dataclass({type(value).__name__}) for a dataclass, "
+                "torch.utils._pytree.register_pytree_node for others",
+            )
 
 
 def _refer(values: list[Any], outputs: list[torch.Tensor]) -> tuple[Any, ...]:

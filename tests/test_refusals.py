@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -384,3 +385,40 @@ def test_every_refusal_is_one_family() -> None:
     error = UnsupportedError("what", ["where"], "do this")
     assert str(error).splitlines() == ["what", "  where", "  help: do this"]
     assert (error.what, error.evidence, error.remedy) == ("what", ("where",), "do this")
+
+
+@dataclasses.dataclass
+class Answer:
+    """A result of the user's own."""
+
+    hidden: Tensor
+    first: Tensor
+
+
+class Answering(Toy):
+    def forward(self, x: Tensor) -> Any:
+        hidden = super().forward(x)
+        return {"hidden": hidden, "answer": Answer(hidden, hidden[:, 0])}
+
+
+class Registered(Answer):
+    """The same, known to torch."""
+
+
+@torch.no_grad()
+def test_objects_with_tensors_in_the_result() -> None:
+    lines = refusal(made(Answering), features(3), kind=CaptureError)
+    assert lines[0] == "the result holds tensors inside an object" and lines[1].endswith(".Answer")
+    assert "torch.export.register_dataclass(Answer)" in lines[-1]
+
+
+@torch.no_grad()
+def test_registered_dataclasses_are_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "Answer", Registered)
+    torch.export.register_dataclass(Registered)
+    model = made(Answering)
+    fast = rmtcompile.optimize(model)
+    for segments in (3, 5):
+        expected, got = model(features(segments))["answer"], fast(features(segments))["answer"]
+        assert isinstance(got, Registered)
+        assert_same((expected.hidden, expected.first), (got.hidden, got.first))
