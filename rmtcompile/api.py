@@ -126,6 +126,10 @@ def optimize(
     return Optimized(model, options, backend, cuda_graphs, fallback, verify, report)
 
 
+class _TooFewSegments(UnsupportedError):
+    """An input so short that the program does not cover it, and for which there is none of its own."""
+
+
 @dataclass(frozen=True)
 class _Call:
     """One call's segmentation, number of segments, and the key of the programs that may run it."""
@@ -190,6 +194,8 @@ class Optimized:
                 call = self._located(args, kwargs)
                 started = self._start(call, args, kwargs)
                 call, entry = self._entry(call, args, kwargs)  # the device is at work meanwhile
+            except _TooFewSegments as short:
+                return self._as_it_is(str(short), args, kwargs)
             except UnsupportedError as error:
                 if self._fallback != "sequential":
                     raise
@@ -250,6 +256,8 @@ class Optimized:
         """
         try:
             return call, self._entry_of(call, args, kwargs)
+        except _TooFewSegments:
+            raise
         except UnsupportedError:
             known = self._segmentations.pop(call_key(args, kwargs), call.segmentation)
             again = self._located(args, kwargs)
@@ -380,8 +388,17 @@ class Optimized:
 
     def _for_just(self, entry: Entry, call: _Call, args: Any, kwargs: Any) -> Entry:
         """The program for this number of segments alone."""
+        if call.count in entry.lengths.refused:
+            raise _TooFewSegments(entry.lengths.refused[call.count])
         if call.count not in entry.only:
-            entry.only[call.count] = self._made(call, args, kwargs, only=call.count)
+            try:
+                entry.only[call.count] = self._made(call, args, kwargs, only=call.count)
+            except UnsupportedError as error:
+                if entry.compiled.rolled.fixed is not None:
+                    raise
+                why = f"{call.count} segments are less than the rules are for. {error}"
+                entry.lengths.refused[call.count] = why
+                raise _TooFewSegments(why) from error
         if self._is_refuted(entry.only[call.count], call.count, args, kwargs):
             entry.only[call.count] = self._made(call, args, kwargs, only=call.count)
         return entry.only[call.count]

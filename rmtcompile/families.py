@@ -44,12 +44,14 @@ class Lengths:
     Attributes:
         checked: short lengths that are right.
         uncovered: short lengths that are not.
+        refused: why there is no program for some of these alone.
         checked_to: the longest input that was compared because it is longer than the captures.
         too_short: whether the captures were too short for longer inputs.
     """
 
     checked: set[int] = field(default_factory=set)
     uncovered: set[int] = field(default_factory=set)
+    refused: dict[int, str] = field(default_factory=dict)
     checked_to: int = 0
     too_short: bool = False
 

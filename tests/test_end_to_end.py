@@ -22,7 +22,7 @@ import torch
 import transformers
 from test_reroll import FirstDiffers
 from torch import Tensor, fx, nn
-from toys import SEGMENT, AttributeState, Toy, assert_equal_runs, assert_same, features, made
+from toys import SEGMENT, AttributeState, Layer, Toy, assert_equal_runs, assert_same, features, made
 from zoo.authors import authors_armt
 
 import rmtcompile
@@ -569,6 +569,42 @@ def test_running_out_of_memory_leaves_the_next_run_right(monkeypatch: pytest.Mon
 
 
 # --- torch.compile ------------------------------------------------------------------------------------------
+
+
+class OneMemory(nn.Module):
+    """Layers keep what they remember in parts of one tensor, which stays from call to call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.register_buffer("memory", torch.zeros(3, 2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = []
+        for h in x.split(3, 1):
+            for l, layer in enumerate(self.layers):
+                h, remembered = layer(h, self.memory[l])
+                self.memory[l].copy_(remembered)
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+@pytest.mark.filterwarnings("ignore::rmtcompile.SequentialScheduleWarning")
+@torch.no_grad()
+def test_a_short_input_without_a_program_runs_the_model() -> None:
+    """Two segments read as three do not, and have no rule of their own."""
+    model = made(OneMemory)
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    assert_same(model(features(5)), fast(features(5)))
+    for _ in range(2):
+        with pytest.warns(rmtcompile.FallbackWarning, match="2 segments are less than the rules are for"):
+            result = fast(features(2))
+        assert_same(model(features(2)), result)
+    with pytest.raises(UnsupportedError, match="2 segments are less"):
+        fast.prepare(features(2))
+    for segments in (1, 3, 9):
+        assert_same(model(features(segments)), fast(features(segments)))
+    assert_same(model.memory, fast.memory)
 
 
 class Prefix(nn.Module):
