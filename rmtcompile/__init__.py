@@ -14,21 +14,18 @@ if not (Path(__file__).parent / "passes").exists() and (_beside / "passes" / "__
         str(_beside)
     )  # a checkout that is not installed: `rmtcompile.passes` is the folder beside this one
 
-from rmtcompile.api import (  # noqa: E402
-    FallbackWarning,
-    Optimized,
-    RecaptureWarning,
-    SequentialScheduleWarning,
-    optimize,
-)
+from rmtcompile.api import Optimized, optimize  # noqa: E402
 from rmtcompile.errors import (  # noqa: E402
     CaptureError,
     DependenceError,
+    FallbackWarning,
     InternalError,
     LiftError,
     PartitionError,
+    RecaptureWarning,
     RerollError,
     RMTCompileError,
+    SequentialScheduleWarning,
     UnsupportedError,
     VerificationError,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import warnings
 from collections import OrderedDict
@@ -17,11 +16,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from rmtcompile.beyond import CHECKED, LONGER, first_segments, length_to_check, rounding
-from rmtcompile.errors import RerollError, RMTCompileError, UnsupportedError, VerificationError
+from rmtcompile.errors import (
+    FallbackWarning,
+    RecaptureWarning,
+    RerollError,
+    RMTCompileError,
+    SequentialScheduleWarning,
+    UnsupportedError,
+    VerificationError,
+)
 from rmtcompile.families import Entry, Families, is_current
 from rmtcompile.guard import call_key, program_key
 from rmtcompile.leaving import leave_effects, write_back
-from rmtcompile.options import Options
+from rmtcompile.options import Options, check_options
 from rmtcompile.passes.optimise import FOR_COMPILED_CELLS
 from rmtcompile.passes.wavefront import blocking
 from rmtcompile.pipeline import Compiled, compile_forward
@@ -36,19 +43,6 @@ from rmtcompile.verify import difference, first_difference, tensors_of
 
 if TYPE_CHECKING:
     from rmtcompile.report import Explanation, Profile
-
-
-class SequentialScheduleWarning(UserWarning):
-    """No two cells of the model can run together; it runs one cell after the other."""
-
-
-class FallbackWarning(UserWarning):
-    """The model could not be compiled and runs as it is."""
-
-
-class RecaptureWarning(UserWarning):
-    """The model has been captured anew several times, since what its forward reads changes from call to
-    call."""
 
 
 def optimize(
@@ -96,27 +90,7 @@ def optimize(
     Source: "Diagonal Batching Unlocks Parallelism in Recurrent Memory Transformers for Long Contexts", arXiv
     2506.05229.
     """
-    if plan not in ("auto", "diagonal", "sequential"):
-        raise ValueError(f"plan must be 'auto', 'diagonal' or 'sequential', not {plan!r}")
-    if fallback not in (None, "sequential"):
-        raise ValueError(f"fallback must be None or 'sequential', not {fallback!r}")
-    if not (isinstance(backend, str) or callable(backend)):
-        raise ValueError(f"backend must be a name or a callable of torch.compile, not {backend!r}")
-    if cuda_graphs != "auto" and not isinstance(cuda_graphs, bool):
-        raise ValueError(f"cuda_graphs must be 'auto', True or False, not {cuda_graphs!r}")
-    is_count = isinstance(segment_size, int) and not isinstance(segment_size, bool) and segment_size > 0
-    if segment_size is not None and not is_count:
-        raise ValueError(f"segment_size must be a positive number of tokens, not {segment_size!r}")
-    if layers is not None:
-        try:
-            re.compile(layers)
-        except (re.error, TypeError) as error:
-            message = f"layers must be a path or a regular expression, not {layers!r}: {error}"
-            raise ValueError(message) from None
-    if not isinstance(verify, bool):
-        raise ValueError(f"verify must be True or False, not {verify!r}")
-    if not isinstance(progress, bool) and not callable(progress):
-        raise ValueError(f"progress must be True, False or a callable, not {progress!r}")
+    check_options(segment_size, layers, plan, backend, cuda_graphs, fallback, verify, progress)
     if not callable(model):
         raise ValueError(f"model must be callable, not {type(model).__name__}")
     if isinstance(model, Optimized):

@@ -1,4 +1,4 @@
-"""Errors: what the compiler refuses, and what is a bug of its own.
+"""Errors: what the compiler refuses, and what is a bug of its own; and warnings.
 
 Two families under one base.  `UnsupportedError` means that the program is outside what the compiler handles;
 its message says what, where, the evidence, and what would help.  `InternalError` means that the compiler
@@ -59,3 +59,16 @@ class VerificationError(RMTCompileError):
 
 class InternalError(RMTCompileError):
     """A pass broke one of the compiler's own rules: a bug in rmtcompile, please report it."""
+
+
+class SequentialScheduleWarning(UserWarning):
+    """No two cells of the model can run together; it runs one cell after the other."""
+
+
+class FallbackWarning(UserWarning):
+    """The model, or an input too short for its rules, could not be compiled and runs as it is."""
+
+
+class RecaptureWarning(UserWarning):
+    """The model has been captured anew several times, since what its forward reads changes from call to
+    call."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -15,3 +17,41 @@ class Options:
     passes_off: frozenset[str] = frozenset()
     min_segments_captured: int = 2
     max_segments_captured: int = 6
+
+
+def check_options(
+    segment_size: Any,
+    layers: Any,
+    plan: Any,
+    backend: Any,
+    cuda_graphs: Any,
+    fallback: Any,
+    verify: Any,
+    progress: Any,
+) -> None:
+    """Check the arguments of `rmtcompile.optimize`.
+
+    Raises:
+        ValueError: an option has no such value.
+    """
+    if plan not in ("auto", "diagonal", "sequential"):
+        raise ValueError(f"plan must be 'auto', 'diagonal' or 'sequential', not {plan!r}")
+    if fallback not in (None, "sequential"):
+        raise ValueError(f"fallback must be None or 'sequential', not {fallback!r}")
+    if not (isinstance(backend, str) or callable(backend)):
+        raise ValueError(f"backend must be a name or a callable of torch.compile, not {backend!r}")
+    if cuda_graphs != "auto" and not isinstance(cuda_graphs, bool):
+        raise ValueError(f"cuda_graphs must be 'auto', True or False, not {cuda_graphs!r}")
+    is_count = isinstance(segment_size, int) and not isinstance(segment_size, bool) and segment_size > 0
+    if segment_size is not None and not is_count:
+        raise ValueError(f"segment_size must be a positive number of tokens, not {segment_size!r}")
+    if layers is not None:
+        try:
+            re.compile(layers)
+        except (re.error, TypeError) as error:
+            message = f"layers must be a path or a regular expression, not {layers!r}: {error}"
+            raise ValueError(message) from None
+    if not isinstance(verify, bool):
+        raise ValueError(f"verify must be True or False, not {verify!r}")
+    if not isinstance(progress, bool) and not callable(progress):
+        raise ValueError(f"progress must be True, False or a callable, not {progress!r}")
