@@ -5,7 +5,7 @@
                                            linear(x, up[1])     cell (0, 1)     each in every segment
                                            tanh                 cell (0, 1)
 
-A *site* is an operand of an operation at one line of the user's code.  A site that is used with several
+A *site* is an operand of an operation at one place of the user's code.  A site that is used with several
 weights in turn, each of them equally often a segment, lies in the body of the loop over layers, and the
 weight says which layer it is.  Weights are parameters, tensors in lists, arguments, or what is computed from
 such alone (`w[l]` of a stacked tensor, `w[l].T`).  Between the first and the last of a cell's sites all
@@ -128,12 +128,15 @@ def _fixed(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _sites(varying: list[fx.Node], fixed: set[fx.Node]) -> dict[Any, list[tuple[fx.Node, fx.Node]]]:
-    """For each operand of each line, the (operation, weight) pairs in order."""
+    """For each operand at each place, the (operation, weight) pairs in order. A place is an instruction, and
+    also an instruction with the one that called its function, for functions that a layer calls several times.
+    """
     sites: dict[Any, list[tuple[fx.Node, fx.Node]]] = defaultdict(list)
     for node in varying:
         for i, operand in enumerate(node.all_input_nodes):
             if operand in fixed or operand.op == "placeholder":
-                sites[node.target, node.meta.get("source"), i].append((node, operand))
+                for depth in (1, 2):
+                    sites[node.target, node.meta.get("site", ())[:depth], i].append((node, operand))
     return sites
 
 
@@ -259,4 +262,4 @@ def _common(sequences: list[list[fx.Node]]) -> int:
 
 def _token(node: fx.Node) -> Any:
     val = node.meta.get("val")
-    return (node.target, node.meta.get("source"), str(getattr(val, "shape", None)))
+    return (node.target, node.meta.get("site", ())[:1], str(getattr(val, "shape", None)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,12 +28,17 @@ def _short(name: str) -> str:
 
 def user_source(frame: Any) -> str:
     """`file.py:123` of the innermost frame outside torch and outside this package."""
+    return next((source for source, _ in user_places(frame)), "?")
+
+
+def user_places(frame: Any) -> Iterator[tuple[str, int]]:
+    """`file.py:123` and the instruction (one line may call several things) of each frame outside torch and
+    outside this package, from the innermost on."""
     while frame is not None:
         name = frame.f_code.co_filename
         if not _is_ours(name):
-            return f"{_short(name)}:{frame.f_lineno}"
+            yield f"{_short(name)}:{frame.f_lineno}", frame.f_lasti
         frame = frame.f_back
-    return "?"
 
 
 def raised_at(error: BaseException) -> str:

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
-from rmtcompile.blame import refusal, user_source
+from rmtcompile.blame import refusal, user_places
 from rmtcompile.errors import CaptureError
 from rmtcompile.guard import ReadTracker
 from rmtcompile.state import DELETED, Change, Contents, Held, Path, Snapshot, contains_tensor, roots_of
@@ -198,7 +199,7 @@ class _Recorder:
                 hook.remove()
 
     def label_nodes(self) -> None:
-        """Make the running tracer note the scope and the user's source line on each node it creates."""
+        """Make the running tracer note the scope and the place in the user's code on each node it creates."""
         mode = proxy_tensor.get_proxy_mode()
         assert mode is not None
         tracer = mode.tracer
@@ -207,7 +208,8 @@ class _Recorder:
         def create_node(*args: Any, **kwargs: Any) -> fx.Node:
             node = create(*args, **kwargs)
             node.meta["scope"] = tuple(self.stack)
-            node.meta["source"] = user_source(sys._getframe(1))
+            node.meta["site"] = places = tuple(islice(user_places(sys._getframe(1)), 2))
+            node.meta["source"] = places[0][0] if places else "?"
             return node
 
         tracer.create_node = create_node  # type: ignore[method-assign]

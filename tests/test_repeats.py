@@ -1,4 +1,4 @@
-"""passes/repeats.py: layers that no module shows, found by the weights that one line of code is used with."""
+"""passes/repeats.py: layers that no module shows, found by the weights that one place of the code sees."""
 
 from __future__ import annotations
 
@@ -129,6 +129,44 @@ class Heads(nn.Module):
         return torch.cat(out, 1)
 
 
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    return x @ w.T
+
+
+class OneLine(nn.Module):
+    """Three products a layer on one line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"gate": (6, WIDTH), "up": (6, WIDTH), "down": (WIDTH, 6)}
+        self.layers = nn.ModuleList(
+            nn.ParameterDict({name: nn.Parameter(torch.randn(size)) for name, size in sizes.items()})
+            for _ in range(N_LAYERS)
+        )
+
+    def mlp(self, h: Tensor, w: Any) -> Tensor:
+        return (F.silu(h @ w["gate"].T) * (h @ w["up"].T)) @ w["down"].T
+
+    def forward(self, x: Tensor) -> Tensor:
+        states: list[Tensor | None] = [None] * N_LAYERS
+        out = []
+        for h in x.split(SEGMENT, 1):
+            for l, own in enumerate(self.layers):
+                if (state := states[l]) is not None:
+                    h = h + 0.5 * state
+                h = h + self.mlp(h, own)
+                states[l] = torch.tanh(h)
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+class Helper(OneLine):
+    """The same by a function, which is one line of code for all of them."""
+
+    def mlp(self, h: Tensor, w: Any) -> Tensor:
+        return linear(F.silu(linear(h, w["gate"])) * linear(h, w["up"]), w["down"])
+
+
 class TwoKinds(nn.Module):
     """Every other layer is of another kind."""
 
@@ -143,7 +181,8 @@ class TwoKinds(nn.Module):
         for h in x.split(SEGMENT, 1):
             for l in range(4):
                 h = h + states[l][:, None]
-                h = torch.tanh(h @ self.a[l // 2]) if l % 2 else h + torch.sigmoid(h @ self.b[l // 2])
+                y = h @ (self.a if l % 2 else self.b)[l // 2]
+                h = torch.tanh(y) if l % 2 else h + torch.sigmoid(y)
                 states[l] = h.mean(1)
             out.append(h)
         return torch.cat(out, 1)
@@ -155,6 +194,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "iterated": Iterated,
     "layer_major": LayerMajor,
     "heads": Heads,
+    "one_line": OneLine,
+    "helper": Helper,
 }
 
 

@@ -201,6 +201,24 @@ def test_an_edge_of_one_segment_may_be_special() -> None:
     assert len(early) == 1 and 2 in early[0]
 
 
+class LastDiffers(Kept):
+    """All segments read the states of the layer above but for the last, which reads its own layer's."""
+
+    def enter(self, h: Tensor, s: int, count: int) -> Tensor:
+        self.last = count - 1
+        return h
+
+    def source(self, s: int, l: int) -> tuple[int, int]:
+        return s - 1, l if s == self.last else min(l + 1, 2)
+
+
+@pytest.mark.parametrize("segments", [4, 5])
+def test_an_edge_that_is_special_in_one_capture_alone_is_no_rule(segments: int) -> None:
+    """The last segment of the smaller capture is not the last of the larger one."""
+    with pytest.raises(RerollError, match="reads from another place with one more segment"):
+        rules(LastDiffers, segments)
+
+
 @pytest.mark.parametrize("segments", [pytest.param(2, marks=WEAK), 3])
 def test_two_points_are_no_line(segments: int) -> None:
     with pytest.raises(RerollError):

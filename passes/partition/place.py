@@ -100,7 +100,7 @@ def _for_results(
 
 def _site(node: fx.Node) -> object:
     """The place in the user's code that made a node."""
-    return (node.target, node.meta.get("source"), len(node.meta.get("scope", ())))
+    return (node.target, node.meta.get("site", ())[:1], len(node.meta.get("scope", ())))
 
 
 def _between(

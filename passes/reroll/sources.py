@@ -79,6 +79,12 @@ def live_in_of(key: Key, j: int, members: list[tuple[Unrolled, int]], classes: d
                 [str(early[s]), str(found)],
             )
     regular = {s for _, s, found in seen if _agrees(rule, s, found)}
+    if both := regular & early.keys():
+        s = min(both)
+        raise RerollError(
+            f"segment {s} of {region_name(key)} reads from another place with one more segment",
+            [f"segment {s} of {unrolled.count}: {found}" for unrolled, t, found in seen if t == s],
+        )
     if early and (max(early) >= last_segment or len(regular) < 2):
         raise RerollError(
             f"a value that {region_name(key)} reads comes from another place in each segment",
