@@ -1,26 +1,22 @@
-"""passes/accumulate.py: products write over what they are added to, where nobody reads it any more."""
+"""passes/inductor/accumulate.py: products write over what they are added to, where nobody reads it later."""
 
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
-from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
+from inductor_graphs import all_but, count, graph_of, needs_compiler, run_on_cpu
+from torch import Tensor, nn
 from toys import assert_equal_runs, features, made
 
 import rmtcompile
-from rmtcompile.options import Options
-from rmtcompile.passes.accumulate import Accumulate
-from rmtcompile.runtime.engine import Engine
-from rmtcompile.runtime.execute import Executor
+from rmtcompile.passes.inductor import Passes
+from rmtcompile.passes.inductor.accumulate import accumulate
 
+OPTIONS = {"post_grad_custom_post_pass": Passes(all_but("accumulate"))}
 ADD = torch.ops.rmtcompile.accumulate.default
 STORE = torch.ops.rmtcompile.store.default
 N, ROWS, D = 3, 5, 4
@@ -131,26 +127,12 @@ LEAVES_ALONE = [
 ]
 
 
-def graph_of(function: Callable[..., Any], args: list[Tensor]) -> fx.GraphModule:
-    """As Inductor has it: functional, then `copy_` into what is written."""
-    module = make_fx(functionalize(function, remove="mutations"), tracing_mode="fake")(*args)
-    for node in module.graph.nodes:
-        if node.target is torch.ops.aten.copy.default:
-            node.replace_all_uses_with(node.args[1])
-    module.graph.eliminate_dead_code()
-    return module
-
-
-def count(graph: fx.Graph, target: Any) -> int:
-    return sum(node.target is target for node in graph.nodes)
-
-
 @pytest.mark.parametrize("name", FIRES)
 def test_fires(name: str) -> None:
     function, sums, stores = FIRES[name]
     args = [rand(N, ROWS, D), rand(N, D, D), rand(N, D, D), rand(N, ROWS, D)]
     module = graph_of(function, args)
-    Accumulate()(module.graph)
+    accumulate(module.graph)
     module.graph.lint()
     module.recompile()
     assert (count(module.graph, ADD), count(module.graph, STORE)) == (sums, stores)
@@ -164,7 +146,7 @@ def test_leaves_alone(function: Callable[..., Any]) -> None:
     args = [rand(N, ROWS, D), rand(N, D, D)]
     module = graph_of(function, args)
     before = str(module.graph)
-    Accumulate()(module.graph)
+    accumulate(module.graph)
     assert str(module.graph) == before
 
 
@@ -177,7 +159,7 @@ def test_a_place_that_is_read_is_not_written_early() -> None:
 
     args = [rand(N, ROWS, D), rand(N, D, D), rand(N, ROWS, D)]
     module = graph_of(swap, args)
-    Accumulate()(module.graph)
+    accumulate(module.graph)
     module.recompile()
     assert (count(module.graph, ADD), count(module.graph, STORE)) == (1, 0)
     mine, theirs = [[x.clone() for x in args] for _ in range(2)]
@@ -192,23 +174,16 @@ def test_totals_that_are_made_of_each_other() -> None:
 
     args = [rand(N, ROWS, D), rand(N, D, D)]
     module = graph_of(nested, args)
-    Accumulate()(module.graph)
+    accumulate(module.graph)
     module.recompile()
     assert count(module.graph, ADD) == 2
     torch.testing.assert_close(module(*args), nested(*args))
 
 
-needs_compiler = pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"
-)
-
-
 @needs_compiler
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_by_inductor(dynamic: bool) -> None:
-    compiled = torch.compile(
-        layer, dynamic=dynamic, fullgraph=True, options={"post_grad_custom_post_pass": Accumulate()}
-    )
+    compiled = torch.compile(layer, dynamic=dynamic, fullgraph=True, options=OPTIONS)
     for n in (N, N + 1):
         args = [rand(n, ROWS, D), rand(n, D, D), rand(n, D, D), torch.zeros(n, ROWS, D, dtype=torch.float64)]
         mine, theirs = [[x.clone() for x in args] for _ in range(2)]
@@ -222,7 +197,7 @@ def test_gradients_of_a_compiled_function() -> None:
         residual = residual + torch.bmm(norm(residual), up)
         return residual + torch.bmm(residual.sin(), up)
 
-    compiled = torch.compile(function, fullgraph=True, options={"post_grad_custom_post_pass": Accumulate()})
+    compiled = torch.compile(function, fullgraph=True, options=OPTIONS)
     args = [rand(N, ROWS, D).requires_grad_(), rand(N, D, D).requires_grad_()]
     mine = torch.autograd.grad(compiled(*args).sin().sum(), args)
     torch.testing.assert_close(mine, torch.autograd.grad(function(*args).sin().sum(), args))
@@ -256,39 +231,8 @@ class Residual(nn.Module):
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    def engine(executor: Executor, backend: Any, keeps_buffers: bool) -> Engine:
-        return Engine(executor.program, backend, keeps_buffers, accumulates=True)  # else on CUDA alone
-
-    added: list[int] = []
-    run = Accumulate.__call__
-
-    def counted(self: Accumulate, graph: fx.Graph) -> None:
-        run(self, graph)
-        added.append(count(graph, ADD))
-
-    monkeypatch.setattr(Executor, "new_engine", engine)
-    monkeypatch.setattr(Accumulate, "__call__", counted)
-    monkeypatch.setattr(Accumulate, "uuid", lambda self: None)  # nothing compiled from the cache
+    added = run_on_cpu(monkeypatch, "accumulate", ADD)
     model = made(Residual)
     fast = rmtcompile.optimize(copy.deepcopy(model), backend="inductor")
     assert_equal_runs(model, fast, [features(1), features(4), features(2), features(7)])
     assert max(added) == 2
-
-
-def test_a_pass_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast = rmtcompile.optimize(made(Residual))
-    fast(features(3))
-    engine = Engine(fast._last[0].executor.program, "inductor", False, accumulates=True)
-    assert isinstance(engine._options(0)["post_grad_custom_post_pass"], Accumulate)
-    monkeypatch.setattr("torch._inductor.config.post_grad_custom_post_pass", lambda graph: None)
-    assert engine._options(0) is None
-
-
-def test_switched_off() -> None:
-    for off in (frozenset[str](), frozenset({"accumulate"})):
-        fast = rmtcompile.optimize(made(Residual))
-        fast._options = replace(Options(), passes_off=off)
-        fast(features(3))
-        executor = fast._last[0].executor
-        executor.device = torch.device("cuda")
-        assert executor.new_engine("inductor", keeps_buffers=False).accumulates == (not off)

@@ -30,8 +30,7 @@ class Engine:
         program: whose cells are run.
         backend: "eager", or a `torch.compile` backend.
         keeps_buffers: whether all runs use one set of lane buffers, whose addresses stay.
-        accumulates: whether products of cells compiled by Inductor add to what they are added to, see
-            `passes/accumulate.py`.
+        passes_off: those of `passes/inductor` that Inductor does not run on graphs of cells; None for all.
     """
 
     MAX_FIXED_WIDTHS = 2
@@ -41,11 +40,11 @@ class Engine:
         program: Program,
         backend: str | Callable[..., Any],
         keeps_buffers: bool,
-        accumulates: bool = False,
+        passes_off: frozenset[str] | None = None,
     ) -> None:
         self.program = program
         self.backend = backend
-        self.accumulates = accumulates and backend == "inductor"
+        self.passes_off = passes_off if backend == "inductor" else None
         self.device = next((lane.device for lane in program.lanes), torch.device("cpu"))
         self.is_sequential = program.alpha >= program.n_layers
         widths = [len(group.layers) for group in program.groups]
@@ -198,8 +197,8 @@ class Engine:
     def _options(self, size: int) -> dict[str, Any] | None:
         """Settings of Inductor for a form of `size` cells."""
         options: dict[str, Any] = {}
-        if self.accumulates and (accumulate := _accumulate()) is not None:
-            options["post_grad_custom_post_pass"] = accumulate
+        if self.passes_off is not None and (passes := _passes(self.passes_off)) is not None:
+            options["post_grad_custom_post_pass"] = passes
         if self._exceeds_cache(size):
             options["realize_reads_threshold"] = 3
         return options or None
@@ -226,18 +225,18 @@ class Engine:
         )
 
 
-def _accumulate() -> Any:
-    """The pass of `passes/accumulate.py`; None where the user has given Inductor another one in its place,
-    or where this torch lacks the parts of Inductor that it needs."""
+def _passes(switched_off: frozenset[str]) -> Any:
+    """The passes of `passes/inductor`; None where the user has given Inductor a pass in their place, or where
+    this torch lacks the parts of Inductor that they need."""
     import torch._inductor.config as inductor
 
     if inductor.post_grad_custom_post_pass is not None:
         return None
     try:
-        from rmtcompile.passes.accumulate import Accumulate
+        from rmtcompile.passes.inductor import Passes
     except ImportError:
         return None
-    return Accumulate()
+    return Passes(switched_off)
 
 
 def _marked(form: Callable[..., Any], marks: Marks) -> Callable[..., Any]:

@@ -95,8 +95,8 @@ class Executor:
 
     def new_engine(self, backend: str | Callable[..., Any], keeps_buffers: bool) -> Engine:
         """An engine for the program; for the arguments see `Engine`."""
-        accumulates = self.device.type == "cuda" and "accumulate" not in self.compiled.passes_off
-        return Engine(self.program, backend, keeps_buffers, accumulates)
+        passes_off = self.compiled.passes_off if self.device.type == "cuda" else None
+        return Engine(self.program, backend, keeps_buffers, passes_off)
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:

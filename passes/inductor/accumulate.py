@@ -7,8 +7,6 @@ and y once more and writes z.  `baddbmm` alone copies x first, which costs what 
 the same graph and ends with the sum, so the product writes over it.  A sum that goes to a lane lies there
 from the start.
 
-This is a pass of Inductor's, on its graph of a compiled cell, since only there is it settled what is stored.
-
 Requires: an Inductor graph after its own passes: functional but for `copy_` into inputs at the end.
 Ensures: same outputs up to rounding; products are no longer rounded before they are added.
 """
@@ -20,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.lowering import mutate_to, register_lowering
 
 aten = torch.ops.aten
@@ -58,28 +55,23 @@ def _store_lowered(place: Any, value: Any) -> None:
     mutate_to(place, value, unsafe_alias=True)
 
 
-class Accumulate(CustomGraphPass):
-    """The pass, to be given to `torch.compile` as the option `post_grad_custom_post_pass`."""
-
-    def __call__(self, graph: fx.Graph) -> None:
-        order = {node: i for i, node in enumerate(graph.nodes)}
-        firsts: dict[fx.Node, fx.Node] = {}  # total -> the first product that is added to it
-        for node in list(graph.nodes):
-            if node.target is not aten.add.Tensor or node.kwargs:
-                continue
-            for total, product in _pairs(node):
-                if _may_be_written(total, node, product, order):
-                    added = _add_in_place(graph, node, total, product)
-                    order[added] = order[node]
-                    firsts.setdefault(total, added)
-                    break
-        for total, added in firsts.items():
-            if total.target not in _PRODUCTS:
-                _set_apart(graph, total, added, order)
-        graph.eliminate_dead_code()
-
-    def uuid(self) -> Any:
-        return get_hash_for_files((__file__,))
+def accumulate(graph: fx.Graph) -> None:
+    """The pass; changes the graph."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    firsts: dict[fx.Node, fx.Node] = {}  # total -> the first product that is added to it
+    for node in list(graph.nodes):
+        if node.target is not aten.add.Tensor or node.kwargs:
+            continue
+        for total, product in _pairs(node):
+            if _may_be_written(total, node, product, order):
+                added = _add_in_place(graph, node, total, product)
+                order[added] = order[node]
+                firsts.setdefault(total, added)
+                break
+    for total, added in firsts.items():
+        if total.target not in _PRODUCTS:
+            _set_apart(graph, total, added, order)
+    graph.eliminate_dead_code()
 
 
 def _pairs(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -167,4 +159,4 @@ def _are_alike(a: fx.Node, b: fx.Node) -> bool:
     return (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
 
 
-__all__ = ["Accumulate"]
+__all__ = ["accumulate"]

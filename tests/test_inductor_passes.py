@@ -1,0 +1,50 @@
+"""passes/inductor: which passes Inductor runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._inductor import config
+from toys import Toy, features, made
+
+import rmtcompile
+from rmtcompile.options import Options
+from rmtcompile.passes.inductor import PASSES, Passes
+from rmtcompile.runtime.engine import Engine
+from rmtcompile.runtime.execute import Executor
+
+
+def executor(off: frozenset[str] = frozenset()) -> Executor:
+    fast = rmtcompile.optimize(made(Toy))
+    fast._options = replace(Options(), passes_off=off)
+    fast(features(3))
+    return fast._last[0].executor
+
+
+def names(engine: Engine) -> tuple[str, ...]:
+    options = engine._options(0) or {}
+    return options["post_grad_custom_post_pass"].names if options else ()
+
+
+def test_a_pass_of_the_user_stays() -> None:
+    engine = Engine(executor().program, "inductor", False, frozenset())
+    assert names(engine) == tuple(PASSES)
+    with config.patch(post_grad_custom_post_pass=lambda graph: None):
+        assert names(engine) == ()
+
+
+@pytest.mark.parametrize("off", [(), ("accumulate",), ("gated",), ("accumulate", "gated")])
+def test_switched_off(off: tuple[str, ...]) -> None:
+    run = executor(frozenset(off))
+    assert names(run.new_engine("inductor", keeps_buffers=False)) == ()  # on CPU
+    run.device = torch.device("cuda")
+    assert names(run.new_engine("eager", keeps_buffers=False)) == ()
+    left = tuple(name for name in PASSES if name not in off)
+    assert names(run.new_engine("inductor", keeps_buffers=False)) == left
+
+
+def test_compiled_code_of_other_passes_is_not_taken_from_the_cache() -> None:
+    assert Passes().uuid() == Passes(frozenset()).uuid()
+    assert Passes().uuid() != Passes(frozenset({"gated"})).uuid()
