@@ -405,9 +405,9 @@ class Optimized:
                     )
             entry.lengths.too_short = True
             entry.longer = self._made(call, args, kwargs, fewest=proved)
-            same = entry.longer.compiled.emitted.source == entry.compiled.emitted.source
+            same = entry.longer.compiled.rolled.is_like(entry.compiled.rolled)
             entry = entry.longer
-            if same and rounding(entry.compiled):  # longer captures give the same code: it was rounding
+            if same and rounding(entry.compiled):  # longer captures give the same rules: it was rounding
                 entry.lengths.checked_to = length
                 break
             length = max(length, length_to_check(entry.compiled, call.count, 0) or 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import linecache
 import os
 import sys
@@ -18,6 +19,7 @@ _HERE = os.path.dirname(__file__) + os.sep
 _MODELS = os.path.join(_HERE, "models") + os.sep  # user's models as far as the compiler goes
 
 
+@functools.cache
 def _is_ours(name: str) -> bool:
     return name.startswith((_TORCH, _HERE, "<")) and not name.startswith(_MODELS)
 

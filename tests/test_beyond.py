@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -135,11 +136,21 @@ def test_rounding_is_no_difference() -> None:
     assert fast.captures == 1
 
 
+class LastSegment(Toy):
+    """Something happens to the last segment alone, wherever that is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(super().forward(x)[:, -SEGMENT:])
+
+
+@pytest.mark.parametrize("build", [Toy, LastSegment])
 @torch.no_grad()
-def test_longer_captures_settle_what_may_be_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results in 16 bits that differ altogether: captured once more, and that gives the same code."""
+def test_longer_captures_settle_what_may_be_rounding(
+    build: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results in 16 bits that differ altogether: captured once more, and that gives the same rules."""
     monkeypatch.setattr(rmtcompile.Optimized, "_difference", lambda *_, **__: "the result differs")
-    fast = rmtcompile.optimize(made(Toy, torch.bfloat16))
+    fast = rmtcompile.optimize(made(build, torch.bfloat16))
     for _ in range(2):
         fast(features(9, dtype=torch.bfloat16))
     assert fast.captures == 2

@@ -100,6 +100,19 @@ class Rolled:
     fixed: int | None = None
     proved_on: tuple[int, ...] = field(default=())
 
+    def is_like(self, other: Rolled) -> bool:
+        """Whether two captures gave the same rules: the same operations, sources and integers throughout."""
+
+        def said(rolled: Rolled) -> Any:
+            return {
+                key: {number: (rule.body.key, rule.sources, rule.ints) for number, rule in by_class.items()}
+                for key, by_class in rolled.rules.items()
+            }
+
+        return (
+            self.classes == other.classes and self.outputs == other.outputs and said(self) == said(other)
+        )
+
     def rule(self, kind: str, layer: int, segment: int, count: int) -> ClassRule:
         key = (kind, layer)
         return self.rules[key][self.classes[key].of(segment, count)]
