@@ -496,6 +496,7 @@ def test_profiling_leaves_buffers_as_they_were() -> None:
         ("aten::tanh", "pointwise"),
         ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTT", "matrix products"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
+        ("gated_product_kernel", "matrix products"),
         ("triton_poi_fused_silu_mul_3", "pointwise"),
     ],
 )

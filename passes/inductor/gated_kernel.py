@@ -94,7 +94,7 @@ def _tile(i, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _gated(
+def gated_product_kernel(
     a,
     b,
     out,
@@ -162,7 +162,7 @@ def gated_product(a: torch.Tensor, b: torch.Tensor, gate: str, config: Config) -
     tiles = cells * triton.cdiv(rows, TILE) * triton.cdiv(half, TILE)
     blocks = min(tiles, torch.cuda.get_device_properties(a.device).multi_processor_count)
     with torch.cuda.device(a.device):
-        _gated[(blocks,)](
+        gated_product_kernel[(blocks,)](
             *operands, cells, rows, half, inner, _compiled(gate), blocks, TILE, DEPTH, config.specialised,
             num_stages=config.stages, num_warps=8,
         )  # fmt: skip

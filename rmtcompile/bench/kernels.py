@@ -20,7 +20,7 @@ from rmtcompile.bench.measure import in_turn
 KINDS = {
     "compiled": r"^triton_",
     "attention": r"flash|fmha|sdpa|attention",
-    "product": r"gemm|nvjet|cutlass|cublas|xmma|gemv|::(add|b|badd)?mm$|aten::(linear|matmul)",
+    "product": r"^gated_product|gemm|nvjet|cutlass|cublas|xmma|gemv|::(add|b|badd)?mm$|aten::(linear|matmul)",
     "copy": r"memcpy|memset|copy",
 }
 """Kinds of kernels, by the first expression that is found in the name."""
