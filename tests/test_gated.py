@@ -197,6 +197,24 @@ def test_what_follows_is_left_out_where_it_is_not_known() -> None:
     torch.testing.assert_close(module(*args), infinite(*args))
 
 
+def test_operands_are_read_where_the_product_was() -> None:
+    """Another pass may write over an operand between the product and what is made of it."""
+
+    def function(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        total = x.exp()
+        g, u = torch.bmm(total, w).split(D, -1)
+        summed = total + torch.bmm(x, w[..., :D])
+        return F.silu(g) * u, summed
+
+    args = [rand(N, ROWS, D), rand(N, D, 2 * D)]
+    module = decomposed(function, args)
+    Passes()(module.graph)
+    module.graph.lint()
+    module.recompile()
+    assert count(module.graph, GATED) == count(module.graph, torch.ops.rmtcompile.accumulate.default) == 1
+    torch.testing.assert_close(module(*args), function(*args))
+
+
 def decomposed(function: Callable[..., Any], args: list[Tensor]) -> fx.GraphModule:
     """As Inductor has it."""
     from torch._inductor.decomposition import select_decomp_table

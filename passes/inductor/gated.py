@@ -75,10 +75,11 @@ def gated(graph: fx.Graph) -> None:
             continue
         if (config := choose(node, gate.text)) is None:
             continue
-        with graph.inserting_before(gate.result):
+        with graph.inserting_before(node):  # later on its operands may have been written over
             result = _call(
                 graph, torch.ops.rmtcompile.gated_product.default, *node.args, gate.text, *config
             )
+        with graph.inserting_before(gate.result):
             for view in gate.views:
                 result = _call(graph, view.target, result, _halved(view.args[1]))  # type: ignore[arg-type]
         gate.result.replace_all_uses_with(result)

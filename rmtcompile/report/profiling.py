@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 _KINDS = (
     ("attention", ("attention", "flash", "fmha", "sdpa")),
-    ("matrix products", ("mm", "matmul", "linear", "einsum", "gemm", "dot", "cutlass", "nvjet", "conv", "gated_product")),
+    ("matrix products", (
+        "mm", "matmul", "linear", "einsum", "gemm", "dot", "cutlass", "nvjet", "conv", "gated_product",
+    )),
     ("norms and reductions", ("mean", "sum", "norm", "softmax", "var", "max", "min", "cumsum", "any", "all")),
     ("data movement", (
         "copy", "cat", "stack", "clone", "contiguous", "index", "gather", "roll", "embedding", "fill", "zero",
