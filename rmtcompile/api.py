@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections import OrderedDict
@@ -15,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from rmtcompile.beyond import CHECKED, LONGER, first_segments, length_to_check, rounding
+from rmtcompile.beyond import CHECKED, LONGER, first_segments, length_to_check, rounding, unexplained
 from rmtcompile.errors import (
     FallbackWarning,
     RecaptureWarning,
@@ -386,12 +387,12 @@ class Optimized:
         length = length_to_check(entry.compiled, call.count, entry.lengths.checked_to)
         while length is not None:
             proved = entry.compiled.rolled.proved_on[-1]
+            part = first_segments(args, kwargs, entry.segmentation, length)
             if not entry.lengths.too_short:
-                part = first_segments(args, kwargs, entry.segmentation, length)
                 with entry.executor.uncompiled(), torch.no_grad():
                     found = self._difference(entry, length, *part, tolerance=rounding(entry.compiled))
                 settled = proved >= longest or length <= proved
-                if found is None or (settled and rounding(entry.compiled)):
+                if found is None or (settled and self._is_rounding(entry, length, part)):
                     entry.lengths.checked_to = length
                     break
                 if length <= proved:
@@ -407,11 +408,19 @@ class Optimized:
             entry.longer = self._made(call, args, kwargs, fewest=proved)
             same = entry.longer.compiled.rolled.is_like(entry.compiled.rolled)
             entry = entry.longer
-            if same and rounding(entry.compiled):  # longer captures give the same rules: it was rounding
+            if same and self._is_rounding(entry, length, part):
                 entry.lengths.checked_to = length
                 break
             length = max(length, length_to_check(entry.compiled, call.count, 0) or 0)
         return entry
+
+    def _is_rounding(self, entry: Entry, length: int, part: tuple[Any, Any]) -> bool:
+        """Whether a difference that the rules of longer captures do not explain is small enough."""
+        limit = unexplained(entry.compiled)
+        if limit in (0.0, math.inf):
+            return limit > 0
+        with entry.executor.uncompiled(), torch.no_grad():
+            return self._difference(entry, length, *part, tolerance=limit) is None
 
     def _run(
         self, entry: Entry, count: int, args: Any, kwargs: Any, recording: Recording | None = None

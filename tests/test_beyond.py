@@ -16,6 +16,7 @@ import rmtcompile
 from rmtcompile.beyond import CHECKED, first_segments
 from rmtcompile.errors import RerollError
 from rmtcompile.probe import probe
+from rmtcompile.verify import TOLERANCE
 
 
 @pytest.mark.parametrize(("back", "up"), [(3, 0), (3, 2)])
@@ -154,6 +155,26 @@ def test_longer_captures_settle_what_may_be_rounding(
     for _ in range(2):
         fast(features(9, dtype=torch.bfloat16))
     assert fast.captures == 2
+
+
+@torch.no_grad()
+def test_slight_differences_in_float32_are_settled_by_longer_captures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Deep recurrences amplify rounding beyond what one operation may round."""
+    monkeypatch.setitem(TOLERANCE, torch.float32, 0.0)
+    fast = rmtcompile.optimize(made(Toy, torch.float32))
+    fast(features(9, dtype=torch.float32))
+    assert fast.captures == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@torch.no_grad()
+def test_other_differences_are_not(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rmtcompile.Optimized, "_difference", lambda *_, **__: "the result differs")
+    fast = rmtcompile.optimize(made(Toy, dtype))
+    with pytest.raises(RerollError, match=r"does not hold for 9\n.*the result differs"):
+        fast(features(9, dtype=dtype))
 
 
 class FirstSegment(nn.Module):
