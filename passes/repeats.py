@@ -1,6 +1,6 @@
 """Repeats: find the layers in the graph itself, where the calls of modules do not show them.
 
-    for l in range(2):                     linear(x, up[0])     cell (0, 0)     one line of code, used with
+    for l in range(2):                     linear(x, up[0])     cell (0, 0)     one place, used with
         x = x + f(linear(x, up[l]))   ->   tanh                 cell (0, 0)     the weights up[0], up[1], once
                                            linear(x, up[1])     cell (0, 1)     each in every segment
                                            tanh                 cell (0, 1)
@@ -97,7 +97,7 @@ def _operations(graph: fx.Graph) -> int:
 
 
 def find_repeats(graph: fx.Graph, n_segments: int) -> Layers | None:
-    """Layers by the weights that one line of code is used with; None where no line is used with several."""
+    """Layers by the weights that one line of code is used with; None where no place is used with several."""
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     fixed = _fixed(graph)
     varying = [node for node in nodes if node not in fixed and "scopes" not in node.meta]

@@ -106,6 +106,7 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
         zoo("Transformer-XL-like carry", "transformer_xl"),
         zoo("No carry at all", "no_carry", more=("test_rows.py::test_equal_block_by_block", "test_memory_does_not_grow_with_the_number_of_blocks")),
         zoo("Layers that are plain functions, no module", "plain_function", more=("test_repeats.py::test_equal_on_diagonals", "test_two_kinds_of_layers")),
+        model("Several products of a layer on one line, or through one function", "test_repeats.py::test_equal_on_diagonals[one_line]", "test_equal_on_diagonals[helper]"),
         zoo("Classic RMT: the top layer feeds the next segment's bottom layer", "classic_rmt", more=("test_no_parallelism_is_said",)),
         model("Random layers, offsets and kinds", "test_random_models.py::test_equal_or_refused", "test_chosen_models", "test_random_glue.py::test_equal_or_refused", offsets="(1,0) (1,1) (1,-1) (2,0) (2,1) (0,2) ...", levels="the skew of the offsets"),
     ]  # fmt: skip

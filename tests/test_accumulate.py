@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from inductor_graphs import all_but, count, graph_of, needs_compiler, run_on_cpu
-from torch import Tensor, nn
+from inductor_graphs import Recurrent, all_but, count, counted, graph_of, needs_compiler, run_on_cpu
+from torch import Tensor
 from toys import assert_equal_runs, features, made
 
 import rmtcompile
@@ -203,35 +203,22 @@ def test_gradients_of_a_compiled_function() -> None:
     torch.testing.assert_close(mine, torch.autograd.grad(function(*args).sin().sum(), args))
 
 
-class Residual(nn.Module):
+class Residual(Recurrent):
     """Two residual sums a layer, the first of them with what the layer remembers."""
 
-    def __init__(self, layers: int = 3, width: int = 4) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({name: nn.Linear(width, width, bias=False) for name in ("up", "down")})
-            for _ in range(layers)
-        )
+    sizes = {"up": (4, 4), "down": (4, 4)}  # noqa: RUF012
 
-    def forward(self, x: Tensor) -> Tensor:
-        states: list[Tensor | None] = [None] * len(self.layers)
-        out = []
-        for h in x.split(3, 1):
-            for l, layer in enumerate(self.layers):
-                if (state := states[l]) is not None:
-                    h = h + 0.5 * state
-                h = h + layer["up"](norm(h))
-                h = h + layer["down"](norm(h).sin())
-                states[l] = h.tanh()
-            out.append(h)
-        return torch.cat(out, 1)
+    def within(self, h: Tensor, layer: Any) -> Tensor:
+        h = h + layer["up"](norm(h))
+        return h + layer["down"](norm(h).sin())
 
 
 @needs_compiler
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    added = run_on_cpu(monkeypatch, "accumulate", ADD)
+    run_on_cpu(monkeypatch, "accumulate")
+    added = counted(monkeypatch, ADD)
     model = made(Residual)
     fast = rmtcompile.optimize(copy.deepcopy(model), backend="inductor")
     assert_equal_runs(model, fast, [features(1), features(4), features(2), features(7)])
