@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rmtcompile.bench import kernels, main, measure, numerics, report, session
@@ -20,6 +23,7 @@ from rmtcompile.bench.graphed import SequentialGraphed, joined
 from rmtcompile.bench.opponents import Full, Handwritten, Skipped, result_of
 from rmtcompile.bench.shapes import SHAPES, Case
 from rmtcompile.models import ARMT, build
+from rmtcompile.report import profiling
 
 CPU = torch.device("cpu")
 TINY = Case(SHAPES["tiny"], segment=16, memory=4, d_mem=8, batch=2, dtype=torch.float64)
@@ -245,24 +249,25 @@ def test_profile_counts_operations() -> None:
     assert found["aten::mm"][0] == 3
 
 
-def test_wavefront_times_from_whole_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    true = [1.0, 1.5, 1.75, 2.0]  # seconds of a wavefront by width
+def test_wavefront_times_are_medians_of_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = [1, 2, 3, 3, 3, 2, 1]
 
     class Fake:
-        case = TINY
+        case = dataclasses.replace(TINY, shape=dataclasses.replace(TINY.shape, layers=3))
+        fast = types.SimpleNamespace(schedule=types.SimpleNamespace(widths=widths))
 
-        def prepare(self, ids: Tensor) -> None: ...
+    def level_us(fast: Any, args: Any, kwargs: Any) -> tuple[float, ...]:
+        assert fast is Fake.fast and args[0].shape == (TINY.batch, 6 * TINY.segment) and not kwargs
+        return (10.0, 16.0, 20.0, 90.0, 21.0, 18.0, 12.0)
 
-        def __call__(self, ids: Tensor) -> int:
-            return ids.shape[1] // TINY.segment
-
-    def in_turn(functions: Any, *_: Any, **__: Any) -> dict[str, list[float]]:
-        s = functions["run"]()
-        return {"run": [2 * sum(true[: s - 1]) + (4 - s + 1) * true[s - 1]]}
-
-    monkeypatch.setattr(session.measure, "in_turn", in_turn)
+    monkeypatch.setattr(profiling, "level_us", level_us)
     found = session.wavefront_seconds(Fake(), CPU)  # type: ignore[arg-type]
-    assert [w["seconds"] for w in found] == pytest.approx(true)
+    assert [(w["width"], w["seconds"]) for w in found] == [
+        (1, pytest.approx(11e-6)),
+        (2, pytest.approx(17e-6)),
+        (3, pytest.approx(21e-6)),
+    ]
+    assert found[2]["flops_per_s"] == pytest.approx(3 * TINY.batch * TINY.cell_flops() / 21e-6)
 
 
 def test_error_against_float64_shows_a_broken_run() -> None:
@@ -297,9 +302,11 @@ def test_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert max(model["accumulation"]["logits_error"]["diagonal"]) < 1e-5
     assert set(model["profiles"]) == {"graphed", "diagonal"}
     assert [w["width"] for w in model["wavefronts"]] == [1, 2, 3]
-    assert model["opponents"]["diagonal"]["schedule"]["width"] > 1
+    schedule = model["opponents"]["diagonal"]["schedule"]
+    assert (schedule["plan"], schedule["width"]) == ("diagonal", 2)
     assert len(record["ceilings"]) == 2 and record["environment"]["torch"] == torch.__version__
     out, err = capsys.readouterr()
+    assert re.search(r"^diagonal .* diagonal plan *$", out, re.MULTILINE)
     assert "diagonal is faster by" in out and "16 x 64" in out and "profile of diagonal" in out
     assert "diagonal: ready after" in err
 

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 from reported import SEGMENT, WIDTH, ByValue, Classic, Mixed, Own, Whole
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from zoo.others import ZOO
 
 import rmtcompile
 from rmtcompile.report import Profile, view_model
 from rmtcompile.report.names import pattern, ranges
-from rmtcompile.report.profiling import kind_of
+from rmtcompile.report.profiling import ATTENTION_FLOPS, kind_of
 from rmtcompile.viewer.view_model import to_dict
 
 X = torch.randn(1, 5 * SEGMENT, WIDTH)
@@ -468,6 +470,13 @@ def test_profiling_leaves_nothing_behind(measured: tuple[rmtcompile.Optimized, P
         optimized.profile(torch.randn_like(X))
         assert model.layers[0].memory is memory
         torch.testing.assert_close(optimized(X), expected)
+
+
+def test_attention_counts_where_keys_have_fewer_heads() -> None:
+    query, key = torch.randn(2, 4, 16, 8), torch.randn(2, 2, 16, 8)
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
+        nn.functional.scaled_dot_product_attention(query, key, key, enable_gqa=True)
+    assert counter.get_total_flops() == 2 * (2 * 2 * 4 * 16 * 16 * 8)  # two products of B, H, T, T, D
 
 
 @torch.no_grad()

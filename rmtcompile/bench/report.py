@@ -118,7 +118,7 @@ def _built(model: dict[str, Any]) -> Table:
             _gib(about.get("first_call_peak_bytes")),
             _gib(about.get("held_bytes")),
             _number(errors.get(name), "{:.3e}"),
-            about.get("note", about.get("attention", "")),
+            about.get("note") or about.get("attention") or _plan(about),
         )
         for name, about in model["opponents"].items()
     ]
@@ -126,6 +126,11 @@ def _built(model: dict[str, Any]) -> Table:
     if errors:
         title += f", error against float64 on {model['errors']['tokens']} tokens"
     return Table(title, ("opponent", "first call s", "peak GiB", "held GiB", "error", "note"), rows)
+
+
+def _plan(about: dict[str, Any]) -> str:
+    plan = about.get("schedule", {}).get("plan", "")
+    return f"{plan} plan" if plan else ""
 
 
 def _details(model: dict[str, Any], peak: float) -> Table:

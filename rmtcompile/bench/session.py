@@ -308,27 +308,27 @@ def prepared(make: Callable[[], Opponent], ids: torch.Tensor) -> Opponent:
 
 
 def wavefront_seconds(diagonal: Diagonal, device: torch.device) -> list[dict[str, float]]:
-    """Seconds of one wavefront of n cells, n = 1 .. L, from whole runs alone.
+    """Median seconds of a wavefront of n cells, n = 1 .. L, in a run of 2 L segments."""
+    from rmtcompile.report.profiling import level_us
 
-    A run of S <= L segments has two wavefronts of each width below S and L - S + 1 of width S, so times of
-    1, 2, ... segments give the widths one after the other.
-    """
     case, layers = diagonal.case, diagonal.case.shape.layers
-    found: list[float] = []
-    for segments in range(1, layers + 1):
-        ids = case.ids(segments * case.segment, device)
-        diagonal.prepare(ids)
-        run = lambda i=ids: diagonal(i)  # noqa: E731
-        times = measure.in_turn({"run": run}, device, rounds=2, turn=0.1)["run"]
-        found.append((statistics.median(times) - 2 * sum(found)) / (layers - segments + 1))
+    times = level_us(diagonal.fast, (case.ids(2 * layers * case.segment, device),), {})
+    if not times:
+        raise Skipped("the program does not run level by level")
+    found: dict[int, list[float]] = {}
+    for width, us in zip(diagonal.fast.schedule.widths, times, strict=True):
+        found.setdefault(width, []).append(us * 1e-6)
     flops = case.batch * case.cell_flops()
-    return [{"width": n, "seconds": t, "flops_per_s": n * flops / t} for n, t in enumerate(found, 1)]
+    medians = {width: statistics.median(seconds) for width, seconds in sorted(found.items())}
+    return [{"width": n, "seconds": t, "flops_per_s": n * flops / t} for n, t in medians.items()]
 
 
 def schedule_of(diagonal: Diagonal) -> dict[str, Any]:
     """What the compiler found for the last call."""
-    schedule = diagonal.fast.schedule
+    schedule, found = diagonal.fast.schedule, diagonal.fast.explain()
     return {
+        "plan": found.plan,
+        "why": found.why,
         "width": schedule.width,
         "levels": schedule.n_levels,
         "cells": schedule.n_cells,

@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from rmtcompile.schedule import Schedule
+from rmtcompile.verify import tensors_of
 from rmtcompile.viewer import ProfileView
 
 if TYPE_CHECKING:
     from rmtcompile.api import Optimized
+    from rmtcompile.families import Entry
 
 _KINDS = (
     ("attention", ("attention", "flash", "fmha", "sdpa")),
@@ -42,7 +43,8 @@ class Profile:
         schedule: the schedule that ran.
         device: what it ran on, and how.
         level_us: microseconds of each level, what enters before it and leaves after it included, median of
-            the repeats; the device is waited for after each level, so the sum may be more than `total_us`.
+            the repeats. On CUDA by the device's clock, with all of a level's kernels queued before the first
+            begins; elsewhere each level is waited for, so the sum may be more than `total_us`.
         outside_us: microseconds of such a call that are no level's: what is the same for all segments before
             the first level, and results put together after the last.
         total_us: microseconds of a whole call without waiting between levels.
@@ -155,10 +157,7 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
     """
     from rmtcompile.state import Contents, Snapshot, roots_of
 
-    fast.prepare(*args, **kwargs)
-    assert fast._last is not None
-    entry, count = fast._last
-    tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+    entry, count, tensors = _prepared(fast, args, kwargs)
     executor, namespace = entry.executor, entry.compiled.namespace
     device = executor.device
 
@@ -236,10 +235,35 @@ def _around_levels(namespace: dict[str, Any], wrap: Callable[[Callable[..., Any]
         namespace["step"] = step
 
 
+def _prepared(
+    fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Entry, int, list[torch.Tensor]]:
+    """The program of a call, its number of segments and its inputs."""
+    fast.prepare(*args, **kwargs)
+    assert fast._last is not None
+    return *fast._last, tensors_of(args, kwargs)
+
+
+def level_us(
+    fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repeats: int = 5
+) -> tuple[float, ...]:
+    """Microseconds of each level as in `Profile`, without anything else; empty where levels cannot be timed
+    apart."""
+    entry, count, tensors = _prepared(fast, args, kwargs)
+    run = lambda: entry.executor.run(count, tensors, graphs=False)  # noqa: E731
+    run()
+    turns = [_levels(run, entry.compiled.namespace, entry.executor.device)[0] for _ in range(repeats)]
+    if any(len(times) != fast.schedule.n_levels for times in turns):
+        return ()
+    return tuple(statistics.median(times) for times in zip(*turns, strict=True))
+
+
 def _levels(
-    program: Callable[[], None], namespace: dict[str, Any], device: torch.device
+    program: Callable[[], Any], namespace: dict[str, Any], device: torch.device
 ) -> tuple[list[float], float]:
     """Microseconds of each level of one run, and of all that is no level."""
+    if device.type == "cuda":
+        return _levels_on_cuda(program, namespace, device)
     times: list[float] = []
 
     def wrap(step: Callable[..., Any]) -> Any:
@@ -250,6 +274,57 @@ def _levels(
     return times, max(0.0, whole - sum(times))
 
 
+_BUSY = (8, 32, 128)
+"""Products of two 4096 x 4096 matrices that keep a device busy while a level is queued, by attempt: 0.2 ms
+each on a large GPU."""
+
+
+def _levels_on_cuda(
+    program: Callable[[], Any], namespace: dict[str, Any], device: torch.device
+) -> tuple[list[float], float]:
+    """The same by the device's clock.  It gets other work before each level, and comes to the level when all
+    of its kernels are queued: it never waits for the host, as in a recorded run."""
+    factor = torch.ones(4096, 4096, dtype=torch.float16, device=device)
+    product = torch.empty_like(factor)
+    marks: list[tuple[torch.cuda.Event, ...]] = []
+
+    def occupy(n: int) -> None:
+        for _ in range(n):
+            torch.mm(factor, factor, out=product)
+
+    for n in _BUSY:
+        marks.clear()
+        is_late = False
+
+        def wrap(step: Callable[..., Any], n: int = n) -> Any:
+            def timed(*args: Any) -> None:
+                nonlocal is_late
+                reached, begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+                reached.record()
+                occupy(n)
+                begun.record()
+                step(*args)
+                is_late |= begun.query()  # the device was there before the last kernel was
+                done.record()
+                marks.append((reached, begun, done))
+
+            return timed
+
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with _around_levels(namespace, wrap):
+            occupy(n)
+            first.record()
+            program()
+            last.record()
+        torch.cuda.synchronize(device)
+        if not is_late:
+            break
+    if not marks:
+        return [], first.elapsed_time(last) * 1e3
+    outside = first.elapsed_time(marks[0][0]) + marks[-1][2].elapsed_time(last)
+    return [begun.elapsed_time(done) * 1e3 for _, begun, done in marks], outside * 1e3
+
+
 def _flops(program: Callable[[], None], executor: Any, namespace: dict[str, Any]) -> list[int]:
     """Counted once on the uncompiled cell functions."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -258,7 +333,7 @@ def _flops(program: Callable[[], None], executor: Any, namespace: dict[str, Any]
 
     def wrap(step: Callable[..., Any]) -> Any:
         def counted(*args: Any) -> None:
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
                 step(*args)
             counts.append(int(counter.get_total_flops()))
 
@@ -271,6 +346,26 @@ def _flops(program: Callable[[], None], executor: Any, namespace: dict[str, Any]
     finally:
         executor._engine = kept
     return counts
+
+
+def _attention_flops(
+    query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    """Of shapes [B, H, T, D]; torch's own count refuses fewer heads of keys than of queries."""
+    batch, heads, rows, size = query
+    return 2 * batch * heads * rows * key[2] * (size + value[3])
+
+
+ATTENTION_FLOPS = dict.fromkeys(
+    (
+        torch.ops.aten._scaled_dot_product_cudnn_attention,
+        torch.ops.aten._scaled_dot_product_efficient_attention,
+        torch.ops.aten._scaled_dot_product_flash_attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        torch.ops.aten._scaled_dot_product_fused_attention_overrideable,
+    ),
+    _attention_flops,
+)
 
 
 def kind_of(name: str) -> str:
