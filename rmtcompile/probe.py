@@ -154,15 +154,14 @@ def _box(value: torch.Tensor, shape: torch.Size, strides: tuple[int, ...]) -> li
 
 
 def _tiles(seen: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The longest run of boxes from 0 on in which each starts where the one before ends."""
-    best: list[tuple[int, int]] = []
-    for first in [box for box in seen if box[0] == 0]:
-        run = [first]
-        for start, length in seen:
-            if start == run[-1][0] + run[-1][1]:
-                run.append((start, length))
-        best = max(best, run, key=len)
-    return best
+    """The longest run of boxes from 0 on in which each starts where the one before ends. A rest that is cut
+    again (`x = x[:, n:]`) is no piece: its first part continues the run as well, and further."""
+    runs: dict[int, list[tuple[int, int]]] = {0: []}  # the longest one up to an element
+    for start, length in seen:
+        run = [*runs[start], (start, length)] if start in runs else []
+        if len(run) > len(runs.get(start + length, [])):
+            runs[start + length] = run
+    return max(runs.values(), key=len)
 
 
 def probe(

@@ -19,6 +19,7 @@ from rmtcompile.passes.forward import forward
 from rmtcompile.passes.functionalise import alias_root, functionalise, is_mutating
 from rmtcompile.passes.number import is_random, number
 from rmtcompile.passes.partition import partition
+from rmtcompile.passes.pieces import pieces
 from rmtcompile.passes.repeats import inside_layers, layers_of
 from rmtcompile.passes.reroll import Unrolled, unroll
 from rmtcompile.passes.spread import spread
@@ -71,7 +72,7 @@ def unrolled_forward(
         literal = literals(captured)
         functional = functionalise(captured.module)
         written = _flatten_writes(functional.module, tuple(functional.writes), captured, literal)
-        captured.module = functional.module
+        captured.module = pieces(functional.module)
         merge_literals(captured, literal)
         box.append(captured.module)
     with log.stage("forward", captured.module) as box:
