@@ -158,6 +158,7 @@ def _reroll(
 ]:
     """Capture two lengths that follow one rule, the shortest that do."""
     failure: RerollError | None = None
+    older: Unrolled | None = None
     first = options.min_segments_captured
     capture_a, small, paths, written = unrolled_forward(fn, args, kwargs, segmentation, first, options, log)
     for count in range(first + 1, options.max_segments_captured + 1):
@@ -171,11 +172,11 @@ def _reroll(
             with log.stage(f"reroll {small.count} -> {large.count}"):
                 counts = (small.count, large.count)
                 result, effects, pairs = _results(capture_a, capture_b, counts, len(written))
-                rolled = reroll(_grouped(small, pairs, 0), _grouped(large, pairs, 1))
+                rolled = reroll(_grouped(small, pairs, 0), _grouped(large, pairs, 1), older)
             return rolled, (capture_a, capture_b), paths, written, result, effects
         except RerollError as error:
             failure = error
-        capture_a, small, written = capture_b, large, again
+        older, capture_a, small, written = small, capture_b, large, again
     assert failure is not None
     raise failure
 

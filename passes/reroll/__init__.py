@@ -32,8 +32,11 @@ from rmtcompile.passes.reroll.unrolled import EMPTY, Key, Unrolled, body_at, sha
 from rmtcompile.program import Body, Each, Source
 
 
-def reroll(small: Unrolled, large: Unrolled) -> Rolled:
+def reroll(small: Unrolled, large: Unrolled, older: Unrolled | None = None) -> Rolled:
     """Read rules from `small` (k segments) and prove that they give `large` (k + 1 segments).
+
+    Args:
+        older: a capture of fewer segments, for integers that two captures show too seldom.
 
     Raises:
         RerollError: the two captures do not follow one rule; the message shows the first place where they
@@ -53,7 +56,7 @@ def reroll(small: Unrolled, large: Unrolled) -> Rolled:
     for key in keys:
         classes[key] = classes_of(key, small, large)
     for key in keys:
-        rules[key] = _class_rules(key, classes, small, large)
+        rules[key] = _class_rules(key, classes, small, large, older)
     outputs = outputs_of(small, large, classes)
     rules, outputs = _complete(rules, outputs)
     minimum = max(c.head + c.tail if c.head and c.tail else 1 for c in classes.values())
@@ -76,16 +79,18 @@ def fixed(only: Unrolled) -> Rolled:
 
 
 def _class_rules(
-    key: Key, classes: dict[Key, Classes], small: Unrolled, large: Unrolled
+    key: Key, classes: dict[Key, Classes], small: Unrolled, large: Unrolled, older: Unrolled | None = None
 ) -> dict[int, ClassRule]:
     members = members_of(key, classes[key], small, large)
+    before = members_of(key, classes[key], older, older) if older is not None else {}
     rules: dict[int, ClassRule] = {}
     for number, found in members.items():
         base, first = found[0]
         body = body_at(base, key, first)
         body = body.lender or body
         sources = tuple(live_in_of(key, j, found, classes) for j in range(len(body.live_ins)))
-        ints = tuple(affine(key, j, found) for j in range(len(body.ints)))
+        alike = [(u, s) for u, s in before.get(number, ()) if body_at(u, key, s).key == body.key]
+        ints = tuple(affine(key, j, found, others=alike) for j in range(len(body.ints)))
         others = [body_at(unrolled, key, s) for unrolled, s in found]
         rules[number] = ClassRule(body, sources, ints, _varying(body, others))
     return rules

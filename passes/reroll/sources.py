@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from torch import fx
 
 from rmtcompile.errors import RerollError
@@ -14,9 +16,20 @@ from rmtcompile.passes.reroll.unrolled import Key, Unrolled, body_at, region_nam
 from rmtcompile.program import Affine, Each, Source
 
 
-def affine(key: Key, j: int, members: list[tuple[Unrolled, int]], by_count_only: bool = False) -> Affine:
-    """Fit one integer over all instances of a class; every instance must lie on the fit."""
-    points = [(s, u.count, body_at(u, key, s if key[0] != INIT else -1).ints[j]) for u, s in members]
+def affine(
+    key: Key,
+    j: int,
+    members: list[tuple[Unrolled, int]],
+    by_count_only: bool = False,
+    others: Sequence[tuple[Unrolled, int]] = (),
+) -> Affine:
+    """Fit one integer over all instances of a class; every instance must lie on the fit. A few points lie on
+    one anyway: then the step is a usual one, or `others`, instances in an earlier capture, lie on it too."""
+
+    def point(unrolled: Unrolled, s: int) -> tuple[int, int, int]:
+        return s, unrolled.count, body_at(unrolled, key, s if key[0] != INIT else -1).ints[j]
+
+    points = [point(*member) for member in members]
     s0, n0, v0 = points[0]
     pairs = [(p, q) for i, p in enumerate(points) for q in points[i + 1 :]]
     by_segment = by_count = 0
@@ -30,10 +43,12 @@ def affine(key: Key, j: int, members: list[tuple[Unrolled, int]], by_count_only:
         by_count = (vq - vp - by_segment * (sq - sp)) // (nq - np)
     fit = Affine(v0 - by_segment * s0 - by_count * n0, by_segment, by_count)
     if by_segment and len(points) <= 3 and abs(by_segment) not in _steps(members):
-        raise RerollError(
-            f"an integer in {region_name(key)} is not seen often enough to be called even",
-            [f"segment {a} of {b}: {c}" for a, b, c in points],
-        )
+        known = [*points, *(point(*other) for other in others)]
+        if len(known) <= _freedom(known) or any(fit.at(s, n) != v for s, n, v in known):
+            raise RerollError(
+                f"an integer in {region_name(key)} is not seen often enough to be called even",
+                [f"segment {a} of {b}: {c}" for a, b, c in known],
+            )
     if any(fit.at(s, n) != v for s, n, v in points):
         raise RerollError(
             f"an integer in {region_name(key)} does not grow evenly with the segment",
@@ -41,6 +56,11 @@ def affine(key: Key, j: int, members: list[tuple[Unrolled, int]], by_count_only:
             "use positions and sizes that are affine in the segment number",
         )
     return fit
+
+
+def _freedom(points: list[tuple[int, int, int]]) -> int:
+    """How many of these points some affine function of s and S passes through, whatever the values."""
+    return int(np.linalg.matrix_rank(np.array([(1, s, n) for s, n, _ in points])))
 
 
 def _steps(members: list[tuple[Unrolled, int]]) -> set[int]:

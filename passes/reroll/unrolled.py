@@ -120,8 +120,8 @@ def _restore(
     live_ins: dict[int, int],
 ) -> None:
     """Give `here` the body `whole`, which has its operations at `index` and its live-ins at `live_ins`."""
-    for i, node in enumerate(bodies[here].nodes):
-        if place.get(node) == (here, i):
+    for node, (region, i) in place.items():  # a body that was restored before has the nodes of another cell
+        if region == here:
             place[node] = (here, index[i])
     mine = {there: bodies[here].live_ins[j] for j, there in live_ins.items()}
     restored = tuple(mine.get(j) for j in range(len(whole.live_ins)))
