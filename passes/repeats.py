@@ -26,7 +26,7 @@ from torch import fx
 
 from rmtcompile.capture import Call
 from rmtcompile.errors import PartitionError
-from rmtcompile.passes.partition import Layers, NoLayersError, call_sizes, find_layers
+from rmtcompile.passes.partition import Layers, NoLayersError, call_sizes, feeding, find_layers
 
 Cell = tuple[int, int]
 
@@ -87,7 +87,7 @@ def _called(
 ) -> tuple[Layers, float]:
     """The layers that module calls show, and the share of the operations that they hold."""
     sizes = call_sizes(graph, calls)
-    layers = find_layers(calls, sizes, n_segments, named)
+    layers = find_layers(calls, sizes, n_segments, named, feeding(graph))
     held = sum(sizes.get(index, 0) for index in layers.cell_of_call)
     return layers, held / max(1, _operations(graph))
 

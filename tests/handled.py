@@ -117,6 +117,8 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
         use("Attention masks padded left or right, `labels` with the loss, `inputs_embeds`, `output_hidden_states=True`, all at once", inputs + "test_arguments_of_an_armt"),
         use("`position_ids`, keyword arguments, defaults, any callable", inputs + "test_positions", "test_keywords_and_defaults", end + "test_any_callable"),
         use("Dicts, tuples, `ModelOutput`s, nested; a result per segment (`logits_0`, `logits_1`, ...) or per layer", inputs + "test_structures"),
+        use("A number of each cell in the result: auxiliary losses added up, listed or stacked over layers and segments, divided by a count", "test_collected.py::test_a_number_of_each_cell", "test_a_number_of_the_segments"),
+        use("Input cut by `split`, `chunk`, `tensor_split`, `hsplit`, slices, views, or piece by piece off the front", "test_probe.py::test_ways_to_cut", "test_collected.py::test_ways_to_cut"),
         use("What is not returned is not held: memory does not grow with the segments; the head runs once, on one position", "test_memory.py::test_memory_does_not_grow_with_the_segments", "test_the_head_runs_once_on_one_position"),
         use("State left in attributes, flags, counters and buffers equals the model's own; state kept from call to call", end + "test_state_left_behind_is_equal", guard + "test_state_in_a_list_that_is_replaced"),
         use("A changed flag, number, list, dict, object, function, hook, submodule, class or global, shape, dtype or mode: a new capture", guard + "test_of_the_model", "test_around_the_model", "test_closures_globals_and_objects", "test_another_segment_length", "test_objects_as_arguments"),

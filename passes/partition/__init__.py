@@ -21,7 +21,7 @@ from torch import fx
 
 from rmtcompile.errors import PartitionError
 from rmtcompile.passes.partition.claim import claim
-from rmtcompile.passes.partition.layers import call_sizes, find_layers, split_index
+from rmtcompile.passes.partition.layers import call_sizes, feeding, find_layers, split_index
 from rmtcompile.passes.partition.place import (
     cells_of,
     complete_lists,
@@ -90,4 +90,4 @@ def _check_acyclic(region: dict[fx.Node, Region]) -> None:
 
 
 __all__ = ["CELL", "EPILOGUE", "INIT", "PROLOGUE", "Layers", "NoLayersError", "Partition", "Region"]
-__all__ += ["call_sizes", "find_layers", "partition", "split_index"]
+__all__ += ["call_sizes", "feeding", "find_layers", "partition", "split_index"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from torch import fx
 
@@ -21,9 +22,16 @@ def split_index(path: str) -> tuple[str, int] | None:
 
 
 def find_layers(
-    calls: Sequence[Call], size: dict[int, int], n_segments: int, layers: str | None = None
+    calls: Sequence[Call],
+    size: dict[int, int],
+    n_segments: int,
+    layers: str | None = None,
+    feeds: Callable[[int, int], bool] = lambda above, below: True,
 ) -> Layers:
     """Find the modules that are called in turn, once (or equally often) a segment, and hold most of the work.
+
+    Lists beside them belong to the layers too, if they hold a good part of the work, or if the layers do not
+    feed each other without them.
 
     Args:
         calls: module calls in the order of the forward.
@@ -31,6 +39,8 @@ def find_layers(
         n_segments: segments in this capture.
         layers: override: the path of the container (`model.layers`) or a regular expression for the layers'
             paths.
+        feeds: whether what is computed in the call of the first index is read, in the end, in that of the
+            second.
 
     Raises:
         NoLayersError: no such family.
@@ -76,18 +86,32 @@ def find_layers(
             "layers",
         )
     chosen = [best]
-    if layers is None:
-        chosen += [
-            k
-            for k in several + single
-            if k != best
-            and k[0] == best[0]
-            and covers[k] >= 0.05 * max(1, total)
-            and split_index(families[k][0].path)
-            and split_index(families[best][0].path)
-        ]
+    if layers is None and split_index(families[best][0].path):
+        beside = [
+            k for k in several + single
+            if k != best and k[0] == best[0] and split_index(families[k][0].path)
+        ]  # fmt: skip
+        small = [k for k in beside if covers[k] < 0.05 * max(1, total)]
+        chosen += [k for k in beside if k not in small]
+        in_turn = [k for k in small if _in_turn(families[best], families[k])]
+        row = families[best][: len(families[best]) // n_segments]
+        if in_turn and not all(feeds(a.index, b.index) for a, b in pairwise(row)):
+            chosen += in_turn
     members = sorted((c for key in chosen for c in families[key]), key=lambda call: call.index)
     return _grid(members, n_segments)
+
+
+def _in_turn(a: list[Call], b: list[Call]) -> bool:
+    """Whether two lists of modules are called in turn, index by index: `mix.0`, `write.0`, `mix.1`, ..."""
+    calls = sorted((*a, *b), key=lambda call: call.index)
+    pairs = list(zip(calls[::2], calls[1::2], strict=False))
+    lists = {(split_index(x.path) or ("",))[0] for x in calls[::2]}
+    indices = [(split_index(x.path), split_index(y.path)) for x, y in pairs]
+    return (
+        len(a) == len(b)
+        and len(lists) == 1
+        and all(x is not None and y is not None and x[1] == y[1] for x, y in indices)
+    )
 
 
 def _grid(members: list[Call], n_segments: int) -> Layers:
@@ -143,6 +167,22 @@ def _merge_columns(row: list[Call]) -> list[int]:
         seen.add(key[0] if key else "")
         layer_of.append(layer_of[-1] + (not joins) if layer_of else 0)
     return layer_of
+
+
+def feeding(graph: fx.Graph) -> Callable[[int, int], bool]:
+    """Tells whether a value made in one call, by its index, is read in the end in another one."""
+
+    def feeds(above: int, below: int) -> bool:
+        reached: set[fx.Node] = set()
+        for node in graph.nodes:
+            scope = node.meta.get("scope", ())
+            if above in scope or not reached.isdisjoint(node.all_input_nodes):
+                if below in scope:
+                    return True
+                reached.add(node)
+        return False
+
+    return feeds
 
 
 def call_sizes(graph: fx.Graph, calls: Sequence[Call]) -> dict[int, int]:
