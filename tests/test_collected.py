@@ -166,3 +166,43 @@ def test_a_bank_of_summaries() -> None:
         x = features(segments)
         assert_same(model(x), fast(x))
         assert fast.schedule.level_rule == "s + l"
+
+
+class Counting(nn.Module):
+    """A tensor that counts segments, in one of several ways, and divides what a layer remembers."""
+
+    def __init__(self, count: Callable[[Tensor, int, Tensor], Tensor], before: bool) -> None:
+        super().__init__()
+        self.count, self.before = count, before
+        self.rate = nn.Parameter(torch.rand(()))
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        memories = [x.new_zeros(x.shape[0], 4) for _ in self.layers]
+        n, out = torch.ones((), dtype=x.dtype), []
+        for h in x.split(SEGMENT, 1):
+            if self.before:
+                n = self.count(n, h.shape[1], self.rate)
+            for l, layer in enumerate(self.layers):
+                h = torch.tanh(layer(h) + (memories[l] / n)[:, None])
+                memories[l] = memories[l] + h.mean(1)
+            if not self.before:
+                n = self.count(n, h.shape[1], self.rate)
+            out.append(h)
+        return torch.cat(out, 1), n
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(
+    "count",
+    [lambda n, t, rate: n + t, lambda n, t, rate: 0.9 * n + 0.1 * t, lambda n, t, rate: n * rate],
+    ids=["tokens", "average", "learnt"],
+)
+def test_counters(count: Callable[[Tensor, int, Tensor], Tensor], before: bool) -> None:
+    model = made(lambda: Counting(count, before))
+    fast = rmtcompile.optimize(model)
+    for segments in (5, 2, 8):
+        x = features(segments)
+        assert_same(model(x), fast(x))
+        assert_same(model(x[:, :-1]), fast(x[:, :-1]))
+    assert fast.schedule.level_rule == "s + l"

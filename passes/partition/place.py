@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -225,6 +226,7 @@ def place_sources(nodes: list[fx.Node], region: dict[fx.Node, Region], n_segment
         if any(operand.op == "placeholder" or operand in from_input for operand in node.all_input_nodes):
             from_input.add(node)
     leaving = _leaving(nodes, region, from_input)
+    region.update(_counters([n for n in nodes if n not in region and n not in from_input], n_segments))
     for node in reversed(nodes):
         if node in region or node in leaving:
             continue
@@ -237,6 +239,35 @@ def place_sources(nodes: list[fx.Node], region: dict[fx.Node, Region], n_segment
     for node in leaving:
         segment = max(region[op].segment if op in region else -1 for op in node.all_input_nodes)
         region[node] = Region(INIT) if segment < 0 else Region(EPILOGUE, segment)
+
+
+def _counters(nodes: list[fx.Node], n_segments: int) -> dict[fx.Node, Region]:
+    """What is counted from segment to segment, without reading any input: `n = n + 4`, once a segment.
+
+    All of it could be computed before the segments, but would be more with each one; the prologue of each
+    segment counts on instead.
+    """
+    by_site: dict[object, list[fx.Node]] = defaultdict(list)
+    for node in nodes:
+        by_site[_site(node)].append(node)
+    found: dict[fx.Node, Region] = {}
+    for chain in by_site.values():
+        if n_segments - 1 <= len(chain) <= n_segments and len(chain) > 1 and _is_chain(chain, set(nodes)):
+            found |= {node: Region(PROLOGUE, s) for s, node in enumerate(chain)}
+    return found
+
+
+def _is_chain(chain: list[fx.Node], among: set[fx.Node]) -> bool:
+    """Whether each node is computed from the one before."""
+    for before, node in pairwise(chain):
+        pending, seen = [node], set[fx.Node]()
+        while pending and before not in seen:
+            operands = [op for op in pending.pop().all_input_nodes if op in among and op not in seen]
+            seen.update(operands)
+            pending += operands
+        if before not in seen:
+            return False
+    return True
 
 
 def _leaving(
