@@ -77,13 +77,16 @@ class _Port:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-def align(rules: Mapping[int, ClassRule], steady: int) -> list[Merged]:
+def align(
+    rules: Mapping[int, ClassRule], steady: int, others: Sequence[Mapping[int, ClassRule]] = ()
+) -> list[Merged]:
     """Merge the classes of one kind, the steady class first; classes that cannot be merged come as graphs of
     their own.
 
     Args:
         rules: the body of each class, all of one layer.
         steady: the class that most segments belong to.
+        others: the same of the other layers of the kind, whose values come from elsewhere.
     """
     distinct: dict[Any, list[int]] = {}
     for number in sorted(rules, key=lambda c: (c != steady, c)):
@@ -97,7 +100,7 @@ def align(rules: Mapping[int, ClassRule], steady: int) -> list[Merged]:
             except _CannotMergeError:
                 continue
         else:
-            merged.append(_Builder(numbers, rules[numbers[0]]))
+            merged.append(_Builder(numbers, rules[numbers[0]], others))
     return [builder.finish() for builder in merged]
 
 
@@ -126,7 +129,10 @@ def _anew(rule: ClassRule) -> list[tuple[LiveIn, Any]]:
 class _Builder:
     """A merged program that classes are folded into one by one."""
 
-    def __init__(self, numbers: list[int], rule: ClassRule) -> None:
+    def __init__(
+        self, numbers: list[int], rule: ClassRule, others: Sequence[Mapping[int, ClassRule]]
+    ) -> None:
+        self.others = others
         self.ports: list[_Port] = []
         self.rows: list[Any] = []  # _Row, in order
         self.values: dict[int, list[Any]] = {}  # class -> row of each of its operations
@@ -255,7 +261,7 @@ class _Builder:
                 if (
                     isinstance(mine, _Port)
                     and id(theirs) in index
-                    and self._fits(mine, index[id(theirs)], rule)
+                    and self._fits(mine, index[id(theirs)], number, rule)
                 ):
                     bound.setdefault(mine, index[id(theirs)])
             elif isinstance(theirs, (list, tuple)):
@@ -277,18 +283,20 @@ class _Builder:
             for port in self.ports:
                 c, i = next(iter(port.index.items()))
                 same_way = self.rules[c].sources[i].key == source.key and not source.is_invariant
-                if j not in bound.values() and port not in bound and same_way and self._fits(port, j, rule):
+                is_free = j not in bound.values() and port not in bound
+                if is_free and same_way and self._fits(port, j, number, rule):
                     bound[port] = j
         return bound
 
-    def _fits(self, port: _Port, j: int, rule: ClassRule) -> bool:
+    def _fits(self, port: _Port, j: int, number: int, rule: ClassRule) -> bool:
         """Whether one lane, weight or invariant can serve both: equal invariants, or a carry and what it
         holds at first."""
         c, i = next(iter(port.index.items()))
         mine, theirs = self.rules[c].sources[i], rule.sources[j]
         if mine.is_invariant:
             return theirs.is_invariant and mine.key == theirs.key
-        if not _is_one_value(mine, theirs):
+        layers = [(mine, theirs), *((x[c].sources[i], x[number].sources[j]) for x in self.others)]
+        if not all(_is_one_value(a, b) for a, b in layers):
             return False
         val = _val(rule.body.live_ins[j])
         if _is_fed_anew(mine):

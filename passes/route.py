@@ -98,7 +98,8 @@ class _Router:
             sample = layers[len(layers) // 2]
             rules = self.rolled.rules[(CELL, sample)]
             steady = self.rolled.classes[(CELL, sample)].head
-            for j, merged in enumerate(align(rules, steady if steady in rules else min(rules))):
+            others = [self.rolled.rules[(CELL, layer)] for layer in layers if layer != sample]
+            for j, merged in enumerate(align(rules, steady if steady in rules else min(rules), others)):
                 name = f"kind{i}" + (f"_{class_name(merged.classes[0])}" if j else "")
                 self.groups.append(_GroupDraft(name, layers, merged))
         if len(self.groups) == 1:

@@ -9,7 +9,8 @@ callable.
 
 The forward runs once on fake tensors under `make_fx(pre_dispatch=True)`, so operations such as `linear`,
 `einsum` and `scaled_dot_product_attention` stay whole, Python control flow disappears, and no memory is used
-beyond the weights.
+beyond the weights. Where it takes gradients itself, or uses other transforms of `torch.func` (a memory that
+is updated by an inner gradient), it is traced once more below autograd, where `linear` is what it is made of.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch.utils import _pytree as pytree
 from rmtcompile.blame import refusal, user_places
 from rmtcompile.errors import CaptureError
 from rmtcompile.guard import ReadTracker
+from rmtcompile.passes.attention import attention
 from rmtcompile.state import DELETED, Change, Contents, Held, Path, Snapshot, contains_tensor, roots_of
 from rmtcompile.surroundings import Surroundings
 from rmtcompile.tracing import SharedData, lazy_code, refused_functions, uncached_autocast
@@ -162,7 +164,9 @@ class Capture:
 class _Recorder:
     """Follows module calls while the forward runs and labels each node that is traced."""
 
-    def __init__(self, names: dict[int, str], snapshot: Snapshot) -> None:
+    def __init__(self, names: dict[int, str], snapshot: Snapshot, whole: bool) -> None:
+        self.whole = whole  # traced above autograd and transforms
+        self.has_gradients = torch.is_grad_enabled()
         self.calls: list[Call] = []
         self.stack: list[int] = []
         self.names = names
@@ -206,6 +210,10 @@ class _Recorder:
         create = tracer.create_node
 
         def create_node(*args: Any, **kwargs: Any) -> fx.Node:
+            if not self.whole:
+                self._refuse_regions()
+            elif torch._C._functorch.peek_interpreter_stack() is not None:
+                raise _BelowError
             node = create(*args, **kwargs)
             node.meta["scope"] = tuple(self.stack)
             node.meta["site"] = places = tuple(islice(user_places(sys._getframe(1)), 2))
@@ -213,6 +221,21 @@ class _Recorder:
             return node
 
         tracer.create_node = create_node  # type: ignore[method-assign]
+
+
+    def _refuse_regions(self) -> None:
+        """Below autograd it does not show where a region without gradients begins."""
+        if self.has_gradients and not torch.is_grad_enabled():
+            places = list(islice(user_places(sys._getframe(2)), 1))
+            raise CaptureError(
+                "the forward takes gradients itself, and has a region without them",
+                [f"at {place[0]}" for place in places],
+                "run it under torch.no_grad(), or write the gradient out",
+            )
+
+
+class _BelowError(BaseException):
+    """Above autograd this forward cannot be traced: it takes gradients itself."""
 
 
 def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
@@ -227,6 +250,27 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         CaptureError: the forward branches on values, or uses what cannot be traced; the message names the
             user's line.
     """
+    try:
+        return _captured(fn, args, kwargs, whole=True)
+    except _BelowError:
+        if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+            raise CaptureError(
+                "the forward takes gradients itself, and the call is inside torch.autocast",
+                remedy="open torch.autocast inside the forward, or convert the model",
+            ) from None
+        captured = _captured(fn, args, kwargs, whole=False)
+    captured.module = attention(captured.module)
+    return captured
+
+
+def _captured(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool
+) -> Capture:
+    """See `capture`.
+
+    Args:
+        whole: trace above autograd and transforms, where operations are whole.
+    """
     roots = roots_of(fn)
     names: dict[int, str] = {}
     for name, root in roots.items():
@@ -234,7 +278,7 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
             names.setdefault(id(child), f"{name}.{path}" if name and path else name or path)
     _refuse_backward_hooks(roots)
     snapshot = Snapshot(roots)
-    recorder = _Recorder(names, snapshot)
+    recorder = _Recorder(names, snapshot, whole)
     flat, in_spec = pytree.tree_flatten((args, kwargs))
     positions = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
     produced: dict[str, Any] = {}
@@ -255,7 +299,7 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [_fake(mode, flat[i]) for i in positions]
-    trace = proxy_tensor.make_fx(traced, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
+    trace = proxy_tensor.make_fx(traced, tracing_mode="fake", pre_dispatch=whole, _allow_non_fake_inputs=True)
     grad = torch.is_grad_enabled()
     tracker = ReadTracker()
     contents, around = Contents(snapshot), Surroundings(fn)
@@ -292,7 +336,7 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         )
     roots = {**roots, **recorder.roots}
     _name_contexts(module.graph)
-    leaves = _leaves(module, snapshot)
+    leaves = _leaves(module, snapshot, whole)
     changes = [effect.change for effect in produced["effects"] if effect.change is not None]
     changed = frozenset((id(change.record.target), change.step[1]) for change in changes)
     guard = ModuleGuard(snapshot, tracker.reads | recorder.unseen, roots, changed, around)
@@ -394,7 +438,7 @@ def _name_contexts(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _leaves(module: fx.GraphModule, snapshot: Snapshot) -> dict[str, Leaf]:
+def _leaves(module: fx.GraphModule, snapshot: Snapshot, whole: bool) -> dict[str, Leaf]:
     """Find where the model keeps each tensor that the graph reads; one `get_attr` name a tensor."""
     owners: dict[int, list[Held]] = {}
     for held in snapshot.tensors():
@@ -411,6 +455,8 @@ def _leaves(module: fx.GraphModule, snapshot: Snapshot) -> dict[str, Leaf]:
         named[id(tensor)] = node.target
         held, *ties = owners.get(id(tensor)) or [Held(tensor, f"constant{len(leaves)}", None, None, ())]
         if held.holder is None and isinstance(tensor, FakeTensor):
+            if whole:
+                raise _BelowError
             raise CaptureError(
                 "the forward reads a tensor that tracing cannot follow: `.data` of a parameter or a buffer",
                 [f"at {user.meta.get('source', '?')}" for user in list(node.users)[:1]],

@@ -107,6 +107,7 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
         zoo("No carry at all", "no_carry", more=("test_rows.py::test_equal_block_by_block", "test_memory_does_not_grow_with_the_number_of_blocks")),
         zoo("Layers that are plain functions, no module", "plain_function", more=("test_repeats.py::test_equal_on_diagonals", "test_two_kinds_of_layers")),
         model("Several products of a layer on one line, or through one function", "test_repeats.py::test_equal_on_diagonals[one_line]", "test_equal_on_diagonals[helper]"),
+        model("Memories that take a step of descent a segment (TTT, Titans), by `torch.func.grad`, `vmap`, `functional_call` or `torch.autograd.grad`", "test_inner_gradients.py::test_equal_on_diagonals", "test_gradients_of_gradients"),
         zoo("Classic RMT: the top layer feeds the next segment's bottom layer", "classic_rmt", more=("test_no_parallelism_is_said",)),
         model("Random layers, offsets and kinds", "test_random_models.py::test_equal_or_refused", "test_chosen_models", "test_random_glue.py::test_equal_or_refused", offsets="(1,0) (1,1) (1,-1) (2,0) (2,1) (0,2) ...", levels="the skew of the offsets"),
     ]  # fmt: skip
@@ -144,6 +145,7 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
         refused("A forward that writes into a parameter", "`CaptureError`; the parameter keeps its value", no + "test_parameter_writes"),
         refused("State kept in no module: a closure, a global, a plain object", "`CaptureError` with the name", guard + "test_state_outside_of_modules_is_refused"),
         refused("Backward hooks of modules, with gradients", "`CaptureError` with the modules", guard + "test_backward_hooks_are_refused"),
+        refused("A forward that takes gradients itself, under `torch.autocast` around the call, or, with gradients, where it has a region without them", "`CaptureError` with the line", "test_inner_gradients.py::test_autocast_inside_is_kept_and_around_is_refused", "test_what_has_no_gradient_is_not_given_one"),
         refused("A custom `autograd.Function`, a reentrant checkpoint, with gradients", "`CaptureError` with its name; runs under `no_grad`", no + "test_a_backward_of_its_own"),
         refused("`nn.GRU`, `nn.LSTM` as layers (cells are handled)", "`LiftError` with the line", no + "test_fused_recurrent_layers_draw_nothing"),
         refused("An argument that is an object with tensors inside", "`UnsupportedError`", guard + "test_objects_as_arguments"),

@@ -15,7 +15,7 @@ def write_level(writer: Writer, program: Program, cells: list[CellFunction]) -> 
         "level", ["run", "t"], f"One wavefront: every cell (s, l) with {level_formula(program)} = t."
     )
     writer.line("windows = run.windows(t)")
-    writer.line("moved = run.moves(windows)")
+    writer.line("moved = run.moves(t)")
     writer.line("results = [CELLS[w.group](run, w) for w in windows]")
     writer.line("move(moved)")
     writer.line("run.write(windows, results)")

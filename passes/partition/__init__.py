@@ -16,6 +16,8 @@ graph; where a node is placed changes only how much runs in parallel, never a va
 
 from __future__ import annotations
 
+import operator
+
 import networkx as nx
 from torch import fx
 
@@ -58,6 +60,9 @@ def partition(graph: fx.Graph, layers: Layers, n_segments: int) -> Partition:
     place_dependent(nodes, region, layers)
     place_sources(nodes, region, n_segments)
     claim(region, scoped, n_segments, len(layers.paths))
+    for node in nodes:  # what crosses a border is a tensor, no tuple of them
+        if node.target is operator.getitem and region[node.all_input_nodes[0]].kind == CELL:
+            region[node] = region[node.all_input_nodes[0]]
     complete_lists(graph, region)
     ordered = {node: region[node] for node in graph.nodes if node in region}
     _check_acyclic(ordered)

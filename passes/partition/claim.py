@@ -56,6 +56,7 @@ def _claim_users(
         where = b.all_input_nodes.index(model)
         for a in mine.users:
             same = a.target == b.target and a not in taken and region.get(a) == Region(EPILOGUE, s)
+            same = same and all(region.get(op) != Region(EPILOGUE, s) for op in a.all_input_nodes)
             if same and len(a.all_input_nodes) > where and a.all_input_nodes[where] is mine:
                 taken.add(a)
                 region[a] = Region(CELL, s, layer)

@@ -155,13 +155,14 @@ def _grid(members: list[Call], n_segments: int) -> Layers:
 
 def _merge_columns(row: list[Call]) -> list[int]:
     """Neighbouring calls with one index in several containers (`attn.3`, `ffn.3`, `writers.3`) are one
-    layer."""
+    layer, in which a module may be called twice running."""
     keys = [split_index(call.path) for call in row]
     layer_of: list[int] = []
     seen: set[str] = set()
     for i, key in enumerate(keys):
         before = keys[i - 1] if i else None
-        joins = key is not None and before is not None and key[1] == before[1] and key[0] not in seen
+        joins = key is not None and before is not None and key[1] == before[1]
+        joins = joins and (key[0] not in seen or (key == before and len(seen) > 1))  # type: ignore[index]
         if not joins:
             seen = set()
         seen.add(key[0] if key else "")

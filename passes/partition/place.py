@@ -226,7 +226,7 @@ def place_sources(nodes: list[fx.Node], region: dict[fx.Node, Region], n_segment
         if any(operand.op == "placeholder" or operand in from_input for operand in node.all_input_nodes):
             from_input.add(node)
     leaving = _leaving(nodes, region, from_input)
-    region.update(_counters([n for n in nodes if n not in region and n not in from_input], n_segments))
+    region.update(_counters(nodes, region, from_input, n_segments))
     for node in reversed(nodes):
         if node in region or node in leaving:
             continue
@@ -241,19 +241,33 @@ def place_sources(nodes: list[fx.Node], region: dict[fx.Node, Region], n_segment
         region[node] = Region(INIT) if segment < 0 else Region(EPILOGUE, segment)
 
 
-def _counters(nodes: list[fx.Node], n_segments: int) -> dict[fx.Node, Region]:
+def _counters(
+    nodes: list[fx.Node], region: dict[fx.Node, Region], from_input: set[fx.Node], n_segments: int
+) -> dict[fx.Node, Region]:
     """What is counted from segment to segment, without reading any input: `n = n + 4`, once a segment.
 
     All of it could be computed before the segments, but would be more with each one; the prologue of each
-    segment counts on instead.
+    segment counts on instead, and computes what it makes of the count.
     """
+    first_use: dict[fx.Node, int] = {}
     by_site: dict[object, list[fx.Node]] = defaultdict(list)
-    for node in nodes:
+    for node in reversed(nodes):
+        if node not in region:
+            users = [region[u].segment if u in region else first_use.get(u, n_segments) for u in node.users]
+            first_use[node] = min(users, default=n_segments)
+    candidates = [node for node in nodes if node not in region and node not in from_input]
+    for node in candidates:
         by_site[_site(node)].append(node)
     found: dict[fx.Node, Region] = {}
     for chain in by_site.values():
-        if n_segments - 1 <= len(chain) <= n_segments and len(chain) > 1 and _is_chain(chain, set(nodes)):
-            found |= {node: Region(PROLOGUE, s) for s, node in enumerate(chain)}
+        once_each = all(first_use[node] in (s, s + 1, n_segments) for s, node in enumerate(chain))
+        if n_segments - 1 <= len(chain) <= n_segments and len(chain) > 1 and once_each:
+            if _is_chain(chain, set(candidates)):
+                found |= {node: Region(PROLOGUE, s) for s, node in enumerate(chain)}
+    for node in candidates:
+        counts = [found[op].segment for op in node.all_input_nodes if op in found]
+        if counts and node not in found:
+            found[node] = Region(PROLOGUE, max(counts))
     return found
 
 

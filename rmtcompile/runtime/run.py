@@ -253,13 +253,12 @@ class Run:
         """Whether each cell of the window belongs to one of the classes, bool [n]."""
         return self.engine.mask(tuple(c in classes for c in window.classes))
 
-    def moves(self, windows: Sequence[Window]) -> list[tuple[LaneStore, list[int], torch.Tensor]]:
-        """Values that move from lane to lane with their segment; read before anything of this level is
-        written."""
-        alive = {layer for window in windows for layer in window.layers}
+    def moves(self, level: int) -> list[tuple[LaneStore, list[int], torch.Tensor]]:
+        """Values that move from lane to lane with their segment, also past cells that compute nothing; read
+        before anything of this level is written."""
         found = []
         for lane, feed in self._feeds_of.get("", ()):
-            layers = [layer for layer in feed.layers if layer in alive]
+            layers = [layer for _, layer in self.alive(level, feed.layers)]
             if layers:
                 values = self.lanes[feed.source].read(layers)
                 values = values if self.lanes[feed.source].functional else values.clone()
