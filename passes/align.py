@@ -289,19 +289,22 @@ class _Builder:
         return bound
 
     def _fits(self, port: _Port, j: int, number: int, rule: ClassRule) -> bool:
-        """Whether one lane, weight or invariant can serve both: equal invariants, or a carry and what it
-        holds at first."""
+        """Whether one lane, weight or invariant can serve both, in all layers of the kind: equal invariants,
+        or a carry and what it holds at first."""
         c, i = next(iter(port.index.items()))
-        mine, theirs = self.rules[c].sources[i], rule.sources[j]
-        if mine.is_invariant:
-            return theirs.is_invariant and mine.key == theirs.key
-        layers = [(mine, theirs), *((x[c].sources[i], x[number].sources[j]) for x in self.others)]
-        if not all(_is_one_value(a, b) for a, b in layers):
-            return False
         val = _val(rule.body.live_ins[j])
-        if _is_fed_anew(mine):
-            return mine.key == theirs.key and shape_of(val) == shape_of(port.val)
-        return isinstance(val, torch.Tensor) and _fills(val, port.val)
+        layers = [(self.rules[c], rule), *((layer[c], layer[number]) for layer in self.others)]
+
+        def fit(mine: LiveIn, theirs: LiveIn) -> bool:
+            if mine.is_invariant:
+                return theirs.is_invariant and mine.key == theirs.key
+            if not _is_one_value(mine, theirs):
+                return False
+            if _is_fed_anew(mine):
+                return mine.key == theirs.key and shape_of(val) == shape_of(port.val)
+            return isinstance(val, torch.Tensor) and _fills(val, port.val)
+
+        return all(fit(mine.sources[i], theirs.sources[j]) for mine, theirs in layers)
 
     def finish(self) -> Merged:
         graph = fx.Graph()

@@ -58,8 +58,11 @@ def place_dependent(nodes: list[fx.Node], region: dict[fx.Node, Region], layers:
         if reads[node] and any(s > max(reads[node])[0] for s, _ in feeds[node])
     }
     results = _for_results([n for n in nodes if n not in region and reads[n]], reads, feeds, last)
-    # Where later segments have the same code: with the cell below it or above it.
+    # Where later segments have the same code: with the cell below it or above it. Where any segment has it in
+    # the midst of a cell: there, also in the last one, in which what follows may be dead code.
     habits: dict[object, str] = {}
+    turns = _turns(nodes, reads)
+    midst: set[object] = set()
     for first_pass in (True, False):
         placed: dict[fx.Node, Region] = dict(region)
         for node in nodes:
@@ -69,9 +72,12 @@ def place_dependent(nodes: list[fx.Node], region: dict[fx.Node, Region], layers:
                 before = [placed[op].segment for op in node.all_input_nodes if op in placed]
                 placed[node] = Region(EPILOGUE, max([*before, *(s for s, _ in reads[node])]))
                 continue
-            place, habit = _between(node, reads[node], placed, feeds, last, habits, kept)
+            in_midst = turns[node] in midst and not first_pass
+            place, habit = _between(node, reads[node], placed, feeds, last, habits, kept, in_midst)
             placed[node] = place
-            if first_pass and habit and place.segment > 0:
+            if first_pass and habit == "midst":
+                midst.add(turns[node])
+            elif first_pass and habit and place.segment > 0:
                 habits.setdefault(_site(node), habit)
     region.update(placed)
 
@@ -100,6 +106,19 @@ def _for_results(
     return found
 
 
+def _turns(nodes: list[fx.Node], reads: dict[fx.Node, set[tuple[int, int]]]) -> dict[fx.Node, object]:
+    """Which one a node is of those that its place in the user's code makes in a segment."""
+    found: dict[fx.Node, object] = {}
+    made: dict[object, int] = defaultdict(int)
+    for node in nodes:
+        if reads[node]:
+            site = _site(node)
+            at = (site, max(reads[node])[0])
+            found[node] = (site, made[at])
+            made[at] += 1
+    return found
+
+
 def _site(node: fx.Node) -> object:
     """The place in the user's code that made a node."""
     return (node.target, node.meta.get("site", ())[:1], len(node.meta.get("scope", ())))
@@ -113,9 +132,10 @@ def _between(
     last: int,
     habits: dict[object, str],
     kept: set[object],
+    in_midst: bool,
 ) -> tuple[Region, str]:
-    """Region of a node between cells, and on which side of it: "below" or "above" ("" where there is no
-    choice)."""
+    """Region of a node between cells, and on which side of it: "below", "above", or in the "midst" of one (""
+    where there is no choice)."""
     segments = [s for s, _ in reads]
     segments += [region[op].segment for op in node.all_input_nodes if op in region]
     entering = {s for s, _ in _source_segments(node, region, feeds)}
@@ -126,8 +146,8 @@ def _between(
         return Region(PROLOGUE, segment), ""
     placed = (region[op] for op in node.all_input_nodes if op in region)
     low = max(*inside, *(place.layer for place in placed if place.segment == segment), -1)
-    if low in later:
-        return Region(CELL, segment, low), ""  # computed by a cell, and once more outside it
+    if low in later or in_midst:
+        return Region(CELL, segment, low), "midst"
     if later and (high := min(later)) > low:
         carried = any(s < segment and (layer >= high or _site(node) not in kept) for s, layer in reads)
         habit = "above" if carried else habits.get(_site(node), "below") if segment == 0 else "below"
