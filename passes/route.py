@@ -96,7 +96,9 @@ class _Router:
     def program(self, offsets: frozenset[tuple[int, int]]) -> Program:
         for i, layers in enumerate(self._kinds()):
             sample = layers[len(layers) // 2]
-            rules = self.rolled.rules[(CELL, sample)]
+            rules = {c: rule for c, rule in self.rolled.rules[(CELL, sample)].items() if rule.body.nodes}
+            if not rules:
+                continue
             steady = self.rolled.classes[(CELL, sample)].head
             others = [self.rolled.rules[(CELL, layer)] for layer in layers if layer != sample]
             for j, merged in enumerate(align(rules, steady if steady in rules else min(rules), others)):
@@ -184,8 +186,8 @@ class _Router:
     # ---- lanes ---------------------------------------------------------------------------------------------
 
     def _lane_port(self, name: str, group: _GroupDraft, index: dict[int, int], val: Any) -> None:
-        alone = sum(1 for other in self.groups if other.layers == group.layers) == 1
-        classes = None if alone else group.merged.classes
+        is_all = set(group.merged.classes) == set(self.rolled.rules[(CELL, group.layers[0])])
+        classes = None if is_all else group.merged.classes
         lane = self.lanes[name] = _LaneDraft(name, set(group.layers), val, classes)
         steady: dict[int, Source] = {}
         for layer in group.layers:

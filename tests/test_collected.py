@@ -206,3 +206,37 @@ def test_counters(count: Callable[[Tensor, int, Tensor], Tensor], before: bool) 
         assert_same(model(x), fast(x))
         assert_same(model(x[:, :-1]), fast(x[:, :-1]))
     assert fast.schedule.level_rule == "s + l"
+
+
+class Twice(nn.Module):
+    """Each module is called a second time, for the memory or for nothing, and is a layer of its own then: dead
+    in the last segment, or in all."""
+
+    def __init__(self, remembers: bool) -> None:
+        super().__init__()
+        self.remembers = remembers
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories, out = [x.new_zeros(x.shape[0], 4) for _ in self.layers], []
+        for first in x.split(SEGMENT, 1):
+            h = first
+            for l, layer in enumerate(self.layers):
+                if self.remembers:
+                    h = h + torch.softmax(layer(h) @ memories[l][:, :, None], 1) * memories[l][:, None]
+                else:
+                    h = h + torch.tanh(layer(h))
+                memories[l] = 0.5 * torch.tanh(memories[l]) + layer(h).mean(1)
+                h = h + 0.1 * first
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("remembers", [True, False])
+def test_dead_cells(remembers: bool) -> None:
+    model = made(lambda: Twice(remembers))
+    fast = rmtcompile.optimize(model)
+    for segments in (4, 1, 2, 7):
+        x = features(segments)
+        assert_same(model(x), fast(x))
+        assert_same(model(x[:, :-1]), fast(x[:, :-1]))

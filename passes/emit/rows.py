@@ -111,7 +111,7 @@ def _write_layer(writer: Writer, program: Program) -> None:
     writer.line("fill(run, l)")
     writer.line("windows = run.windows(l)")
     writer.line("results = [CELLS[w.group](run, w) for w in windows]")
-    writer.line("run.write(windows, results)")
+    writer.line("run.write(l, windows, results)")
     writer.end()
     writer.line()
     writer.line()

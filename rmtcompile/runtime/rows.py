@@ -264,9 +264,9 @@ class RowRun:
         for name, value in zip(names, values, strict=True):
             self.taps[name].put(segment, value)
 
-    def write(self, windows: Sequence[RowWindow], results: Sequence[Outputs]) -> None:
-        """Keep the results of a layer for the layers that read them, and those that are read outside the
-        cells; drop what is read no more."""
+    def write(self, layer: int, windows: Sequence[RowWindow], results: Sequence[Outputs]) -> None:
+        """Keep the results of a layer (there are none where nobody reads it) for the layers that read them,
+        and those that are read outside the cells; drop what is read no more."""
         for window, outputs in zip(windows, results, strict=True):
             self.store.put(window, outputs)
             for tap in self._cell_taps:
@@ -275,7 +275,7 @@ class RowRun:
                         self._keep(tap.name, tap.when, window, outputs[output])
         for lane in self.lanes.values():
             lane.given.clear()
-        self.store.forget(windows[0].layer, self.block)
+        self.store.forget(layer, self.block)
 
     def _keep(self, name: str, when: tuple[Any, ...], window: RowWindow, values: torch.Tensor) -> None:
         for row, segment in enumerate(window.segments):
