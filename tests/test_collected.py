@@ -208,33 +208,49 @@ def test_counters(count: Callable[[Tensor, int, Tensor], Tensor], before: bool) 
     assert fast.schedule.level_rule == "s + l"
 
 
-class Twice(nn.Module):
-    """Each module is called a second time, for the memory or for nothing, and is a layer of its own then: dead
-    in the last segment, or in all."""
+class Ends(nn.Module):
+    """What writes the memory is dead in the last segment, whose cells end before it."""
 
-    def __init__(self, remembers: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.remembers = remembers
         self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.writers = nn.ModuleList(nn.GRUCell(4, 4) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         memories, out = [x.new_zeros(x.shape[0], 4) for _ in self.layers], []
         for first in x.split(SEGMENT, 1):
             h = first
-            for l, layer in enumerate(self.layers):
-                if self.remembers:
-                    h = h + torch.softmax(layer(h) @ memories[l][:, :, None], 1) * memories[l][:, None]
-                else:
-                    h = h + torch.tanh(layer(h))
-                memories[l] = 0.5 * torch.tanh(memories[l]) + layer(h).mean(1)
+            for l, (layer, write) in enumerate(zip(self.layers, self.writers, strict=True)):
+                m = memories[l]
+                h = h + torch.softmax(layer(h) @ m[:, :, None], 1) * m[:, None]
+                memories[l] = write(h.mean(1), torch.tanh(layer(m)))
                 h = h + 0.1 * first
             out.append(h)
         return torch.cat(out, 1)
 
 
-@pytest.mark.parametrize("remembers", [True, False])
-def test_dead_cells(remembers: bool) -> None:
-    model = made(lambda: Twice(remembers))
+class Unread(nn.Module):
+    """A memory that nothing reads, written by layers that are called once more for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        unread, out = x.new_zeros(x.shape[0], 4), []
+        for h in x.split(SEGMENT, 1):
+            for layer in self.layers:
+                h = h + torch.tanh(layer(h))
+                unread = unread + layer(h).amax(1)
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("build", [Ends, Unread])
+def test_dead_cells(build: Callable[[], nn.Module]) -> None:
+    model = made(build)
     fast = rmtcompile.optimize(model)
     for segments in (4, 1, 2, 7):
         x = features(segments)
