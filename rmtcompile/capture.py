@@ -167,6 +167,7 @@ class _Recorder:
     def __init__(self, names: dict[int, str], snapshot: Snapshot, whole: bool) -> None:
         self.whole = whole  # traced above autograd and transforms
         self.has_gradients = torch.is_grad_enabled()
+        self.transforms = False  # whether a transform of torch.func was at work
         self.calls: list[Call] = []
         self.stack: list[int] = []
         self.names = names
@@ -213,7 +214,7 @@ class _Recorder:
             if not self.whole:
                 self._refuse_regions()
             elif torch._C._functorch.peek_interpreter_stack() is not None:
-                raise _BelowError
+                self.transforms = True
             node = create(*args, **kwargs)
             node.meta["scope"] = tuple(self.stack)
             node.meta["site"] = places = tuple(islice(user_places(sys._getframe(1)), 2))
@@ -234,7 +235,7 @@ class _Recorder:
             )
 
 
-class _BelowError(BaseException):
+class _BelowError(Exception):
     """Above autograd this forward cannot be traced: it takes gradients itself."""
 
 
@@ -318,10 +319,14 @@ def _captured(
     except CaptureError:
         raise
     except Exception as error:
+        if whole and recorder.transforms:
+            raise _BelowError from error
         raise refusal(error) from error
     finally:
         snapshot.restore()
         lost, outside = contents.restore(), around.restore()
+    if whole and recorder.transforms:
+        raise _BelowError
     if outside:
         raise CaptureError(
             "the forward keeps state outside of its modules",
