@@ -24,13 +24,8 @@ from torch import fx
 from rmtcompile.errors import PartitionError
 from rmtcompile.passes.partition.claim import claim
 from rmtcompile.passes.partition.layers import call_sizes, feeding, find_layers, split_index
-from rmtcompile.passes.partition.place import (
-    cells_of,
-    complete_lists,
-    constant_nodes,
-    place_dependent,
-    place_sources,
-)
+from rmtcompile.passes.partition.lists import complete_lists
+from rmtcompile.passes.partition.place import cells_of, constant_nodes, place_dependent
 from rmtcompile.passes.partition.regions import (
     CELL,
     EPILOGUE,
@@ -41,6 +36,7 @@ from rmtcompile.passes.partition.regions import (
     Partition,
     Region,
 )
+from rmtcompile.passes.partition.sources import place_sources
 
 
 def partition(graph: fx.Graph, layers: Layers, n_segments: int) -> Partition:

@@ -87,18 +87,28 @@ def find_layers(
         )
     chosen = [best]
     if layers is None and split_index(families[best][0].path):
-        beside = [
-            k for k in several + single
+        beside = {
+            k: families[k] for k in several + single
             if k != best and k[0] == best[0] and split_index(families[k][0].path)
-        ]  # fmt: skip
-        small = [k for k in beside if covers[k] < 0.05 * max(1, total)]
-        chosen += [k for k in beside if k not in small]
-        in_turn = [k for k in small if _in_turn(families[best], families[k])]
+        }  # fmt: skip
+        small = {k for k in beside if covers[k] < 0.05 * max(1, total)}
         row = families[best][: len(families[best]) // n_segments]
-        if in_turn and not all(feeds(a.index, b.index) for a, b in pairwise(row)):
-            chosen += in_turn
+        taken = _needed(row, families[best], {k: beside[k] for k in small}, feeds)
+        chosen += [k for k in beside if k not in small or k in taken]
     members = sorted((c for key in chosen for c in families[key]), key=lambda call: call.index)
     return _grid(members, n_segments)
+
+
+def _needed(
+    row: list[Call],
+    layers: list[Call],
+    small: dict[tuple[str | None, str], list[Call]],
+    feeds: Callable[[int, int], bool],
+) -> set[tuple[str | None, str]]:
+    """Small lists called in turn with the layers, which do not feed each other in `row`, a segment, without
+    them."""
+    in_turn = {key for key, calls in small.items() if _in_turn(layers, calls)}
+    return set() if in_turn and all(feeds(a.index, b.index) for a, b in pairwise(row)) else in_turn
 
 
 def _in_turn(a: list[Call], b: list[Call]) -> bool:

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from itertools import pairwise
-from typing import Any
 
-import torch
 from torch import fx
 
-from rmtcompile.passes.partition.regions import CELL, EPILOGUE, INIT, PROLOGUE, Layers, Region
-
-aten = torch.ops.aten
-_JOINS = (aten.cat.default, aten.stack.default)
+from rmtcompile.passes.partition.regions import CELL, EPILOGUE, PROLOGUE, Layers, Region, site_of
 
 
 def cells_of(node: fx.Node, layers: Layers) -> set[tuple[int, int]]:
@@ -53,7 +47,7 @@ def place_dependent(nodes: list[fx.Node], region: dict[fx.Node, Region], layers:
     # What reads an earlier segment lies with the layer above, unless it is kept for a later one itself: the
     # further up a reader lies, the earlier it may run.
     kept = {
-        _site(node)
+        site_of(node)
         for node in nodes
         if reads[node] and any(s > max(reads[node])[0] for s, _ in feeds[node])
     }
@@ -78,7 +72,7 @@ def place_dependent(nodes: list[fx.Node], region: dict[fx.Node, Region], layers:
             if first_pass and habit == "midst":
                 midst.add(turns[node])
             elif first_pass and habit and place.segment > 0:
-                habits.setdefault(_site(node), habit)
+                habits.setdefault(site_of(node), habit)
     region.update(placed)
 
 
@@ -93,14 +87,14 @@ def _for_results(
     In the cells they would tell these layers from the last one, or the last segment, which puts the pieces
     of all segments together, from the others. Where every layer has them (a head a layer) they stay there.
     """
-    carried = {_site(node) for node in nodes if feeds[node]}
+    carried = {site_of(node) for node in nodes if feeds[node]}
     tops: dict[object, set[int]] = defaultdict(set)
     for node in nodes:
-        tops[_site(node)].add(max(reads[node])[1])
+        tops[site_of(node)].add(max(reads[node])[1])
     found: set[fx.Node] = set()
     for node in reversed(nodes):
-        lone = len({s for s, _ in reads[node]}) == 1 and last in tops[_site(node)]
-        if _site(node) not in carried and not lone:
+        lone = len({s for s, _ in reads[node]}) == 1 and last in tops[site_of(node)]
+        if site_of(node) not in carried and not lone:
             if all(user.op == "output" or user in found for user in node.users):
                 found.add(node)
     return found
@@ -112,16 +106,11 @@ def _turns(nodes: list[fx.Node], reads: dict[fx.Node, set[tuple[int, int]]]) -> 
     made: dict[object, int] = defaultdict(int)
     for node in nodes:
         if reads[node]:
-            site = _site(node)
+            site = site_of(node)
             at = (site, max(reads[node])[0])
             found[node] = (site, made[at])
             made[at] += 1
     return found
-
-
-def _site(node: fx.Node) -> object:
-    """The place in the user's code that made a node."""
-    return (node.target, node.meta.get("site", ())[:1], len(node.meta.get("scope", ())))
 
 
 def _between(
@@ -149,8 +138,8 @@ def _between(
     if low in later or in_midst:
         return Region(CELL, segment, low), "midst"
     if later and (high := min(later)) > low:
-        carried = any(s < segment and (layer >= high or _site(node) not in kept) for s, layer in reads)
-        habit = "above" if carried else habits.get(_site(node), "below") if segment == 0 else "below"
+        carried = any(s < segment and (layer >= high or site_of(node) not in kept) for s, layer in reads)
+        habit = "above" if carried else habits.get(site_of(node), "below") if segment == 0 else "below"
         return Region(CELL, segment, high if habit == "above" else low), habit
     if low < last and all(s > segment for s, _ in feeds.get(node, ())):
         return Region(CELL, segment, low), ""
@@ -171,56 +160,6 @@ def _first_hits(nodes: list[fx.Node], region: dict[fx.Node, Region]) -> dict[fx.
     return feeds
 
 
-def complete_lists(graph: fx.Graph, region: dict[fx.Node, Region]) -> None:
-    """Give lists over all segments one member a segment, of one kind. Changes the graph.
-
-    What enters a layer is the layer's own value as soon as a memory was added to it, but in the first segment
-    it is what the layer below or the prologue made. Where an epilogue joins them, all pass through the
-    epilogues of their segments.
-    """
-    for node in list(graph.nodes):
-        if node.target not in _JOINS or node not in region or region[node].kind != EPILOGUE:
-            continue
-        _join_by_segment(graph, node, region)
-        places = [region.get(member, Region(INIT)) for member in node.args[0]]
-        is_list = [place.segment for place in places] == list(range(len(places)))
-        if not is_list or len({(place.kind, place.layer) for place in places}) == 1:
-            continue
-        members = []
-        for member, place in zip(node.args[0], places, strict=True):
-            if place.kind != EPILOGUE:
-                with graph.inserting_before(node):
-                    passed = graph.call_function(aten.alias.default, (member,))
-                passed.meta = {**node.meta, "val": member.meta["val"]}
-                region[passed] = Region(EPILOGUE, place.segment)
-                member = passed
-            members.append(member)
-        node.args = (members, *node.args[1:])
-
-
-def _join_by_segment(graph: fx.Graph, node: fx.Node, region: dict[fx.Node, Region]) -> None:
-    """Join the members of each segment in its epilogue first, where a list has several of each: one of every
-    layer, as in `stack([a00, a01, a10, a11])`, which is `cat([stack([a00, a01]), stack([a10, a11])])`."""
-    join: Any = node.target
-    members: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
-    segments = [region.get(member, Region(INIT)).segment for member in members]
-    count = max(segments, default=0) + 1
-    each = len(members) // max(1, count)
-    if each < 2 or segments != [s for s in range(count) for _ in range(each)]:
-        return
-    pieces = []
-    for s in range(count):
-        own = members[s * each : (s + 1) * each]
-        with graph.inserting_before(node):
-            piece = graph.call_function(join, (own, *node.args[1:]), dict(node.kwargs))
-        values = [member.meta["val"] for member in own]
-        piece.meta = {**node.meta, "val": join(values, *node.args[1:], **node.kwargs)}
-        region[piece] = Region(EPILOGUE, s)
-        pieces.append(piece)
-    node.target = aten.cat.default
-    node.args = (pieces, *node.args[1:])
-
-
 def _source_segments(
     node: fx.Node, region: dict[fx.Node, Region], feeds: dict[fx.Node, set[tuple[int, int]]]
 ) -> set[tuple[int, int]]:
@@ -233,84 +172,3 @@ def _source_segments(
             if len({s for s, _ in hits}) == 1:
                 found |= hits
     return found
-
-
-def place_sources(nodes: list[fx.Node], region: dict[fx.Node, Region], n_segments: int) -> None:
-    """Place nodes that depend on no cell: prologue of the segment they feed first, or init.
-
-    What a segment reads of its input may be read again one segment later (a cached embedding); only what all
-    segments read, or what depends on no input and serves several, is the same for all.
-    """
-    from_input: set[fx.Node] = set()
-    for node in nodes:
-        if any(operand.op == "placeholder" or operand in from_input for operand in node.all_input_nodes):
-            from_input.add(node)
-    leaving = _leaving(nodes, region, from_input)
-    region.update(_counters(nodes, region, from_input, n_segments))
-    for node in reversed(nodes):
-        if node in region or node in leaving:
-            continue
-        users = {region[user].segment for user in node.users if user in region}
-        several = len(users) > 1 and (node not in from_input or len(users) == n_segments)
-        if users and not several and min(users) >= 0:
-            region[node] = Region(PROLOGUE, min(users))
-        else:
-            region[node] = Region(INIT)
-    for node in leaving:
-        segment = max(region[op].segment if op in region else -1 for op in node.all_input_nodes)
-        region[node] = Region(INIT) if segment < 0 else Region(EPILOGUE, segment)
-
-
-def _counters(
-    nodes: list[fx.Node], region: dict[fx.Node, Region], from_input: set[fx.Node], n_segments: int
-) -> dict[fx.Node, Region]:
-    """What is counted from segment to segment, without reading any input: `n = n + 4`, once a segment.
-
-    All of it could be computed before the segments, but would be more with each one; the prologue of each
-    segment counts on instead, and computes what it makes of the count.
-    """
-    first_use: dict[fx.Node, int] = {}
-    by_site: dict[object, list[fx.Node]] = defaultdict(list)
-    for node in reversed(nodes):
-        if node not in region:
-            users = [region[u].segment if u in region else first_use.get(u, n_segments) for u in node.users]
-            first_use[node] = min(users, default=n_segments)
-    candidates = [node for node in nodes if node not in region and node not in from_input]
-    for node in candidates:
-        by_site[_site(node)].append(node)
-    found: dict[fx.Node, Region] = {}
-    for chain in by_site.values():
-        once_each = all(first_use[node] in (s, s + 1, n_segments) for s, node in enumerate(chain))
-        if n_segments - 1 <= len(chain) <= n_segments and len(chain) > 1 and once_each:
-            if _is_chain(chain, set(candidates)):
-                found |= {node: Region(PROLOGUE, s) for s, node in enumerate(chain)}
-    for node in candidates:
-        counts = [found[op].segment for op in node.all_input_nodes if op in found]
-        if counts and node not in found:
-            found[node] = Region(PROLOGUE, max(counts))
-    return found
-
-
-def _is_chain(chain: list[fx.Node], among: set[fx.Node]) -> bool:
-    """Whether each node is computed from the one before."""
-    for before, node in pairwise(chain):
-        pending, seen = [node], set[fx.Node]()
-        while pending and before not in seen:
-            operands = [op for op in pending.pop().all_input_nodes if op in among and op not in seen]
-            seen.update(operands)
-            pending += operands
-        if before not in seen:
-            return False
-    return True
-
-
-def _leaving(
-    nodes: list[fx.Node], region: dict[fx.Node, Region], from_input: set[fx.Node]
-) -> dict[fx.Node, None]:
-    """What is made of the input for the result alone, in order: what is embedded, put together again."""
-    found: set[fx.Node] = set()
-    for node in reversed(nodes):
-        if node not in region and node in from_input:
-            if all(user.op == "output" or user in found for user in node.users):
-                found.add(node)
-    return {node: None for node in nodes if node in found}

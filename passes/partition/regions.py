@@ -63,3 +63,8 @@ class Partition:
         for node, region in self.region.items():
             found[region].append(node)
         return dict(found)
+
+
+def site_of(node: fx.Node) -> object:
+    """The place in the user's code that made a node."""
+    return (node.target, node.meta.get("site", ())[:1], len(node.meta.get("scope", ())))
