@@ -277,7 +277,8 @@ class _Builder:
         for j, source in enumerate(rule.sources):  # the same parameter or invariant is the same placeholder
             for port in self.ports:
                 c, i = next(iter(port.index.items()))
-                if port not in bound and source.is_invariant and self.rules[c].sources[i].key == source.key:
+                same = source.is_invariant and self.rules[c].sources[i].key == source.key
+                if port not in bound and same and self._fits(port, j, number, rule):
                     bound[port] = j
         for j, source in enumerate(rule.sources):  # what travels the same way can share a lane
             for port in self.ports:

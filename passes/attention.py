@@ -20,7 +20,7 @@ from torch import fx
 
 aten = torch.ops.aten
 
-_KERNELS = {
+KERNELS = {
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_flash_attention.default,
@@ -31,7 +31,7 @@ _KERNELS = {
 
 def attention(module: fx.GraphModule) -> fx.GraphModule:
     """Rewrite every such kernel; the same object where there is none."""
-    found = [node for node in module.graph.nodes if node.target in _KERNELS]
+    found = [node for node in module.graph.nodes if node.target in KERNELS]
     for node in found:
         _rewrite(node)
     if found:

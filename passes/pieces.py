@@ -11,25 +11,27 @@ Requires: a functional graph with meta `val`. Ensures: the same pieces.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
 aten = torch.ops.aten
 
-_WITH_DIM = {aten.split_with_sizes.default, aten.tensor_split.indices, aten.tensor_split.sections}
-_DIM = {
+_SPLITS: dict[Any, int | None] = {
+    **dict.fromkeys((aten.split_with_sizes.default, aten.tensor_split.indices, aten.tensor_split.sections)),
     **dict.fromkeys((aten.vsplit.array, aten.vsplit.int), 0),
     **dict.fromkeys((aten.hsplit.array, aten.hsplit.int), 1),
     **dict.fromkeys((aten.dsplit.array, aten.dsplit.int), 2),
 }
-"""numpy's names have their dimension; `hsplit` of a vector takes its only one."""
+"""The dimension that each cuts, None where it is told; `hsplit` of a vector cuts its only one."""
 
 
 def pieces(module: fx.GraphModule) -> fx.GraphModule:
     """Rewrite every such split; the same object where there is none."""
     changed = False
     for node in module.graph.nodes:
-        if node.op != "call_function" or node.target not in {*_WITH_DIM, *_DIM}:
+        if node.target not in _SPLITS:
             continue
         dim = _dim(node)
         *whole, last = [piece.shape[dim] for piece in node.meta["val"]]
@@ -42,8 +44,9 @@ def pieces(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _dim(node: fx.Node) -> int:
-    if node.target in _DIM:
-        return min(_DIM[node.target], node.args[0].meta["val"].dim() - 1)  # type: ignore[union-attr]
-    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
-    assert isinstance(dim, int)
-    return dim
+    dim = _SPLITS[node.target]
+    if dim is not None:
+        return min(dim, node.args[0].meta["val"].dim() - 1)  # type: ignore[union-attr]
+    told = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+    assert isinstance(told, int)
+    return told

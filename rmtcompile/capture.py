@@ -223,7 +223,6 @@ class _Recorder:
 
         tracer.create_node = create_node  # type: ignore[method-assign]
 
-
     def _refuse_regions(self) -> None:
         """Below autograd it does not show where a region without gradients begins."""
         if self.has_gradients and not torch.is_grad_enabled():
@@ -254,7 +253,7 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     try:
         return _captured(fn, args, kwargs, whole=True)
     except _BelowError:
-        if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+        if torch._C._is_any_autocast_enabled():
             raise CaptureError(
                 "the forward takes gradients itself, and the call is inside torch.autocast",
                 remedy="open torch.autocast inside the forward, or convert the model",

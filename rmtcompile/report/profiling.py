@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rmtcompile.passes.attention import KERNELS
 from rmtcompile.schedule import Schedule
 from rmtcompile.verify import tensors_of
 from rmtcompile.viewer import ProfileView
@@ -283,7 +284,8 @@ def _levels_on_cuda(
     program: Callable[[], Any], namespace: dict[str, Any], device: torch.device
 ) -> tuple[list[float], float]:
     """The same by the device's clock.  It gets other work before each level, and comes to the level when all
-    of its kernels are queued: it never waits for the host, as in a recorded run."""
+    of its kernels are queued: it never waits for the host, as in a recorded run.  No levels where the host is
+    too slow for that."""
     factor = torch.ones(4096, 4096, dtype=torch.float16, device=device)
     product = torch.empty_like(factor)
     marks: list[tuple[torch.cuda.Event, ...]] = []
@@ -319,7 +321,7 @@ def _levels_on_cuda(
         torch.cuda.synchronize(device)
         if not is_late:
             break
-    if not marks:
+    if is_late or not marks:
         return [], first.elapsed_time(last) * 1e3
     outside = first.elapsed_time(marks[0][0]) + marks[-1][2].elapsed_time(last)
     return [begun.elapsed_time(done) * 1e3 for _, begun, done in marks], outside * 1e3
@@ -356,16 +358,7 @@ def _attention_flops(
     return 2 * batch * heads * rows * key[2] * (size + value[3])
 
 
-ATTENTION_FLOPS = dict.fromkeys(
-    (
-        torch.ops.aten._scaled_dot_product_cudnn_attention,
-        torch.ops.aten._scaled_dot_product_efficient_attention,
-        torch.ops.aten._scaled_dot_product_flash_attention,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
-        torch.ops.aten._scaled_dot_product_fused_attention_overrideable,
-    ),
-    _attention_flops,
-)
+ATTENTION_FLOPS = dict.fromkeys((kernel.overloadpacket for kernel in KERNELS), _attention_flops)
 
 
 def kind_of(name: str) -> str:
