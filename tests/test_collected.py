@@ -114,6 +114,14 @@ def into_sections(x: Tensor) -> Sequence[Tensor]:
     return torch.tensor_split(x, -(-x.shape[1] // SEGMENT), 1)
 
 
+def in_chunks(x: Tensor) -> Sequence[Tensor]:
+    return x.chunk(-(-x.shape[1] // SEGMENT), 1)
+
+
+def as_view(x: Tensor) -> Sequence[Tensor]:
+    return x.unflatten(1, (-1, SEGMENT)).unbind(1)
+
+
 def eaten_up(x: Tensor) -> Sequence[Tensor]:
     pieces = []
     while x.shape[1]:
@@ -122,7 +130,7 @@ def eaten_up(x: Tensor) -> Sequence[Tensor]:
     return pieces
 
 
-@pytest.mark.parametrize("cut", [listed, at_indices, by_name, into_sections, eaten_up])
+@pytest.mark.parametrize("cut", [listed, at_indices, by_name, into_sections, in_chunks, as_view, eaten_up])
 @pytest.mark.parametrize("first", [5, 2])
 def test_ways_to_cut(cut: Callable[[Tensor], Sequence[Tensor]], first: int) -> None:
     model = made(lambda: Collecting(stacked))
@@ -131,7 +139,7 @@ def test_ways_to_cut(cut: Callable[[Tensor], Sequence[Tensor]], first: int) -> N
     for segments in (first, 1, 3, 7):
         assert_same(model(features(segments)), fast(features(segments)))
     assert fast.captures == 1
-    if cut is not into_sections:  # which makes the pieces as equal as they can be
+    if cut not in (into_sections, as_view):  # pieces as equal as they can be; whole segments alone
         for segments in (2, 4):
             x = features(segments)[:, :-1]
             assert_same(model(x), fast(x))

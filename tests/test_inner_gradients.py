@@ -48,6 +48,14 @@ def by_autograd(w: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.autograd.grad(loss(w, k, v), w)[0]
 
 
+def recall(memory: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+    return lambda own, k: functional_call(memory, own, (k,))
+
+
+def surprise(memory: nn.Module) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
+    return lambda own, k, v: (recall(memory)(own, k) - v).square().mean()
+
+
 class PerInput(nn.Module):
     """A network as memory, with weights of its own for each input, and attention beside it."""
 
@@ -71,16 +79,10 @@ class PerInput(nn.Module):
         return torch.cat(out, 1)
 
     def layer(self, h: Tensor, memory: nn.Module, project: nn.Module, weights: Any) -> tuple[Tensor, Any]:
-        def recall(own: dict[str, Tensor], k: Tensor) -> Tensor:
-            return functional_call(memory, own, (k,))
-
-        def surprise(own: dict[str, Tensor], k: Tensor, v: Tensor) -> Tensor:
-            return (recall(own, k) - v).square().mean()
-
         q, k, v = project(h).chunk(3, -1)
         seen = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=True)[:, 0]
-        remembered = vmap(recall)(weights, q)
-        learnt = vmap(grad(surprise))(weights, k, v)
+        remembered = vmap(recall(memory))(weights, q)
+        learnt = vmap(grad(surprise(memory)))(weights, k, v)
         return h + seen + remembered, {name: 0.9 * w - 0.1 * learnt[name] for name, w in weights.items()}
 
 
@@ -93,15 +95,9 @@ class Apart(PerInput):
         self.memories = nn.ModuleList(nn.Sequential(nn.Linear(4, 4, bias=False)) for _ in range(3))
 
     def layer(self, h: Tensor, memory: nn.Module, project: nn.Module, weights: Any) -> tuple[Tensor, Any]:
-        def recall(own: dict[str, Tensor], k: Tensor) -> Tensor:
-            return functional_call(memory, own, (k,))
-
-        def surprise(own: dict[str, Tensor], k: Tensor, v: Tensor) -> Tensor:
-            return (recall(own, k) - v).square().mean()
-
-        remembered = vmap(recall)(weights, h)
+        remembered = vmap(recall(memory))(weights, h)
         q, k, v = project(h).chunk(3, -1)
-        learnt = vmap(grad(surprise))(weights, k, v)
+        learnt = vmap(grad(surprise(memory)))(weights, k, v)
         return h + torch.tanh(q + remembered), {n: 0.9 * w - 0.1 * learnt[n] for n, w in weights.items()}
 
 
