@@ -36,7 +36,7 @@ from rmtcompile.pipeline import Compiled, compile_forward
 from rmtcompile.probe import Segmentation, probe
 from rmtcompile.results import value_of
 from rmtcompile.runtime.execute import Executor, backend_for
-from rmtcompile.runtime.graphs import Recording
+from rmtcompile.runtime.graphs import Started
 from rmtcompile.runtime.rows import executor_for
 from rmtcompile.schedule import Schedule
 from rmtcompile.stages import Progress
@@ -179,10 +179,11 @@ class Optimized:
                     while len(self._refusals) > self.MAX_SIZES:
                         self._refusals.popitem(last=False)
                 return self._as_it_is(str(error), args, kwargs)
-            recording = started[1] if started is not None and started[0] is entry else None
-            result = self._run(entry, call.count, args, kwargs, recording)
-            if recording is None:
+            running = started[1] if started is not None and started[0] is entry else None
+            result = self._run(entry, call.count, args, kwargs, running)
+            if running is None:
                 self._choose_plan(entry, args, kwargs)
+                entry.executor.record(tensors_of(args, kwargs))
             self._ready[call.key, call.count] = entry
             return result
 
@@ -217,11 +218,11 @@ class Optimized:
             raise empty
         return _Call(segmentation, count, program_key(args, kwargs, segmentation))
 
-    def _start(self, call: _Call, args: Any, kwargs: Any) -> tuple[Entry, Recording] | None:
+    def _start(self, call: _Call, args: Any, kwargs: Any) -> tuple[Entry, Started] | None:
         """Start what ran the last such call, if it is recorded; whether it still holds is seen afterwards."""
         entry = self._ready.get((call.key, call.count))
-        recording = entry.executor.start(call.count, tensors_of(args, kwargs)) if entry is not None else None
-        return (entry, recording) if entry is not None and recording is not None else None
+        started = entry.executor.start(call.count, tensors_of(args, kwargs)) if entry is not None else None
+        return (entry, started) if entry is not None and started is not None else None
 
     def _entry(self, call: _Call, args: Any, kwargs: Any) -> tuple[_Call, Entry]:
         """The call and its program, compiled now if there is none.
@@ -423,10 +424,10 @@ class Optimized:
             return self._difference(entry, length, *part, tolerance=limit) is None
 
     def _run(
-        self, entry: Entry, count: int, args: Any, kwargs: Any, recording: Recording | None = None
+        self, entry: Entry, count: int, args: Any, kwargs: Any, started: Started | None = None
     ) -> Any:
         self._last = (entry, count)
-        outputs = entry.executor.finish(recording) if recording is not None else None
+        outputs = entry.executor.finish(started) if started is not None else None
         if outputs is None:
             outputs = entry.executor.run(count, tensors_of(args, kwargs))
         leave_effects(entry.compiled, count, outputs)

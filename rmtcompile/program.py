@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import fx
 
+from rmtcompile.schedule.grid import Grid
+
 
 class Size(int):
     """An integer of a program that follows from free sizes of the inputs (`passes/sizes.py`).
@@ -370,8 +372,6 @@ class Program:
     block: int = 0
     opened: Mapping[str, Opened] = field(default_factory=dict)
 
-    def levels(self, segments: int) -> int:
-        """Number of levels of a run."""
-        if self.alpha == 0 and self.block:
-            return self.n_layers * -(-segments // self.block)
-        return self.alpha * (segments - 1) + self.n_layers
+    def grid(self, segments: int) -> Grid:
+        """Which cell of a run of so many segments runs on which level."""
+        return Grid(self.n_layers, segments, self.alpha, self.block)

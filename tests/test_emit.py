@@ -40,7 +40,7 @@ def test_phases_are_where_they_say() -> None:
     lines = emitted.source.splitlines()
     assert list(emitted.phases) == ["ramp_up", "steady", "ramp_down"]
     for name, (first, last) in emitted.phases.items():
-        assert f"run.{name}" in lines[first - 1] and "step(run, t)" in lines[last - 1]
+        assert f"run.{name}" in lines[first - 1] and "run.level(t, step)" in lines[last - 1]
 
 
 def test_the_header_states_the_schedule() -> None:
@@ -89,7 +89,7 @@ def test_tracebacks_show_the_line() -> None:
         forward(None)
     except AttributeError as error:
         text = "".join(traceback.format_exception(error))
-    assert "S = run.segments" in text
+    assert "setup(run)" in text
 
 
 @pytest.mark.parametrize(

@@ -104,11 +104,11 @@ def test_inputs_and_state_are_filled_and_results_copied_out() -> None:
     holder, recorder, seen = recorded()
     holder.state = torch.full((2,), 5.0)
     recording = recorder.replay(4, [torch.arange(3.0)])
-    assert recording is not None and recording.graph.replays == 1
+    assert recording is not None and recorder._recordings[4].graph.replays == 1
     assert torch.equal(seen["inputs"][0], torch.arange(3.0))
     assert torch.equal(seen["held"]["state"], holder.state) and seen["held"]["state"] is not holder.state
     assert seen["held"]["weight"] is holder.weight
-    first, (weight, three) = recorder.results(recording)
+    first, (weight, three) = recording.results()
     assert torch.equal(first, torch.arange(3.0)) and first.data_ptr() != seen["inputs"][0].data_ptr()
     assert torch.equal(weight, holder.weight) and int(three) == 3
     assert recorder.replay(5, [torch.zeros(3)]) is None
@@ -138,11 +138,11 @@ def test_state_that_is_something_else_starts_nothing(change: Any) -> None:
 def test_moved_weights_are_noticed() -> None:
     holder, recorder, _ = recorded()
     recording = recorder.replay(4, [torch.zeros(3)])
-    assert recording is not None and recorder.is_current(recording)
+    assert recording is not None and recording.is_current()
     holder.weight = nn.Parameter(torch.ones(2))
-    assert not recorder.is_current(recording)
+    assert not recording.is_current()
     del holder.weight
-    assert not recorder.is_current(recording)
+    assert not recording.is_current()
 
 
 def test_a_length_is_recorded_when_it_comes_again() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from rmtcompile.capture import Leaf
 from rmtcompile.errors import UnsupportedError
 from rmtcompile.program import Affine, Lane
-from rmtcompile.runtime import LaneStore, Run, Stacks, TapStore
+from rmtcompile.runtime import LaneStore, Stacks, TapStore
 from rmtcompile.runtime.storage import as_slice
 from rmtcompile.weights import Weight
 
@@ -151,25 +150,6 @@ def test_parameters_that_differ_are_refused() -> None:
     lines = str(caught.value).splitlines()
     assert lines[0] == "parameters of one kind of layer differ in shape, dtype or device"
     assert "0.weight: (3, 2)" in lines[1] and "1.weight: (4, 2)" in lines[2]
-
-
-def run(n_layers: int, alpha: int, segments: int) -> Run:
-    program: Any = SimpleNamespace(
-        n_layers=n_layers, alpha=alpha, lanes=(), taps=(), groups=(), rolled=SimpleNamespace(classes={})
-    )
-    engine: Any = SimpleNamespace(lanes={}, taps={})
-    return Run(program, segments, {}, {}, {}, engine, functional=False)
-
-
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 9))
-def test_each_cell_runs_once_and_phases_cover_all_levels(n_layers: int, alpha: int, segments: int) -> None:
-    r = run(n_layers, alpha, segments)
-    levels = [*r.ramp_up, *r.steady, *r.ramp_down]
-    assert levels == list(range(r.levels))
-    cells = [cell for t in levels for cell in r.alive(t, range(n_layers))]
-    assert sorted(cells) == [(s, l) for s in range(segments) for l in range(n_layers)]
-    assert [s for t in levels if (s := r.entering(t)) is not None] == list(range(segments))
-    assert [s for t in levels if (s := r.leaving(t)) is not None] == list(range(segments))
 
 
 def test_affine() -> None:

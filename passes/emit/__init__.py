@@ -5,6 +5,7 @@
                  def cell_layers(...)        one layer on one segment, for n cells at once
                  def epilogue(s, S, ...)     what happens after the last layer
                  def enter / level / leave   one segment in, one wavefront, one segment out
+                 def setup / outputs         before the first level, after the last one
                  def forward(run)            ramp-up, steady state, ramp-down; layer by layer with alpha = 0
 
 The size of the module depends on the layers' code, not on the number of layers or of segments.
@@ -17,6 +18,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rmtcompile.passes.emit.borders import Borders, borders
+from rmtcompile.passes.emit.calls import Calls
 from rmtcompile.passes.emit.cells import CellFunction, cell_functions, opened, uses_vmapped, write_cell
 from rmtcompile.passes.emit.levels import level_formula, write_forward, write_level
 from rmtcompile.passes.emit.regions import Regions
@@ -25,6 +28,8 @@ from rmtcompile.passes.emit.sizes import Sized
 from rmtcompile.passes.emit.text import Writer, literal, target_name
 from rmtcompile.program import Lane, Opened, Program
 from rmtcompile.schedule import short_type
+
+NO_BORDERS = Borders("all segments of a layer run at once")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Emitted:
     cells: tuple[CellFunction, ...]
     phases: dict[str, tuple[int, int]]  # name -> first and last line, counted from 1
     opened: dict[str, Opened]  # functions of a program of free sizes that show them
+    borders: Borders = NO_BORDERS
 
 
 def emit(program: Program, title: str = "", sized: Sized | None = None) -> Emitted:
@@ -65,16 +71,21 @@ def emit(program: Program, title: str = "", sized: Sized | None = None) -> Emitt
     regions.write_functions(writer)
     for cell in cells:
         write_cell(writer, cell, next(g for g in program.groups if g.name == cell.group))
+    enter, leave = Calls(regions, "enter"), Calls(regions, "leave")
+    enter.write(writer)
     if program.alpha:
-        regions.write_enter(writer)
+        regions.write_fill(writer)
         write_level(writer, program, cells)
-        regions.write_leave(writer)
-        phases = write_forward(writer, regions)
+        leave.write(writer)
+        phases = write_forward(writer, regions, enter, leave)
+        found = borders(program, regions, enter, leave)
     else:
-        phases = write_rows(writer, regions, cells)
-    openings = regions.openings | {cell.name: found for cell in cells if (found := opened(cell)) is not None}
-    shown = {name: found.opened for name, found in openings.items()} if sized else {}
-    return Emitted(writer.text(), tuple(cells), phases, shown)
+        found = NO_BORDERS
+        leave.write(writer)
+        phases = write_rows(writer, regions, cells, enter, leave)
+    openings = regions.openings | {cell.name: one for cell in cells if (one := opened(cell)) is not None}
+    shown = {name: one.opened for name, one in openings.items()} if sized else {}
+    return Emitted(writer.text(), tuple(cells), phases, shown, found)
 
 
 def _describe(program: Program) -> str:

@@ -4,14 +4,14 @@
                   h = cat([x, memory])                 body     no integer of it depends on s or S
                   all = cat([*each segment's h, h])    after    reads a list over segments
 
-The body is one function for all segments and lengths, so it can be compiled once and recorded into graphs. A
-region with next to nothing in its body stays one function of s and S.
+The body is one function for all segments and lengths, so it can be compiled once and recorded into graphs;
+what is before and after it is work of the host.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,25 +33,40 @@ class Parts:
         before: views of live-ins and ranges whose place depends on s or S, taken by the caller.
         body: what the region's function does.
         after: what reads sizes or lists over segments and is no view of a live-in.
-        compiled: whether the body is a function without sizes, to be run by `run.region`.
+        shown: values that other parts read, or that are results.
+        compiled: whether the body has enough work in it to be worth a compiled form (`run.region`).
     """
 
     before: tuple[fx.Node, ...]
     body: tuple[fx.Node, ...]
     after: tuple[fx.Node, ...]
     compiled: bool
+    shown: frozenset[fx.Node] = frozenset()
 
     @property
     def inputs(self) -> tuple[Any, ...]:
         """What the body reads from outside: live-ins (nodes, lists of nodes) and views taken before."""
-        made = set(self.body)
-        read = (x for node in self.body for x in node.all_input_nodes if x not in made)
-        return tuple(dict.fromkeys(read))
+        return _read_from_outside(self.body)
 
-    def outputs(self, results: list[fx.Node]) -> tuple[fx.Node, ...]:
+    @property
+    def views(self) -> tuple[fx.Node, ...]:
+        """The views taken before that anything else reads, or that are results."""
+        return tuple(node for node in self.before if node in self.shown)
+
+    @property
+    def rest_inputs(self) -> tuple[Any, ...]:
+        """What the operations after the body read."""
+        return _read_from_outside(self.after)
+
+    def outputs(self, results: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
         """Values of the body that are read behind it: by the caller's operations, or as results."""
         read = {x for node in self.after for x in node.all_input_nodes} | set(results)
         return tuple(node for node in self.body if node in read)
+
+
+def _read_from_outside(nodes: Sequence[fx.Node]) -> tuple[Any, ...]:
+    made = set(nodes)
+    return tuple(dict.fromkeys(x for node in nodes for x in node.all_input_nodes if x not in made))
 
 
 def parts_of(rule: ClassRule, results: list[fx.Node], whole: bool = False) -> Parts:
@@ -64,15 +79,14 @@ def parts_of(rule: ClassRule, results: list[fx.Node], whole: bool = False) -> Pa
     """
     needed = _needed(rule.body.nodes, results)
     nodes = tuple(node for node in rule.body.nodes if node in needed)
-    undivided = Parts((), nodes, (), False)
     if whole:
-        return undivided
+        return Parts((), nodes, (), False)
     ints, inside = rule.integers(), set(rule.body.nodes)
     sized = {node for node in nodes if not all(a.is_constant for a in ints[node])}
     sized |= {node for node in nodes if any(_is_list(x) for x in node.all_input_nodes if x not in inside)}
     lists = [set(live_in) for live_in in rule.body.live_ins if isinstance(live_in, tuple)]
     views = _views_of_live_ins(nodes, rule)
-    before = {node for node in views if node in sized}
+    before = {node for node in views if node in sized or _reads_varying(node, rule)}
     for node in reversed(nodes):  # what those views are taken of
         if node in views and any(user in before for user in node.users):
             before.add(node)
@@ -83,10 +97,10 @@ def parts_of(rule: ClassRule, results: list[fx.Node], whole: bool = False) -> Pa
         if node not in before and (node in sized or reads_list or follows):
             after.add(node)
     body = tuple(node for node in nodes if node not in before and node not in after)
-    if sum(not _is_view(node) for node in body) < _WORTH:
-        return undivided
+    is_worth = sum(not _is_view(node) for node in body) >= _WORTH
+    read = {x for node in (*body, *after) for x in node.all_input_nodes}
     in_order = lambda chosen: tuple(node for node in nodes if node in chosen)  # noqa: E731
-    return Parts(in_order(before), body, in_order(after), True)
+    return Parts(in_order(before), body, in_order(after), is_worth, frozenset(read | set(results)))
 
 
 def write_operations(
@@ -151,6 +165,11 @@ def _views_of_live_ins(nodes: tuple[fx.Node, ...], rule: ClassRule) -> set[fx.No
         if not node.all_input_nodes or (_is_view(node) and found.issuperset(node.all_input_nodes)):
             found.add(node)
     return found & set(nodes)
+
+
+def _reads_varying(node: fx.Node, rule: ClassRule) -> bool:
+    """Whether an operation reads a value whose shape depends on s or S."""
+    return any(rule.varying.get(x) for x in node.all_input_nodes)
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rmtcompile.passes.emit.calls import Calls
 from rmtcompile.passes.emit.cells import CellFunction
 from rmtcompile.passes.emit.regions import Regions
 from rmtcompile.passes.emit.text import Writer, outside
@@ -68,12 +69,30 @@ def ranges(layers: tuple[int, ...]) -> str:
     )
 
 
-def write_forward(writer: Writer, regions: Regions) -> dict[str, tuple[int, int]]:
+def write_forward(writer: Writer, regions: Regions, enter: Calls, leave: Calls) -> dict[str, tuple[int, int]]:
+    """Print what runs all levels; gives the first and last line of each phase."""
+    regions.write_setup(writer)
+    regions.write_outputs(writer)
+    writer.function(
+        "step",
+        ["run", "t"],
+        "Level t, with the segment that enters before it and the one that leaves after it.",
+    )
+    writer.line("if (s := run.entering(t)) is not None:")
+    writer.depth += 1
+    enter.write_call(writer)
+    writer.depth -= 1
+    writer.line("fill(run, t)")
+    writer.line("level(run, t)")
+    writer.line("if (s := run.leaving(t)) is not None:")
+    writer.depth += 1
+    leave.write_call(writer)
+    writer.depth -= 1
+    writer.end()
     writer.function(
         "forward", ["run"], "All levels: segments enter one by one, run through the layers, and leave."
     )
-    writer.line("S = run.segments")
-    regions.write_setup(writer)
+    writer.line("setup(run)")
     phases: dict[str, tuple[int, int]] = {}
     for name, doc in (
         ("ramp_up", "ramp-up: one more layer becomes alive with each segment that enters"),
@@ -81,20 +100,8 @@ def write_forward(writer: Writer, regions: Regions) -> dict[str, tuple[int, int]
         ("ramp_down", "ramp-down: no segment enters any more, layers finish one by one"),
     ):
         first = writer.line(f"for t in run.{name}:  # {doc}")
-        writer.line("    step(run, t)")
+        writer.line("    run.level(t, step)")
         phases[name] = (first, first + 1)
-    regions.write_outputs(writer)
-    writer.end()
-    writer.function(
-        "step",
-        ["run", "t"],
-        "Level t, with the segment that enters before it and the one that leaves after it.",
-    )
-    writer.line("if (s := run.entering(t)) is not None:")
-    writer.line("    enter(run, s)")
-    writer.line("fill(run, t)")
-    writer.line("level(run, t)")
-    writer.line("if (s := run.leaving(t)) is not None:")
-    writer.line("    leave(run, s)")
+    writer.line("return outputs(run)")
     writer.end()
     return phases

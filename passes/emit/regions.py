@@ -1,4 +1,4 @@
-"""Init, prologue and epilogue: their functions, and the code that calls them for a segment."""
+"""Init, prologue and epilogue: their functions, what they read, and what is filled into lanes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import fx
 from rmtcompile.passes.align import class_name
 from rmtcompile.passes.emit.bodies import parts_of, write_operations
 from rmtcompile.passes.emit.sizes import Opening, Shape, opening
-from rmtcompile.passes.emit.text import Writer, outside, segment_of
+from rmtcompile.passes.emit.text import Writer, outside, segment_of, write_return
 from rmtcompile.passes.partition import EPILOGUE, INIT, PROLOGUE
 from rmtcompile.passes.reroll import ClassRule
 from rmtcompile.program import Each, LaneEntry, Program, Source
@@ -102,9 +102,7 @@ class Regions:
         return found
 
     def write_functions(self, writer: Writer) -> None:
-        rule = self.rolled.rules[(INIT, -1)][0]
-        nodes = [rule.body.nodes[i] for i in self.init_nodes]
-        self._function(writer, "init", rule, nodes, "What is the same for all segments.", whole=True)
+        self._init(writer)
         for kind, doc in (
             (PROLOGUE, "What happens to a segment before layer 0."),
             (EPILOGUE, "What follows the last layer."),
@@ -122,34 +120,29 @@ class Regions:
                 found.append((index, tap.name))
         return found
 
-    def _function(
-        self,
-        writer: Writer,
-        name: str,
-        rule: ClassRule,
-        results: list[fx.Node],
-        doc: str,
-        whole: bool = False,
-    ) -> None:
-        parts = parts_of(rule, results, whole)
-        names: dict[Any, str] = {}
-        if parts.compiled:
-            params = [node.name for node in parts.inputs]
-            returned = parts.outputs(results)
-            ints = rule.integers()
-            shapes = [(node.name, self.shapes.get(node, ())) for node in parts.inputs]
-            if (found := opening(shapes, [ints[node] for node in parts.body])) is not None:
-                self.openings[name] = found
-        else:
-            names = {live_in: f"x{j}" for j, live_in in enumerate(rule.body.live_ins)}
-            params = ["S" if whole else "s, S", *names.values()]
-            returned = tuple(results)
-        writer.function(name, params, doc)
+    def _function(self, writer: Writer, name: str, rule: ClassRule, results: list[fx.Node], doc: str) -> None:
+        """The function of a region's body."""
+        parts = parts_of(rule, results)
+        if not parts.body:
+            return
+        ints = rule.integers()
+        shapes = [(node.name, self.shapes.get(node, ())) for node in parts.inputs]
+        if (found := opening(shapes, [ints[node] for node in parts.body])) is not None and parts.compiled:
+            self.openings[name] = found
+        writer.function(name, [node.name for node in parts.inputs], doc)
         for line in self.openings[name].lines if name in self.openings else ():
             writer.line(line)
-        write_operations(writer, parts.body, rule, names)
-        values = "".join(f"{node.name}, " for node in returned).strip()
-        writer.line(f"return ({values})" if values else "return ()")
+        write_operations(writer, parts.body, rule, {})
+        write_return(writer, parts.outputs(results))
+        writer.end()
+
+    def _init(self, writer: Writer) -> None:
+        rule = self.rolled.rules[(INIT, -1)][0]
+        results = [rule.body.nodes[i] for i in self.init_nodes]
+        names = {live_in: f"x{j}" for j, live_in in enumerate(rule.body.live_ins)}
+        writer.function("init", ["S", *names.values()], "What is the same for all segments.")
+        write_operations(writer, parts_of(rule, results, whole=True).body, rule, names)
+        write_return(writer, results)
         writer.end()
 
     def arguments(self, rule: ClassRule) -> list[str]:
@@ -169,48 +162,7 @@ class Regions:
             found.append(text)
         return found
 
-    def _call(self, writer: Writer, kind: str) -> None:
-        """Code that calls the region's function for segment s and keeps its results."""
-        classes = self.rolled.classes[(kind, -1)]
-        cases = self.functions(kind)
-        order = [c for c in cases if c[0] < 0] + [c for c in cases if 0 <= c[0] < classes.head]
-        order += [c for c in cases if c[0] >= 0 and c[0] >= classes.head]
-        for i, (number, name, rule) in enumerate(order):
-            test = f"s == S - {-number}" if number < 0 else f"s == {number}"
-            if len(order) > 1:
-                writer.line(("if " if not i else "elif ") + test + ":" if i < len(order) - 1 else "else:")
-                writer.depth += 1
-            self._call_one(writer, kind, number, name, rule)
-            writer.depth -= len(order) > 1
-
-    def _call_one(self, writer: Writer, kind: str, number: int, name: str, rule: ClassRule) -> None:
-        results = self.results(kind, number)
-        if not results:
-            writer.line("pass")
-            return
-        nodes = [rule.body.nodes[i] for i, _ in results]
-        arguments = self.arguments(rule)
-        parts = parts_of(rule, nodes)
-        if not parts.compiled:
-            writer.line(f"values = {name}(s, S, {', '.join(arguments)})")
-            writer.line(f"run.keep({[tap for _, tap in results]!r}, s, values)")
-            return
-        names = dict(zip(rule.body.live_ins, arguments, strict=True))
-        write_operations(writer, parts.before, rule, names)
-        given = ", ".join(names.get(node, node.name) for node in parts.inputs)
-        made = "".join(f"{node.name}, " for node in parts.outputs(nodes)).strip()
-        writer.line(f"{made} = run.region({name}, {given})")
-        write_operations(writer, parts.after, rule, names)
-        values = "".join(f"{node.name}, " for node in nodes).strip()
-        writer.line(f"run.keep({[tap for _, tap in results]!r}, s, ({values}))")
-
-    def write_enter(self, writer: Writer) -> None:
-        writer.function(
-            "enter", ["run", "s"], "Segment s enters: its prologue."
-        )
-        writer.line("S = run.segments")
-        self._call(writer, PROLOGUE)
-        writer.end()
+    def write_fill(self, writer: Writer) -> None:
         writer.function("fill", ["run", "t"], "What the cells of level t read that no cell has written.")
         writer.line("S = run.segments")
         entries: dict[Any, list[tuple[str, LaneEntry]]] = {}
@@ -245,27 +197,27 @@ class Regions:
         self.write_cases(writer, early, steady, names, "layer")
         writer.depth -= 1
 
-    def write_leave(self, writer: Writer) -> None:
-        writer.function("leave", ["run", "s"], "Segment s leaves the last layer: its epilogue.")
-        writer.line("S = run.segments")
-        self._call(writer, EPILOGUE)
-        writer.end()
-
     def write_setup(self, writer: Writer) -> None:
+        writer.function("setup", ["run"], "What is the same for all segments, and what is stacked by layer.")
         rule = self.rolled.rules[(INIT, -1)][0]
+        lines = []
         if self.init_nodes:
-            writer.line(f"values = init(S, {', '.join(self.arguments(rule))})")
-            writer.line(f"run.set_init({self.init_nodes!r}, values)")
+            given = "".join(f", {argument}" for argument in self.arguments(rule))
+            lines.append(f"run.set_init({self.init_nodes!r}, init(run.segments{given}))")
         for group in self.program.groups:
             for port in group.ports:
                 if port.role == "stacked":
                     parts = ", ".join(outside(source) for source in port.source)
-                    writer.line(f"run.stacked[{group.name + '.' + port.name!r}] = torch.stack([{parts}])")
+                    lines.append(f"run.stacked[{group.name + '.' + port.name!r}] = torch.stack([{parts}])")
                 elif port.role == "rows":
                     rows = f"run.leaves[{port.source.leaf!r}]{port.source.index}"
-                    writer.line(f"run.stacked[{group.name + '.' + port.name!r}] = {rows}")
+                    lines.append(f"run.stacked[{group.name + '.' + port.name!r}] = {rows}")
+        writer.block("\n".join(lines or ["pass"]))
+        writer.end()
 
     def write_outputs(self, writer: Writer) -> None:
+        writer.function("outputs", ["run"], "What the forward returns and leaves behind.")
+        writer.line("S = run.segments")
         writer.line("return (")
         for source in self.rolled.outputs:
             if isinstance(source, Each):
@@ -274,3 +226,4 @@ class Regions:
             else:
                 writer.line(f"    {self.expression(source, 'S - 1')},")
         writer.line(")")
+        writer.end()

@@ -16,31 +16,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from rmtcompile.passes.emit.calls import Calls
 from rmtcompile.passes.emit.cells import CellFunction
 from rmtcompile.passes.emit.levels import ranges
 from rmtcompile.passes.emit.regions import Regions
 from rmtcompile.passes.emit.text import Writer, outside
-from rmtcompile.passes.partition import EPILOGUE, PROLOGUE
 from rmtcompile.program import Group, Lane, LaneEntry, Program
 
 
-def write_rows(writer: Writer, regions: Regions, cells: list[CellFunction]) -> dict[str, tuple[int, int]]:
-    """Print what follows the cell functions; gives the lines of the only phase."""
+def write_rows(
+    writer: Writer, regions: Regions, cells: list[CellFunction], enter: Calls, leave: Calls
+) -> dict[str, tuple[int, int]]:
+    """Print what follows the cell functions but `enter` and `leave`; gives the lines of the only phase."""
     program = regions.program
-    _write_region(writer, regions, "enter", PROLOGUE, "Segment s enters: its prologue.")
-    _write_region(writer, regions, "leave", EPILOGUE, "Segment s leaves the last layer: its epilogue.")
     _write_fill(writer, regions)
     for group in program.groups:
         _write_calls(writer, group, [cell for cell in cells if cell.group == group.name])
     _write_layer(writer, program)
-    return _write_forward(writer, program, regions)
-
-
-def _write_region(writer: Writer, regions: Regions, name: str, kind: str, doc: str) -> None:
-    writer.function(name, ["run", "s"], doc)
-    writer.line("S = run.segments")
-    regions._call(writer, kind)
-    writer.end()
+    regions.write_setup(writer)
+    regions.write_outputs(writer)
+    return _write_forward(writer, program, enter, leave)
 
 
 def _write_fill(writer: Writer, regions: Regions) -> None:
@@ -118,27 +113,30 @@ def _write_layer(writer: Writer, program: Program) -> None:
     writer.line("CELLS = {" + ", ".join(f"{g.name!r}: cells_{g.name}" for g in program.groups) + "}")
 
 
-def _write_forward(writer: Writer, program: Program, regions: Regions) -> dict[str, tuple[int, int]]:
+def _write_forward(
+    writer: Writer, program: Program, enter: Calls, leave: Calls
+) -> dict[str, tuple[int, int]]:
     last = program.n_layers - 1
     writer.function(
         "step", ["run", "l"], "Layer l; the block's segments enter before the first and leave after the last."
     )
-    for name, layer in (("enter", 0), ("leave", last)):
-        if name == "leave":
+    for calls, layer in ((enter, 0), (leave, last)):
+        if calls is leave:
             writer.line("layer(run, l)")
         writer.line(f"if l == {layer}:")
         writer.line("    for s in run.block:")
-        writer.line(f"        {name}(run, s)")
+        writer.depth += 2
+        calls.write_call(writer)
+        writer.depth -= 2
     writer.end()
     writer.function("forward", ["run"], "Layer by layer: all segments of a layer run together.")
-    writer.line("S = run.segments")
-    regions.write_setup(writer)
+    writer.line("setup(run)")
     doc = f"{program.block} segments at most, so that memory does not grow with their number"
     first = writer.line(f"for block in run.blocks:  # {doc}")
     writer.line("    run.begin(block)")
     writer.line(f"    for l in range({program.n_layers}):")
-    end = writer.line("        step(run, l)")
-    regions.write_outputs(writer)
+    end = writer.line("        run.level(l, step)")
+    writer.line("return outputs(run)")
     writer.end()
     return {"steady": (first, end)}
 

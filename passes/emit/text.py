@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +124,15 @@ def write_nodes(
         text = f"{node.name} = {operation(node, name)}"
         writer.line(text + comment(node, batched))
     writer.depth -= len(context) > 0
+
+
+def values(nodes: Sequence[fx.Node]) -> str:
+    """`a, b,`: names of values, as a tuple without parentheses."""
+    return "".join(f"{node.name}, " for node in nodes).strip()
+
+
+def write_return(writer: Writer, nodes: Sequence[fx.Node]) -> None:
+    writer.line(f"return ({values(nodes)})")
 
 
 def plain_name(value: Any) -> str:

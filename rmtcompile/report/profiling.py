@@ -8,12 +8,12 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rmtcompile.passes.attention import KERNELS
+from rmtcompile.runtime.base import Level, OnLevel
 from rmtcompile.schedule import Schedule
 from rmtcompile.verify import tensors_of
 from rmtcompile.viewer import ProfileView
@@ -159,14 +159,14 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
     from rmtcompile.state import Contents, Snapshot, roots_of
 
     entry, count, tensors = _prepared(fast, args, kwargs)
-    executor, namespace = entry.executor, entry.compiled.namespace
+    executor = entry.executor
     device = executor.device
 
     def program() -> None:
         executor.run(count, tensors)
 
-    def level_by_level() -> None:
-        executor.run(count, tensors, graphs=False)
+    def level_by_level(on_level: OnLevel) -> None:
+        executor.run(count, tensors, graphs=False, on_level=on_level)
 
     def model() -> None:
         snapshot = Snapshot(roots_of(fast.model))
@@ -182,12 +182,12 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
     model()
     # In turn: a machine that others use changes its pace from second to second.
     turns = [
-        (_timed(program, device), _timed(model, device), *_levels(level_by_level, namespace, device))
+        (_timed(program, device), _timed(model, device), *_levels(level_by_level, device))
         for _ in range(repeats)
     ]
     wholes, sequentials, levels, outsides = zip(*turns, strict=True)
     kinds = _kinds(program, device)
-    flops = _flops(level_by_level, executor, namespace)
+    flops = _flops(level_by_level, executor)
     peak = _peak(device, next((t.dtype for t in fast_parameters(fast)), torch.float32))
     schedule = fast.schedule
     fits = all(len(times) == schedule.n_levels for times in levels)
@@ -225,17 +225,6 @@ def _timed(run: Callable[[], Any], device: torch.device) -> float:
     return (time.perf_counter() - start) * 1e6
 
 
-@contextmanager
-def _around_levels(namespace: dict[str, Any], wrap: Callable[[Callable[..., Any]], Any]) -> Iterator[None]:
-    """Wrap the emitted function that runs one level."""
-    step = namespace["step"]
-    namespace["step"] = wrap(step)
-    try:
-        yield
-    finally:
-        namespace["step"] = step
-
-
 def _prepared(
     fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Entry, int, list[torch.Tensor]]:
@@ -251,27 +240,27 @@ def level_us(
     """Microseconds of each level as in `Profile`, without anything else; empty where levels cannot be timed
     apart."""
     entry, count, tensors = _prepared(fast, args, kwargs)
-    run = lambda: entry.executor.run(count, tensors, graphs=False)  # noqa: E731
+
+    def run(on_level: OnLevel | None = None) -> None:
+        entry.executor.run(count, tensors, graphs=False, on_level=on_level)
+
     run()
-    turns = [_levels(run, entry.compiled.namespace, entry.executor.device)[0] for _ in range(repeats)]
+    turns = [_levels(run, entry.executor.device)[0] for _ in range(repeats)]
     if any(len(times) != fast.schedule.n_levels for times in turns):
         return ()
     return tuple(statistics.median(times) for times in zip(*turns, strict=True))
 
 
-def _levels(
-    program: Callable[[], Any], namespace: dict[str, Any], device: torch.device
-) -> tuple[list[float], float]:
+def _levels(program: Callable[[OnLevel], Any], device: torch.device) -> tuple[list[float], float]:
     """Microseconds of each level of one run, and of all that is no level."""
     if device.type == "cuda":
-        return _levels_on_cuda(program, namespace, device)
+        return _levels_on_cuda(program, device)
     times: list[float] = []
 
-    def wrap(step: Callable[..., Any]) -> Any:
-        return lambda *args: times.append(_timed(lambda: step(*args), device))
+    def timed(run: Any, level: int, step: Level) -> None:
+        times.append(_timed(lambda: step(run, level), device))
 
-    with _around_levels(namespace, wrap):
-        whole = _timed(program, device)
+    whole = _timed(lambda: program(timed), device)
     return times, max(0.0, whole - sum(times))
 
 
@@ -280,9 +269,7 @@ _BUSY = (8, 32, 128)
 each on a large GPU."""
 
 
-def _levels_on_cuda(
-    program: Callable[[], Any], namespace: dict[str, Any], device: torch.device
-) -> tuple[list[float], float]:
+def _levels_on_cuda(program: Callable[[OnLevel], Any], device: torch.device) -> tuple[list[float], float]:
     """The same by the device's clock.  It gets other work before each level, and comes to the level when all
     of its kernels are queued: it never waits for the host, as in a recorded run.  No levels where the host is
     too slow for that."""
@@ -298,26 +285,22 @@ def _levels_on_cuda(
         marks.clear()
         is_late = False
 
-        def wrap(step: Callable[..., Any], n: int = n) -> Any:
-            def timed(*args: Any) -> None:
-                nonlocal is_late
-                reached, begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-                reached.record()
-                occupy(n)
-                begun.record()
-                step(*args)
-                is_late |= begun.query()  # the device was there before the last kernel was
-                done.record()
-                marks.append((reached, begun, done))
-
-            return timed
+        def timed(run: Any, level: int, step: Level, n: int = n) -> None:
+            nonlocal is_late
+            reached, begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+            reached.record()
+            occupy(n)
+            begun.record()
+            step(run, level)
+            is_late |= begun.query()  # the device was there before the last kernel was
+            done.record()
+            marks.append((reached, begun, done))
 
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with _around_levels(namespace, wrap):
-            occupy(n)
-            first.record()
-            program()
-            last.record()
+        occupy(n)
+        first.record()
+        program(timed)
+        last.record()
         torch.cuda.synchronize(device)
         if not is_late:
             break
@@ -327,26 +310,19 @@ def _levels_on_cuda(
     return [begun.elapsed_time(done) * 1e3 for _, begun, done in marks], outside * 1e3
 
 
-def _flops(program: Callable[[], None], executor: Any, namespace: dict[str, Any]) -> list[int]:
+def _flops(program: Callable[[OnLevel], None], executor: Any) -> list[int]:
     """Counted once on the uncompiled cell functions."""
     from torch.utils.flop_counter import FlopCounterMode
 
     counts: list[int] = []
 
-    def wrap(step: Callable[..., Any]) -> Any:
-        def counted(*args: Any) -> None:
-            with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
-                step(*args)
-            counts.append(int(counter.get_total_flops()))
+    def counted(run: Any, level: int, step: Level) -> None:
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
+            step(run, level)
+        counts.append(int(counter.get_total_flops()))
 
-        return counted
-
-    kept, executor._engine = executor._engine, executor.new_engine("eager", keeps_buffers=False)
-    try:
-        with _around_levels(namespace, wrap):
-            program()
-    finally:
-        executor._engine = kept
+    with executor.uncompiled():
+        program(counted)
     return counts
 
 

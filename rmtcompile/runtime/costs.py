@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from rmtcompile.program import Program
+from rmtcompile.runtime.base import Level, OnLevel
+from rmtcompile.schedule import Grid
 
 
 @dataclass(frozen=True)
@@ -47,36 +49,33 @@ class Costs:
     def seconds(self, segments: int) -> dict[str, float]:
         """Of the cells of a whole run, by plan."""
         per_cell = (self.full - self.alone) / max(1, self.width - 1)
-        levels, cells = self.alpha * (segments - 1) + self.n_layers, segments * self.n_layers
+        levels, cells = Grid(self.n_layers, segments, self.alpha).n_levels, segments * self.n_layers
         return {
             "diagonal": levels * (self.alone - per_cell) + cells * per_cell,
             "sequential": cells * self.alone,
         }
 
 
-def measured(program: Program, namespace: dict[str, Any], run_all: Callable[[], Any]) -> Costs | None:
+def measured(
+    program: Program, level: Level, run_all: Callable[[OnLevel], Any]
+) -> Costs | None:
     """Costs of the levels of a run on CUDA; None if the run has no level wider than one cell.
 
     Args:
         program: what is run.
-        namespace: its emitted module; `level` is replaced while the run lasts.
+        level: the emitted function that runs the cells of a level.
         run_all: runs all levels, wide ones among them; its results are spoiled.
     """
-    level, found = namespace["level"], dict[int, float]()
+    found: dict[int, float] = {}
 
-    def timed(run: Any, t: int) -> None:
+    def timed(run: Any, t: int, step: Level) -> None:
         width = sum(len(window.layers) for window in run.windows(t))
-        is_wanted = width and width not in found and (t == 0 or t == run.steady.start)
-        level(run, t)
-        if is_wanted:
+        step(run, t)
+        if width and width not in found and (t == 0 or t == run.steady.start):
             found[width] = _seconds(lambda: level(run, t))
             level(run, t)  # lanes with two buffers have changed roles an odd number of times again
 
-    namespace["level"] = timed
-    try:
-        run_all()
-    finally:
-        namespace["level"] = level
+    run_all(timed)
     if len(found) < 2 or 1 not in found:
         return None
     widest = max(found)

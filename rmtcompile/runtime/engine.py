@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from rmtcompile.program import Group, Lane, Program
-from rmtcompile.runtime.run import Target
-from rmtcompile.runtime.storage import dense, lane_buffers
+from rmtcompile.runtime.storage import Target, dense, lane_buffers
 
 Marks = tuple[tuple[int, ...], ...]
 """Dims, by argument."""
@@ -63,10 +62,14 @@ class Engine:
         """Use the compiled forms of an engine of the same code at other sizes."""
         self.fixed_widths, self._compiled, self._regions = other.fixed_widths, other._compiled, other._regions
 
+    def can_fix(self, width: int) -> bool:
+        """Whether a width has no compiled form of its own, and there is room for one."""
+        has_room = len(self.fixed_widths - {1, self.full}) < self.MAX_FIXED_WIDTHS
+        return 1 < width < self.full and has_room and width not in self.fixed_widths
+
     def fix_width(self, width: int) -> None:
-        """Give this width a compiled form of its own, if there is room for one more."""
-        if 1 < width < self.full and len(self.fixed_widths - {1, self.full}) < self.MAX_FIXED_WIDTHS:
-            self.fixed_widths.add(width)
+        """Give this width a compiled form of its own."""
+        self.fixed_widths.add(width)
 
     def prefers_mixed(self, width: int) -> bool:
         """With compilation, windows that are not as wide as most share the function for mixed classes."""

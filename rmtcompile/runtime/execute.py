@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rmtcompile.pipeline import Compiled
 from rmtcompile.probe import Segmentation
+from rmtcompile.runtime.base import OnLevel
+from rmtcompile.runtime.block_recorder import BlockRecorder
+from rmtcompile.runtime.blocks import Blocks, Device
 from rmtcompile.runtime.costs import Costs, measured
 from rmtcompile.runtime.engine import Engine
-from rmtcompile.runtime.graphs import Recorder, Recording
+from rmtcompile.runtime.graphs import Recorder, Started
 from rmtcompile.runtime.run import Run
 from rmtcompile.runtime.stacks import Stacks
 
@@ -80,6 +83,7 @@ class Executor:
         self._use_graphs = self.device.type == "cuda" and cuda_graphs is not False
         self._engine: Engine | None = None
         self._recorder: Recorder | None = None
+        self._blocks: BlockRecorder | None = None
         self.costs: Costs | None = None
         self.compile_seconds: float | None = None  # of the first run, nearly all of it `torch.compile`
 
@@ -108,28 +112,62 @@ class Executor:
         finally:
             self._engine, self._use_graphs = kept
 
-    def fits(self) -> bool:
-        """Whether the model still holds tensors of the captured shapes, dtypes and devices."""
-        return self.compiled.fits()
-
-    def start(self, segments: int, inputs: list[torch.Tensor]) -> Recording | None:
+    def start(self, segments: int, inputs: list[torch.Tensor]) -> Started | None:
         """Start a recorded run of this length, if there is one and no gradients are wanted; the caller
         then checks that the program still holds while the device is at work."""
-        if self._recorder is None or self._records_gradients(inputs):
+        if not self._use_graphs or self._records_gradients(inputs):
             return None
         with _plain_tensors():
-            return self._recorder.replay(segments, inputs)
+            return self._replayed(segments, inputs)
 
-    def finish(self, recording: Recording) -> tuple[Any, ...] | None:
+    def _replayed(self, segments: int, inputs: list[torch.Tensor]) -> Started | None:
+        started = None
+        if self._blocks is not None and not self._gets_form(segments):
+            self._seen.lengths.add(segments)
+            started = self._blocks.replay(segments, self._named(inputs))
+        if started is None and self._recorder is not None:
+            started = self._recorder.replay(segments, inputs)
+        return started
+
+    def finish(self, started: Started) -> tuple[Any, ...] | None:
         """The outputs of a run that was started; None where weights have moved since it was recorded."""
-        assert self._recorder is not None
-        if not self._recorder.is_current(recording):
-            self._recorder.forget()
+        if not started.is_current():
+            for recorder in (self._blocks, self._recorder):
+                if recorder is not None:
+                    recorder.forget()
             return None
         with _plain_tensors():
-            return self._recorder.results(recording)
+            return started.results()
 
-    def run(self, segments: int, inputs: list[torch.Tensor], graphs: bool = True) -> tuple[Any, ...]:
+    def record(self, inputs: list[torch.Tensor]) -> None:
+        """Record what runs of any length need, once, where levels can be recorded apart from their numbers.
+
+        Runs of other sizes of one code (`like`) are recorded as a whole, when they come again.
+        """
+        borders, emitted_for_one = self.compiled.emitted.borders, self._like is None
+        can_record = self._use_graphs and emitted_for_one and not borders.obstacle
+        if not can_record or self.compiled.rolled.fixed is not None or self._records_gradients(inputs):
+            return
+        if self._blocks is None:
+            self._blocks = BlockRecorder(self.compiled.leaves, self._replaced, self._make_blocks)
+        if self._blocks.wants:
+            with _plain_tensors(), sdpa_kernel(_ATTENTION, set_priority=True):
+                self._blocks.prepare(lambda n: self._named(self._resized(n, inputs)))
+
+    def _make_blocks(self, device: Device, leaves: Mapping[str, torch.Tensor]) -> Blocks:
+        borders, functions = self.compiled.emitted.borders, self.compiled.namespace
+        return Blocks(self.program, borders, functions, self.engine, device, leaves, self.stacks.current)
+
+    def _named(self, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return dict(zip(self.compiled.input_names, inputs, strict=True))
+
+    def run(
+        self,
+        segments: int,
+        inputs: list[torch.Tensor],
+        graphs: bool = True,
+        on_level: OnLevel | None = None,
+    ) -> tuple[Any, ...]:
         """Run the program over `segments` segments; returns the captured graph's outputs.
 
         The first run compiles all forms of the cell functions that any number of segments needs, on repeated
@@ -140,20 +178,30 @@ class Executor:
             segments: number of segments.
             inputs: tensor arguments of the forward.
             graphs: whether CUDA graphs may be recorded and replayed.
+            on_level: called with (run, level, step) in place of step(run, level); nothing is recorded then.
         """
         started = time.perf_counter()
-        self._compile_forms(segments, inputs)
-        outputs = self._run_once(segments, inputs, graphs)
+        has_new_form = self._compile_forms(segments, inputs)
+        if has_new_form and self._blocks is not None and on_level is None:
+            outputs = self._recorded_again(segments, inputs)
+        else:
+            outputs = self._run_once(segments, inputs, graphs and on_level is None, on_level)
         if self.compile_seconds is None and self.engine.is_compiled:
             self.compile_seconds = time.perf_counter() - started
         return outputs
 
-    def _run_once(self, segments: int, inputs: list[torch.Tensor], graphs: bool = False) -> tuple[Any, ...]:
+    def _run_once(
+        self,
+        segments: int,
+        inputs: list[torch.Tensor],
+        graphs: bool = False,
+        on_level: OnLevel | None = None,
+    ) -> tuple[Any, ...]:
         if self._records_gradients(inputs):
-            return self._run(segments, inputs, self._leaves(), True)
+            return self._run(segments, inputs, self._leaves(), True, on_level)
         with _plain_tensors():
             if not (graphs and self._use_graphs):
-                return self._run(segments, inputs, self._leaves(), False)
+                return self._run(segments, inputs, self._leaves(), False, on_level)
             return self._graphed(segments, inputs)
 
     def measure(self, inputs: list[torch.Tensor]) -> Costs | None:
@@ -166,8 +214,8 @@ class Executor:
                 inputs = self._resized(enough, inputs)
                 self.costs = measured(
                     self.program,
-                    self.compiled.namespace,
-                    lambda: self._run(enough, inputs, self._leaves(), False),
+                    self.compiled.namespace["level"],
+                    lambda on_level: self._run(enough, inputs, self._leaves(), False, on_level),
                 )
         return self.costs
 
@@ -180,34 +228,54 @@ class Executor:
         return self.costs.plan if self.costs is not None else ""
 
     def workspace_seconds(self, segments: int) -> dict[str, float]:
-        """Seconds of a recorded run "with" and "without" cuBLAS's workspace; empty if that was not
-        measured."""
+        """Seconds of what was recorded "with" and "without" cuBLAS's workspace, a block of levels or a whole
+        run; empty if that was not measured."""
+        if self._blocks is not None and self._blocks.seconds:
+            return self._blocks.seconds
         return self._recorder.workspace_seconds(segments) if self._recorder is not None else {}
 
     def _graphed(self, segments: int, inputs: list[torch.Tensor]) -> tuple[Any, ...]:
         if self._recorder is None:
             self._recorder = Recorder(self.compiled.leaves, self._replaced, self.program.n_layers)
+        started = self._replayed(segments, inputs)
+        if started is not None and started.is_current():
+            return started.results()
         recorder = self._recorder
-        recording = recorder.replay(segments, inputs)
-        if recording is not None and recorder.is_current(recording):
-            return recorder.results(recording)
-        with recorder.alone():
+        with recorder.alone(), self._blocks.alone() if self._blocks is not None else nullcontext():
             outputs = self._run(segments, inputs, self._leaves(), False)
-        if recorder.wants(segments, self.program.levels(segments)):
+        if recorder.wants(segments, self.program.grid(segments).n_levels):
             recorder.record(segments, inputs, lambda ins, held: self._run(segments, ins, held, False))
         return outputs
 
-    def _compile_forms(self, segments: int, inputs: list[torch.Tensor]) -> None:
+    def _gets_form(self, segments: int) -> bool:
+        """Whether this length is short and one of the first two, so that its width gets a form of its own."""
+        is_early = len(self._seen.lengths | {segments}) <= 2
+        return is_early and self.engine.is_compiled and self.engine.can_fix(segments)
+
+    def _recorded_again(self, segments: int, inputs: list[torch.Tensor]) -> tuple[Any, ...]:
+        """Run a short length whose width has a form of its own now, and record it with that."""
+        assert self._blocks is not None
+        with self._blocks.alone():
+            outputs = self._run_once(segments, inputs)
+        if not self._records_gradients(inputs):
+            with _plain_tensors(), sdpa_kernel(_ATTENTION, set_priority=True):
+                self._blocks.record_again(segments)
+        return outputs
+
+    def _compile_forms(self, segments: int, inputs: list[torch.Tensor]) -> bool:
+        """Make sure that all forms are compiled; whether this length's width has got one of its own."""
         if not self.engine.is_compiled:
-            return
-        self._seen.lengths.add(segments)
-        if len(self._seen.lengths) <= 2:
+            return False
+        has_new_form = self._gets_form(segments)
+        if has_new_form:
             self.engine.fix_width(segments)
+        self._seen.lengths.add(segments)
         if not self._seen.prepared:
             self._seen.prepared = True
             enough = self.program.n_layers + 1
             if segments < enough and self.compiled.rolled.fixed is None:
                 self._run_once(enough, self._resized(enough, inputs))
+        return has_new_form
 
     def _resized(self, wanted: int, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Inputs of `wanted` segments, the given ones repeated or cut."""
@@ -246,10 +314,11 @@ class Executor:
         inputs: list[torch.Tensor],
         leaves: dict[str, torch.Tensor],
         functional: bool,
+        on_level: OnLevel | None = None,
     ) -> tuple[Any, ...]:
-        named = dict(zip(self.compiled.input_names, inputs, strict=True))
-        weights = self.stacks.current(leaves)
-        return self._execute(Run(self.program, segments, named, leaves, weights, self.engine, functional))
+        weights, named = self.stacks.current(leaves), self._named(inputs)
+        run = Run(self.program, segments, named, leaves, weights, self.engine, functional, on_level)
+        return self._execute(run)
 
     def _execute(self, run: Any) -> tuple[Any, ...]:
         if self._observer is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,57 +48,33 @@ class Recording:
     outputs: Any
 
 
-class Recorder:
-    """Records runs and replays them.
+@dataclass
+class Started:
+    """A recorded run that the device is at work on.
 
-    A length is recorded when it is seen for the second time: the first run compiles and warms up everything,
-    and inputs whose lengths do not come again cost no recording. All recordings share one memory pool, since
-    only one of them runs at a time; what they return is copied out.
+    Attributes:
+        is_current: whether the model's tensors are where they were when it was recorded.
+        results: the outputs, in memory of their own.
+    """
+
+    is_current: Callable[[], bool]
+    results: Callable[[], Any]
+
+
+class Recordings:
+    """What recordings of one program share: a memory pool, since only one of them runs at a time; the leaves
+    that they read; and how products are recorded.
 
     Args:
         leaves: parameters, buffers, state and constants of the program.
         replaced: names of those that the forward replaces by other tensors.
-        widest: segments from which on the steady wavefronts of all runs are of one width.
-        limit: recordings kept; the least recently used one is dropped.
-        longest: levels of a run that is recorded at most.
     """
 
-    def __init__(
-        self,
-        leaves: dict[str, Leaf],
-        replaced: frozenset[str],
-        widest: int,
-        limit: int = 16,
-        longest: int = 4096,
-    ) -> None:
+    def __init__(self, leaves: Mapping[str, Leaf], replaced: frozenset[str]) -> None:
         self.leaves = leaves
         self.replaced = replaced
-        self.widest = widest
-        self.limit = limit
-        self.longest = longest
         self._pool = torch.cuda.graph_pool_handle()
-        self._recordings: OrderedDict[int, Recording] = OrderedDict()
-        self._seen: Counter[int] = Counter()
-        self._seconds: dict[int, dict[str, float]] = {}  # see `workspace_seconds`
         self._done = torch.cuda.Event()
-
-    def replay(self, segments: int, inputs: list[torch.Tensor]) -> Recording | None:
-        """Start the recorded run of this length; None where there is none.
-
-        Whether the model still holds the tensors that the recording reads is checked by `is_current`, which
-        may wait until the device is at work.
-        """
-        recording = self._recordings.get(segments)
-        state = self._state(recording) if recording is not None else None
-        if recording is None or state is None:
-            return None
-        self._recordings.move_to_end(segments)
-        with self.alone():
-            places = (*recording.inputs, *recording.state.values())
-            for place, value in zip(places, (*inputs, *state), strict=True):
-                place.copy_(value)
-            recording.graph.replay()
-        return recording
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -109,24 +86,93 @@ class Recorder:
         finally:
             self._done.record(stream)
 
-    def is_current(self, recording: Recording) -> bool:
-        """Whether the model's tensors are where they were when the run was recorded."""
+    def at_addresses(self, addresses: Mapping[str, int]) -> bool:
+        """Whether the model's tensors are at these addresses."""
         try:
-            now = {name: self.leaves[name].fetch().data_ptr() for name in recording.addresses}
+            now = {name: self.leaves[name].fetch().data_ptr() for name in addresses}
         except (LookupError, AttributeError, TypeError):
             return False
-        return now == recording.addresses
+        return now == addresses
 
-    def _state(self, recording: Recording) -> list[torch.Tensor] | None:
+    def state_like(self, state: Mapping[str, torch.Tensor]) -> list[torch.Tensor] | None:
         """What the model holds where the forward replaces tensors; None if that is something else by now."""
         try:
-            values = [self.leaves[name].fetch() for name in recording.state]
-            fits = all(v.shape == x.shape for v, x in zip(values, recording.state.values(), strict=True))
+            values = [self.leaves[name].fetch() for name in state]
+            fits = all(v.shape == x.shape for v, x in zip(values, state.values(), strict=True))
         except (LookupError, AttributeError, TypeError):
             return None
         return values if fits else None
 
-    def results(self, recording: Recording) -> Any:
+    def captured(self, body: Callable[[], Any], workspaces: Workspaces) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """A recording of what `body` launches, and what it returns."""
+        with workspaces(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result = body()
+        return graph, result
+
+    def timed(self, graphs: dict[str, Any]) -> dict[str, float]:
+        """Median seconds of a replay of each, in turn and without a pause.
+
+        A device that has rested is 5 to 10 % faster for some tenths of a second, so that it is kept at work
+        for that long first.
+        """
+        with self.alone():
+            once = max(_in_turn(graphs, 1).values(), key=max)[0]
+            rounds = max(3, min(20, int(_WARM_UP / once / len(graphs))))
+            _in_turn(graphs, rounds)
+            taken = _in_turn(graphs, rounds)
+        return {name: statistics.median(times) for name, times in taken.items()}
+
+
+class Recorder(Recordings):
+    """Records whole runs and replays them.
+
+    A length is recorded when it is seen for the second time: the first run compiles and warms up everything,
+    and inputs whose lengths do not come again cost no recording. What recordings return is copied out.
+
+    Args:
+        widest: segments from which on the steady wavefronts of all runs are of one width.
+        limit: recordings kept; the least recently used one is dropped.
+        longest: levels of a run that is recorded at most.
+    """
+
+    def __init__(
+        self,
+        leaves: Mapping[str, Leaf],
+        replaced: frozenset[str],
+        widest: int,
+        limit: int = 16,
+        longest: int = 4096,
+    ) -> None:
+        super().__init__(leaves, replaced)
+        self.widest = widest
+        self.limit = limit
+        self.longest = longest
+        self._recordings: OrderedDict[int, Recording] = OrderedDict()
+        self._seen: Counter[int] = Counter()
+        self._seconds: dict[int, dict[str, float]] = {}  # see `workspace_seconds`
+
+    def replay(self, segments: int, inputs: list[torch.Tensor]) -> Started | None:
+        """Start the recorded run of this length; None where there is none.
+
+        Whether the model still holds the tensors that the recording reads is checked by `is_current`, which
+        may wait until the device is at work.
+        """
+        recording = self._recordings.get(segments)
+        state = self.state_like(recording.state) if recording is not None else None
+        if recording is None or state is None:
+            return None
+        self._recordings.move_to_end(segments)
+        with self.alone():
+            places = (*recording.inputs, *recording.state.values())
+            for place, value in zip(places, (*inputs, *state), strict=True):
+                place.copy_(value)
+            recording.graph.replay()
+        return Started(lambda: self.at_addresses(recording.addresses), lambda: self._results(recording))
+
+    def _results(self, recording: Recording) -> Any:
         """The outputs of the last replay, in memory of their own."""
         flat, spec = pytree.tree_flatten(recording.outputs)
         with self.alone():
@@ -155,10 +201,7 @@ class Recorder:
         torch.cuda.current_stream().wait_event(self._done)
 
         def recorded(workspaces: Workspaces) -> Recording:
-            with workspaces():
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                    outputs = forward(static, {**leaves, **state})
+            graph, outputs = self.captured(lambda: forward(static, {**leaves, **state}), workspaces)
             return Recording(graph, static, state, addresses, kept, outputs)
 
         seconds = self.workspace_seconds(segments)
@@ -167,7 +210,7 @@ class Recorder:
             self._recordings[segments] = recorded(no_workspaces if is_without else own_workspaces)
         else:
             made = {"with": recorded(own_workspaces), "without": recorded(no_workspaces)}
-            seconds.update(self._timed({kind: recording.graph for kind, recording in made.items()}))
+            seconds.update(self.timed({kind: recording.graph for kind, recording in made.items()}))
             self._recordings[segments] = made[min(made, key=seconds.__getitem__)]
         while len(self._recordings) > self.limit:
             self._recordings.popitem(last=False)
@@ -177,34 +220,22 @@ class Recorder:
         was measured."""
         return self._seconds.setdefault(min(segments, self.widest), {})
 
-    def _timed(self, graphs: dict[str, torch.cuda.CUDAGraph]) -> dict[str, float]:
-        """Median seconds of a replay of each, in turn and without a pause.
 
-        A device that has rested is 5 to 10 % faster for some tenths of a second, so that it is kept at work
-        for that long first.
-        """
-        with self.alone():
-            once = max(self._in_turn(graphs, 1).values(), key=max)[0]
-            rounds = max(3, min(20, int(_WARM_UP / once / len(graphs))))
-            self._in_turn(graphs, rounds)
-            taken = self._in_turn(graphs, rounds)
-        return {name: statistics.median(times) for name, times in taken.items()}
-
-    def _in_turn(self, graphs: dict[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, list[float]]:
-        """Seconds of `rounds` replays of each; every other round in reverse order."""
-        events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        for i in range(rounds):
-            for name in sorted(graphs, reverse=i % 2 == 1):
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                begin.record()
-                graphs[name].replay()
-                end.record()
-                events.append((name, begin, end))
-        events[-1][2].synchronize()
-        taken: dict[str, list[float]] = {name: [] for name in graphs}
-        for name, begin, end in events:
-            taken[name].append(begin.elapsed_time(end) / 1e3)
-        return taken
+def _in_turn(graphs: dict[str, Any], rounds: int) -> dict[str, list[float]]:
+    """Seconds of `rounds` replays of each; every other round in reverse order."""
+    events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+    for i in range(rounds):
+        for name in sorted(graphs, reverse=i % 2 == 1):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graphs[name].replay()
+            end.record()
+            events.append((name, begin, end))
+    events[-1][2].synchronize()
+    taken: dict[str, list[float]] = {name: [] for name in graphs}
+    for name, begin, end in events:
+        taken[name].append(begin.elapsed_time(end) / 1e3)
+    return taken
 
 
 def _copies(values: list[Any]) -> list[Any]:

@@ -7,22 +7,20 @@ the last layer that reads them has run, and a lane is a slice of them where it c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from rmtcompile.pipeline import Compiled
 from rmtcompile.probe import Segmentation
 from rmtcompile.program import Feed, Lane, Program, Source
+from rmtcompile.runtime.base import BaseRun, OnLevel, Outputs
 from rmtcompile.runtime.engine import Engine
 from rmtcompile.runtime.execute import Executor
-from rmtcompile.runtime.run import Target
-from rmtcompile.runtime.storage import TapStore, dense
+from rmtcompile.runtime.storage import Target
 
-Outputs = dict[str, torch.Tensor]
 Row = tuple[torch.Tensor, int]  # values [n, ...] of several segments, and which of them
 
 
@@ -148,35 +146,26 @@ class RowEngine(Engine):
         return self._compiled[key](*args)
 
 
-class RowRun:
+class RowRun(BaseRun):
     """State of one run over S segments, block by block.
 
     Attributes:
-        segments: S.
         block: the segments that run together now.
-        inputs: tensor arguments of the forward, by placeholder name.
-        leaves: parameters, buffers and constants by name.
     """
 
     def __init__(
         self,
         program: Program,
         segments: int,
-        inputs: dict[str, torch.Tensor],
-        leaves: dict[str, torch.Tensor],
+        inputs: Mapping[str, torch.Tensor],
+        leaves: Mapping[str, torch.Tensor],
         engine: RowEngine,
+        on_level: OnLevel | None = None,
     ) -> None:
-        self.program = program
-        self.segments = segments
+        super().__init__(program, segments, inputs, leaves, engine, on_level)
         self.block = range(0)
-        self.inputs = inputs
-        self.leaves = leaves
-        self.engine = engine
-        self.init: dict[int, torch.Tensor] = {}
         self.store = RowStore(program.lanes)
         self.lanes = {lane.name: RowLane(lane, self.store) for lane in program.lanes}
-        self.taps = {tap.name: TapStore(tap.keep) for tap in program.taps}
-        self._cell_taps = [tap for tap in program.taps if tap.value.kind == "cell"]
         self._own = {
             f"{group.name}.{port.name}": dict(zip(group.layers, port.source, strict=True))
             for group in program.groups
@@ -187,10 +176,9 @@ class RowRun:
     # ---- levels --------------------------------------------------------------------------------------------
 
     @property
-    def blocks(self) -> Iterator[range]:
+    def blocks(self) -> tuple[range, ...]:
         """The segments, as many at a time as run together."""
-        for start in range(0, self.segments, self.program.block):
-            yield range(start, min(start + self.program.block, self.segments))
+        return self.grid.blocks
 
     def begin(self, block: range) -> None:
         """The segments of `block` run from now on."""
@@ -206,15 +194,12 @@ class RowRun:
         return [
             s
             for s in self.block
-            if (last is None or s <= last) and (classes is None or self._class(layer, s) in classes)
+            if (last is None or s <= last) and (classes is None or self.class_of(layer, s) in classes)
         ]
-
-    def _class(self, layer: int, segment: int) -> int:
-        return int(self.program.rolled.classes[("cell", layer)].of(segment, self.segments))
 
     def windows(self, layer: int) -> list[RowWindow]:
         """The block's cells of a layer, one window a group."""
-        classes = {s: self._class(layer, s) for s in self.block}
+        classes = {s: self.class_of(layer, s) for s in self.block}
         found = []
         for group in self.program.groups:
             segments = tuple(s for s, number in classes.items() if number in group.classes)
@@ -237,32 +222,11 @@ class RowRun:
         self, function: Callable[..., tuple[torch.Tensor, ...]], window: RowWindow, *args: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Run a cell function for a window, in the form that the engine has compiled for its width."""
-        return self.engine.call(function, len(window.segments), args)
-
-    def region(
-        self, function: Callable[..., tuple[torch.Tensor, ...]], *args: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """Run the body of a prologue or an epilogue, in the form that the engine has compiled."""
-        return self.engine.region(function, args)
+        return self.engine.call(function, len(window.segments), args, ())
 
     def is_only(self, window: RowWindow, classes: set[int]) -> bool:
         """Whether all cells of the window are of these classes."""
         return set(window.classes) <= classes
-
-    def mask(self, classes: Sequence[int], window: RowWindow) -> torch.Tensor:
-        """Whether each cell of the window belongs to one of the classes, bool [n]."""
-        return self.engine.mask(tuple(c in classes for c in window.classes))
-
-    def set_init(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> None:
-        """Keep what is the same for all segments."""
-        if self.engine.is_compiled:
-            values = pytree.tree_map_only(torch.Tensor, dense, list(values))
-        self.init = dict(zip(indices, values, strict=True))
-
-    def keep(self, names: Sequence[str], segment: int, values: Sequence[torch.Tensor]) -> None:
-        """Keep a prologue's or epilogue's results for their readers."""
-        for name, value in zip(names, values, strict=True):
-            self.taps[name].put(segment, value)
 
     def write(self, layer: int, windows: Sequence[RowWindow], results: Sequence[Outputs]) -> None:
         """Keep the results of a layer (there are none where nobody reads it) for the layers that read them,
@@ -292,8 +256,9 @@ class RowExecutor(Executor):
         """An engine for the program; nothing outlives a run in it."""
         return RowEngine(self.program, backend)
 
-    def _compile_forms(self, segments: int, inputs: list[torch.Tensor]) -> None:
+    def _compile_forms(self, segments: int, inputs: list[torch.Tensor]) -> bool:
         """Forms are compiled when they are first needed."""
+        return False
 
     def _run(
         self,
@@ -301,10 +266,11 @@ class RowExecutor(Executor):
         inputs: list[torch.Tensor],
         leaves: dict[str, torch.Tensor],
         functional: bool,
+        on_level: OnLevel | None = None,
     ) -> tuple[Any, ...]:
         named = dict(zip(self.compiled.input_names, inputs, strict=True))
         assert isinstance(self.engine, RowEngine)
-        return self._execute(RowRun(self.program, segments, named, leaves, self.engine))
+        return self._execute(RowRun(self.program, segments, named, leaves, self.engine, on_level))
 
 
 def executor_for(

@@ -3,54 +3,15 @@ written for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from rmtcompile.program import Feed, Lane, Program
-from rmtcompile.runtime.storage import LaneStore, TapStore, as_slice, dense
-
-Outputs = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a cell function stores one of its outputs itself.
-
-    Attributes:
-        lane: name.
-        offset: of the feed that this is.
-        place: the window's part of the lane, [n, ...].
-        port: the cell function's parameter that is this very memory, if it has one.
-    """
-
-    lane: str
-    offset: tuple[int, int]
-    place: torch.Tensor
-    port: str | None
-
-
-class Engine(Protocol):
-    """How the cells of a run are executed: which functions, which storage."""
-
-    @property
-    def is_compiled(self) -> bool: ...
-    def call(
-        self,
-        function: Callable[..., Any],
-        width: int,
-        args: tuple[torch.Tensor, ...],
-        targets: Sequence[Target | None],
-    ) -> tuple[torch.Tensor, ...]: ...
-    def region(
-        self, function: Callable[..., Any], args: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, ...]: ...
-    def prefers_mixed(self, width: int) -> bool: ...
-    def mask(self, bits: tuple[bool, ...]) -> torch.Tensor: ...
-    def buffers(self, lane: Lane) -> tuple[torch.Tensor, torch.Tensor] | None: ...
+from rmtcompile.runtime.base import BaseRun, Engine, OnLevel, Outputs
+from rmtcompile.runtime.storage import LaneStore, Target, as_slice
 
 
 @dataclass(frozen=True)
@@ -70,41 +31,31 @@ class Window:
         return (self.group, self.layers, self.classes)
 
 
-class Run:
-    """State of one run over S segments.
+class Run(BaseRun):
+    """State of one run over S segments, with a skew of 1 and more: cells of several layers run together.
 
     Attributes:
-        segments: S.
-        inputs: tensor arguments of the forward, by placeholder name.
-        leaves: parameters, buffers and constants by name.
-        engine: executes the cells.
         weights: stacked weights by "group.port".
+        lanes: what cells read of other cells.
     """
 
     def __init__(
         self,
         program: Program,
         segments: int,
-        inputs: dict[str, torch.Tensor],
-        leaves: dict[str, torch.Tensor],
-        weights: dict[str, torch.Tensor],
+        inputs: Mapping[str, torch.Tensor],
+        leaves: Mapping[str, torch.Tensor],
+        weights: Mapping[str, torch.Tensor],
         engine: Engine,
         functional: bool,
+        on_level: OnLevel | None = None,
     ) -> None:
-        self.program = program
-        self.segments = segments
-        self.inputs = inputs
-        self.leaves = leaves
+        super().__init__(program, segments, inputs, leaves, engine, on_level)
         self.weights = weights
-        self.init: dict[int, torch.Tensor] = {}
-        self.engine = engine
         self.lanes = {
             lane.name: LaneStore(lane, functional, None if functional else engine.buffers(lane))
             for lane in program.lanes
         }
-        self.taps = {tap.name: TapStore(tap.keep) for tap in program.taps}
-        self.stacked: dict[str, torch.Tensor] = {}
-        self._cell_taps = [tap for tap in program.taps if tap.value.kind == "cell"]
         self._groups = {group.name: group for group in program.groups}
         self._feeds_of = _feeds_by_producer(program)
         self._stored: dict[tuple[str, str], Target] = {}  # what cells of this level have stored themselves
@@ -118,70 +69,47 @@ class Run:
     # ---- levels --------------------------------------------------------------------------------------------
 
     @property
-    def levels(self) -> int:
-        """Number of levels: alpha * (S - 1) + L."""
-        return self.program.alpha * (self.segments - 1) + self.program.n_layers
-
-    @property
     def ramp_up(self) -> range:
-        """Levels on which one more layer becomes alive."""
-        return range(self._plateau.start)
+        """Levels before full width."""
+        return self.grid.phases.ramp_up
 
     @property
     def steady(self) -> range:
         """Levels of full width."""
-        return self._plateau
+        return self.grid.phases.steady
 
     @property
     def ramp_down(self) -> range:
-        """Levels on which layers finish."""
-        return range(self._plateau.stop, self.levels)
-
-    @property
-    def _plateau(self) -> range:
-        last_entry = self.program.alpha * (self.segments - 1)  # the level at which the last segment enters
-        top = self.program.n_layers - 1
-        return range(min(top, last_entry), max(top, last_entry) + 1)
+        """Levels after full width."""
+        return self.grid.phases.ramp_down
 
     def entering(self, level: int) -> int | None:
         """The segment that enters layer 0 on this level."""
-        segment, rest = divmod(level, self.program.alpha)
-        return segment if not rest and segment < self.segments else None
+        return self.grid.entering(level)
 
     def leaving(self, level: int) -> int | None:
         """The segment that left the last layer on this level."""
-        segment, rest = divmod(level - self.program.n_layers + 1, self.program.alpha)
-        return segment if not rest and 0 <= segment < self.segments else None
+        return self.grid.leaving(level)
 
     def alive(
         self, level: int, layers: Sequence[int], classes: Sequence[int] | None = None, last: int | None = None
     ) -> list[tuple[int, int]]:
         """(segment, layer) of this level's cells among `layers`, of some classes only, up to segment
         `last`."""
-        found = []
-        for layer in layers:
-            segment, rest = divmod(level - layer, self.program.alpha)
-            if rest or not 0 <= segment < self.segments or (last is not None and segment > last):
-                continue
-            if classes is None or self._class(layer, segment) in classes:
-                found.append((segment, layer))
-        return found
-
-    def _class(self, layer: int, segment: int) -> int:
-        return int(self.program.rolled.classes[("cell", layer)].of(segment, self.segments))
+        return [
+            (segment, layer)
+            for segment, layer in self.grid.alive(level, layers)
+            if (last is None or segment <= last)
+            and (classes is None or self.class_of(layer, segment) in classes)
+        ]
 
     def windows(self, level: int) -> list[Window]:
         """The cells of this level, one window a group."""
         found: list[Window] = []
         for group in self.program.groups:
-            cells = []
-            for layer in group.layers:
-                segment, rest = divmod(level - layer, self.program.alpha)
-                if rest or not 0 <= segment < self.segments:
-                    continue
-                number = self._class(layer, segment)
-                if number in group.classes:
-                    cells.append((layer, segment, number))
+            alive = self.grid.alive(level, group.layers)
+            cells = [(layer, s, self.class_of(layer, s)) for s, layer in alive]
+            cells = [cell for cell in cells if cell[2] in group.classes]
             if cells:
                 layers, segments, classes = zip(*cells, strict=True)
                 found.append(Window(group.name, layers, segments, classes))
@@ -228,30 +156,9 @@ class Run:
                     )
         return None
 
-    def region(
-        self, function: Callable[..., tuple[torch.Tensor, ...]], *args: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """Run the body of a prologue or an epilogue, in the form that the engine has compiled."""
-        return self.engine.region(function, args)
-
     def is_only(self, window: Window, classes: set[int]) -> bool:
         """Whether to run the window by the function for these classes alone."""
         return set(window.classes) <= classes and not self.engine.prefers_mixed(len(window.layers))
-
-    def set_init(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> None:
-        """Keep what is the same for all segments."""
-        if self.engine.is_compiled:
-            values = pytree.tree_map_only(torch.Tensor, dense, list(values))
-        self.init = dict(zip(indices, values, strict=True))
-
-    def keep(self, names: Sequence[str], segment: int, values: Sequence[torch.Tensor]) -> None:
-        """Keep a prologue's or epilogue's results for their readers."""
-        for name, value in zip(names, values, strict=True):
-            self.taps[name].put(segment, value)
-
-    def mask(self, classes: Sequence[int], window: Window) -> torch.Tensor:
-        """Whether each cell of the window belongs to one of the classes, bool [n]."""
-        return self.engine.mask(tuple(c in classes for c in window.classes))
 
     def moves(self, level: int) -> list[tuple[LaneStore, list[int], torch.Tensor]]:
         """Values that move from lane to lane with their segment, also past cells that compute nothing; read
@@ -297,7 +204,11 @@ class Run:
                 if group == window.group:
                     value = outputs[output][row]
                     stored = (group, output) in self._stored  # and its place will be written again
-                    self.taps[tap.name].put(segment, value.clone() if stored else value)
+                    self.keep_cell(tap.name, segment, value.clone() if stored else value)
+
+    def keep_cell(self, name: str, segment: int, value: torch.Tensor) -> None:
+        """Keep a cell's result for its readers outside the cells."""
+        self.taps[name].put(segment, value)
 
 
 def move(moved: list[tuple[LaneStore, list[int], torch.Tensor]]) -> None:

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch._prims_common import make_contiguous_strides_for
 
 from rmtcompile.program import Lane
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a cell function stores one of its outputs itself.
+
+    Attributes:
+        lane: name.
+        offset: of the feed that this is.
+        place: the window's part of the lane, [n, ...].
+        port: the cell function's parameter that is this very memory, if it has one.
+    """
+
+    lane: str
+    offset: tuple[int, int]
+    place: torch.Tensor
+    port: str | None
 
 
 def as_slice(indices: Sequence[int]) -> slice | None:
@@ -58,6 +76,7 @@ class LaneStore:
             self.places = [zero] * len(lane.places)
             return
         self.buffer, self.other = buffers if buffers is not None else lane_buffers(lane)
+        self._first = self.buffer
 
     def fill(self, layer: int, value: torch.Tensor) -> None:
         """What a layer's place holds before its cell reads it on this level."""
@@ -97,6 +116,12 @@ class LaneStore:
         """A level has been written: what was stored is what the next level reads."""
         if not self.functional:
             self.buffer, self.other = self.other, self.buffer
+
+    def settle(self) -> None:
+        """Move what the next level reads to where a new store of these buffers looks for it."""
+        if not self.functional and self.buffer is not self._first:
+            self.other.copy_(self.buffer)
+            self.turn()
 
 
 def lane_buffers(lane: Lane) -> tuple[torch.Tensor, torch.Tensor]:

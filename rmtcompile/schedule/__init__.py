@@ -1,7 +1,8 @@
 """The schedule: which cells run together, as data that prints, draws, exports and checks itself.
 
-paths.py    offsets, longest paths, affine levels
-parts.py    Carry, Window, Phases
+paths.py    offsets, longest paths
+grid.py     Grid, Phases: the one definition of levels
+parts.py    Carry, Window
 data.py     Schedule
 text.py     str(schedule)
 svg.py      the grid as a picture;  html.py  the notebook form
@@ -14,12 +15,14 @@ files.py    save(path), by suffix
 from __future__ import annotations
 
 from rmtcompile.schedule.data import Schedule
-from rmtcompile.schedule.parts import Carry, Operation, Phases, Window, short_type
+from rmtcompile.schedule.grid import Grid, Phases
+from rmtcompile.schedule.parts import Carry, Operation, Window, short_type
 from rmtcompile.schedule.paths import Cell, Offset, longest_path_levels
 
 __all__ = [
     "Carry",
     "Cell",
+    "Grid",
     "Offset",
     "Operation",
     "Phases",

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rmtcompile.errors import InternalError
-from rmtcompile.schedule.parts import Carry, Operation, Phases, Window
+from rmtcompile.schedule.grid import Grid, Phases
+from rmtcompile.schedule.parts import Carry, Operation, Window
 from rmtcompile.schedule.paths import (
     Cell,
     Offset,
-    affine_levels,
     check_offsets,
     consumers,
-    level_of,
     longest_path_levels,
     producers,
 )
@@ -74,7 +73,7 @@ class Schedule:
         if len(self.segment_variants) != self.n_segments or len(self.layer_kinds) != self.n_layers:
             raise ValueError("segment_variants has one name a segment, layer_kinds one name a layer")
         if not self.levels:
-            self._fill("levels", affine_levels(self.alpha, self.n_layers, self.n_segments, self.block))
+            self._fill("levels", tuple(self.grid.cells(t) for t in range(self.grid.n_levels)))
 
     def _fill(self, field: str, value: object) -> None:
         object.__setattr__(self, field, value)
@@ -83,6 +82,11 @@ class Schedule:
         return {**self.__dict__, "operations": None}  # they belong to a program, which is not pickled
 
     # -- what it says ----------------------------------------------------------------
+
+    @property
+    def grid(self) -> Grid:
+        """Which cell runs on which level; the run reads the same."""
+        return Grid(self.n_layers, self.n_segments, self.alpha, self.block)
 
     @property
     def n_cells(self) -> int:
@@ -118,7 +122,7 @@ class Schedule:
     @property
     def period(self) -> int:
         """Steady levels after which the same layers run again."""
-        return self.alpha or self.n_layers
+        return self.grid.period
 
     @cached_property
     def windows(self) -> tuple[Window, ...]:
@@ -130,17 +134,11 @@ class Schedule:
     @property
     def phases(self) -> Phases:
         """Ramp-up, steady state and ramp-down as ranges of levels."""
-        n = self.n_levels
-        if self.alpha == 0:
-            return Phases(range(0), range(n), range(n, n))
-        full, drained = self.n_layers - self.alpha, self.alpha * self.n_segments
-        if full >= drained:
-            return Phases(range(drained), range(drained, drained), range(drained, n))
-        return Phases(range(full), range(full, drained), range(drained, n))
+        return self.grid.phases
 
     def level_of(self, cell: Cell) -> int:
         """The level on which `cell` runs."""
-        return level_of(cell, self.alpha, self.n_layers, self.block)
+        return self.grid.level_of(cell)
 
     def variant_of(self, cell: Cell) -> str:
         """The variant of a cell: its segment's."""

@@ -1,4 +1,4 @@
-"""The parts of a schedule: types in short, windows, phases, carries."""
+"""The parts of a schedule: types in short, windows, carries."""
 
 from __future__ import annotations
 
@@ -43,24 +43,6 @@ class Window(NamedTuple):
     def layers(self) -> range:
         """The layers as a range, lowest first."""
         return range(self.start, self.stop, self.step)
-
-
-class Phases(NamedTuple):
-    """The levels split in three: windows grow, are full, shrink.
-
-    `steady` holds the levels on which every layer that this level could run is alive, so what runs repeats
-    every `Schedule.period` levels.  It is empty when there are too few segments to fill the layers.
-    """
-
-    ramp_up: range
-    steady: range
-    ramp_down: range
-
-    def of(self, level: int) -> str:
-        """ "ramp-up", "steady" or "ramp-down"."""
-        if level in self.ramp_up:
-            return "ramp-up"
-        return "steady" if level in self.steady else "ramp-down"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Longest paths and affine levels on the segment x layer grid.
+"""Offsets and longest paths on the segment x layer grid.
 
 Cells are `(segment, layer)`; a dependence offset `(ds, dl)` is consumer minus producer, so cell `(s, l)`
 waits for `(s - ds, l - dl)` wherever that cell exists.  Plain integer work that knows no other class.
@@ -80,21 +80,3 @@ def longest_path_levels(offsets: Iterable[Offset], n_layers: int, n_segments: in
                     best = before
             level[s, layer] = best
     return level
-
-
-def level_of(cell: Cell, alpha: int, n_layers: int, block: int = 0) -> int:
-    """The level of a cell: `alpha * s + l`, and with alpha = 0 one block of segments after the other."""
-    s, layer = cell
-    return alpha * s + layer + (s // block * n_layers if block and not alpha else 0)
-
-
-def affine_levels(
-    alpha: int, n_layers: int, n_segments: int, block: int = 0
-) -> tuple[tuple[Cell, ...], ...]:
-    """The cells of each level, segments ascending; levels without a cell are left out."""
-    last = level_of((n_segments - 1, n_layers - 1), alpha, n_layers, block)
-    buckets: list[list[Cell]] = [[] for _ in range(last + 1)]
-    for s in range(n_segments):
-        for layer in range(n_layers):
-            buckets[level_of((s, layer), alpha, n_layers, block)].append((s, layer))
-    return tuple(tuple(bucket) for bucket in buckets if bucket)

@@ -1,0 +1,125 @@
+"""What every run of an emitted program has: its grid, its arguments, what is kept of it, who looks on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.utils import _pytree as pytree
+
+from rmtcompile.program import Lane, Program
+from rmtcompile.runtime.storage import TapStore, Target, dense
+
+Outputs = dict[str, torch.Tensor]
+Level = Callable[[Any, int], None]
+"""An emitted function: runs one level of a run."""
+
+OnLevel = Callable[[Any, int, Level], None]
+"""Called with (run, level, step) in place of step(run, level)."""
+
+
+class Engine(Protocol):
+    """How the cells of a run are executed: which functions, which storage."""
+
+    @property
+    def is_compiled(self) -> bool: ...
+    def call(
+        self,
+        function: Callable[..., Any],
+        width: int,
+        args: tuple[torch.Tensor, ...],
+        targets: Sequence[Target | None],
+    ) -> tuple[torch.Tensor, ...]: ...
+    def region(
+        self, function: Callable[..., Any], args: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]: ...
+    def prefers_mixed(self, width: int) -> bool: ...
+    def mask(self, bits: tuple[bool, ...]) -> torch.Tensor: ...
+    def buffers(self, lane: Lane) -> tuple[torch.Tensor, torch.Tensor] | None: ...
+
+
+class BaseRun:
+    """One run over S segments, as far as it is the same for every skew.
+
+    Attributes:
+        segments: S.
+        grid: its cells and their levels.
+        inputs: tensor arguments of the forward, by placeholder name.
+        leaves: parameters, buffers and constants by name.
+        engine: executes the cells.
+        init: what is the same for all segments, by its place in the body of init.
+        stacked: values that are the same for all segments, stacked by layer.
+        taps: values that are read outside the cells.
+        on_level: called with (run, level, step) in place of step(run, level), if set.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        segments: int,
+        inputs: Mapping[str, torch.Tensor],
+        leaves: Mapping[str, torch.Tensor],
+        engine: Engine,
+        on_level: OnLevel | None = None,
+    ) -> None:
+        self.program = program
+        self.segments = segments
+        self.grid = program.grid(segments)
+        self.inputs = inputs
+        self.leaves = leaves
+        self.engine = engine
+        self.on_level = on_level
+        self.init: dict[int, Any] = {}
+        self.stacked: dict[str, torch.Tensor] = {}
+        self.taps = {tap.name: TapStore(tap.keep) for tap in program.taps}
+        self._cell_taps = [tap for tap in program.taps if tap.value.kind == "cell"]
+        self._handed: dict[tuple[str, int], tuple[Any, ...]] = {}
+
+    def level(self, level: int, step: Level) -> None:
+        """Run one level by the emitted function `step`."""
+        if self.on_level is None:
+            step(self, level)
+        else:
+            self.on_level(self, level, step)
+
+    def class_of(self, layer: int, segment: int) -> int:
+        """The class of a cell."""
+        return int(self.program.rolled.classes[("cell", layer)].of(segment, self.segments))
+
+    def set_init(self, indices: Sequence[int], values: Sequence[Any]) -> None:
+        """Keep what is the same for all segments."""
+        if self.engine.is_compiled:
+            values = pytree.tree_map_only(torch.Tensor, dense, list(values))
+        self.init = dict(zip(indices, values, strict=True))
+
+    def parts(self, function: Callable[[Any, int], tuple[Any, ...]], segment: int) -> tuple[Any, ...]:
+        """What a segment reads of values that hold all segments."""
+        return function(self, segment)
+
+    def region(
+        self, function: Callable[..., tuple[torch.Tensor, ...]], *args: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Run the body of a prologue or an epilogue, in the form that the engine has compiled."""
+        return self.engine.region(function, args)
+
+    def keep(self, names: Sequence[str], segment: int, values: Sequence[Any]) -> None:
+        """Keep a prologue's or epilogue's results for their readers."""
+        for name, value in zip(names, values, strict=True):
+            self.taps[name].put(segment, value)
+
+    def hand(self, name: str, segment: int, values: tuple[Any, ...]) -> None:
+        """Keep what a body has made for the operations that follow it."""
+        self._handed[name, segment] = values
+
+    def handed(self, name: str, segment: int) -> tuple[Any, ...]:
+        """What `hand` has kept, once."""
+        return self._handed.pop((name, segment))
+
+    def rest(self, function: Callable[[Any, int], None], segment: int) -> None:
+        """Do what follows the body of a segment's prologue or epilogue."""
+        function(self, segment)
+
+    def mask(self, classes: Sequence[int], window: Any) -> torch.Tensor:
+        """Whether each cell of the window belongs to one of the classes, bool [n]."""
+        return self.engine.mask(tuple(c in classes for c in window.classes))

@@ -1,0 +1,438 @@
+"""Runs cut into blocks of levels that are recorded once and serve inputs of any length.
+
+    levels of a run      0 ........ 15 | 16 ... 31 | 32 .. 39 | 40 | 41 .. 56
+    recording            head          | steady 16 | steady 8 | 1  | tail
+
+Between `head` and `tail` every segment does the same, so that a block of steady levels may be replayed for
+any of them.  What differs from segment to segment, or from length to length, is done by the host around the
+replays: the parts of the inputs that a block's segments read are copied to where the block reads them, and
+what the block leaves is copied out.  Runs that are too short for a steady level are recorded whole, one
+recording for each of the few numbers of segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.utils import _pytree as pytree
+
+from rmtcompile.passes.emit.borders import Borders
+from rmtcompile.program import Program
+from rmtcompile.runtime.base import BaseRun, Engine
+from rmtcompile.runtime.run import Run
+from rmtcompile.runtime.storage import dense
+from rmtcompile.schedule import Grid
+
+LONGEST = 16
+"""Levels of a block, unless one period of a skewed schedule is longer."""
+
+Key = tuple[str, int]
+"""Names a recording: ("head", 0), ("steady", periods), ("tail", 0) or ("whole", segments)."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Levels that are recorded together.
+
+    Attributes:
+        base: segments that have entered before the first of the levels; others are counted from it.
+    """
+
+    key: Key
+    levels: range
+    base: int
+
+
+def blocks_of(grid: Grid, head: int, tail: int) -> tuple[Block, ...]:
+    """A run cut into blocks.
+
+    Args:
+        head, tail: numbers of segments from the start and from the end that differ from all others.
+    """
+    skew, first = grid.skew, grid.skew * head + grid.n_layers - 1
+    periods = (skew * (grid.n_segments - tail) - first) // skew
+    if periods < 0:
+        return (Block(("whole", grid.n_segments), range(grid.n_levels), 0),)
+    found, at = [Block(("head", 0), range(first), 0)], first
+    for length in _lengths(periods, skew):
+        found.append(Block(("steady", length), range(at, at + length * skew), -(-at // skew)))
+        at += length * skew
+    return (*found, Block(("tail", 0), range(at, grid.n_levels), -(-at // skew)))
+
+
+def steady_lengths(skew: int) -> list[int]:
+    """Periods of the blocks of steady levels, longest first."""
+    longest = 1
+    while 2 * longest * skew <= LONGEST:
+        longest *= 2
+    return [longest >> i for i in range(longest.bit_length())]
+
+
+def _lengths(periods: int, skew: int) -> Iterator[int]:
+    for length in steady_lengths(skew):
+        count, periods = divmod(periods, length)
+        yield from [length] * count
+
+
+class Graph(Protocol):
+    """A recording."""
+
+    def replay(self) -> None: ...
+
+
+class Device(Protocol):
+    """What records: calls a function, notes what it launches, and gives the tensors that it returns, which a
+    replay fills anew and later replays of other recordings may overwrite."""
+
+    def record(self, body: Callable[[], list[torch.Tensor]]) -> tuple[Graph, list[torch.Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Event:
+    """What the host does after a block: keeps a value ("keep"), hands values on ("hand"), or runs an emitted
+    function ("rest").
+
+    Attributes:
+        name: of the tap or of the handing function; for "rest" the function itself.
+        segment: counted from the block's base.
+        values: of "keep" and "hand"; as tensors of the recording.
+    """
+
+    kind: str
+    name: Any
+    segment: int
+    values: Any = None
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded block.
+
+    Attributes:
+        parts: emitted functions whose results the block reads, with the segment, counted from the base.
+        events: what is left to the host, in order.
+        values: the tensors of the events.
+    """
+
+    graph: Graph
+    parts: tuple[tuple[Callable[..., Any], int], ...]
+    events: tuple[Event, ...]
+    values: tuple[torch.Tensor, ...]
+
+
+class _BlockRun(Run):
+    """The run of a block while it is recorded."""
+
+    def __init__(self, blocks: Blocks, block: Block, segments: int) -> None:
+        super().__init__(
+            blocks.program, segments, blocks.inputs, blocks.leaves, blocks.weights, blocks.engine, False
+        )
+        self.init, self.stacked = blocks.init, blocks.stacked
+        self.blocks, self.base = blocks, block.base
+        self.asked: list[tuple[Callable[..., Any], int]] = []
+        self.events: list[Event] = []
+        for name in blocks.borders.reach:
+            for segment in blocks.held(name, block.levels.start, segments):
+                self.taps[name].values[segment] = blocks.place(name, block.base - segment)
+
+    def parts(self, function: Callable[[Any, int], tuple[Any, ...]], segment: int) -> tuple[Any, ...]:
+        asked = (function, segment - self.base)
+        if asked not in self.asked:
+            self.asked.append(asked)
+        return self.blocks.part(function, segment, segment - self.base, self.segments)
+
+    def keep(self, names: Sequence[str], segment: int, values: Sequence[Any]) -> None:
+        super().keep(names, segment, values)
+        for name, value in zip(names, values, strict=True):
+            self._leave(name, segment, value)
+
+    def keep_cell(self, name: str, segment: int, value: torch.Tensor) -> None:
+        super().keep_cell(name, segment, value)
+        self._leave(name, segment, value)
+
+    def _leave(self, name: str, segment: int, value: Any) -> None:
+        if name in self.blocks.borders.outer:
+            self.events.append(Event("keep", name, segment - self.base, value))
+
+    def hand(self, name: str, segment: int, values: tuple[Any, ...]) -> None:
+        self.events.append(Event("hand", name, segment - self.base, values))
+
+    def rest(self, function: Callable[[Any, int], None], segment: int) -> None:
+        self.events.append(Event("rest", function, segment - self.base))
+
+    def close(self, level: int) -> None:
+        """Leave lanes and values where the next block, which starts at `level`, looks for them."""
+        for lane in self.lanes.values():
+            lane.settle()
+        base = -(-level // self.program.alpha)
+        for name in self.blocks.borders.reach:
+            held = self.blocks.held(name, level, self.segments)
+            for segment in held:  # the oldest first: its new place holds nothing that is still to be read
+                if segment not in self.taps[name]:
+                    continue
+                place, value = self.blocks.place(name, base - segment), self.taps[name][segment]
+                for to, x in _paired(place, value):
+                    if to is not x:
+                        to.copy_(x)
+
+
+class Blocks:
+    """The recordings of one program, and what they read.
+
+    Args:
+        borders: what crosses the borders of blocks.
+        functions: the emitted module's namespace.
+        device: what records.
+        leaves: parameters, buffers, state and constants, where recordings read them.
+        weights: gives the stacked weights of these leaves.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        borders: Borders,
+        functions: Mapping[str, Any],
+        engine: Engine,
+        device: Device,
+        leaves: Mapping[str, torch.Tensor],
+        weights: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]],
+    ) -> None:
+        self.program = program
+        self.borders = borders
+        self.functions = functions
+        self.engine = engine
+        self.device = device
+        self.leaves = leaves
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.init: dict[int, Any] = {}
+        self.stacked: dict[str, torch.Tensor] = {}
+        self.weights: dict[str, torch.Tensor] = {}
+        self._weights = weights
+        self._setup: Graph | None = None
+        self._example: BaseRun | None = None
+        self._parts: dict[tuple[Any, ...], Any] = {}
+        self._places: dict[tuple[str, int], Any] = {}
+        self._recordings: dict[Key, Recording] = {}
+
+    # ---- what recordings read ------------------------------------------------------------------------------
+
+    def held(self, name: str, level: int, segments: int) -> list[int]:
+        """The segments whose value of a tap was made before a level and is read on it or later, ascending."""
+        tap = next(tap for tap in self.program.taps if tap.name == name)
+        if tap.when[0] != "each":  # made and read among the segments that differ from all others
+            return []
+        skew, top = self.program.alpha, self.program.n_layers - 1
+        made = {"prologue": 0, "epilogue": top}.get(tap.value.kind, tap.value.layer)
+        last = min((level - 1 - made) // skew, segments - 1)
+        first = max(-((self.borders.reach[name] - level) // skew), 0)
+        return list(range(first, last + 1))
+
+    def place(self, name: str, age: int) -> Any:
+        """Where a tap's value of `age` segments before a block's base is kept from block to block."""
+        return self._places[name, age]
+
+    def part(self, function: Callable[..., Any], segment: int, offset: int, segments: int) -> Any:
+        """Where a block reads what `function` gives for the segment `offset` after its base."""
+        example = self._example
+        assert example is not None
+        if segment >= self.borders.head:  # the segment of the example that does the same
+            from_end = segments - segment
+            segment = example.segments - from_end if from_end <= self.borders.tail else self.borders.head
+        return self._room_for(function, offset, function(example, segment))
+
+    def _room_for(self, function: Callable[..., Any], offset: int, values: Any) -> Any:
+        """The places of parts of these shapes."""
+        shapes = tuple(tuple(x.shape) for x in pytree.tree_leaves(values) if _is_tensor(x))
+        key = (function.__name__, offset, shapes)
+        if key not in self._parts:
+            self._parts[key] = pytree.tree_map_only(torch.Tensor, _room, values)
+        return self._parts[key]
+
+    # ---- recording -----------------------------------------------------------------------------------------
+
+    @property
+    def example_segments(self) -> int:
+        """Segments of a run that shows all that segments do."""
+        return self.borders.head + self.borders.tail + 1 + self.program.n_layers
+
+    def begin(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Run once as an example of what levels read and leave, and make room for that.
+
+        Args:
+            inputs: arguments of the forward, of `example_segments` segments.
+        """
+        n = self.example_segments
+        example = Run(self.program, n, inputs, self.leaves, self._weights(self.leaves), self.engine, False)
+        self.functions["forward"](example)
+        self._example = example
+        self.inputs = {name: _room(inputs[name]) for name in self.borders.inputs}
+        self._make_places(example)
+        self._record_setup(example)
+
+    def record_all(self) -> None:
+        """Record everything that runs of any length need."""
+        for block, segments in self._every_block().values():
+            self._recordings[block.key] = self._recorded(block, segments)
+
+    def steady(self) -> Graph:
+        """Record the longest block of steady levels, to be timed."""
+        longest = ("steady", steady_lengths(self.program.alpha)[0])
+        return self._recorded(*self._every_block()[longest]).graph
+
+    def record_again(self, segments: int) -> None:
+        """Record a short length once more, since there are faster forms for its width now."""
+        block = self._cut(segments)[0]
+        if block.key[0] == "whole":
+            self._recordings[block.key] = self._recorded(block, segments)
+
+    def _cut(self, segments: int) -> tuple[Block, ...]:
+        return blocks_of(self.program.grid(segments), self.borders.head, self.borders.tail)
+
+    def _every_block(self) -> dict[Key, tuple[Block, int]]:
+        """Each block that any run has, with the number of segments of a run that has it."""
+        found: dict[Key, tuple[Block, int]] = {}
+        for segments in range(1, self.example_segments + 2 * LONGEST):
+            for block in self._cut(segments):
+                found.setdefault(block.key, (block, segments))
+        return found
+
+    def _make_places(self, example: Run) -> None:
+        """Room for the values of taps that a level may read after the block that made them."""
+        skew = self.program.alpha
+        for name, reach in self.borders.reach.items():
+            like = next(iter(example.taps[name].values.values()), None)
+            for age in range(1, reach // skew + 2):
+                if like is not None:
+                    self._places[name, age] = pytree.tree_map_only(torch.Tensor, _room, like)
+
+    def _record_setup(self, example: Run) -> None:
+        """Stacked weights and, where it is the same for every input, what comes before the first level."""
+
+        def body() -> list[torch.Tensor]:
+            self.weights = self._weights(self.leaves)
+            if self.borders.setup_is_fixed:
+                run = BaseRun(self.program, 1, {}, self.leaves, self.engine)
+                self.functions["setup"](run)
+                self.init, self.stacked = run.init, run.stacked
+            return []
+
+        self._setup, _ = self.device.record(body)
+        if not self.borders.setup_is_fixed:
+            kept = {i: example.init[i] for i in self.borders.init}
+            self.init = pytree.tree_map_only(torch.Tensor, _room, kept)
+            self.stacked = {name: _room(x) for name, x in example.stacked.items()}
+
+    def _recorded(self, block: Block, segments: int) -> Recording:
+        """Record one block of a run of so many segments."""
+        made: list[_BlockRun] = []
+
+        def body() -> list[torch.Tensor]:
+            run = _BlockRun(self, block, segments)
+            made.append(run)
+            for level in block.levels:
+                self.functions["step"](run, level)
+            if block.key[0] in ("head", "steady"):
+                run.close(block.levels.stop)
+            return [x for event in run.events for x in pytree.tree_leaves(event.values) if _is_tensor(x)]
+
+        graph, values = self.device.record(body)
+        run = made[0]
+        return Recording(graph, tuple(run.asked), tuple(run.events), tuple(values))
+
+    # ---- running -------------------------------------------------------------------------------------------
+
+    def run(self, segments: int, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...] | None:
+        """Replay a run; gives what the emitted `forward` returns, in memory of its own. None where this
+        input's values have other shapes than those that were recorded."""
+        assert self._setup is not None
+        host = BaseRun(self.program, segments, inputs, self.leaves, self.engine)
+        self._setup.replay()
+        if self.borders.setup_is_fixed:
+            host.init, host.stacked = self.init, self.stacked
+        else:
+            self.functions["setup"](host)
+        if not self._filled(host):
+            return None
+        for block in self._cut(segments):
+            self._replay(self._recordings[block.key], block.base, host)
+        return self._own(self.functions["outputs"](host))
+
+    def _filled(self, host: BaseRun) -> bool:
+        """Copy what levels read of this input; whether it all has the recorded shapes."""
+        pairs = [(self.inputs[name], host.inputs[name]) for name in self.borders.inputs]
+        if not self.borders.setup_is_fixed:
+            pairs += [
+                pair
+                for i in self.borders.init
+                for pair in _paired(self.init[i], host.init[i])
+            ]
+            pairs += [(place, host.stacked[name]) for name, place in self.stacked.items()]
+        if any(place.shape != value.shape for place, value in pairs):
+            return False
+        _copy([place for place, _ in pairs], [value for _, value in pairs])
+        return True
+
+    def _replay(self, recording: Recording, base: int, host: BaseRun) -> None:
+        """Fill what a block reads, replay it, and do what it leaves to the host."""
+        places, given = [], []
+        for function, offset in recording.parts:
+            segment = base + offset
+            values = host.parts(function, segment)
+            room = self._room_for(function, offset, values)
+            places += [x for x in pytree.tree_leaves(room) if _is_tensor(x)]
+            given += [x for x in pytree.tree_leaves(values) if _is_tensor(x)]
+        _copy(places, given)
+        recording.graph.replay()
+        copies = [torch.empty_like(x) for x in recording.values]
+        _copy(copies, recording.values)
+        remaining = iter(copies)
+        for event in recording.events:
+            segment = base + event.segment
+            own = pytree.tree_map_only(torch.Tensor, lambda _: next(remaining), event.values)
+            if event.kind == "keep":
+                host.taps[event.name].put(segment, own)
+            elif event.kind == "hand":
+                host.hand(event.name, segment, own)
+            else:
+                host.rest(event.name, segment)
+
+    def _own(self, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The outputs; copies where they are memory that later runs overwrite."""
+        held = [self.init, self.stacked, dict(self.leaves)]
+        static = {x.untyped_storage().data_ptr() for x in pytree.tree_leaves(held) if _is_tensor(x)}
+
+        def own(x: torch.Tensor) -> torch.Tensor:
+            return x.clone() if x.untyped_storage().data_ptr() in static else x
+
+        return pytree.tree_map_only(torch.Tensor, own, outputs)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _paired(places: Any, values: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The tensors of two values of one structure."""
+    pairs = zip(pytree.tree_leaves(places), pytree.tree_leaves(values), strict=True)
+    yield from (pair for pair in pairs if _is_tensor(pair[0]))
+
+
+def _room(value: torch.Tensor) -> torch.Tensor:
+    """Memory for a value of this kind; it holds this one, which is as good as any."""
+    return dense(value).clone()
+
+
+def _copy(places: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """Copy values to places; one launch for all of a dtype."""
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, place in enumerate(places):
+        if place.numel():
+            by_dtype.setdefault(place.dtype, []).append(i)
+    for indices in by_dtype.values():
+        torch._foreach_copy_([places[i] for i in indices], [values[i] for i in indices])
+
+
+__all__ = ["LONGEST", "Block", "Blocks", "Device", "Graph", "blocks_of", "steady_lengths"]
