@@ -67,7 +67,9 @@ def borders(program: Program, regions: Regions, enter: Calls, leave: Calls) -> B
     for calls in (enter, leave):
         for case in calls.cases:
             if not _views_are_outside(case):
-                found.obstacle = found.obstacle or f"the {calls.kind} cuts what segments have made by s"
+                found.obstacle = f"the {calls.kind} cuts what segments have made by s"
+            if any(case.rule.varying.get(x) for x in (*case.parts.views, *case.parts.inputs)):
+                found.obstacle = f"the {calls.kind} reads a value whose shape depends on s or S"
     return Borders(
         found.obstacle,
         _is_fixed(regions),

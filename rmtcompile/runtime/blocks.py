@@ -77,6 +77,13 @@ def _lengths(periods: int, skew: int) -> Iterator[int]:
         yield from [length] * count
 
 
+Part = tuple[Callable[[Any, int], tuple[Any, ...]], int]
+"""An emitted function that gives parts of the inputs, and the segment, counted from a block's base."""
+
+Parts = dict[Part, tuple[Any, ...]]
+"""Where a block reads the results of these functions."""
+
+
 class Graph(Protocol):
     """A recording."""
 
@@ -113,12 +120,14 @@ class Recording:
 
     Attributes:
         parts: emitted functions whose results the block reads, with the segment, counted from the base.
+        places: where it reads the tensors of these results.
         events: what is left to the host, in order.
         values: the tensors of the events.
     """
 
     graph: Graph
-    parts: tuple[tuple[Callable[..., Any], int], ...]
+    parts: tuple[Part, ...]
+    places: tuple[torch.Tensor, ...]
     events: tuple[Event, ...]
     values: tuple[torch.Tensor, ...]
 
@@ -126,23 +135,19 @@ class Recording:
 class _BlockRun(Run):
     """The run of a block while it is recorded."""
 
-    def __init__(self, blocks: Blocks, block: Block, segments: int) -> None:
+    def __init__(self, blocks: Blocks, block: Block, segments: int, parts: Parts) -> None:
         super().__init__(
             blocks.program, segments, blocks.inputs, blocks.leaves, blocks.weights, blocks.engine, False
         )
         self.init, self.stacked = blocks.init, blocks.stacked
-        self.blocks, self.base = blocks, block.base
-        self.asked: list[tuple[Callable[..., Any], int]] = []
+        self.blocks, self.base, self.places = blocks, block.base, parts
         self.events: list[Event] = []
         for name in blocks.borders.reach:
             for segment in blocks.held(name, block.levels.start, segments):
                 self.taps[name].values[segment] = blocks.place(name, block.base - segment)
 
     def parts(self, function: Callable[[Any, int], tuple[Any, ...]], segment: int) -> tuple[Any, ...]:
-        asked = (function, segment - self.base)
-        if asked not in self.asked:
-            self.asked.append(asked)
-        return self.blocks.part(function, segment, segment - self.base, self.segments)
+        return self.places[function, segment - self.base]
 
     def keep(self, names: Sequence[str], segment: int, values: Sequence[Any]) -> None:
         super().keep(names, segment, values)
@@ -213,7 +218,8 @@ class Blocks:
         self._weights = weights
         self._setup: Graph | None = None
         self._example: BaseRun | None = None
-        self._parts: dict[tuple[Any, ...], Any] = {}
+        self._rooms: dict[tuple[Any, ...], Any] = {}
+        self._static: frozenset[int] = frozenset()  # memory that later runs overwrite
         self._places: dict[tuple[str, int], Any] = {}
         self._recordings: dict[Key, Recording] = {}
 
@@ -234,22 +240,29 @@ class Blocks:
         """Where a tap's value of `age` segments before a block's base is kept from block to block."""
         return self._places[name, age]
 
-    def part(self, function: Callable[..., Any], segment: int, offset: int, segments: int) -> Any:
-        """Where a block reads what `function` gives for the segment `offset` after its base."""
-        example = self._example
-        assert example is not None
-        if segment >= self.borders.head:  # the segment of the example that does the same
-            from_end = segments - segment
-            segment = example.segments - from_end if from_end <= self.borders.tail else self.borders.head
-        return self._room_for(function, offset, function(example, segment))
+    def _make_parts(self, block: Block, segments: int) -> Parts:
+        """Room for all parts that a block reads."""
+        found: Parts = {}
+        grid, example = self.program.grid(segments), self._example
+        for level in block.levels:
+            for name, segment in (("enter", grid.entering(level)), ("leave", grid.leaving(level))):
+                function = self.functions.get(f"{name}_parts")
+                if function is None or segment is None or example is None:
+                    continue
+                values = function(example, self._like(segment, segments, example.segments))
+                shapes = tuple(tuple(x.shape) for x in pytree.tree_leaves(values) if _is_tensor(x))
+                key = (function, segment - block.base, shapes)
+                if key not in self._rooms:
+                    self._rooms[key] = pytree.tree_map_only(torch.Tensor, _room, values)
+                found[function, segment - block.base] = self._rooms[key]
+        return found
 
-    def _room_for(self, function: Callable[..., Any], offset: int, values: Any) -> Any:
-        """The places of parts of these shapes."""
-        shapes = tuple(tuple(x.shape) for x in pytree.tree_leaves(values) if _is_tensor(x))
-        key = (function.__name__, offset, shapes)
-        if key not in self._parts:
-            self._parts[key] = pytree.tree_map_only(torch.Tensor, _room, values)
-        return self._parts[key]
+    def _like(self, segment: int, segments: int, of: int) -> int:
+        """The segment of a run of `of` segments that does the same as one of a run of `segments`."""
+        if segment < self.borders.head:
+            return segment
+        from_end = segments - segment
+        return of - from_end if from_end <= self.borders.tail else self.borders.head
 
     # ---- recording -----------------------------------------------------------------------------------------
 
@@ -324,13 +337,16 @@ class Blocks:
             kept = {i: example.init[i] for i in self.borders.init}
             self.init = pytree.tree_map_only(torch.Tensor, _room, kept)
             self.stacked = {name: _room(x) for name, x in example.stacked.items()}
+        held = pytree.tree_leaves([self.init, self.stacked, dict(self.leaves)])
+        self._static = frozenset(x.untyped_storage().data_ptr() for x in held if _is_tensor(x))
 
     def _recorded(self, block: Block, segments: int) -> Recording:
         """Record one block of a run of so many segments."""
+        parts = self._make_parts(block, segments)
         made: list[_BlockRun] = []
 
         def body() -> list[torch.Tensor]:
-            run = _BlockRun(self, block, segments)
+            run = _BlockRun(self, block, segments, parts)
             made.append(run)
             for level in block.levels:
                 self.functions["step"](run, level)
@@ -339,8 +355,8 @@ class Blocks:
             return [x for event in run.events for x in pytree.tree_leaves(event.values) if _is_tensor(x)]
 
         graph, values = self.device.record(body)
-        run = made[0]
-        return Recording(graph, tuple(run.asked), tuple(run.events), tuple(values))
+        places = tuple(x for x in pytree.tree_leaves(list(parts.values())) if _is_tensor(x))
+        return Recording(graph, tuple(parts), places, tuple(made[0].events), tuple(values))
 
     # ---- running -------------------------------------------------------------------------------------------
 
@@ -377,35 +393,26 @@ class Blocks:
 
     def _replay(self, recording: Recording, base: int, host: BaseRun) -> None:
         """Fill what a block reads, replay it, and do what it leaves to the host."""
-        places, given = [], []
-        for function, offset in recording.parts:
-            segment = base + offset
-            values = host.parts(function, segment)
-            room = self._room_for(function, offset, values)
-            places += [x for x in pytree.tree_leaves(room) if _is_tensor(x)]
-            given += [x for x in pytree.tree_leaves(values) if _is_tensor(x)]
-        _copy(places, given)
+        given = [function(host, base + offset) for function, offset in recording.parts]
+        _copy(recording.places, [x for x in pytree.tree_leaves(given) if _is_tensor(x)])
         recording.graph.replay()
-        copies = [torch.empty_like(x) for x in recording.values]
-        _copy(copies, recording.values)
-        remaining = iter(copies)
+        remaining = iter(_copies(recording.values))
         for event in recording.events:
             segment = base + event.segment
-            own = pytree.tree_map_only(torch.Tensor, lambda _: next(remaining), event.values)
+            if event.kind == "rest":
+                host.rest(event.name, segment)
+                continue
+            own = _filled_from(remaining, event.values)
             if event.kind == "keep":
                 host.taps[event.name].put(segment, own)
-            elif event.kind == "hand":
-                host.hand(event.name, segment, own)
             else:
-                host.rest(event.name, segment)
+                host.hand(event.name, segment, own)
 
     def _own(self, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """The outputs; copies where they are memory that later runs overwrite."""
-        held = [self.init, self.stacked, dict(self.leaves)]
-        static = {x.untyped_storage().data_ptr() for x in pytree.tree_leaves(held) if _is_tensor(x)}
 
         def own(x: torch.Tensor) -> torch.Tensor:
-            return x.clone() if x.untyped_storage().data_ptr() in static else x
+            return x.clone() if x.untyped_storage().data_ptr() in self._static else x
 
         return pytree.tree_map_only(torch.Tensor, own, outputs)
 
@@ -423,6 +430,31 @@ def _paired(places: Any, values: Any) -> Iterator[tuple[torch.Tensor, torch.Tens
 def _room(value: torch.Tensor) -> torch.Tensor:
     """Memory for a value of this kind; it holds this one, which is as good as any."""
     return dense(value).clone()
+
+
+def _filled_from(tensors: Iterator[torch.Tensor], values: Any) -> Any:
+    """The values with other tensors in place of theirs."""
+    if _is_tensor(values):
+        return next(tensors)
+    return pytree.tree_map_only(torch.Tensor, lambda _: next(tensors), values)
+
+
+def _copies(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of the values; one allocation for those of one kind, one launch for all of a dtype."""
+    alike: dict[Any, list[int]] = {}
+    for i, x in enumerate(values):
+        alike.setdefault((x.shape, x.stride(), x.dtype), []).append(i)
+    copies: dict[int, torch.Tensor] = {}
+    for (shape, _, dtype), indices in alike.items():
+        first = values[indices[0]]
+        if first.is_contiguous():
+            room = torch.empty((len(indices), *shape), dtype=dtype, device=first.device)
+            copies.update(zip(indices, room.unbind(0), strict=True))
+        else:
+            copies.update((i, torch.empty_like(first)) for i in indices)
+    found = [copies[i] for i in range(len(values))]
+    _copy(found, values)
+    return found
 
 
 def _copy(places: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
