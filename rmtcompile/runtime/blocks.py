@@ -216,7 +216,6 @@ class Blocks:
         self.stacked: dict[str, torch.Tensor] = {}
         self.weights: dict[str, torch.Tensor] = {}
         self._weights = weights
-        self._setup: Graph | None = None
         self._example: BaseRun | None = None
         self._rooms: dict[tuple[Any, ...], Any] = {}
         self._static: frozenset[int] = frozenset()  # memory that later runs overwrite
@@ -283,7 +282,7 @@ class Blocks:
         self._example = example
         self.inputs = {name: _room(inputs[name]) for name in self.borders.inputs}
         self._make_places(example)
-        self._record_setup(example)
+        self._make_static(example)
 
     def record_all(self) -> None:
         """Record everything that runs of any length need."""
@@ -321,24 +320,35 @@ class Blocks:
                 if like is not None:
                     self._places[name, age] = pytree.tree_map_only(torch.Tensor, _room, like)
 
-    def _record_setup(self, example: Run) -> None:
-        """Stacked weights and, where it is the same for every input, what comes before the first level."""
-
-        def body() -> list[torch.Tensor]:
-            self.weights = self._weights(self.leaves)
-            if self.borders.setup_is_fixed:
-                run = BaseRun(self.program, 1, {}, self.leaves, self.engine)
-                self.functions["setup"](run)
-                self.init, self.stacked = run.init, run.stacked
-            return []
-
-        self._setup, _ = self.device.record(body)
-        if not self.borders.setup_is_fixed:
-            kept = {i: example.init[i] for i in self.borders.init}
-            self.init = pytree.tree_map_only(torch.Tensor, _room, kept)
-            self.stacked = {name: _room(x) for name, x in example.stacked.items()}
-        held = pytree.tree_leaves([self.init, self.stacked, dict(self.leaves)])
+    def _make_static(self, example: Run) -> None:
+        """Room for what comes before the first level: stacked weights that are no memory of the model's, and
+        what is the same for all segments."""
+        again = self._weights(self.leaves)
+        moved = {name for name, x in example.weights.items() if again[name].data_ptr() != x.data_ptr()}
+        self.weights = {name: _room(x) if name in moved else x for name, x in example.weights.items()}
+        own = {x.untyped_storage().data_ptr() for x in self.leaves.values()}
+        self.stacked = {
+            name: x if x.untyped_storage().data_ptr() in own else _room(x) for name, x in example.stacked.items()
+        }
+        kept = example.init if self.borders.setup_is_fixed else {i: example.init[i] for i in self.borders.init}
+        self.init = pytree.tree_map_only(torch.Tensor, _room, kept)
+        held = pytree.tree_leaves([self.weights, self.init, self.stacked, dict(self.leaves)])
         self._static = frozenset(x.untyped_storage().data_ptr() for x in held if _is_tensor(x))
+
+    def _set_up(self) -> None:
+        """Compute what comes before the first level and reads no input."""
+        pairs = [(self.weights[name], x) for name, x in self._weights(self.leaves).items()]
+        if self.borders.setup_is_fixed:
+            run = BaseRun(self.program, 1, {}, self.leaves, self.engine)
+            self.functions["setup"](run)
+            pairs += self._set_up_pairs(run)
+        pairs = [(place, value) for place, value in pairs if place.data_ptr() != value.data_ptr()]
+        _copy([place for place, _ in pairs], [value for _, value in pairs])
+
+    def _set_up_pairs(self, run: BaseRun) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(place, value) of what a run has that is the same for all segments."""
+        pairs = [(place, run.stacked[name]) for name, place in self.stacked.items()]
+        return pairs + [pair for i, place in self.init.items() for pair in _paired(place, run.init[i])]
 
     def _recorded(self, block: Block, segments: int) -> Recording:
         """Record one block of a run of so many segments."""
@@ -346,6 +356,8 @@ class Blocks:
         made: list[_BlockRun] = []
 
         def body() -> list[torch.Tensor]:
+            if block.key[0] in ("head", "whole"):
+                self._set_up()
             run = _BlockRun(self, block, segments, parts)
             made.append(run)
             for level in block.levels:
@@ -363,11 +375,9 @@ class Blocks:
     def run(self, segments: int, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...] | None:
         """Replay a run; gives what the emitted `forward` returns, in memory of its own. None where this
         input's values have other shapes than those that were recorded."""
-        assert self._setup is not None
         host = BaseRun(self.program, segments, inputs, self.leaves, self.engine)
-        self._setup.replay()
         if self.borders.setup_is_fixed:
-            host.init, host.stacked = self.init, self.stacked
+            host.init = self.init
         else:
             self.functions["setup"](host)
         if not self._filled(host):
@@ -380,12 +390,7 @@ class Blocks:
         """Copy what levels read of this input; whether it all has the recorded shapes."""
         pairs = [(self.inputs[name], host.inputs[name]) for name in self.borders.inputs]
         if not self.borders.setup_is_fixed:
-            pairs += [
-                pair
-                for i in self.borders.init
-                for pair in _paired(self.init[i], host.init[i])
-            ]
-            pairs += [(place, host.stacked[name]) for name, place in self.stacked.items()]
+            pairs += self._set_up_pairs(host)
         if any(place.shape != value.shape for place, value in pairs):
             return False
         _copy([place for place, _ in pairs], [value for _, value in pairs])
