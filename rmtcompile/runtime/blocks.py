@@ -327,10 +327,10 @@ class Blocks:
         moved = {name for name, x in example.weights.items() if again[name].data_ptr() != x.data_ptr()}
         self.weights = {name: _room(x) if name in moved else x for name, x in example.weights.items()}
         own = {x.untyped_storage().data_ptr() for x in self.leaves.values()}
-        self.stacked = {
-            name: x if x.untyped_storage().data_ptr() in own else _room(x) for name, x in example.stacked.items()
-        }
-        kept = example.init if self.borders.setup_is_fixed else {i: example.init[i] for i in self.borders.init}
+        is_own = {name: x.untyped_storage().data_ptr() in own for name, x in example.stacked.items()}
+        self.stacked = {name: x if is_own[name] else _room(x) for name, x in example.stacked.items()}
+        is_fixed = self.borders.setup_is_fixed
+        kept = {i: x for i, x in example.init.items() if is_fixed or i in self.borders.init}
         self.init = pytree.tree_map_only(torch.Tensor, _room, kept)
         held = pytree.tree_leaves([self.weights, self.init, self.stacked, dict(self.leaves)])
         self._static = frozenset(x.untyped_storage().data_ptr() for x in held if _is_tensor(x))
