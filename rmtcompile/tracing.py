@@ -45,6 +45,34 @@ def uncached_autocast() -> Iterator[None]:
         torch.set_autocast_cache_enabled(enabled)
 
 
+Autocast = tuple[tuple[str, torch.dtype], ...]
+"""Kinds of devices for which autocast is on, each with the dtype that it casts to."""
+
+_KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
+
+
+def autocast_state() -> Autocast:
+    """What autocast does here."""
+    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in _KINDS if torch.is_autocast_enabled(kind))
+
+
+@contextmanager
+def autocast_as(state: Autocast = ()) -> Iterator[None]:
+    """Autocast as in `state`, off everywhere if that is empty; no casts are remembered."""
+    kept = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _KINDS]
+    wanted = dict(state)
+    try:
+        for kind, _, dtype in kept:
+            torch.set_autocast_enabled(kind, kind in wanted)
+            torch.set_autocast_dtype(kind, wanted.get(kind, dtype))
+        with uncached_autocast():
+            yield
+    finally:
+        for kind, enabled, dtype in kept:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+
+
 @contextmanager
 def uncollected() -> Iterator[None]:
     """No collections of cyclic garbage: nearly all that a capture makes stays, and to go over it again and
