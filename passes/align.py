@@ -370,7 +370,7 @@ def _select(number: int, theirs: Any, mine: Any, rows: list[Any]) -> _Row:
     meta = {
         k: v for k, v in (mine.meta if isinstance(mine, _Row) else {}).items() if k in ("scope", "source")
     }
-    with b.fake_mode:  # type: ignore[attr-defined]
+    with b.fake_mode:
         meta["val"] = torch.empty(shape, dtype=b.dtype, device=b.device)
     row = _Row(aten.where.self, (_Mask(number), theirs, mine), {}, meta)
     rows.append(row)
