@@ -34,9 +34,15 @@ def conversions(graph: fx.Graph, weights: Mapping[str, Weight]) -> list[fx.Node]
         and len(node.args) == 2
         and not node.kwargs
         and not node.meta.get("context")
-        and node.args[0].op == "placeholder"
-        and node.args[0].name in weights
+        and _converted(node)[0].op == "placeholder"
+        and _converted(node)[0].name in weights
     ]
+
+
+def _converted(cast: fx.Node) -> tuple[fx.Node, torch.dtype]:
+    weight, dtype = cast.args
+    assert isinstance(weight, fx.Node) and isinstance(dtype, torch.dtype)
+    return weight, dtype
 
 
 def cast_weights(graph: fx.Graph, weights: Mapping[str, Weight]) -> tuple[fx.Graph, Mapping[str, Weight]]:
@@ -48,7 +54,7 @@ def cast_weights(graph: fx.Graph, weights: Mapping[str, Weight]) -> tuple[fx.Gra
     found = dict(weights)
     made: dict[tuple[str, torch.dtype], fx.Node] = {}
     for node in conversions(new, weights):
-        weight, dtype = node.args
+        weight, dtype = _converted(node)
         key = (weight.name, dtype)
         if key not in made:
             made[key] = _placeholder(new, weight, node, dtype)
