@@ -199,7 +199,9 @@ class _Builder:
                 advance(node)
                 live_ins = {id(n): j for j, n in enumerate(body.live_ins)}
 
-                def merge(mine: Any, theirs: Any, live_ins: dict[int, int] = live_ins) -> Any:
+                def merge(
+                    mine: Any, theirs: Any, live_ins: dict[int, int] = live_ins, reader: fx.Node = node
+                ) -> Any:
                     if isinstance(theirs, fx.Node):
                         if (
                             isinstance(mine, _Port)
@@ -208,6 +210,8 @@ class _Builder:
                         ):
                             return mine
                         other = value_of(theirs)
+                        if mine is not other:
+                            _check_selection(_row_val(other), _row_val(mine), reader)
                         if mine is not other and (id(mine), id(other)) not in selections:
                             selections[(id(mine), id(other))] = _select(number, other, mine, rows)
                         return mine if mine is other else selections[(id(mine), id(other))]
@@ -293,7 +297,8 @@ class _Builder:
         """Whether one lane, weight or invariant can serve both, in all layers of the kind: equal invariants,
         or a carry and what it holds at first."""
         c, i = next(iter(port.index.items()))
-        val = _val(rule.body.live_ins[j])
+        start: Any = rule.body.live_ins[j]
+        val = _val(start)
         layers = [(self.rules[c], rule), *((layer[c], layer[number]) for layer in self.others)]
 
         def fit(mine: LiveIn, theirs: LiveIn) -> bool:
@@ -303,7 +308,7 @@ class _Builder:
                 return False
             if _is_fed_anew(mine):
                 return mine.key == theirs.key and shape_of(val) == shape_of(port.val)
-            return isinstance(val, torch.Tensor) and _fills(val, port.val)
+            return isinstance(val, torch.Tensor) and _fills(start, port.val, rule.body)
 
         return all(fit(mine.sources[i], theirs.sources[j]) for mine, theirs in layers)
 
@@ -361,16 +366,11 @@ def class_name(number: int) -> str:
 def _select(number: int, theirs: Any, mine: Any, rows: list[Any]) -> _Row:
     """where(is_class, theirs, mine), appended to the rows."""
     a, b = _row_val(theirs), _row_val(mine)
-    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or a.dtype != b.dtype:
-        raise _CannotMergeError
-    try:
-        shape = torch.broadcast_shapes(a.shape, b.shape)
-    except RuntimeError as error:
-        raise _CannotMergeError from error
+    shape = torch.broadcast_shapes(a.shape, b.shape)
     meta = {
         k: v for k, v in (mine.meta if isinstance(mine, _Row) else {}).items() if k in ("scope", "source")
     }
-    with b.fake_mode:  # type: ignore[attr-defined]
+    with b.fake_mode:
         meta["val"] = torch.empty(shape, dtype=b.dtype, device=b.device)
     row = _Row(aten.where.self, (_Mask(number), theirs, mine), {}, meta)
     rows.append(row)
@@ -391,14 +391,55 @@ def _is_one_value(mine: LiveIn, theirs: LiveIn) -> bool:
     return all(known.get(number, node) == node for number, node in b.nodes)
 
 
-def _fills(val: Any, lane: Any) -> bool:
-    """Whether a first value can be stored in the lane: same dtype, and broadcastable to its shape."""
-    if not isinstance(lane, torch.Tensor) or val.dtype != lane.dtype:
+def _fills(start: fx.Node, lane: Any, body: Body) -> bool:
+    """Whether a first value can be stored in the lane: same dtype and device, and the same shape or one that
+    is expanded to it unseen."""
+    val = start.meta["val"]
+    if not isinstance(lane, torch.Tensor) or (val.dtype, val.device) != (lane.dtype, lane.device):
         return False
+    if val.shape == lane.shape:
+        return True
+    readers = [node for node in body.nodes if start in node.all_input_nodes]
+    return val.dim() == lane.dim() and all(_hides(node, val.shape, lane.shape) for node in readers)
+
+
+def _hides(node: Any, shape: Sequence[int], wide: Sequence[int]) -> bool:
+    """Whether an operation gives the same result if an operand of this shape is expanded to `wide` before: it
+    broadcasts where it is expanded, and its result has all of `wide` already. A sum, say, would count more
+    summands."""
+    result = node.meta.get("val")
+    if not isinstance(result, torch.Tensor) or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if node.target in (aten.matmul.default, aten.bmm.default, aten.baddbmm.default):
+        if min(len(shape), len(wide)) < 3 or shape[-2:] != wide[-2:]:
+            return False
+        shape, wide, covered = shape[:-2], wide[:-2], result.shape[:-2]
+    elif torch.Tag.pointwise in node.target.tags:
+        covered = result.shape
+    else:
+        return False
+    return _broadcast(shape, wide) == wide and _broadcast(wide, covered) == covered
+
+
+def _broadcast(a: Sequence[int], b: Sequence[int]) -> Sequence[int] | None:
     try:
-        return torch.broadcast_shapes(val.shape, lane.shape) == lane.shape and val.dim() == lane.dim()
+        return torch.broadcast_shapes(a, b)
     except RuntimeError:
-        return False
+        return None
+
+
+def _check_selection(theirs: Any, mine: Any, reader: fx.Node) -> None:
+    """A selection has one type, and its reader must not see that the smaller operand was expanded."""
+    if not isinstance(theirs, torch.Tensor) or not isinstance(mine, torch.Tensor):
+        raise _CannotMergeError
+    if (theirs.dtype, theirs.device) != (mine.dtype, mine.device):
+        raise _CannotMergeError
+    if theirs.shape != mine.shape:
+        wide = _broadcast(theirs.shape, mine.shape)
+        if wide is None or not all(
+            v.shape == wide or _hides(reader, v.shape, wide) for v in (theirs, mine)
+        ):
+            raise _CannotMergeError
 
 
 def _check_worth(pairs: list[Any], rows: Sequence[Any], body: Body) -> None:

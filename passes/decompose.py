@@ -62,13 +62,15 @@ def decompose(module: fx.GraphModule) -> fx.GraphModule:
     """Inline the decomposition of every such node; the same object where there is none."""
     found = [node for node in module.graph.nodes if can_decompose(node)]
     for node in found:
-        _inline(node)
+        inline(node, DECOMPOSITIONS[node.target])
     if found:
         module.recompile()
     return module
 
 
-def _inline(node: fx.Node) -> None:
+def inline(node: fx.Node, function: Callable[..., Any], pre_dispatch: bool = True) -> list[fx.Node]:
+    """Put what `function` does with the node's arguments in its place; gives the new nodes, which take over
+    its metadata."""
     graph, operands = node.graph, node.all_input_nodes
     vals = [operand.meta["val"] for operand in operands]
 
@@ -76,10 +78,11 @@ def _inline(node: fx.Node) -> None:
         values = dict(zip(operands, tensors, strict=True))
         args = fx.node.map_arg(node.args, values.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
-        return DECOMPOSITIONS[node.target](*args, **kwargs)
+        return function(*args, **kwargs)
 
-    traced = make_fx(body, tracing_mode="fake", pre_dispatch=True)(*vals)
+    traced = make_fx(body, tracing_mode="fake", pre_dispatch=pre_dispatch)(*vals)
     mapping: dict[fx.Node, fx.Node] = {}
+    made = []
     with graph.inserting_before(node):
         placeholders = iter(operands)
         for inner in traced.graph.nodes:
@@ -90,6 +93,7 @@ def _inline(node: fx.Node) -> None:
             else:
                 mapping[inner] = graph.node_copy(inner, mapping.__getitem__)
                 mapping[inner].meta = {**node.meta, "val": inner.meta.get("val")}
+                made.append(mapping[inner])
     if isinstance(results, (list, tuple)):
         for user in list(node.users):
             index = user.args[1]
@@ -99,3 +103,4 @@ def _inline(node: fx.Node) -> None:
     else:
         node.replace_all_uses_with(mapping[results])
     graph.erase_node(node)
+    return made

@@ -40,8 +40,11 @@ def parallel_linears(graph: fx.Graph, weights: Mapping[str, Weight]) -> list[lis
     for node in graph.nodes:
         if node.target is aten.linear.default and can_fuse(node, weights):
             x, weight, bias = _operands(node)
-            n_layers = weights[weight.name].n_layers
-            key = (x, bias is None, weight.meta["val"].dtype, n_layers, node.meta.get("context", ()))
+            parameters = [p for p in (weight, bias) if p is not None]
+            made_of = [
+                (weights[p.name].n_layers, weights[p.name].dtype, p.meta["val"].dtype) for p in parameters
+            ]
+            key = (x, *made_of, node.meta.get("context", ()))
             groups.setdefault(key, []).append(node)
     return [group for group in groups.values() if len(group) > 1]
 
@@ -107,7 +110,7 @@ def _concatenated(graph: fx.Graph, nodes: Sequence[fx.Node], weights: dict[str, 
     placeholder.meta = nodes[0].meta | {"val": torch.cat([node.meta["val"] for node in nodes])}
     old = [weights.pop(node.name) for node in nodes]
     weights[placeholder.name] = Weight(
-        tuple(sum(layer, ()) for layer in zip(*(weight.leaves for weight in old)))
+        tuple(sum(layer, ()) for layer in zip(*(weight.leaves for weight in old))), old[0].dtype
     )
     return placeholder
 

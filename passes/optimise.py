@@ -1,12 +1,14 @@
 """Optimise: the passes that pay, on the graphs of the cells and on where their results are stored.
 
-None drops or reorders a value; `in_place` is exact, the others may pick kernels that round differently.
+None drops or reorders a value; `cast_weights` and `in_place` are exact, the others may pick kernels that
+round differently.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from rmtcompile.passes.cast_weights import cast_weights
 from rmtcompile.passes.causal import causal
 from rmtcompile.passes.fuse_linears import fuse_linears
 from rmtcompile.passes.grouped_query import grouped_query
@@ -14,7 +16,7 @@ from rmtcompile.passes.in_place import in_place
 from rmtcompile.passes.thin_products import thin_products
 from rmtcompile.program import Group, Port, Program
 
-PASSES = ("causal", "grouped_query", "fuse_linears", "thin_products", "in_place")
+PASSES = ("causal", "cast_weights", "grouped_query", "fuse_linears", "thin_products", "in_place")
 
 FOR_COMPILED_CELLS = frozenset({"thin_products"})
 """Passes that pay only where cells are compiled."""
@@ -33,11 +35,13 @@ def optimise(program: Program, switched_off: frozenset[str] = frozenset()) -> Pr
 def _optimised(group: Group, switched_off: frozenset[str]) -> Group:
     graph = group.graph
     weights = {port.name: port.source for port in group.ports if port.role == "weight"}
+    fused = weights
+    if "cast_weights" not in switched_off:
+        graph, fused = cast_weights(graph, weights)  # type: ignore[assignment]
     if "grouped_query" not in switched_off:
         graph = grouped_query(graph)
-    fused = weights
     if "fuse_linears" not in switched_off:
-        graph, fused = fuse_linears(graph, weights)  # type: ignore[assignment]
+        graph, fused = fuse_linears(graph, fused)  # type: ignore[assignment]
     if "thin_products" not in switched_off:
         graph = thin_products(graph)
     if graph is group.graph:

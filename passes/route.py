@@ -27,7 +27,7 @@ from torch import fx
 from rmtcompile.errors import DependenceError, RerollError
 from rmtcompile.passes.align import Merged, align, class_name, ports_key
 from rmtcompile.passes.partition import CELL, EPILOGUE, INIT, PROLOGUE
-from rmtcompile.passes.reroll import ClassRule, LiveIn, Rolled
+from rmtcompile.passes.reroll import ClassRule, LiveIn, Rolled, shape_of, typed
 from rmtcompile.passes.wavefront import block_size
 from rmtcompile.program import Each, Feed, Group, Lane, LaneEntry, Port, Program, Source, Tap, Value
 from rmtcompile.weights import Rows, Weight, row_of
@@ -417,16 +417,13 @@ def _by_class(graph: fx.Graph, merged: Merged, nodes: dict[int, int]) -> fx.Node
     for c, node in found.items():
         if node is base or c not in merged.masks:
             continue
+        if shape_of(node.meta["val"]) != shape_of(base.meta["val"]):
+            raise RerollError(
+                "the first segment leaves a value of another shape or type than later ones",
+                [f"{n.name}: {typed(n)}   {n.meta.get('source')}" for n in (node, base)],
+            )
         chosen = graph.call_function(aten.where.self, (merged.masks[c], node, base))
         chosen.meta.update(base.meta)
-        if node.meta["val"].shape != base.meta["val"].shape:
-            raise RerollError(
-                "the first segment leaves a value of another shape than later ones",
-                [
-                    f"{node.name}: {tuple(node.meta['val'].shape)}",
-                    f"{base.name}: {tuple(base.meta['val'].shape)}",
-                ],
-            )
         base = chosen
     return base
 

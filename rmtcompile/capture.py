@@ -32,9 +32,10 @@ from rmtcompile.blame import refusal, user_places
 from rmtcompile.errors import CaptureError
 from rmtcompile.guard import ReadTracker
 from rmtcompile.passes.attention import attention
+from rmtcompile.passes.autocast import explicit_autocast
 from rmtcompile.state import DELETED, Change, Contents, Held, Path, Snapshot, contains_tensor, roots_of
 from rmtcompile.surroundings import Surroundings
-from rmtcompile.tracing import SharedData, lazy_code, refused_functions, uncached_autocast
+from rmtcompile.tracing import SharedData, autocast_state, lazy_code, refused_functions, uncached_autocast
 from rmtcompile.watch import ModuleGuard
 
 _SET_GRAD = torch._C._set_grad_enabled
@@ -139,7 +140,8 @@ class Capture:
     Attributes:
         module: functional FX graph; placeholders are the tensor leaves of (args, kwargs) in pytree order; the
             output is a flat tuple of tensors. Every node has meta `val` (fake tensor), `scope` (tuple of call
-            indices), `source` ("file:line") and `context` (contexts to run it in).
+            indices), `source` ("file:line") and `context` (contexts to run it in). What autocast converts,
+            the graph converts.
         leaves: by the name of the `get_attr` target.
         calls: module calls in the order of the forward.
         result: leaves and spec of the forward's result.
@@ -219,6 +221,7 @@ class _Recorder:
             node.meta["scope"] = tuple(self.stack)
             node.meta["site"] = places = tuple(islice(user_places(sys._getframe(1)), 2))
             node.meta["source"] = places[0][0] if places else "?"
+            node.meta["autocast"] = autocast_state()
             return node
 
         tracer.create_node = create_node  # type: ignore[method-assign]
@@ -253,11 +256,6 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     try:
         return _captured(fn, args, kwargs, whole=True)
     except _BelowError:
-        if torch._C._is_any_autocast_enabled():
-            raise CaptureError(
-                "the forward takes gradients itself, and the call is inside torch.autocast",
-                remedy="open torch.autocast inside the forward, or convert the model",
-            ) from None
         captured = _captured(fn, args, kwargs, whole=False)
     captured.module = attention(captured.module)
     return captured
@@ -344,6 +342,7 @@ def _captured(
     changes = [effect.change for effect in produced["effects"] if effect.change is not None]
     changed = frozenset((id(change.record.target), change.step[1]) for change in changes)
     guard = ModuleGuard(snapshot, tracker.reads | recorder.unseen, roots, changed, around)
+    module = explicit_autocast(module)
     return Capture(module, leaves, recorder.calls, produced["result"], produced["effects"], roots, guard)
 
 
@@ -419,23 +418,15 @@ def _effects(
 
 
 def _name_contexts(graph: fx.Graph) -> None:
-    """Turn order markers (autocast and no-grad regions) into meta `context` of the nodes between them, and
-    drop them."""
-    autocast: list[tuple[Any, ...]] = []
+    """Turn order markers of no-grad regions into meta `context` of the nodes between them; drop these and
+    those of autocast, which each node knows already."""
     no_grad = False
     ambient = torch.is_grad_enabled()
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is _SET_GRAD:
             no_grad = ambient and not node.args[0]
-        elif node.op == "call_function" and node.target is _ENTER_AUTOCAST:
-            autocast.append(tuple(node.args[:4]))
-        elif node.op == "call_function" and node.target is _EXIT_AUTOCAST:
-            autocast.pop()
         else:
-            active = [region for region in autocast[-1:] if region[2] or torch.is_autocast_enabled(region[0])]
-            names = [f"torch.autocast({d!r}, {t!r}, {e!r}, {c!r})" for d, t, e, c in active]
-            node.meta["context"] = tuple(names + ["torch.no_grad()"] * no_grad)
-            continue
+            node.meta["context"] = ("torch.no_grad()",) * no_grad
     markers = [n for n in graph.nodes if n.target in (_SET_GRAD, _ENTER_AUTOCAST, _EXIT_AUTOCAST)]
     for node in reversed(markers):
         node.replace_all_uses_with(None)

@@ -36,13 +36,44 @@ def lazy_code() -> AbstractContextManager[None]:
 @contextmanager
 def uncached_autocast() -> Iterator[None]:
     """No casts of weights from before, and none kept for later: autocast would remember those of fake
-    tensors."""
+    tensors, and a region that the forward opens inside of another one lets it."""
     enabled = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(False)
     try:
         yield
     finally:
         torch.set_autocast_cache_enabled(enabled)
+        torch.clear_autocast_cache()
+
+
+Autocast = tuple[tuple[str, torch.dtype], ...]
+"""Kinds of devices for which autocast is on, each with the dtype that it casts to."""
+
+_KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
+
+
+def autocast_state() -> Autocast:
+    """What autocast does here."""
+    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in _KINDS if torch.is_autocast_enabled(kind))
+
+
+@contextmanager
+def autocast_as(state: Autocast = ()) -> Iterator[None]:
+    """Autocast as in `state`, off everywhere if that is empty; no casts are remembered."""
+    kept = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _KINDS]
+    wanted, cached = dict(state), torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        for kind, _, dtype in kept:
+            torch.set_autocast_enabled(kind, kind in wanted)
+            torch.set_autocast_dtype(kind, wanted.get(kind, dtype))
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+        for kind, enabled, dtype in kept:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from rmtcompile.passes.spread import spread
 from rmtcompile.passes.stream import stream
 from rmtcompile.probe import Segmentation
 from rmtcompile.stages import Log
+from rmtcompile.tracing import autocast_as
 
 
 def capture_at(
@@ -67,6 +68,14 @@ def unrolled_forward(
     with log.stage(f"capture, {count} segments") as box:
         captured = capture(fn, args, kwargs)
         box.append(captured.module)
+    return _placed(captured, count, options, log)
+
+
+@autocast_as()
+def _placed(
+    captured: Capture, count: int, options: Options, log: Log
+) -> tuple[Capture, Unrolled, tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """See `unrolled_forward`: from the capture on."""
     _refuse_random(captured)
     with log.stage("functionalise", captured.module) as box:
         literal = literals(captured)

@@ -30,6 +30,7 @@ from rmtcompile.probe import Segmentation
 from rmtcompile.results import value_of
 from rmtcompile.runtime.execute import Executor
 from rmtcompile.state import _ATOMS, DELETED, Snapshot, roots_of
+from rmtcompile.tracing import autocast_as
 from rmtcompile.unrolling import capture_at
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
@@ -248,7 +249,7 @@ def replay(
             return values, tuple(fx.node.map_arg(node.args[0], values.__getitem__))
         else:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            with _contexts(node):
+            with autocast_as(), _contexts(node):
                 values[node] = node.target(*args, **kwargs)
         for operand in node.all_input_nodes:
             if last_use[operand] is node and operand not in wanted:

@@ -17,9 +17,11 @@ class Weight:
 
     Attributes:
         leaves: `leaves[layer][part]` is the name of a leaf; all layers have the same number of parts.
+        dtype: what they are converted to, once a run; None: they are read as they are.
     """
 
     leaves: tuple[tuple[str, ...], ...]
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if len({len(parts) for parts in self.leaves}) > 1:
@@ -29,6 +31,11 @@ class Weight:
     def n_layers(self) -> int:
         """How many layers share the placeholder."""
         return len(self.leaves)
+
+    @property
+    def conversion(self) -> str:
+        """What is done to the leaves, in words: ` as bfloat16`, or nothing."""
+        return f" as {str(self.dtype).removeprefix('torch.')}" if self.dtype is not None else ""
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,10 @@ def test_contexts_are_kept() -> None:
     for segments in (3, 1, 5):
         x = features(segments, dtype=torch.float32)
         assert_same(model(x), fast(x), 2e-3)
-    assert "with torch.autocast('cpu', torch.bfloat16" in fast.code
+    assert "with torch." not in fast.code, "no gradients are recorded, and conversions are written out"
+    with torch.enable_grad():
+        fast(features(3, dtype=torch.float32))
+    assert "with torch.no_grad():" in fast.code
 
 
 def test_no_gradient_flows_through_a_no_grad_region() -> None:

@@ -262,9 +262,10 @@ def test_files_are_numbered_in_pipeline_order(dumped: list[Path]) -> None:
     stages = [name[3:] for name in names]
     assert stages[0] == "capture.txt"
     assert stages[1] == "functionalise.txt"
-    assert stages[-11:] == [
+    assert stages[-12:] == [
         "partition.txt", "reroll.txt", "dependence.txt", "wavefront.txt", "route.txt",
-        "causal.txt", "grouped_query.txt", "fuse_linears.txt", "in_place.txt", "lift.txt", "emit.py",
+        "causal.txt", "cast_weights.txt", "grouped_query.txt", "fuse_linears.txt", "in_place.txt",
+        "lift.txt", "emit.py",
     ]  # fmt: skip
     assert sorted(path.name for path in dumped[0].parent.iterdir()) == names
 

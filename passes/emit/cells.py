@@ -144,7 +144,7 @@ def opened(cell: CellFunction) -> Opening | None:
 
 def _role(port: Any) -> str:
     if port.role == "weight":
-        return "weight " + " | ".join(port.source.leaves[0])
+        return "weight " + " | ".join(port.source.leaves[0]) + port.source.conversion
     if port.role == "rows":
         return f"weight {port.source.leaf}{port.source.index}"
     if port.role == "lane":

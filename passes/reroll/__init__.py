@@ -28,7 +28,7 @@ from rmtcompile.passes.partition import CELL, EPILOGUE, INIT, PROLOGUE, Region
 from rmtcompile.passes.reroll.classes import classes_of, members_of
 from rmtcompile.passes.reroll.rules import Classes, ClassRule, LiveIn, Rolled
 from rmtcompile.passes.reroll.sources import affine, live_in_of, outputs_of
-from rmtcompile.passes.reroll.unrolled import EMPTY, Key, Unrolled, body_at, shape_of, unroll
+from rmtcompile.passes.reroll.unrolled import EMPTY, Key, Unrolled, body_at, shape_of, typed, unroll
 from rmtcompile.program import Body, Each, Source
 
 
@@ -187,4 +187,6 @@ def _complete(
     return completed, tuple(recall(source) for source in outputs)
 
 
-__all__ = ["ClassRule", "Classes", "LiveIn", "Rolled", "Unrolled", "fixed", "reroll", "shape_of", "unroll"]
+__all__ = [
+    "ClassRule", "Classes", "LiveIn", "Rolled", "Unrolled", "fixed", "reroll", "shape_of", "typed", "unroll"
+]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 from rmtcompile.errors import RerollError
 from rmtcompile.passes.reroll.rules import Classes
 from rmtcompile.passes.reroll.sources import affine
-from rmtcompile.passes.reroll.unrolled import Key, Unrolled, body_at, region_name
+from rmtcompile.passes.reroll.unrolled import Key, Unrolled, body_at, region_name, typed
 
 
 def classes_of(key: Key, small: Unrolled, large: Unrolled) -> Classes:
@@ -89,8 +89,10 @@ def _difference(key: Key, small: Unrolled, large: Unrolled) -> Iterator[str]:
         a, b = body_at(one, key, s), body_at(other, key, t)
         for left, right, x, y in zip(a.key, b.key, a.nodes, b.nodes, strict=False):
             if left != right:
-                yield f"segment {s} of {one.count}: {x.format_node()}   {x.meta.get('source')}"
-                yield f"segment {t} of {other.count}: {y.format_node()}   {y.meta.get('source')}"
+                for segment, unrolled, node in ((s, one, x), (t, other, y)):
+                    where = f"segment {segment} of {unrolled.count}"
+                    operands = ", ".join(typed(operand) for operand in node.all_input_nodes)
+                    yield f"{where}: {node.format_node()} of {operands}   {node.meta.get('source')}"
                 return
     for unrolled in (small, large):
         counts = ", ".join(str(len(body_at(unrolled, key, s).nodes)) for s in range(unrolled.count))

@@ -156,8 +156,8 @@ def _match(mine: Any, theirs: Any, index: dict[int, int], live_ins: dict[int, in
     if isinstance(mine, tuple) and isinstance(theirs, tuple) and len(mine) == len(theirs):
         if len(mine) == 2 and mine[0] == "n" and theirs[0] == "n":
             return live_ins if index.get(mine[1]) == theirs[1] else None
-        if len(mine) == 2 and mine[0] == "x" and theirs[0] == "x":
-            return live_ins if live_ins.setdefault(mine[1], theirs[1]) == theirs[1] else None
+        if len(mine) == 3 and mine[0] == "x" and theirs[0] == "x":
+            return live_ins if _is_same_live_in(mine, theirs, live_ins) else None
         for a, b in zip(mine, theirs, strict=True):
             found = _match(a, b, index, live_ins)
             if found is None:
@@ -165,6 +165,11 @@ def _match(mine: Any, theirs: Any, index: dict[int, int], live_ins: dict[int, in
             live_ins = found
         return live_ins
     return live_ins if mine == theirs else None
+
+
+def _is_same_live_in(mine: Any, theirs: Any, live_ins: dict[int, int]) -> bool:
+    """Whether two encoded live-ins have one type, and may be the same; notes that they are."""
+    return mine[2] == theirs[2] and live_ins.setdefault(mine[1], theirs[1]) == theirs[1]
 
 
 def _private_weights(parts: Partition) -> dict[fx.Node, int | None]:
@@ -225,7 +230,8 @@ def _body(nodes: list[fx.Node], region: Region, parts: Partition) -> Body:
         if isinstance(value, fx.Node):
             if value in index:
                 return ("n", index[value])
-            return ("x", live_ins.setdefault(value, len(live_ins)))
+            j = live_ins.setdefault(value, len(live_ins))
+            return ("x", j) if loose else ("x", j, shape_of(value.meta.get("val")))
         if isinstance(value, (list, tuple)):
             if loose and (each := _each_segment(value, parts, index)) is not None:
                 return ("each", live_ins.setdefault(each, len(live_ins)))
@@ -257,12 +263,20 @@ def _each_segment(values: Any, parts: Partition, own: dict[fx.Node, int]) -> tup
 
 
 def shape_of(val: Any) -> Any:
-    """Shape and dtype of a fake value, or of each in a tuple of them."""
+    """Shape, dtype and device of a fake value, or of each in a tuple of them."""
     if isinstance(val, torch.Tensor):
-        return (tuple(val.shape), val.dtype)
+        return (tuple(val.shape), val.dtype, val.device)
     if isinstance(val, (list, tuple)):
         return tuple(map(shape_of, val))
     return None
+
+
+def typed(node: fx.Node) -> str:
+    """The type of a node's value in short: `float32[1, 4, 16]`."""
+    val = node.meta.get("val")
+    if not isinstance(val, torch.Tensor):
+        return type(val).__name__
+    return f"{str(val.dtype).removeprefix('torch.')}{list(val.shape)}"
 
 
 EMPTY = Body((), (), (), ())

@@ -78,6 +78,7 @@ _NOTES = {
     "wavefront": "a level for each cell; the operations stay",
     "route": "one graph for each kind of layer, its variants merged",
     "causal": "a mask that lets each token see those before it becomes a flag of the attention",
+    "cast_weights": "weights that cells convert are converted once a run",
     "grouped_query": "key and value heads are no longer repeated for the query heads that share them",
     "fuse_linears": "linears over the same input become one",
     "lift": "each cell function computes n cells; one function for each mixture of variants",

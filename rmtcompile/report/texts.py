@@ -230,7 +230,7 @@ def route_text(compiled: Compiled, program: Program) -> str:
 def _port(port: Any, names: dict[str, str]) -> str:
     if port.role == "weight":
         parts = [pattern(leaf) for leaf in zip(*port.source.leaves, strict=True)]
-        return f"{port.name}: weight {' | '.join(parts)}"
+        return f"{port.name}: weight {' | '.join(parts)}{port.source.conversion}"
     if port.role == "lane":
         return f"{port.name}: lane {port.source}{_alias(port.source, names)}"
     if port.role == "shared":

@@ -22,6 +22,7 @@ from rmtcompile.runtime.engine import Engine
 from rmtcompile.runtime.graphs import Recorder, Started
 from rmtcompile.runtime.run import Run
 from rmtcompile.runtime.stacks import Stacks
+from rmtcompile.tracing import autocast_as
 
 _ATTENTION = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
@@ -323,7 +324,7 @@ class Executor:
     def _execute(self, run: Any) -> tuple[Any, ...]:
         if self._observer is not None:
             self._observer(run)
-        with sdpa_kernel(_ATTENTION, set_priority=True):
+        with sdpa_kernel(_ATTENTION, set_priority=True), autocast_as():
             return self.compiled.namespace["forward"](run)
 
     def observe(self, segments: int, inputs: list[torch.Tensor], observer: Callable[[Any], None]) -> None:

@@ -4,6 +4,7 @@ are views."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import ClassVar
 from weakref import WeakSet
@@ -178,6 +179,8 @@ class Stacks:
     ) -> None:
         owner: dict[str, Stack] = {}
         made: dict[Weight, Stack | Derived | Gathered] = {}
+        self.dtypes = {name: weight.dtype for name, weight in weights.items() if weight.dtype is not None}
+        weights = {name: replace(weight, dtype=None) for name, weight in weights.items()}
         widest_first = sorted(
             set(weights.values()), key=lambda w: (-len(w.leaves[0]), -len(w.leaves), w.leaves)
         )
@@ -207,7 +210,14 @@ class Stacks:
             held: what this run reads as the leaves that are replaced.
         """
         found = {id(stack): stack.current() for stack in self._in_order}
-        return {
+        values = {
             name: stack.current(held) if isinstance(stack, Gathered) else found[id(stack)]
             for name, stack in self.stacks.items()
         }
+        converted: dict[tuple[int, torch.dtype], torch.Tensor] = {}  # by the stack
+        for name, dtype in self.dtypes.items():
+            key = (id(self.stacks[name]), dtype)
+            if key not in converted:
+                converted[key] = values[name].to(dtype)
+            values[name] = converted[key]
+        return values
