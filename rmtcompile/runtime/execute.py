@@ -125,7 +125,8 @@ class Executor:
         started = None
         if self._blocks is not None and not self._gets_form(segments):
             self._seen.lengths.add(segments)
-            started = self._blocks.replay(segments, self._named(inputs))
+            with _own_modes():
+                started = self._blocks.replay(segments, self._named(inputs))
         if started is None and self._recorder is not None:
             started = self._recorder.replay(segments, inputs)
         return started
@@ -152,7 +153,7 @@ class Executor:
         if self._blocks is None:
             self._blocks = BlockRecorder(self.compiled.leaves, self._replaced, self._make_blocks)
         if self._blocks.wants:
-            with _plain_tensors(), sdpa_kernel(_ATTENTION, set_priority=True):
+            with _plain_tensors(), _own_modes():
                 self._blocks.prepare(lambda n: self._named(self._resized(n, inputs)))
 
     def _make_blocks(self, device: Device, leaves: Mapping[str, torch.Tensor]) -> Blocks:
@@ -259,7 +260,7 @@ class Executor:
         with self._blocks.alone():
             outputs = self._run_once(segments, inputs)
         if not self._records_gradients(inputs):
-            with _plain_tensors(), sdpa_kernel(_ATTENTION, set_priority=True):
+            with _plain_tensors(), _own_modes():
                 self._blocks.record_again(segments)
         return outputs
 
@@ -324,7 +325,7 @@ class Executor:
     def _execute(self, run: Any) -> tuple[Any, ...]:
         if self._observer is not None:
             self._observer(run)
-        with sdpa_kernel(_ATTENTION, set_priority=True), autocast_as():
+        with _own_modes():
             return self.compiled.namespace["forward"](run)
 
     def observe(self, segments: int, inputs: list[torch.Tensor], observer: Callable[[Any], None]) -> None:
@@ -335,6 +336,13 @@ class Executor:
                 self._run(segments, inputs, self._leaves(), False)
         finally:
             self._observer = None
+
+
+@contextmanager
+def _own_modes() -> Iterator[None]:
+    """The kernels of attention in the order that programs want, and no autocast."""
+    with sdpa_kernel(_ATTENTION, set_priority=True), autocast_as():
+        yield
 
 
 @contextmanager
