@@ -55,20 +55,24 @@ class _Spreader(Streamer):
         for out in exits:
             self.here = out
             pieces, lo = [], 0
-            for part in parts:
-                pieces.append(self.load(out, region[out], Range(lo, shape_of(part)[at])))
-                lo += shape_of(part)[at]
+            for size in (shape_of(part)[at] for part in parts):
+                pieces.append(self.load(out, region[out], Range(lo, size)))
+                lo += size
             self._replace(out, self.join(aten.cat.default, pieces, region[out]))
 
     def _region(self, cat: fx.Node, at: int) -> Dims:
-        """The row-wise operations on a concatenation, each with the dimension that is concatenated."""
+        """The row-wise operations on a concatenation, each with the dimension that is concatenated: index by
+        index that of the concatenation, so no further join along it, nor a reshape that cuts it."""
         region = {cat: at}
+        length = shape_of(cat)[at]
         pending = [cat]
         while pending:
             node = pending.pop()
             for user in node.users:
-                dims = [] if self.inside(user) else passed_on(user, node, region[node])
-                if dims and user not in region and user not in self.pinned:
+                if self.inside(user) or user in region or user in self.pinned:
+                    continue
+                dims = passed_on(user, node, region[node])
+                if dims and shape_of(user)[dims[0]] == length:
                     region[user] = dims[0]
                     pending.append(user)
         order = {node: i for i, node in enumerate(self.graph.nodes)}

@@ -172,12 +172,25 @@ def _literal(w: Loads, node: Any) -> torch.Tensor | None:
     return value
 
 
-def single(w: Loads, node: fx.Node) -> fx.Node | None:
-    """A stack or concatenation of one part is that part."""
-    known = parts_of(node)
-    if known is None or len(known[0]) != 1:
+def fewer(w: Loads, node: fx.Node) -> fx.Node | None:
+    """A concatenation without its empty parts; of one part, that part."""
+    bound = bind(node)
+    parts, dim = list(bound["tensors"]), bound["dim"] % len(shape_of(node))
+    if not all(is_static_tensor(part) for part in parts):
         return None
-    return w.reshape(known[0][0], shape_of(node))
+    is_stack = overload_name(node) == "stack"
+    kept = parts if is_stack else [part for part in parts if not _is_empty(part, dim)]
+    if not kept or (len(kept) == len(parts) > 1):
+        return None
+    if any(val_of(part).dtype != val_of(node).dtype for part in kept):
+        return None
+    return w.join(aten.stack.default if is_stack else aten.cat.default, kept, dim)
+
+
+def _is_empty(part: fx.Node, dim: int) -> bool:
+    """Whether a part adds nothing along `dim`; torch skips `tensor([])`, whatever is joined with it."""
+    shape = shape_of(part)
+    return shape == (0,) or shape[dim] == 0
 
 
 def reordered(w: Loads, node: fx.Node) -> fx.Node | None:
