@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
+from rmtcompile.passes.forward.constants import literal
 from rmtcompile.passes.forward.loads import Loads, Rule
 from rmtcompile.passes.forward.nodes import is_static_tensor, operand_of, shape_of, val_of
 from rmtcompile.passes.forward.ranges import Range
@@ -149,27 +148,11 @@ def _gather(w: Loads, x: fx.Node) -> tuple[fx.Node, int, list[int]] | None:
         if len(given) != 1:
             return None
         dim, index = given[0]
-    literal = _literal(w, index)
-    if literal is None or literal.dim() != 1 or literal.dtype not in (torch.int32, torch.int64):
+    written = literal(w, index)
+    if written is None or written.dim() != 1 or written.dtype not in (torch.int32, torch.int64):
         return None
     dim %= len(shape_of(source))
-    return source, dim, [i % shape_of(source)[dim] for i in literal.tolist()]
-
-
-def _literal(w: Loads, node: Any) -> torch.Tensor | None:
-    """The value of a tensor literal: what passed `lift_fresh` was written out in the model's code."""
-    lifted = False
-    while isinstance(node, fx.Node) and node.op == "call_function":
-        if overload_name(node) not in ("lift_fresh", "lift_fresh_copy", "detach", "clone", "alias"):
-            return None
-        lifted = lifted or overload_name(node).startswith("lift_fresh")
-        node = operand_of(node)
-    if not lifted or not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    value = reduce(getattr, str(node.target).split("."), w.gm)
-    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor) or value.is_meta:
-        return None
-    return value
+    return source, dim, [i % shape_of(source)[dim] for i in written.tolist()]
 
 
 def fewer(w: Loads, node: fx.Node) -> fx.Node | None:
