@@ -90,7 +90,7 @@ class _Rewriter:
         self.dim = bind(node)["dim"] % len(shape_of(node))
 
     def run(self, found: Sequence[tuple[Sequence[fx.Node], int]]) -> None:
-        pieces = []
+        pieces: list[fx.Node] = []
         for parts, times in found:
             if self.is_stack:
                 parts = [self._emit(aten.unsqueeze.default, part, self.dim) for part in parts]

@@ -64,6 +64,26 @@ def test_what_stays_as_large_stays_whole(keeps: Callable[[Tensor], Tensor]) -> N
     assert spread(before, lambda n: False) is before
 
 
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: F.linear((y := hidden(x)) / y.norm(), TABLE).argmax(-1),
+        lambda x: F.linear((y := hidden(x)) - y.mean(1, keepdim=True), TABLE).argmax(-1),
+        lambda x: ((y := hidden(x)) @ y.transpose(1, 2)).amax(-1),
+        lambda x: F.linear((y := hidden(x)) + y.cumsum(1), TABLE).argmax(-1),
+        lambda x: F.linear((y := hidden(x)) + y.flip(1), TABLE).argmax(-1),
+    ],
+)
+def test_what_reads_the_whole_at_each_position_stays_whole(f: Callable[[Tensor], Tensor]) -> None:
+    before = stream(captured(f, X), lambda n: False)
+    assert spread(before, lambda n: False) is before
+
+
+def test_a_value_that_comes_by_two_ways_is_computed_part_by_part() -> None:
+    gm = run(lambda x: (F.linear((y := hidden(x)).exp(), TABLE) + F.linear(y, TABLE)).argmax(-1), X)
+    assert sizes(gm, "linear") == {(2, T, V)}
+
+
 def several(x: Tensor) -> list[Tensor]:
     """What a segment gives is a join itself."""
     return [torch.cat([part.cumsum(1), part[:, :1].sin()], 1) for part in x.split(T, 1)]
