@@ -55,24 +55,37 @@ class _Spreader(Streamer):
         for out in exits:
             self.here = out
             pieces, lo = [], 0
-            for part in parts:
-                pieces.append(self.load(out, region[out], Range(lo, shape_of(part)[at])))
-                lo += shape_of(part)[at]
+            for size in (shape_of(part)[at] for part in parts):
+                pieces.append(self.load(out, region[out], Range(lo, size)))
+                lo += size
             self._replace(out, self.join(aten.cat.default, pieces, region[out]))
 
     def _region(self, cat: fx.Node, at: int) -> Dims:
-        """The row-wise operations on a concatenation, each with the dimension that is concatenated."""
-        region = {cat: at}
-        pending = [cat]
-        while pending:
-            node = pending.pop()
-            for user in node.users:
-                dims = [] if self.inside(user) else passed_on(user, node, region[node])
-                if dims and user not in region and user not in self.pinned:
-                    region[user] = dims[0]
-                    pending.append(user)
-        order = {node: i for i, node in enumerate(self.graph.nodes)}
-        return {node: region[node] for node in sorted(region, key=order.__getitem__)}
+        """The row-wise operations on a concatenation, each with the dimension that is concatenated.
+
+        An operation that reads anything else of the concatenation (its norm, itself transposed) needs all
+        parts before it can run on one.
+        """
+        region, reached = {cat: at}, {cat}
+        if not any(self._row(user, [cat], region) is not None for user in cat.users):
+            return region
+        node = cat.next
+        while node.op != "root":
+            if operands := [operand for operand in node.all_input_nodes if operand in reached]:
+                reached.add(node)
+                if (row := self._row(node, operands, region)) is not None:
+                    region[node] = row
+            node = node.next
+        return region
+
+    def _row(self, node: fx.Node, operands: list[fx.Node], region: Dims) -> int | None:
+        """The dimension of a node that is, index by index, the one of the region in all of these operands: so
+        no further join along it, nor a reshape that cuts it."""
+        if self.inside(node) or node in self.pinned or not all(operand in region for operand in operands):
+            return None
+        length = shape_of(operands[0])[region[operands[0]]]
+        found = [set(passed_on(node, operand, region[operand])) for operand in operands]
+        return next((d for d in sorted(set.intersection(*found)) if shape_of(node)[d] == length), None)
 
 
 def is_worth(region: Dims, exits: list[fx.Node]) -> bool:

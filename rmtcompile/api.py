@@ -40,7 +40,7 @@ from rmtcompile.runtime.graphs import Started
 from rmtcompile.runtime.rows import executor_for
 from rmtcompile.schedule import Schedule
 from rmtcompile.stages import Progress
-from rmtcompile.verify import difference, first_difference, tensors_of
+from rmtcompile.verify import STOPS, difference, first_difference, is_no_fault, tensors_of
 
 if TYPE_CHECKING:
     from rmtcompile.report import Explanation, Profile
@@ -180,7 +180,12 @@ class Optimized:
                         self._refusals.popitem(last=False)
                 return self._as_it_is(str(error), args, kwargs)
             running = started[1] if started is not None and started[0] is entry else None
-            result = self._run(entry, call.count, args, kwargs, running)
+            try:
+                result = self._run(entry, call.count, args, kwargs, running)
+            except UnsupportedError as error:
+                if self._fallback != "sequential":
+                    raise
+                return self._as_it_is(str(error), args, kwargs)
             if running is None:
                 self._choose_plan(entry, args, kwargs)
                 entry.executor.record(tensors_of(args, kwargs))
@@ -429,7 +434,7 @@ class Optimized:
         self._last = (entry, count)
         outputs = entry.executor.finish(started) if started is not None else None
         if outputs is None:
-            outputs = entry.executor.run(count, tensors_of(args, kwargs))
+            outputs = self._outputs(entry, count, args, kwargs)
         leave_effects(entry.compiled, count, outputs)
         if not entry.settled:
             entry.settled = True
@@ -439,6 +444,21 @@ class Optimized:
                 entry.compiled.captures[0].guard.settle()
         write_back(entry.compiled, outputs, tensors_of(args, kwargs))
         return value_of(entry.compiled.result, outputs, count)
+
+    def _outputs(self, entry: Entry, count: int, args: Any, kwargs: Any) -> tuple[Any, ...]:
+        """What the program gives.  Where it stops, either the model does so too, with its own error, or the
+        rules do not hold for this length."""
+        try:
+            return entry.executor.run(count, tensors_of(args, kwargs))
+        except STOPS as error:
+            found = None if is_no_fault(error) else self._difference(entry, count, args, kwargs)
+            if found is None:
+                raise
+            raise RerollError(
+                "the program stops where the model runs",
+                [found],
+                "fallback='sequential' runs the model as it is",
+            ) from error
 
     def _choose_plan(self, entry: Entry, args: Any, kwargs: Any) -> None:
         """Once a program has run on CUDA: keep its wavefronts only if they are measured to pay."""

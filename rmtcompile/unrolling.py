@@ -24,6 +24,7 @@ from rmtcompile.passes.repeats import inside_layers, layers_of
 from rmtcompile.passes.reroll import Unrolled, unroll
 from rmtcompile.passes.spread import spread
 from rmtcompile.passes.stream import stream
+from rmtcompile.passes.tiles import tiles
 from rmtcompile.probe import Segmentation
 from rmtcompile.stages import Log
 from rmtcompile.tracing import autocast_as
@@ -96,6 +97,9 @@ def _placed(
         box.append(captured.module)
     with log.stage("number", captured.module) as box:
         captured.module = number(captured.module, inside)
+        box.append(captured.module)
+    with log.stage("tiles", captured.module) as box:
+        captured.module = tiles(captured.module, inside)
         box.append(captured.module)
     with log.stage("drop", captured.module) as box:
         captured.module.graph.eliminate_dead_code()

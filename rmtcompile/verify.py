@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils import _pytree as pytree
 
 from rmtcompile.capture import Capture, Out
@@ -35,6 +36,20 @@ from rmtcompile.unrolling import capture_at
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Relative differences that are rounding."""
+
+
+STOPS = (LookupError, RuntimeError, TypeError, ValueError, InternalError)
+"""How a program stops that was extrapolated to where its rules do not hold: an index out of bounds, shapes
+that do not fit, a value that nobody gives."""
+
+
+def is_no_fault(error: Exception) -> bool:
+    """Whether an error says nothing of the program's rules: no memory is left, a backend does not compile."""
+    return isinstance(error, (torch.OutOfMemoryError, TorchDynamoException))
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def tensors_of(args: Any, kwargs: Any) -> list[torch.Tensor]:
@@ -68,8 +83,10 @@ def difference(
         contents = [tensor.detach().clone() for tensor in written]
     try:
         outputs = executor.run(count, inputs)
-    except (KeyError, InternalError) as error:
-        return f"the program does not cover {count} segments ({error})"
+    except STOPS as error:
+        if is_no_fault(error):
+            raise
+        return f"the program does not cover {count} segments ({type(error).__name__}: {first_line(error)})"
     found = compare(expected, value_of(compiled.result, outputs, count), "the result", tolerance)
     for (effect, rule), theirs in zip(effects, left, strict=True):
         mine = DELETED if effect.spec is None else value_of(rule, outputs, count)
@@ -181,7 +198,8 @@ class Observer:
             number = run.program.rolled.classes[(kind, -1)].of(segment, run.segments)
             self._note(Region(kind, segment), dict(taps[name].nodes).get(number), value)
 
-    def _write(self, run: Any, windows: Sequence[Any], results: Sequence[Any]) -> None:
+    def _write(self, run: Any, *args: Any) -> None:
+        windows, results = args[-2:]  # a run over rows of segments says the layer first
         groups = {group.name: group for group in run.program.groups}
         for window, outputs in zip(windows, results, strict=True):
             group, n = groups[window.group], len(window.segments)
@@ -215,8 +233,11 @@ def first_difference(
     inputs = tensors_of(args, kwargs)
     node_at = {place: node for node, place in unrolled.place.items()}
     with torch.no_grad():
-        observer = Observer()
-        executor.observe(count, inputs, observer)
+        observer, stopped = Observer(), ""
+        try:
+            executor.observe(count, inputs, observer)
+        except STOPS as error:
+            stopped = f"{type(error).__name__}: {first_line(error)}"
         pairs = [(seen, node_at[seen.place]) for seen in observer.seen if seen.place in node_at]
         values, outputs = replay(captured, inputs, {node for _, node in pairs})
     for seen, node in pairs:
@@ -224,6 +245,8 @@ def first_difference(
         if found is not None:
             name = getattr(node.target, "__name__", str(node.target))
             return [f"first in {seen}: {node.name} = {name}  {node.meta.get('source', '?')}", found]
+    if stopped:
+        return [f"what the program computes before it stops agrees; it stops with {stopped}"]
     leaves, spec = captured.result
     flat = [outputs[leaf.index] if isinstance(leaf, Out) else leaf for leaf in leaves]
     with _put_back(fn, written_tensors(compiled, inputs)):

@@ -113,7 +113,9 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
     ]  # fmt: skip
     uses = [
         use("Any number of segments from one capture, 1 included; same code for all", end + "test_one_capture_serves_all_lengths"),
-        use("Batches; a shorter last or first segment; input shorter than one segment", end + "test_batch_sizes", "test_ragged_last_segment", "test_sizes.py::test_a_third_rest", "test_less_than_one_segment"),
+        use("Batches; a shorter last or first segment; input shorter than one segment", end + "test_batch_sizes", "test_ragged_last_segment", "test_sizes.py::test_a_third_rest", "test_less_than_one_segment", "test_joins.py::test_every_length[Right]"),
+        use("Results joined in joins, cut, joined again; empty parts; masks joined of one piece a segment and cut into blocks", "test_joins.py::test_every_length", "test_gradients"),
+        use("Buffers of a few segments that are filled and then slide", "test_joins.py::test_a_buffer_that_fills_up_and_then_slides"),
         use("A third batch size and a third length of the short segment: no new capture, same code", "test_sizes.py::test_a_third_batch_size", "test_the_code_is_the_same_for_later_batch_sizes", "test_batches_and_rests_together", "test_rests_of_an_armt_with_masks"),
         use("Attention masks padded left or right, `labels` with the loss, `inputs_embeds`, `output_hidden_states=True`, all at once", inputs + "test_arguments_of_an_armt"),
         use("`position_ids`, keyword arguments, defaults, any callable", inputs + "test_positions", "test_keywords_and_defaults", end + "test_any_callable"),

@@ -447,6 +447,51 @@ def run_program(program: list[tuple[Any, ...]], tensors: list[torch.Tensor]) -> 
     return [t * 1 for t in pool]
 
 
+@pytest.mark.parametrize(
+    ("f", "left"),
+    [
+        (lambda x: torch.cat([x[:0], x * 2, x[3:]], 0), []),
+        (lambda x: torch.cat([torch.tensor([]), x * 2], 0), []),
+        (lambda x: torch.cat([x[:, :0], x * 2, x, x[:, :0]], 1), ["cat"]),
+        (lambda x: torch.cat([x[:0], x[:0]], 0), ["cat"]),
+        (lambda x: torch.cat([x[:0], x.double()], 0), []),
+        (lambda x: torch.cat([x[:0].double(), x], 0), ["cat"]),
+    ],
+)
+def test_empty_parts_are_left_out(f: Callable[[torch.Tensor], Any], left: list[str]) -> None:
+    gm = run(f, rand(3, 4).float())
+    assert [name for name in names(gm) if name == "cat"] == left
+
+
+POSITIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "index_copy": lambda b, x: b.index_copy(0, torch.arange(3) + 2, x)[2:5],
+    "index_put": lambda b, x: b.index_put((torch.arange(2, 5),), x)[2:5],
+    "from the end": lambda b, x: b.index_put((torch.arange(-3, 0),), x)[3:],
+    "every second": lambda b, x: b.index_copy(0, torch.arange(3) * 2, x)[0:5:2],
+    "written out": lambda b, x: b.index_copy(0, torch.tensor([1, 2, 3]), x)[1:4],
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_a_load_of_what_was_stored_at_known_positions(name: str) -> None:
+    gm = run(POSITIONS[name], rand(6, 4), rand(3, 4))
+    assert not [n for n in names(gm) if n in ("index_copy", "index_put")]
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda b, x: b.index_copy(0, torch.tensor([3, 2, 1]), x)[1:4],
+        lambda b, x: b.index_copy(0, x[:, 0].argsort(), x)[0:3],
+        lambda b, x: b.index_put((torch.arange(3),), x, accumulate=True)[:3],
+        lambda b, x: b.index_put((torch.arange(3),), x[0])[:3],
+        lambda b, x: b.index_put((torch.tensor([True, True, True, False, False, False]),), x)[:3],
+    ],
+)
+def test_stores_at_other_positions_stay(f: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    assert {"index_copy", "index_put"} & set(names(run(f, rand(6, 4), rand(3, 4))))
+
+
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(programs())
 def test_random_programs(program: list[tuple[Any, ...]]) -> None:

@@ -64,6 +64,50 @@ def test_what_stays_as_large_stays_whole(keeps: Callable[[Tensor], Tensor]) -> N
     assert spread(before, lambda n: False) is before
 
 
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: F.linear((y := hidden(x)) / y.norm(), TABLE).argmax(-1),
+        lambda x: F.linear((y := hidden(x)) - y.mean(1, keepdim=True), TABLE).argmax(-1),
+        lambda x: ((y := hidden(x)) @ y.transpose(1, 2)).amax(-1),
+        lambda x: F.linear((y := hidden(x)) + y.cumsum(1), TABLE).argmax(-1),
+        lambda x: F.linear((y := hidden(x)) + y.flip(1), TABLE).argmax(-1),
+    ],
+)
+def test_what_reads_the_whole_at_each_position_stays_whole(f: Callable[[Tensor], Tensor]) -> None:
+    before = stream(captured(f, X), lambda n: False)
+    assert spread(before, lambda n: False) is before
+
+
+def test_a_value_that_comes_by_two_ways_is_computed_part_by_part() -> None:
+    gm = run(lambda x: (F.linear((y := hidden(x)).exp(), TABLE) + F.linear(y, TABLE)).argmax(-1), X)
+    assert sizes(gm, "linear") == {(2, T, V)}
+
+
+def several(x: Tensor) -> list[Tensor]:
+    """What a segment gives is a join itself."""
+    return [torch.cat([part.cumsum(1), part[:, :1].sin()], 1) for part in x.split(T, 1)]
+
+
+NESTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "a join of joins": lambda x: F.linear(torch.cat(several(x), 1), TABLE).argmax(-1),
+    "joined with more": lambda x: F.linear(torch.cat([hidden(x), x[:, :2]], 1), TABLE).argmax(-1),
+    "joined with itself": lambda x: F.linear(torch.cat([y := hidden(x), y], 1), TABLE).argmax(-1),
+    "an empty part": lambda x: F.linear(torch.cat([x[:, :0].sin(), *several(x)], 1), TABLE).argmax(-1),
+    "cut into segments": lambda x: F.linear(hidden(x).unflatten(1, (S, T)), TABLE).argmax(-1),
+    "batches in one axis": lambda x: F.linear(hidden(x).transpose(0, 1).flatten(0, 1), TABLE).argmax(-1),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_a_region_ends_where_its_rows_are_joined_or_cut_again(name: str) -> None:
+    f, found = NESTED[name], captured(NESTED[name], X)
+    for _ in range(2):  # what is left of a join inside may be spread again
+        found = spread(stream(found, lambda n: False), lambda n: False)
+        found.graph.lint()
+        assert torch.equal(found(X), f(X))
+
+
 def test_the_inside_of_layers_stays_as_it_is() -> None:
     gm = run(SMALLER["tokens"], X, inside=lambda n: overload_name(n) == "linear")
     assert sizes(gm, "linear") == {(2, S * T, V)}

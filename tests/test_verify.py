@@ -62,6 +62,42 @@ def test_the_first_cell_is_named(build: Any, cell: tuple[int, int]) -> None:
     assert lines[2].startswith("  its value differs from the sequential forward by")
 
 
+class Rows(Toy):
+    """Each layer reads what the layer below wrote one segment before: all segments of a layer run at once."""
+
+    def __init__(self) -> None:
+        super().__init__(back=1, up=1)
+
+
+@torch.no_grad()
+def test_the_first_cell_is_named_where_segments_are_rows() -> None:
+    fast = rmtcompile.optimize(made(Rows), verify=True, backend="eager").prepare(features(9))
+    assert fast.compiled.program.alpha == 0
+
+    def change(window: Any, outputs: dict[str, Tensor]) -> None:
+        if window.layer == 1:
+            for value in outputs.values():
+                value[window.segments.index(2)] += 0.5
+
+    broken(fast, change)
+    assert message(fast, features(4))[1].startswith("  first in segment 2, layer 1: ")
+
+
+@torch.no_grad()
+def test_where_a_program_stops() -> None:
+    """An error of the program alone is a difference."""
+    fast = rmtcompile.optimize(made(Toy), verify=True, backend="eager").prepare(features(9))
+
+    def change(window: Any, outputs: dict[str, Tensor]) -> None:
+        if 2 in window.segments:
+            raise IndexError("index 7 is out of bounds")
+
+    broken(fast, change)
+    lines = message(fast, features(4))
+    assert lines[0] == "the program does not cover 4 segments (IndexError: index 7 is out of bounds)"
+    assert "before it stops agrees" in lines[1] and "index 7 is out of bounds" in lines[1]
+
+
 @torch.no_grad()
 def test_a_broken_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batching rule that computes something else is found in the first cell that uses it."""

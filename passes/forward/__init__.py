@@ -16,6 +16,7 @@ stays where it is.  Graph order is topological, so one walk reaches the fixed po
 ranges.py    what a load keeps of a dimension;  nodes.py  loads in normal form, reshapes, permutations
 builder.py   makes nodes;  loads.py  a load climbs, by the rule of what it meets
 shapes.py    copies, views, permutations, reshapes;  joins.py  stacks, rolls, gathers;  stores.py  scatters
+constants.py integers that are known
 layouts.py   strides after the rewrite;  rewrite.py  the walk
 """
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
+from rmtcompile.passes.forward.constants import literal
 from rmtcompile.passes.forward.loads import Loads, Rule
 from rmtcompile.passes.forward.nodes import is_static_tensor, operand_of, shape_of, val_of
 from rmtcompile.passes.forward.ranges import Range
@@ -149,35 +148,32 @@ def _gather(w: Loads, x: fx.Node) -> tuple[fx.Node, int, list[int]] | None:
         if len(given) != 1:
             return None
         dim, index = given[0]
-    literal = _literal(w, index)
-    if literal is None or literal.dim() != 1 or literal.dtype not in (torch.int32, torch.int64):
+    written = literal(w, index)
+    if written is None or written.dim() != 1 or written.dtype not in (torch.int32, torch.int64):
         return None
     dim %= len(shape_of(source))
-    return source, dim, [i % shape_of(source)[dim] for i in literal.tolist()]
+    return source, dim, [i % shape_of(source)[dim] for i in written.tolist()]
 
 
-def _literal(w: Loads, node: Any) -> torch.Tensor | None:
-    """The value of a tensor literal: what passed `lift_fresh` was written out in the model's code."""
-    lifted = False
-    while isinstance(node, fx.Node) and node.op == "call_function":
-        if overload_name(node) not in ("lift_fresh", "lift_fresh_copy", "detach", "clone", "alias"):
-            return None
-        lifted = lifted or overload_name(node).startswith("lift_fresh")
-        node = operand_of(node)
-    if not lifted or not isinstance(node, fx.Node) or node.op != "get_attr":
+def fewer(w: Loads, node: fx.Node) -> fx.Node | None:
+    """A concatenation without its empty parts; of one part, that part."""
+    bound = bind(node)
+    parts, dim = list(bound["tensors"]), bound["dim"] % len(shape_of(node))
+    if not all(is_static_tensor(part) for part in parts):
         return None
-    value = reduce(getattr, str(node.target).split("."), w.gm)
-    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor) or value.is_meta:
+    is_stack = overload_name(node) == "stack"
+    kept = parts if is_stack else [part for part in parts if not _is_empty(part, dim)]
+    if not kept or (len(kept) == len(parts) > 1):
         return None
-    return value
+    if any(val_of(part).dtype != val_of(node).dtype for part in kept):
+        return None
+    return w.join(aten.stack.default if is_stack else aten.cat.default, kept, dim)
 
 
-def single(w: Loads, node: fx.Node) -> fx.Node | None:
-    """A stack or concatenation of one part is that part."""
-    known = parts_of(node)
-    if known is None or len(known[0]) != 1:
-        return None
-    return w.reshape(known[0][0], shape_of(node))
+def _is_empty(part: fx.Node, dim: int) -> bool:
+    """Whether a part adds nothing along `dim`; torch skips `tensor([])`, whatever is joined with it."""
+    shape = shape_of(part)
+    return shape == (0,) or shape[dim] == 0
 
 
 def reordered(w: Loads, node: fx.Node) -> fx.Node | None:

@@ -110,7 +110,7 @@ class Forwarder(Loads):
         elif name == "expand" and is_static_tensor(node.args[0]):
             found = operand_of(node) if shape_of(operand_of(node)) == shape_of(node) else None
         elif name in ("stack", "cat"):
-            found = joins.single(self, node)
+            found = joins.fewer(self, node)
         elif name in ("select_scatter", "slice_scatter"):
             found = stores.stored(self, node)
         elif name in ("roll", "flip"):

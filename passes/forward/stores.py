@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from rmtcompile.passes.forward.constants import positions
 from rmtcompile.passes.forward.loads import Loads, Rule
 from rmtcompile.passes.forward.nodes import View, as_load, is_static_tensor, shape_of, val_of
 from rmtcompile.passes.forward.ranges import Range, covers, runs_of, slice_range
@@ -91,9 +92,44 @@ def load_slice_scatter(w: Loads, x: fx.Node, d: int, r: Range) -> fx.Node | None
     store = store_of(x)
     if store is None:
         return None
-    base, src, at, stored = store
-    if d != at:
+    if d != store[2]:
         return _load_past_store(w, store, d, r)
+    return _load_pieces(w, store, d, r)
+
+
+def load_indexed(w: Loads, x: fx.Node, d: int, r: Range) -> fx.Node | None:
+    """Of what was stored by index: the same, where the positions are known and evenly spaced.
+
+    The store itself stays as it is: as integers its positions would tell the segments from each other.
+    """
+    store = _indexed_store(w, x)
+    return None if store is None or d != store[2] else _load_pieces(w, store, d, r)
+
+
+def _indexed_store(w: Loads, x: fx.Node) -> tuple[fx.Node, fx.Node, int, Range] | None:
+    """Base, stored value, dimension and range of `index_copy`, or of `index_put` along one dimension."""
+    bound = bind(x)
+    base = bound["self"]
+    if overload_name(x) == "index_copy":
+        src, at, index = bound["source"], bound["dim"] % max(len(shape_of(x)), 1), bound["index"]
+    else:
+        given = [(k, i) for k, i in enumerate(bound["indices"]) if i is not None]
+        if len(given) != 1 or bound["accumulate"]:
+            return None
+        src, (at, index) = bound["values"], given[0]
+    if not is_static_tensor(src) or not is_static_tensor(base) or val_of(src).dtype != val_of(x).dtype:
+        return None
+    stored = positions(w, index, shape_of(x)[at])
+    if stored is None or shape_of(src) != (*shape_of(x)[:at], stored.n, *shape_of(x)[at + 1 :]):
+        return None
+    return base, src, at, stored
+
+
+def _load_pieces(
+    w: Loads, store: tuple[fx.Node, fx.Node, int, Range], d: int, r: Range
+) -> fx.Node | None:
+    """A load of the dimension that the store cuts."""
+    base, src, _, stored = store
     runs = runs_of(r, stored)
     if runs is None:
         return None
@@ -107,4 +143,8 @@ def stored(w: Loads, node: fx.Node) -> fx.Node | None:
     return None if store is None else try_put(w, *store)
 
 
-RULES: dict[str, Rule] = {"select_scatter": load_select_scatter, "slice_scatter": load_slice_scatter}
+RULES: dict[str, Rule] = {
+    "select_scatter": load_select_scatter,
+    "slice_scatter": load_slice_scatter,
+    **dict.fromkeys(("index_copy", "index_put", "_unsafe_index_put"), load_indexed),
+}

@@ -15,24 +15,22 @@ from rmtcompile.passes.reroll.unrolled import Key, Unrolled, body_at, region_nam
 def classes_of(key: Key, small: Unrolled, large: Unrolled) -> Classes:
     """The fewest peeled segments such that repeating the body before the tail once more gives the larger
     capture, and such that the integers of what is repeated follow one rule (a short last segment ends
-    early)."""
-    short = [body_at(small, key, s).key for s in range(small.count)]
-    long = [body_at(large, key, s).key for s in range(large.count)]
-    found: Classes | None = None
-    for tail in range(small.count):
-        middle = small.count - tail
-        if short[:middle] + [short[middle - 1]] + short[middle:] != long:
-            continue
-        head = middle - 1
-        while head and short[head - 1] == short[middle - 1]:
-            head -= 1
-        found = found or Classes(head, tail)
-        if found.tail == tail or middle - head >= 2:  # integers of one segment follow any rule
-            members = members_of(key, Classes(head, tail), small, large)
-            if all(_follow(key, ofclass) for ofclass in members.values()):
-                return Classes(head, tail)
-    if found is not None:
-        return found
+    early, a short first one shifts those behind it)."""
+    found = list(_candidates(key, small, large))
+    for classes, repeated in found:
+        if classes.tail == found[0][0].tail or repeated >= 2:  # integers of one segment follow any rule
+            if _all_follow(key, classes, small, large):
+                return classes
+    further = [
+        Classes(head, classes.tail)
+        for classes, repeated in found
+        for head in range(classes.head + 1, classes.head + repeated - 1)
+    ]
+    for classes in sorted(further, key=lambda c: (c.head + c.tail, c.tail)):
+        if _all_follow(key, classes, small, large):
+            return classes
+    if found:
+        return found[0][0]
     evidence = list(_difference(key, small, large))
     if constants := _constants(key, large):
         raise RerollError(
@@ -48,6 +46,26 @@ def classes_of(key: Key, small: Unrolled, large: Unrolled) -> Classes:
         "segments that differ from each other by more than a special start and end cannot be run on "
         "diagonals; use fallback='sequential' to run the model as it is",
     )
+
+
+def _candidates(key: Key, small: Unrolled, large: Unrolled) -> Iterator[tuple[Classes, int]]:
+    """For each number of segments that may be peeled off the end, the fewest that have to be peeled off the
+    front for their operations, and how many segments of `small` are left to repeat."""
+    short = [body_at(small, key, s).key for s in range(small.count)]
+    long = [body_at(large, key, s).key for s in range(large.count)]
+    for tail in range(small.count):
+        middle = small.count - tail
+        if short[:middle] + [short[middle - 1]] + short[middle:] != long:
+            continue
+        head = middle - 1
+        while head and short[head - 1] == short[middle - 1]:
+            head -= 1
+        yield Classes(head, tail), middle - head
+
+
+def _all_follow(key: Key, classes: Classes, small: Unrolled, large: Unrolled) -> bool:
+    """Whether the integers of every class follow one rule."""
+    return all(_follow(key, ofclass) for ofclass in members_of(key, classes, small, large).values())
 
 
 def _constants(key: Key, large: Unrolled) -> list[tuple[Any, Any]]:

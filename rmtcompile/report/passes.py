@@ -71,6 +71,7 @@ _NOTES = {
     "functionalise": "no operation writes into its operands any more",
     "forward": "a read of a stored value is the value, past stacks, slices and rolls",
     "number": "equal operations become one: what is the same for all segments is found here",
+    "tiles": "a list that holds the same for every segment says how often",
     "drop": "what nothing reads is not computed",
     "partition": "each operation gets its place on the grid; the operations stay",
     "reroll": "one body for each class of segments instead of one for each segment",
