@@ -39,7 +39,7 @@ Row = tuple[tuple[int, ...], tuple[int, ...]]
 """Labels of the operation before and of what is read; integers, sizes, and the numbers to these labels."""
 
 _CONTENTS = frozenset(
-    "item tolist __bool__ __float__ __int__ __index__ __complex__ __array__ numpy equal allclose is_nonzero".split()
+    ["item", "tolist", "__bool__", "__float__", "__int__", "__index__", "__complex__", "__array__", "numpy", "equal", "allclose", "is_nonzero"]
 )
 """What asks for the contents of a tensor."""
 

@@ -22,14 +22,14 @@ class Departure:
     """The first row that is not as promised.
 
     Attributes:
+        rank: by how much it says: calls that should not be there, calls that are missing, others.
         label, number: the row in the long outline, or the last one where there are too few.
-        segment: the segment that it belongs to, as far as that is known.
         what: in words.
     """
 
+    rank: int
     label: int
     number: int
-    segment: int
     what: str
 
 
@@ -45,7 +45,7 @@ class _Lengths:
 def departure(small: Outline, large: Outline, long: Outline) -> Departure | None:
     """Where `long` is not what `small` and `large`, which has one segment more, promise; None where it is.
 
-    The first such row in the order of segments is given, of those that `long` has if there are any.
+    Of several such rows the one that says most is given.
     """
     counts = _Lengths(small.count, large.count, long.count)
     found = [
@@ -53,8 +53,7 @@ def departure(small: Outline, large: Outline, long: Outline) -> Departure | None
         for label in small.rows.keys() | large.rows.keys() | long.rows.keys()
         for place in _of_label(label, *(o.rows.get(label, []) for o in (small, large, long)), counts)
     ]
-    there = [place for place in found if place.number < len(long.rows.get(place.label, ()))]
-    return min(there or found, key=lambda place: (place.segment, place.label, place.number), default=None)
+    return min(found, key=lambda place: (place.rank, place.number, place.label), default=None)
 
 
 def _of_label(
@@ -64,20 +63,19 @@ def _of_label(
     step = len(large) - len(small)
     expected = len(small) + step * (counts.long - counts.small)
     if step < 0 or len(long) != expected:
-        number = max(0, min(len(long), expected) - 1)
-        per_segment = max(1, abs(step) or -(-len(long) // counts.long))
-        segment = number // per_segment + (len(large) > 0)
-        yield Departure(label, number, segment, f"comes {len(long)} times instead of {expected}")
+        last = max(0, min(len(long), expected) - 1)
+        rank, number = (1, last) if len(long) < expected else (0, max(0, expected))
+        yield Departure(rank, label, number, f"comes {len(long)} times instead of {max(0, expected)}")
         return
     if step == 0:
         for i, rows in enumerate(zip(small, large, long, strict=True)):
             if not _grows(*rows, counts):
-                yield Departure(label, i, 0, "has other integers, sizes or operands")
+                yield Departure(3, label, i, "has other integers, sizes or operands")
         return
     for i in range(step):
         at = _of_row(small[i::step], large[i::step], long[i::step], counts)
         if at is not None:
-            yield Departure(label, i + at * step, at, "has other integers, sizes or operands")
+            yield Departure(2, label, i + at * step, "has other integers, sizes or operands")
 
 
 def _of_row(small: list[Row], large: list[Row], long: list[Row], counts: _Lengths) -> int | None:
