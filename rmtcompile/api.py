@@ -284,9 +284,7 @@ class Optimized:
                 stacklevel=5,
             )
 
-    def _made(
-        self, call: _Call, args: Any, kwargs: Any, only: int | None = None, fewest: int = 2
-    ) -> Entry:
+    def _made(self, call: _Call, args: Any, kwargs: Any, only: int | None = None, fewest: int = 2) -> Entry:
         """A program captured now, or given by rules for its sizes."""
         entry = self._families.entry(args, kwargs, call.segmentation, only, fewest)
         entry.example = _faked(args, kwargs)
@@ -404,7 +402,7 @@ class Optimized:
                 return entry
             found = followed(self.model, entry.compiled, args, kwargs, entry.segmentation, call.count, known)
             lengths.followed_to, lengths.unknown = found.to, found.unknown
-            if not found.departs:
+            if found.unknown:
                 lengths.tried_to = max(call.count, 2 * known)
             if found.to < call.count:
                 entry = self._settled(entry, found, call, args, kwargs)

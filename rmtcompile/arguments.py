@@ -1,5 +1,5 @@
-"""Arguments of a call of torch, taken apart for an outline: what is no integer, integers, where tensors come from;
-and what is known of the results of calls with such arguments."""
+"""Arguments of a call of torch, taken apart for an outline: what is no integer, integers, where tensors come
+from; and what is known of the results of calls with such arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from rmtcompile.outline import Outliner
 
 _STATIC = (
-    bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(...), type, complex
+    bool, str, bytes, complex, type(None), type(...), type, torch.dtype, torch.device, torch.layout,
+    torch.memory_format,
 )  # fmt: skip
 _LITERAL = 64
 """Elements of the largest tensor that is told by its contents, if the model does not keep it."""
@@ -25,8 +26,8 @@ class OutlineError(Exception):
 
 
 class Place(NamedTuple):
-    """Where a tensor was made: in which outline, label and number of the row, which of several results; and what
-    kind of tensor it is."""
+    """Where a tensor was made: in which outline, label and number of the row, which of several results; and
+    what kind of tensor it is."""
 
     outline: object
     label: int

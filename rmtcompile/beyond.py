@@ -1,17 +1,17 @@
 """Beyond the captured lengths: does a program give what the model gives where its rules were not proved?
 
-Rules are read from two captures of a few segments. A carry that is read four segments later, an integer that only
-looks like a line, or another rule from the tenth segment on does not show there.
+Rules are read from two captures of a few segments. A carry that is read four segments later, an integer that
+only looks like a line, or another rule from the tenth segment on does not show there.
 
-    captured, 2 and 3 segments      the rules, proved
-    followed, 4 .. 24 segments      operations, integers, sizes and who reads what are as the rules say: outlines
-    compared, 4 .. 8 segments       the values too
+    captured, 2 and 3 segments      proved
+    followed, 4 .. 24 segments      the same operations, integers, sizes and operands as the rules say
+    compared, 4 .. 8 segments       the same values
     longer                          extrapolated, until such an input comes
 
-The first time that a program is to run more segments than were followed, the forward is followed on that many, or on
-twice as many as before where that is more (`outline.py`, `steady.py`): no values are computed. Where it departs from
-the rules they are read again from longer captures, which settle it. And it runs the first segments of its first
-longer input, uncompiled, and is compared with the model.
+The first time that a program is to run more segments than were followed, the forward is followed on that
+many, or on twice as many as before where that is more (`outline.py`, `steady.py`): no values are computed.
+Where it departs from the rules they are read again from longer captures, which settle it. And a program runs
+the first segments of its first longer input, uncompiled, and is compared with the model.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Followed:
         return RerollError(
             f"what holds for up to {self.to} segments does not hold for {self.to + 1}",
             evidence,
-            "let no rule depend on the number of the segment but that of the first few; fallback='sequential' "
+            "let rules depend on the number of the segment in the first few at most; fallback='sequential' "
             "runs the model as it is",
         )
 

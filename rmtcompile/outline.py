@@ -1,24 +1,28 @@
-"""Outline: what a forward calls, in order, at any number of segments, computed once for all calls that are alike.
+"""Outline: what a forward calls, in order, at any number of segments, computed once for calls that are alike.
 
     forward(x of 40 segments)        operation                integers, sizes     reads          comes after
       h = F.linear(x_s, w_0)    ->   linear(*, w_0) f32       1, 8, 16            (split, s)     (cat, s - 1)
       m = torch.cat([m, h], 1)       cat(list, int) f32       1, 1, 16, 16        (linear, s)    (linear, s)
 
-The forward runs on fake tensors under a mode that sees what its code calls. What a call gives is looked up by the
-shapes and numbers among its arguments, and computed only where these are new: a long forward costs little more than
-its own Python. An operation has a *label* (what is called, dtypes, whatever is no integer, the parameter that was
-read last) and a number among those of its label. Its row says the rest: integers, sizes, and label and number of what
-it reads and of the operation before it. Forwards with equal outlines do the same, views and writes in place included.
+The forward runs on fake tensors under a mode that sees what its code calls. What a call gives is looked up by
+the shapes and numbers among its arguments, and computed only where these are new: a long forward costs little
+more than its own Python. An operation has a *label* (what is called, dtypes, whatever is no integer, the
+parameter that was read last) and a number among those of its label. Its row says the rest: integers, sizes,
+and label and number of what it reads and of the operation before it. Forwards with equal outlines do the
+same, views and writes in place included.
 
-Where transforms of `torch.func` or gradients are at work, calls are seen below autograd instead, and computed each.
+Where transforms of `torch.func` or gradients are at work, calls are seen below autograd instead, and each is
+computed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,8 +43,11 @@ Row = tuple[tuple[int, ...], tuple[int, ...]]
 """Labels of the operation before and of what is read; integers, sizes, and the numbers to these labels."""
 
 _CONTENTS = frozenset(
-    ["item", "tolist", "__bool__", "__float__", "__int__", "__index__", "__complex__", "__array__", "numpy", "equal", "allclose", "is_nonzero"]
-)
+    (
+        "item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__bool__", "__float__", "__int__",
+        "__index__", "__complex__", "__array__",
+    )
+)  # fmt: skip
 """What asks for the contents of a tensor."""
 
 
@@ -75,7 +82,7 @@ class Outliner:
         self.plain: set[Any] = set()  # what gives no tensors, and changes none
         self._labels: dict[Any, int] = {}
         self._kinds: dict[Any, int] = {}
-        self._held: dict[int, tuple[torch.Tensor, Any, int]] = {}  # tensors kept, so that no other gets its id
+        self._held: dict[int, tuple[torch.Tensor, Any, int]] = {}  # kept, so that no other gets its id
 
     def outline(
         self, args: Any, kwargs: Any, count: int, where: tuple[int, int] | None = None
@@ -90,7 +97,8 @@ class Outliner:
         """
         snapshot = Snapshot(roots_of(self.fn))
         for held in snapshot.tensors():
-            self._held.setdefault(id(held.tensor), (held.tensor, ("held", id(held.tensor)), self.kind(held.tensor)))
+            name = ("held", id(held.tensor))
+            self._held.setdefault(name[1], (held.tensor, name, self.kind(held.tensor)))
         contents, around = Contents(snapshot), Surroundings(self.fn)
         recorder: _Recorder = _Below(self, count, where) if self.below else _Above(self, count, where)
         grad = torch.is_grad_enabled()
@@ -101,6 +109,7 @@ class Outliner:
                 torch.set_grad_enabled(grad),
                 uncached_autocast(),
                 refused_functions(),
+                _quiet(),
                 self.mode,
                 SharedData(),
                 recorder,
@@ -168,14 +177,14 @@ class _Recorder:
         self.parameter: Any = None  # the tensor of the model that was read last
 
     def row(
-        self, key: Any, reads: list[Place] | None = None, ints: list[int] | None = None, sizes: tuple[int, ...] = ()
+        self, key: Any, reads: Sequence[Place] = (), ints: Sequence[int] = (), sizes: tuple[int, ...] = ()
     ) -> tuple[int, int]:
         """Note one operation; gives its label and number."""
-        label, reads = self.owner.label(key), reads or []
+        label = self.owner.label(key)
         rows = self.outline.rows[label]
         before, number = self.before
         numbers = [n for place in reads for n in (place.number, place.which)]
-        rows.append(((before, *(place.label for place in reads)), (*(ints or ()), *sizes, number, *numbers)))
+        rows.append(((before, *(place.label for place in reads)), (*ints, *sizes, number, *numbers)))
         self.outline.size += 1
         self.before = (label, len(rows) - 1)
         if self.before == self.where:
@@ -197,10 +206,10 @@ class _Recorder:
                 said.add_tensor(leaf)
                 self.row((place, *said.symbols), said.reads, ints)
             elif type(leaf) is int:
-                self.row((place, int), None, [*ints, leaf])
+                self.row((place, int), (), [*ints, leaf])
             else:
                 is_atom = isinstance(leaf, _ATOMS) and leaf == leaf
-                self.row((place, type(leaf), leaf if is_atom else None), None, ints)
+                self.row((place, type(leaf), leaf if is_atom else None), (), ints)
 
     def noted(self, func: Any, said: Arguments, known: Known, modes: Any) -> tuple[int, int]:
         """Note a call."""
@@ -289,6 +298,17 @@ class _Below(_Recorder, TorchDispatchMode):
         if known is not None:
             self.stamp_all(known, result, self.noted(func, said, known, None))
         return result
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Errors of operations on fake tensors are not logged: they are dealt with."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 def _name(func: Any) -> str:

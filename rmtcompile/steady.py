@@ -1,12 +1,12 @@
 """Steady: whether the outline of a long input is what the outlines of two short ones promise.
 
-    add, once a segment     2 segments    a b          3 segments    a b b'
-                            9 segments    a b b' b'' ...             steady from the second one on: as promised
-                                          a b b' b'' c c' c''        another operation from the fifth one on
+    add, once a segment    2 segments   a b         3 segments   a b b'
+                           9 segments   a b b' b'' ...             steady from the second one on, as promised
+                                        a b b' b'' c c' c''        another operation from the fifth one on
 
-Of each label the rows that come once a segment are looked at by themselves. All but a few at the start and at the
-end must grow evenly, in all their integers; those few must be as in the short outlines, and so must the first of
-the steady ones. Both short outlines are those of the captures that prove the rules.
+Of each label the rows that come once a segment are looked at by themselves. All but a few at the start and at
+the end must grow evenly, in all their integers; those few must be as in the short outlines, and so must the
+first of the steady ones. The short outlines are those of the captures that prove the rules.
 """
 
 from __future__ import annotations

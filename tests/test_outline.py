@@ -49,7 +49,7 @@ class Loop(nn.Module):
 
 
 def loop(**methods: Any) -> Callable[[], Loop]:
-    return lambda: type("Changed", (Loop,), methods)()
+    return type("Changed", (Loop,), methods)
 
 
 def of_ten_before(self: Loop, l: int, h: Tensor, m: list[Tensor], s: int) -> Tensor:
@@ -93,7 +93,9 @@ REGULAR: dict[str, Callable[[], nn.Module]] = {
     "toy": Toy,
     "attributes": AttributeState,
     "first and last": loop(enter=lambda self, h, s, n: h.relu() if s in (0, n - 1) else h),
-    "positions": loop(enter=lambda self, h, s, n: h + torch.arange(s * SEGMENT, s * SEGMENT + h.shape[1])[:, None]),
+    "positions": loop(
+        enter=lambda self, h, s, n: h + torch.arange(s * SEGMENT, s * SEGMENT + h.shape[1])[:, None]
+    ),
     "rows": loop(enter=lambda self, h, s, n: h + self.table[s]),
     "dictionary": loop(join=lambda self, out: {f"y{s}": h for s, h in enumerate(out)}),
     "woven": loop(join=lambda self, out: [(h, h.mean()) for h in out]),
@@ -157,7 +159,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_numbers_read_of_weights_are_followed_and_those_of_values_are_not() -> None:
-    weight = loop(enter=lambda self, h, s, n: h * float(self.table[0, 0]) if s else h * self.layers[0].bias.tolist()[0])
+    weight = loop(enter=lambda self, h, s, n: h * float(self.table[0, 0]))
     value = loop(enter=lambda self, h, s, n: h if h.sum() > 0 else -h)
     plain = loop(enter=lambda self, h, s, n: h * self.layers[0].bias.tolist()[0])
     assert departs(made(plain)) is None

@@ -73,8 +73,8 @@ def _seen(found: Explanation) -> Iterator[str]:
     yield f"proved for {proved} segments at most: each operation of these captures is as the rules say"
     if found.followed_to > proved:
         yield (
-            f"followed to {found.followed_to} segments, without values: the same operations, integers, sizes and "
-            "operands as the rules say"
+            f"followed to {found.followed_to} segments, without values: the same operations, integers, sizes "
+            "and operands as the rules say"
         )
     if found.compared_to:
         yield f"compared with the model's values for {found.compared_to} segments"
