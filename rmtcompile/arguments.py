@@ -166,7 +166,7 @@ class New:
 class Same(NamedTuple):
     """A result that is an argument: which of the tensors."""
 
-    index: int
+    argument: int
 
 
 @dataclass

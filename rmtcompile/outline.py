@@ -100,7 +100,7 @@ class Outliner:
             name = ("held", id(held.tensor))
             self._held.setdefault(name[1], (held.tensor, name, self.kind(held.tensor)))
         contents, around = Contents(snapshot), Surroundings(self.fn)
-        recorder: _Recorder = _Below(self, count, where) if self.below else _Above(self, count, where)
+        recorder = (_Below if self.below else _Above)(self, count, where)
         grad = torch.is_grad_enabled()
         try:
             args, kwargs = self._inputs(recorder, args, kwargs)
@@ -157,8 +157,8 @@ class Outliner:
         for i, value in enumerate(flat):
             if isinstance(value, torch.Tensor):
                 with self.mode:
-                    like = {"dtype": value.dtype, "device": value.device}
-                    flat[i] = torch.empty_strided(value.shape, value.stride(), **like)
+                    like = value.shape, value.stride()
+                    flat[i] = torch.empty_strided(*like, dtype=value.dtype, device=value.device)
                 flat[i].requires_grad_(value.requires_grad)
                 recorder.stamp(flat[i], recorder.row(("input", i)), 0)
         inputs: tuple[Any, Any] = pytree.tree_unflatten(flat, spec)
@@ -269,7 +269,7 @@ class _Above(_Recorder, TorchFunctionMode):
                 value = kept.twin()
                 value._outline = Place(self, *made, which, kept.kind)
             elif isinstance(kept, Same):
-                value, self.writes = said.tensors[kept.index], True
+                value, self.writes = said.tensors[kept.argument], True
             else:
                 value = kept
             results.append(value)

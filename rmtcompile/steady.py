@@ -48,11 +48,9 @@ def departure(small: Outline, large: Outline, long: Outline) -> Departure | None
     Of several such rows the one that says most is given.
     """
     counts = _Lengths(small.count, large.count, long.count)
-    found = [
-        place
-        for label in small.rows.keys() | large.rows.keys() | long.rows.keys()
-        for place in _of_label(label, *(o.rows.get(label, []) for o in (small, large, long)), counts)
-    ]
+    labels = small.rows.keys() | large.rows.keys() | long.rows.keys()
+    rows = {label: [o.rows.get(label, []) for o in (small, large, long)] for label in labels}
+    found = [place for label, (a, b, c) in rows.items() for place in _of_label(label, a, b, c, counts)]
     return min(found, key=lambda place: (place.rank, place.number, place.label), default=None)
 
 
