@@ -16,7 +16,17 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from rmtcompile.beyond import CHECKED, LONGER, first_segments, length_to_check, rounding, unexplained
+from rmtcompile.beyond import (
+    CHECKED,
+    LONGER,
+    Followed,
+    first_segments,
+    followed,
+    is_affordable,
+    length_to_check,
+    rounding,
+    unexplained,
+)
 from rmtcompile.errors import (
     FallbackWarning,
     RecaptureWarning,
@@ -125,6 +135,9 @@ class Optimized:
 
     CHANGES = 8
     """Captures in a row for new states of the model after which the user is told."""
+
+    DOUBTS = 4
+    """Longer captures in a row that one call may cost."""
 
     def __init__(
         self,
@@ -277,9 +290,7 @@ class Optimized:
                 stacklevel=5,
             )
 
-    def _made(
-        self, call: _Call, args: Any, kwargs: Any, only: int | None = None, fewest: int = 2
-    ) -> Entry:
+    def _made(self, call: _Call, args: Any, kwargs: Any, only: int | None = None, fewest: int = 2) -> Entry:
         """A program captured now, or given by rules for its sizes."""
         entry = self._families.entry(args, kwargs, call.segmentation, only, fewest)
         entry.example = _faked(args, kwargs)
@@ -313,7 +324,7 @@ class Optimized:
     ) -> Compiled:
         options = self._compile_options(args, kwargs)
         if fewest > options.min_segments_captured:
-            longest = options.max_segments_captured + LONGER
+            longest = max(options.max_segments_captured + LONGER, fewest + 2)
             options = replace(options, min_segments_captured=fewest, max_segments_captured=longest)
         compiled = compile_forward(self.model, args, kwargs, segmentation, options, self._progress, only)
         self.captures += 1
@@ -338,7 +349,9 @@ class Optimized:
 
     def _for_length(self, entry: Entry, call: _Call, args: Any, kwargs: Any) -> Entry:
         """The entry itself, or one compiled for just this length where its rules do not cover it."""
+        entry = self._followed(entry, call, args, kwargs)
         entry = self._beyond(entry, call, args, kwargs)
+        entry = self._followed(entry, call, args, kwargs)
         rolled, count, lengths = entry.compiled.rolled, call.count, entry.lengths
         is_short = rolled.fixed is None and count < rolled.proved_on[0]
         if is_short and count not in lengths.uncovered and count not in lengths.checked:
@@ -384,11 +397,49 @@ class Optimized:
             entry.only[call.count] = self._made(call, args, kwargs, only=call.count)
         return entry.only[call.count]
 
+    def _followed(self, entry: Entry, call: _Call, args: Any, kwargs: Any) -> Entry:
+        """The entry, its forward followed to the length of the call, or what replaces it."""
+        while entry.longer is not None:
+            entry = entry.longer
+        for _ in range(self.DOUBTS):
+            lengths, rolled = entry.lengths, entry.compiled.rolled
+            known = max(lengths.followed_to, rolled.proved_on[-1])
+            if rolled.fixed is not None or call.count <= max(known, lengths.tried_to):
+                return entry
+            found = followed(self.model, entry.compiled, args, kwargs, entry.segmentation, call.count, known)
+            lengths.followed_to, lengths.unknown = found.to, found.unknown
+            if found.unknown:
+                lengths.tried_to = max(call.count, 2 * known)
+            if found.to < call.count:
+                entry = self._settled(entry, found, call, args, kwargs)
+        entry.lengths.unknown = "it does something else again and again that no result shows"
+        entry.lengths.tried_to = call.count
+        return entry
+
+    def _settled(self, entry: Entry, found: Followed, call: _Call, args: Any, kwargs: Any) -> Entry:
+        """The entry, or rules of longer captures, where the forward departs from the rules, or cannot be
+        followed."""
+        fewest = found.to + 1 if found.departs else call.count - 1
+        if not is_affordable(entry.compiled, fewest + 1):
+            if found.departs:
+                raise found.error()
+            return entry
+        try:
+            longer = self._made(call, args, kwargs, fewest=fewest)
+        except RerollError as error:
+            raise found.error(error) from error
+        is_same = longer.compiled.rolled.is_like(entry.compiled.rolled)
+        if not is_same and fewest >= self._options.max_segments_captured + LONGER:
+            raise found.error()
+        if is_same and not found.departs:
+            entry.lengths.followed_to, entry.lengths.unknown = longer.compiled.rolled.proved_on[-1], ""
+            return entry
+        entry.longer = longer
+        return longer
+
     def _beyond(self, entry: Entry, call: _Call, args: Any, kwargs: Any) -> Entry:
         """The entry, compared with the model where it is to run longer inputs than it was proved on, or what
         replaces it."""
-        while entry.longer is not None:
-            entry = entry.longer
         longest = self._options.max_segments_captured + LONGER
         length = length_to_check(entry.compiled, call.count, entry.lengths.checked_to)
         while length is not None:

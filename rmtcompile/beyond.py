@@ -1,21 +1,36 @@
 """Beyond the captured lengths: does a program give what the model gives where its rules were not proved?
 
-Rules are read from two captures of a few segments.  A carry that is read four segments later, or an integer
-that only looks like a line, does not show there.  So the first time that a program is to run more segments
-than it was proved on, it runs the first segments of that very input, uncompiled, and is compared with the
-model.  Where they differ the rules are read again from longer captures.
+Rules are read from two captures of a few segments. A carry that is read four segments later, an integer that
+only looks like a line, or another rule from the tenth segment on does not show there.
+
+    captured, 2 and 3 segments      proved
+    followed, 4 .. 24 segments      the same operations, integers, sizes and operands as the rules say
+    compared, 4 .. 8 segments       the same values
+    longer                          extrapolated, until such an input comes
+
+The first time that a program is to run more segments than were followed, the forward is followed on that
+many, or on twice as many as before where that is more (`outline.py`, `steady.py`): no values are computed.
+Where it departs from the rules they are read again from longer captures, which settle it. And a program runs
+the first segments of its first longer input, uncompiled, and is compared with the model.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from rmtcompile.arguments import OutlineError
+from rmtcompile.errors import RerollError
+from rmtcompile.outline import Outline, Outliner
 from rmtcompile.pipeline import Compiled
 from rmtcompile.probe import Segmentation
+from rmtcompile.steady import departure
+from rmtcompile.unrolling import resize
 
 CHECKED = 8
 """Segments of the comparison: what it costs is that many of the model's own, run one by one."""
@@ -82,3 +97,118 @@ def _types(compiled: Compiled) -> set[torch.dtype]:
     nodes = compiled.captures[-1].graph.nodes
     values = (leaf for node in nodes for leaf in pytree.tree_leaves(node.meta.get("val")))
     return {value.dtype for value in values if isinstance(value, torch.Tensor)}
+
+
+# ---- following ---------------------------------------------------------------------------------------------
+
+FOLLOWED = 200_000
+"""Operations that a forward may have to be followed, as calls of torch in its code: 10 s of a slow core."""
+
+CAPTURED = 12_000
+"""Nodes of a capture that is made to settle a doubt."""
+
+
+@dataclass(frozen=True)
+class Followed:
+    """How far the forward was seen to do what the rules say.
+
+    Attributes:
+        to: segments.
+        departs: what the forward of one segment more does else, and the user's line.
+        unknown: why it could not be followed further.
+    """
+
+    to: int
+    departs: str = ""
+    unknown: str = ""
+
+    def error(self, cause: RerollError | None = None) -> RerollError:
+        """The refusal of rules that do not hold longer than this."""
+        evidence = [self.departs] if self.departs else []
+        if cause is not None:
+            evidence += [cause.what, *cause.evidence]
+        return RerollError(
+            f"what holds for up to {self.to} segments does not hold for {self.to + 1}",
+            evidence,
+            "let rules depend on the number of the segment in the first few at most; fallback='sequential' "
+            "runs the model as it is",
+        )
+
+
+def followed(
+    fn: Callable[..., Any],
+    compiled: Compiled,
+    args: Any,
+    kwargs: Any,
+    segmentation: Segmentation,
+    count: int,
+    known: int,
+) -> Followed:
+    """Follow a forward to `count` segments, or twice as many as are known where that is more and can be done.
+
+    Args:
+        fn: the forward; left as it was.
+        args, kwargs: inputs of any length, of which only shapes are read.
+        known: segments to which it was followed before.
+    """
+    reasons = []
+    for below in (False, True):
+        walk = _Walk(Outliner(fn, below), compiled.rolled.proved_on, args, kwargs, segmentation)
+        for length in dict.fromkeys((max(count, 2 * known), count)):
+            try:
+                return walk.to(length)
+            except OutlineError as error:
+                reasons.append(str(error))
+    return Followed(known, unknown=reasons[-1])
+
+
+class _Walk:
+    """Outlines of one forward at several lengths."""
+
+    def __init__(
+        self, outliner: Outliner, proved: tuple[int, ...], args: Any, kwargs: Any, segmentation: Segmentation
+    ) -> None:
+        self.outliner, self.proved = outliner, proved
+        self.inputs = args, kwargs, segmentation
+        self.known: dict[int, Outline] = {}
+
+    def to(self, length: int) -> Followed:
+        """See `followed`."""
+        small, large = (self.outline(count) for count in self.proved)
+        more = max(1, large.size - small.size)
+        reach = min(length, large.count + max(0, FOLLOWED - large.size) // more)
+        if reach <= large.count or self.departure(reach) is None:
+            unknown = f"{length} segments are more than {FOLLOWED:,} operations" if reach < length else ""
+            return Followed(max(reach, large.count), unknown=unknown)
+        good, bad = large.count, reach
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (middle, bad) if self.departure(middle) is None else (good, middle)
+        return Followed(good, self.words(bad))
+
+    def outline(self, count: int) -> Outline:
+        """The outline of `count` segments."""
+        if count not in self.known:
+            args, kwargs, segmentation = self.inputs
+            resized = resize(args, kwargs, segmentation, count)
+            self.known[count], _ = self.outliner.outline(*resized, count)
+        return self.known[count]
+
+    def departure(self, count: int) -> Any:
+        """Where the forward of this many segments departs from the rules."""
+        small, large = (self.outline(proved) for proved in self.proved)
+        return departure(small, large, self.outline(count))
+
+    def words(self, count: int) -> str:
+        """The same in words, with the user's line."""
+        place = self.departure(count)
+        args, kwargs, segmentation = self.inputs
+        resized = resize(args, kwargs, segmentation, count)
+        _, line = self.outliner.outline(*resized, count, (place.label, place.number))
+        return f"{count} segments: {self.outliner.name(place.label)} at {line} {place.what}"
+
+
+def is_affordable(compiled: Compiled, count: int) -> bool:
+    """Whether so many segments may be captured to settle a doubt."""
+    nodes, captured = len(compiled.captures[-1].graph.nodes), compiled.rolled.proved_on[-1]
+    return nodes * count <= CAPTURED * captured

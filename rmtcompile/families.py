@@ -47,6 +47,9 @@ class Lengths:
         refused: why there is no program for some of these alone.
         checked_to: the longest input that was compared because it is longer than the captures.
         too_short: whether the captures were too short for longer inputs.
+        followed_to: the most segments for which the forward was seen to do what the rules say.
+        tried_to: the most segments for which that was tried.
+        unknown: why it could not be followed further.
     """
 
     checked: set[int] = field(default_factory=set)
@@ -54,6 +57,9 @@ class Lengths:
     refused: dict[int, str] = field(default_factory=dict)
     checked_to: int = 0
     too_short: bool = False
+    followed_to: int = 0
+    tried_to: int = 0
+    unknown: str = ""
 
 
 @dataclass

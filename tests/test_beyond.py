@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 from toys import SEGMENT, WIDTH, Toy, assert_equal_runs, features, made
 
 import rmtcompile
+import rmtcompile.beyond
+from rmtcompile.arguments import OutlineError
 from rmtcompile.beyond import CHECKED, first_segments
 from rmtcompile.errors import RerollError
+from rmtcompile.outline import Outliner
 from rmtcompile.probe import probe
 from rmtcompile.verify import TOLERANCE
 
@@ -203,3 +207,104 @@ def test_what_one_segment_gave_is_read_by_all(plan: str, alpha: int) -> None:
     fast = rmtcompile.optimize(copy.deepcopy(model), plan=plan)
     assert_equal_runs(model, fast, [features(segments) for segments in (5, 1, 2, 3, 9)])
     assert fast.schedule.alpha == alpha
+
+
+@torch.no_grad()
+def test_another_rule_from_the_tenth_segment_on() -> None:
+    """It runs as long as it holds, in 16 bits too, and is refused with the line that departs from it."""
+    for dtype in (torch.float64, torch.bfloat16):
+        model = made(lambda: At(9), dtype)
+        fast = rmtcompile.optimize(model)
+        assert torch.allclose(model(features(9, dtype=dtype)), fast(features(9, dtype=dtype)), rtol=0.2)
+        with pytest.raises(RerollError) as caught:
+            fast(features(12, dtype=dtype))
+        assert "what holds for up to 9 segments does not hold for 10" in str(caught.value)
+        assert re.search(r"mul at tests/test_beyond\.py:\d+ ", str(caught.value))
+        fast(features(9, dtype=dtype))
+    model = made(lambda: At(9))
+    x = features(12)
+    with pytest.warns(rmtcompile.FallbackWarning, match="what holds for up to 9 segments"):
+        assert torch.equal(rmtcompile.optimize(model, fallback="sequential")(x), model(x))
+
+
+class Unseen(At):
+    """Computes something at one segment that nobody reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for s, h in enumerate(x.split(SEGMENT, 1)):
+            if s == self.special:
+                h.mean()
+        self.special, special = -1, self.special
+        out = super().forward(x)
+        self.special = special
+        return out
+
+
+@torch.no_grad()
+def test_what_no_result_shows_is_settled_by_longer_captures() -> None:
+    model = made(lambda: Unseen(5))
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    assert_equal_runs(model, fast, [features(segments) for segments in (4, 9)])
+    assert fast.captures == 2 and fast.explain().proved_on == (6, 7)
+
+
+@torch.no_grad()
+def test_it_is_followed_at_each_doubling(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    outline = Outliner.outline
+    monkeypatch.setattr(
+        Outliner, "outline", lambda self, *args: lengths.append(args[2]) or outline(self, *args)
+    )
+    fast = rmtcompile.optimize(made(Toy))
+    for segments in (3, 5, 6, 4, 13, 14, 26, 27):
+        fast(features(segments))
+    assert [n for n in lengths if n > 4] == [8, 16, 32]
+    found = fast.explain()
+    assert (found.followed_to, found.compared_to, found.unfollowed) == (32, CHECKED, "")
+    assert "extrapolated beyond 32, until such an input comes" in str(found)
+
+
+@torch.no_grad()
+def test_a_table_may_end_where_the_input_does() -> None:
+    """Twice as long as the last check, the model itself fails."""
+
+    class Positions(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(1, 7 * SEGMENT, WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + self.table[:, : x.shape[1]])
+
+    model = made(Positions)
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    assert_equal_runs(model, fast, [features(segments) for segments in (5, 7)])
+    assert fast.explain().followed_to == 7
+
+
+@torch.no_grad()
+def test_very_long_inputs_are_not_followed_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rmtcompile.beyond, "FOLLOWED", 400)
+    monkeypatch.setattr(rmtcompile.beyond, "CAPTURED", 100)
+    model = made(Toy)
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    assert_equal_runs(model, fast, [features(40)])
+    found = fast.explain()
+    assert 3 < found.followed_to < 40
+    assert f"extrapolated beyond {found.followed_to}" in str(found)
+    assert found.unfollowed.endswith("more than 400 operations")
+
+
+@torch.no_grad()
+def test_where_it_cannot_be_followed_longer_captures_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> Any:
+        raise OutlineError("for this test")
+
+    monkeypatch.setattr(Outliner, "outline", refused)
+    model = made(Toy)
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    assert_equal_runs(model, fast, [features(9)])
+    assert fast.explain().followed_to == 9 and fast.captures == 2
+    monkeypatch.setattr(rmtcompile.beyond, "CAPTURED", 100)
+    assert_equal_runs(model, fast, [features(19)])
+    assert fast.explain().unfollowed == "for this test"

@@ -110,6 +110,10 @@ class Explanation:
         segments: segments of this call.
         axes: where the segments come from.
         proved_on: numbers of segments whose captures prove the rules.
+        followed_to: the most segments for which operations, integers, sizes and operands of the forward were
+            seen to be as the rules say; beyond it the rules are extrapolated.
+        compared_to: the most segments for which values were compared with the model's; 0 if none were.
+        unfollowed: why the forward could not be followed further; empty where it was never asked for more.
         shortest: the fewest segments that the rules cover; `only` if the program serves this length alone.
         operations: operations of the largest capture, and those of the rules.
         hoisted: operations that run once instead of once a segment, by name.
@@ -131,6 +135,9 @@ class Explanation:
     segments: int = 0
     axes: tuple[Axis, ...] = ()
     proved_on: tuple[int, ...] = ()
+    followed_to: int = 0
+    compared_to: int = 0
+    unfollowed: str = ""
     shortest: int = 1
     only: int | None = None
     variants: tuple[Variant, ...] = ()

@@ -64,6 +64,23 @@ def _segments(found: Explanation) -> Iterator[str]:
     else:
         lengths = " and ".join(map(str, found.proved_on))
         yield f"captured with {lengths} segments; serves any number from {found.shortest} on"
+        yield from _seen(found)
+
+
+def _seen(found: Explanation) -> Iterator[str]:
+    """What is proved, what was checked, and what is extrapolated."""
+    proved = found.proved_on[-1]
+    yield f"proved for {proved} segments at most: each operation of these captures is as the rules say"
+    if found.followed_to > proved:
+        yield (
+            f"followed to {found.followed_to} segments, without values: the same operations, integers, sizes "
+            "and operands as the rules say"
+        )
+    if found.compared_to:
+        yield f"compared with the model's values for {found.compared_to} segments"
+    if found.unfollowed:
+        yield f"not followed further: {found.unfollowed}"
+    yield f"extrapolated beyond {found.followed_to}" + ", until such an input comes" * (not found.unfollowed)
 
 
 def _variant(found: Explanation, variant: Variant) -> str:
