@@ -8,6 +8,7 @@ left again by the compiled program.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -179,7 +180,7 @@ class Contents:
     def __init__(self, snapshot: Snapshot) -> None:
         self._kept: list[tuple[torch.Tensor, int, torch.Tensor | None, str]] = []
         for tensor, name, *_ in snapshot.tensors():
-            if isinstance(tensor, FakeTensor) or tensor.is_inference():
+            if isinstance(tensor, FakeTensor) or nn.parameter.is_lazy(tensor) or tensor.is_inference():
                 continue
             keep = tensor.numel() <= self.SMALL or not isinstance(tensor, nn.Parameter)
             self._kept.append((tensor, tensor._version, tensor.detach().clone() if keep else None, name))
@@ -326,7 +327,7 @@ def roots_of(fn: Callable[..., Any]) -> dict[str, nn.Module]:
                 visit(inner, value.__globals__[inner], depth + 1)
             for inner, item in zip(("default",) * 99, value.__defaults__ or (), strict=False):
                 visit(inner, item, depth + 1)
-        elif all(hasattr(value, part) for part in ("func", "args", "keywords")):  # functools.partial
+        elif isinstance(value, functools.partial):
             for item in (value.func, *value.args, *value.keywords.values()):
                 visit(name, item, depth + 1)
         elif isinstance(value, (list, tuple)):

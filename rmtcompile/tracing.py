@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -56,6 +57,24 @@ def uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def uncompiled_callables() -> Iterator[None]:
+    """What `torch.compile` has wrapped, the model or parts of it, runs as it was written. Nothing is to do
+    where dynamo is not imported, which takes seconds: then nothing is wrapped."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    from torch._dynamo import config
+
+    with (
+        torch.compiler.set_stance("force_eager"),
+        config.patch(error_on_nested_fx_trace=False),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message=".* when there are global hooks on modules")
+        yield
 
 
 class SharedData(TorchFunctionMode):
