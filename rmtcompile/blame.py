@@ -81,6 +81,9 @@ def refusal(error: Exception, held: Iterable[str] = ()) -> CaptureError:
         )
     elif "data-dependent" in str(error) or "data dependent" in str(error):
         what = "the forward depends on the values of a tensor"
+    elif "inference tensor" in str(error).lower():
+        what = f"the forward writes into a tensor made in inference mode: {error}"
+        remedy = "make the model outside of torch.inference_mode(); calls may be inside"
     else:
         what = f"the forward could not be traced: {type(error).__name__}: {error}"
         remedy = (

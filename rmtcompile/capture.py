@@ -76,7 +76,7 @@ class Leaf:
 
     Attributes:
         ties: other places where the model keeps the same tensor.
-        kind: shape, dtype and device at capture; `module.to` changes those of a parameter.
+        kind: shape, dtype, device and layout at capture; `module.to` changes those of a parameter.
     """
 
     name: str
@@ -85,10 +85,10 @@ class Leaf:
     key: Any = None
     way: Path = ()
     ties: tuple[Leaf, ...] = ()
-    kind: tuple[torch.Size, torch.dtype, torch.device] = field(init=False, compare=False)
+    kind: tuple[Any, ...] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", (self.tensor.shape, self.tensor.dtype, self.tensor.device))
+        object.__setattr__(self, "kind", _kind(self.tensor))
 
     @property
     def is_constant(self) -> bool:
@@ -112,10 +112,15 @@ class Leaf:
             now = self.fetch()
             if any(tie.fetch() is not now for tie in self.ties):
                 return False
-        except (LookupError, AttributeError, TypeError):
+            if not isinstance(now, torch.Tensor) or _kind(now) != self.kind:
+                return False
+        except (LookupError, AttributeError, TypeError, RuntimeError):  # nested: no shape
             return False
-        is_tensor = isinstance(now, torch.Tensor) and is_plain(now)
-        return is_tensor and (now.shape, now.dtype, now.device) == self.kind
+        return type(now) is type(self.tensor) or is_plain(now)
+
+
+def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
 
 
 @dataclass(frozen=True)
@@ -310,7 +315,7 @@ def _captured(
     trace = proxy_tensor.make_fx(traced, tracing_mode="fake", pre_dispatch=whole, _allow_non_fake_inputs=True)
     grad = torch.is_grad_enabled()
     tracker = ReadTracker()
-    contents, around = Contents(snapshot), Surroundings(fn)
+    contents, around, shared = Contents(snapshot), Surroundings(fn), SharedData()
     try:
         with (
             recorder.watching(),
@@ -318,12 +323,13 @@ def _captured(
             torch.inference_mode(False),
             torch.set_grad_enabled(grad),
             uncached_autocast(),
-            SharedData(),
+            shared,
             lazy_code(),
             uncompiled_callables(),
             refused_functions(),
         ):
             module = trace(*fakes)
+        shared.refuse_swallowed()
     except CaptureError:
         raise
     except Exception as error:
