@@ -27,6 +27,7 @@ from rmtcompile.beyond import (
     rounding,
     unexplained,
 )
+from rmtcompile.boundary import explained
 from rmtcompile.errors import (
     FallbackWarning,
     RecaptureWarning,
@@ -38,6 +39,7 @@ from rmtcompile.errors import (
 )
 from rmtcompile.families import Entry, Families, is_current
 from rmtcompile.guard import call_key, program_key
+from rmtcompile.kinds import refuse_model, refuse_odd_arguments
 from rmtcompile.leaving import leave_effects, write_back
 from rmtcompile.options import Options, check_options
 from rmtcompile.passes.optimise import FOR_COMPILED_CELLS
@@ -175,30 +177,29 @@ class Optimized:
         with self._lock:
             kind = None
             try:
-                if self._fallback == "sequential":
-                    kind = self._kind(args, kwargs)
-                    if kind in self._refusals:
-                        return self._as_it_is(self._refusals[kind], args, kwargs)
-                call = self._located(args, kwargs)
-                started = self._start(call, args, kwargs)
-                call, entry = self._entry(call, args, kwargs)  # the device is at work meanwhile
+                with explained(self.model, args, kwargs):
+                    if self._fallback == "sequential":
+                        kind = self._kind(args, kwargs)
+                        if kind in self._refusals:
+                            raise UnsupportedError(self._refusals[kind])
+                    call = self._located(args, kwargs)
+                    started = self._start(call, args, kwargs)
+                    call, entry = self._entry(call, args, kwargs)  # the device is at work meanwhile
+                running = started[1] if started is not None and started[0] is entry else None
+                with explained(self.model, args, kwargs, running=True):
+                    outputs = self._outputs(entry, call.count, args, kwargs, running)
             except _TooFewSegments as short:
                 return self._as_it_is(str(short), args, kwargs)
-            except UnsupportedError as error:
-                if self._fallback != "sequential":
+            except RMTCompileError as error:
+                asked = self._verify and isinstance(error, VerificationError)
+                if self._fallback != "sequential" or asked:
                     raise
                 if kind is not None:
                     self._refusals[kind] = str(error)
                     while len(self._refusals) > self.MAX_SIZES:
                         self._refusals.popitem(last=False)
                 return self._as_it_is(str(error), args, kwargs)
-            running = started[1] if started is not None and started[0] is entry else None
-            try:
-                result = self._run(entry, call.count, args, kwargs, running)
-            except UnsupportedError as error:
-                if self._fallback != "sequential":
-                    raise
-                return self._as_it_is(str(error), args, kwargs)
+            result = self._left(entry, call.count, outputs, args, kwargs)
             if running is None:
                 self._choose_plan(entry, args, kwargs)
                 entry.executor.record(tensors_of(args, kwargs))
@@ -207,6 +208,7 @@ class Optimized:
 
     def _kind(self, args: Any, kwargs: Any) -> Any:
         """Calls of one kind are refused alike, so that one of them is tried."""
+        refuse_odd_arguments(args, kwargs)
         shapes = tuple(tensor.shape for tensor in tensors_of(args, kwargs))
         return call_key(args, kwargs), shapes, getattr(self.model, "training", None)
 
@@ -217,18 +219,20 @@ class Optimized:
 
     def prepare(self, *args: Any, **kwargs: Any) -> Optimized:
         """Compile for these arguments without running the program; returns self."""
-        with self._lock:
+        with self._lock, explained(self.model, args, kwargs):
             call, entry = self._entry(self._located(args, kwargs), args, kwargs)
             self._last = entry, call.count
         return self
 
     def _located(self, args: Any, kwargs: Any) -> _Call:
         """How this call is cut into segments, and the key of the programs that may run it."""
+        refuse_odd_arguments(args, kwargs)
         key, tensors = call_key(args, kwargs), tensors_of(args, kwargs)
         empty = UnsupportedError("the input is empty", remedy="pass at least one token of one sequence")
         if tensors and not any(tensor.numel() for tensor in tensors):
             raise empty
         if key not in self._segmentations:
+            refuse_model(self.model)
             self._segmentations[key] = probe(self.model, args, kwargs, self._options.segment_size)
         segmentation = self._segmentations[key]
         count, _ = segmentation.count([tensor.shape for tensor in tensors])
@@ -479,26 +483,15 @@ class Optimized:
         with entry.executor.uncompiled(), torch.no_grad():
             return self._difference(entry, length, *part, tolerance=limit) is None
 
-    def _run(
-        self, entry: Entry, count: int, args: Any, kwargs: Any, started: Started | None = None
-    ) -> Any:
+    def _outputs(
+        self, entry: Entry, count: int, args: Any, kwargs: Any, running: Started | None
+    ) -> tuple[Any, ...]:
+        """What the program gives; the model and the arguments are as they were.  Where it stops, either the
+        model does so too, with its own error, or the rules do not hold for this length."""
         self._last = (entry, count)
-        outputs = entry.executor.finish(started) if started is not None else None
-        if outputs is None:
-            outputs = self._outputs(entry, count, args, kwargs)
-        leave_effects(entry.compiled, count, outputs)
-        if not entry.settled:
-            entry.settled = True
-            if any(
-                effect.change is not None and effect.change.is_hook for effect, _ in entry.compiled.effects
-            ):
-                entry.compiled.captures[0].guard.settle()
-        write_back(entry.compiled, outputs, tensors_of(args, kwargs))
-        return value_of(entry.compiled.result, outputs, count)
-
-    def _outputs(self, entry: Entry, count: int, args: Any, kwargs: Any) -> tuple[Any, ...]:
-        """What the program gives.  Where it stops, either the model does so too, with its own error, or the
-        rules do not hold for this length."""
+        outputs = entry.executor.finish(running) if running is not None else None
+        if outputs is not None:
+            return outputs
         try:
             return entry.executor.run(count, tensors_of(args, kwargs))
         except STOPS as error:
@@ -510,6 +503,18 @@ class Optimized:
                 [found],
                 "fallback='sequential' runs the model as it is",
             ) from error
+
+    def _left(self, entry: Entry, count: int, outputs: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
+        """The result, once the model is left as its forward would leave it."""
+        leave_effects(entry.compiled, count, outputs)
+        if not entry.settled:
+            entry.settled = True
+            if any(
+                effect.change is not None and effect.change.is_hook for effect, _ in entry.compiled.effects
+            ):
+                entry.compiled.captures[0].guard.settle()
+        write_back(entry.compiled, outputs, tensors_of(args, kwargs))
+        return value_of(entry.compiled.result, outputs, count)
 
     def _choose_plan(self, entry: Entry, args: Any, kwargs: Any) -> None:
         """Once a program has run on CUDA: keep its wavefronts only if they are measured to pay."""

@@ -6,7 +6,8 @@ import functools
 import linecache
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -56,8 +57,21 @@ def raised_at(error: BaseException) -> str:
     return best
 
 
-def refusal(error: Exception) -> CaptureError:
-    """What an error in a forward on fake tensors says to the user; raise it from the error."""
+def model_error(error: Exception) -> CaptureError:
+    """An error that the model raises whatever runs it."""
+    return CaptureError(
+        f"the model itself raises {type(error).__name__}: {error}",
+        [f"at {raised_at(error)}"],
+        "pass what the model runs on",
+    )
+
+
+def refusal(error: Exception, held: Iterable[str] = ()) -> CaptureError:
+    """What an error in a forward on fake tensors says to the user; raise it from the error.
+
+    Args:
+        held: names and kinds of tensors of the model that tracing does not follow.
+    """
     remedy = "decide it from shapes or Python values"
     if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
         what = f"the forward depends on the values of a tensor ({error})"
@@ -67,10 +81,16 @@ def refusal(error: Exception) -> CaptureError:
         )
     elif "data-dependent" in str(error) or "data dependent" in str(error):
         what = "the forward depends on the values of a tensor"
+    elif "inference tensor" in str(error).lower():
+        what = f"the forward writes into a tensor made in inference mode: {error}"
+        remedy = "make the model outside of torch.inference_mode(); calls may be inside"
     else:
         what = f"the forward could not be traced: {type(error).__name__}: {error}"
         remedy = (
             "see whether the model itself runs on these inputs; what cannot be traced can run with "
             "fallback='sequential'"
         )
-    return CaptureError(what, [f"at {raised_at(error)}"], remedy)
+    odd = list(islice(held, 3))
+    if odd:
+        remedy = "optimize the model with plain parameters, or run it as it is with fallback='sequential'"
+    return CaptureError(what, [f"at {raised_at(error)}", *(f"the model holds {one}" for one in odd)], remedy)

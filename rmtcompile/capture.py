@@ -31,11 +31,19 @@ from torch.utils import _pytree as pytree
 from rmtcompile.blame import refusal, user_places
 from rmtcompile.errors import CaptureError
 from rmtcompile.guard import ReadTracker
+from rmtcompile.kinds import held_oddly, is_plain, kind_name
 from rmtcompile.passes.attention import attention
 from rmtcompile.passes.autocast import explicit_autocast
 from rmtcompile.state import DELETED, Change, Contents, Held, Path, Snapshot, contains_tensor, roots_of
 from rmtcompile.surroundings import Surroundings
-from rmtcompile.tracing import SharedData, autocast_state, lazy_code, refused_functions, uncached_autocast
+from rmtcompile.tracing import (
+    SharedData,
+    autocast_state,
+    lazy_code,
+    refused_functions,
+    uncached_autocast,
+    uncompiled_callables,
+)
 from rmtcompile.watch import ModuleGuard
 
 _SET_GRAD = torch._C._set_grad_enabled
@@ -70,7 +78,7 @@ class Leaf:
 
     Attributes:
         ties: other places where the model keeps the same tensor.
-        kind: shape, dtype and device at capture; `module.to` changes those of a parameter.
+        kind: shape, dtype, device and layout at capture; `module.to` changes those of a parameter.
     """
 
     name: str
@@ -79,10 +87,10 @@ class Leaf:
     key: Any = None
     way: Path = ()
     ties: tuple[Leaf, ...] = ()
-    kind: tuple[torch.Size, torch.dtype, torch.device] = field(init=False, compare=False)
+    kind: tuple[Any, ...] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", (self.tensor.shape, self.tensor.dtype, self.tensor.device))
+        object.__setattr__(self, "kind", _kind(self.tensor))
 
     @property
     def is_constant(self) -> bool:
@@ -106,9 +114,15 @@ class Leaf:
             now = self.fetch()
             if any(tie.fetch() is not now for tie in self.ties):
                 return False
-        except (LookupError, AttributeError, TypeError):
+            if not isinstance(now, torch.Tensor) or _kind(now) != self.kind:
+                return False
+        except (LookupError, AttributeError, TypeError, RuntimeError):  # nested: no shape
             return False
-        return isinstance(now, torch.Tensor) and (now.shape, now.dtype, now.device) == self.kind
+        return type(now) is type(self.tensor) or is_plain(now)
+
+
+def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
 
 
 @dataclass(frozen=True)
@@ -300,7 +314,7 @@ def _captured(
     trace = proxy_tensor.make_fx(traced, tracing_mode="fake", pre_dispatch=whole, _allow_non_fake_inputs=True)
     grad = torch.is_grad_enabled()
     tracker = ReadTracker()
-    contents, around = Contents(snapshot), Surroundings(fn)
+    contents, around, shared = Contents(snapshot), Surroundings(fn), SharedData()
     try:
         with (
             recorder.watching(),
@@ -308,17 +322,19 @@ def _captured(
             torch.inference_mode(False),
             torch.set_grad_enabled(grad),
             uncached_autocast(),
-            SharedData(),
+            shared,
             lazy_code(),
+            uncompiled_callables(),
             refused_functions(),
         ):
             module = trace(*fakes)
+        shared.refuse_swallowed()
     except CaptureError:
         raise
     except Exception as error:
         if whole and recorder.transforms:
             raise _BelowError from error
-        raise refusal(error) from error
+        raise refusal(error, held_oddly(fn)) from error
     finally:
         snapshot.restore()
         lost, outside = contents.restore(), around.restore()
@@ -433,6 +449,22 @@ def _name_contexts(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
+def _first_use(node: fx.Node) -> str:
+    return next((str(user.meta.get("source", "?")) for user in node.users), "?")
+
+
+def _refused_object(node: fx.Node, value: Any) -> CaptureError:
+    """An operator that takes a function or an object with a state of its own, which cells cannot share."""
+    names = dict.fromkeys(str(getattr(user.target, "__name__", user.target)) for user in node.users)
+    kind = "a function" if isinstance(value, nn.Module) or callable(value) else f"a {type(value).__name__}"
+    return CaptureError(
+        f"an operator takes {kind}: {', '.join(names)}",
+        [f"at {_first_use(node)}"],
+        "use operators on tensors alone (scaled_dot_product_attention for flex_attention, torch.where for "
+        "torch.cond)",
+    )
+
+
 def _leaves(module: fx.GraphModule, snapshot: Snapshot, whole: bool) -> dict[str, Leaf]:
     """Find where the model keeps each tensor that the graph reads; one `get_attr` name a tensor."""
     owners: dict[int, list[Held]] = {}
@@ -444,6 +476,8 @@ def _leaves(module: fx.GraphModule, snapshot: Snapshot, whole: bool) -> dict[str
         if node.op != "get_attr":
             continue
         tensor = getattr(module, node.target)
+        if not isinstance(tensor, torch.Tensor):
+            raise _refused_object(node, tensor)
         if id(tensor) in named:
             node.target = named[id(tensor)]
             continue
@@ -454,8 +488,14 @@ def _leaves(module: fx.GraphModule, snapshot: Snapshot, whole: bool) -> dict[str
                 raise _BelowError
             raise CaptureError(
                 "the forward reads a tensor that tracing cannot follow: `.data` of a parameter or a buffer",
-                [f"at {user.meta.get('source', '?')}" for user in list(node.users)[:1]],
+                [f"at {_first_use(node)}"],
                 "use `.detach()` instead of `.data`; to update weights, do so outside the forward",
+            )
+        if not is_plain(tensor):
+            raise CaptureError(
+                "the forward reads a tensor that is not a plain one",
+                [f"{held.name}: {kind_name(tensor)}", f"at {_first_use(node)}"],
+                "optimize the model with plain parameters, or run it as it is with fallback='sequential'",
             )
         others = tuple(Leaf(tie.name, tensor, tie.holder, tie.key, tie.way) for tie in ties)
         leaves[node.target] = Leaf(held.name, tensor, held.holder, held.key, held.way, others)

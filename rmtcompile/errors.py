@@ -25,7 +25,7 @@ class UnsupportedError(RMTCompileError):
 
     def __init__(self, what: str, evidence: Sequence[str] = (), remedy: str = "") -> None:
         self.what = what
-        self.evidence = tuple(evidence)
+        self.evidence = tuple(dict.fromkeys(evidence))  # several operations may stand in one line
         self.remedy = remedy
         lines = [what, *(f"  {line}" for line in self.evidence)]
         if remedy:

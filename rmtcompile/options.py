@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Options:
@@ -40,8 +42,12 @@ def check_options(
         raise ValueError(f"fallback must be None or 'sequential', not {fallback!r}")
     if not (isinstance(backend, str) or callable(backend)):
         raise ValueError(f"backend must be a name or a callable of torch.compile, not {backend!r}")
+    if isinstance(backend, str) and backend not in ("auto", "eager", "inductor"):
+        _check_backend(backend)
     if cuda_graphs != "auto" and not isinstance(cuda_graphs, bool):
         raise ValueError(f"cuda_graphs must be 'auto', True or False, not {cuda_graphs!r}")
+    if cuda_graphs is True and not torch.cuda.is_available():
+        raise ValueError("cuda_graphs=True needs a CUDA device; 'auto' records graphs where there is one")
     is_count = isinstance(segment_size, int) and not isinstance(segment_size, bool) and segment_size > 0
     if segment_size is not None and not is_count:
         raise ValueError(f"segment_size must be a positive number of tokens, not {segment_size!r}")
@@ -55,3 +61,11 @@ def check_options(
         raise ValueError(f"verify must be True or False, not {verify!r}")
     if not isinstance(progress, bool) and not callable(progress):
         raise ValueError(f"progress must be True, False or a callable, not {progress!r}")
+
+
+def _check_backend(name: str) -> None:
+    """Ask `torch.compile` for its backends, which imports dynamo and takes seconds: for seldom names only."""
+    dynamo = torch._dynamo
+    if name not in dynamo.list_backends(exclude_tags=()):
+        usual = ", ".join(dynamo.list_backends())
+        raise ValueError(f"backend must be 'auto' or a backend of torch.compile ({usual}), not {name!r}")

@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmtcompile.blame import refusal
 from rmtcompile.errors import PartitionError, UnsupportedError
+from rmtcompile.kinds import held_oddly
 from rmtcompile.state import Contents, Snapshot, roots_of
 from rmtcompile.surroundings import Surroundings
-from rmtcompile.tracing import SharedData, uncached_autocast
+from rmtcompile.tracing import SharedData, uncached_autocast, uncompiled_callables
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def probe(
         operations = views.operations if failure is None else 0
         grown = _longer(grown, *candidates[0], 4)
     if first is not None:
-        raise refusal(first) from first
+        raise refusal(first, held_oddly(fn)) from first
     raise PartitionError(
         "the forward does not cut any of its inputs into segments",
         [f"input {i}: shape {tuple(shape)}" for i, shape in enumerate(shapes)],
@@ -264,7 +265,7 @@ def _attempt(
     args, kwargs = pytree.tree_unflatten(values, spec)
     failure = None
     try:
-        with torch.no_grad(), uncached_autocast(), SharedData(), mode, views:
+        with torch.no_grad(), uncached_autocast(), uncompiled_callables(), SharedData(), mode, views:
             fn(*args, **kwargs)
     except _Enough:
         pass

@@ -8,6 +8,7 @@ left again by the compiled program.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -177,25 +178,37 @@ class Contents:
     SMALL = 1 << 16
 
     def __init__(self, snapshot: Snapshot) -> None:
-        self._kept: list[tuple[torch.Tensor, int, torch.Tensor | None, str]] = []
+        self._kept: list[tuple[torch.Tensor, int | None, torch.Tensor | None, str]] = []
         for tensor, name, *_ in snapshot.tensors():
-            if isinstance(tensor, FakeTensor) or tensor.is_inference():
+            if isinstance(tensor, FakeTensor) or nn.parameter.is_lazy(tensor):
                 continue
             keep = tensor.numel() <= self.SMALL or not isinstance(tensor, nn.Parameter)
-            self._kept.append((tensor, tensor._version, tensor.detach().clone() if keep else None, name))
+            content = tensor.detach().clone() if keep else None
+            self._kept.append((tensor, _version(tensor), content, name))
 
     def restore(self) -> list[str]:
         """Put back what was written; gives the names of what was not kept."""
         lost = []
         with torch.no_grad():
             for tensor, version, content, name in self._kept:
-                if tensor._version == version:
+                if version is None and content is not None:  # it does not count its writes
+                    with torch.inference_mode():
+                        tensor.copy_(content)
+                if _version(tensor) == version:
                     continue
                 if content is None:
                     lost.append(name)
                 else:
                     tensor.copy_(content)
         return lost
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often a tensor was written; None for those made in inference mode, which do not count."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return None
 
 
 class _Deleted:
@@ -326,7 +339,7 @@ def roots_of(fn: Callable[..., Any]) -> dict[str, nn.Module]:
                 visit(inner, value.__globals__[inner], depth + 1)
             for inner, item in zip(("default",) * 99, value.__defaults__ or (), strict=False):
                 visit(inner, item, depth + 1)
-        elif all(hasattr(value, part) for part in ("func", "args", "keywords")):  # functools.partial
+        elif isinstance(value, functools.partial):
             for item in (value.func, *value.args, *value.keywords.values()):
                 visit(name, item, depth + 1)
         elif isinstance(value, (list, tuple)):

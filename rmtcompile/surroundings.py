@@ -9,6 +9,7 @@ where no program could leave it.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -80,7 +81,7 @@ class Surroundings:
             if isinstance(value.__func__, types.FunctionType):
                 self._function(value.__func__, depth)
                 self._visit(name, value.__self__, _names(value.__func__.__code__), depth + 1)
-        elif all(hasattr(value, part) for part in ("func", "args", "keywords")):  # functools.partial
+        elif isinstance(value, functools.partial):
             for part in (value.func, *value.args, *value.keywords.values()):
                 self._visit(name, part, names, depth + 1)
         elif isinstance(value, (list, dict)):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -13,6 +14,11 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.overrides import TorchFunctionMode
 
@@ -89,8 +95,48 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def uncompiled_callables() -> Iterator[None]:
+    """What `torch.compile` has wrapped, the model or parts of it, runs as it was written. Nothing is to do
+    where dynamo is not imported, which takes seconds: then nothing is wrapped."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    from torch._dynamo import config
+
+    with (
+        torch.compiler.set_stance("force_eager"),
+        config.patch(error_on_nested_fx_trace=False),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message=".* when there are global hooks on modules")
+        yield
+
+
+_ONLY_FAKE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
+
+
 class SharedData(TorchFunctionMode):
-    """Reads `p.data` as `p.detach()`, which counts its writes as those of p, and refuses `p.data = x`."""
+    """Reads `p.data` as `p.detach()`, which counts its writes as those of p, and refuses `p.data = x`.
+
+    Attributes:
+        failed: where an operation has failed since its operands are fake, and how.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failed: tuple[str, Exception] | None = None
+
+    def refuse_swallowed(self) -> None:
+        """Refuse a forward that came to its end in spite of such an error: what it did instead is no part of
+        the model."""
+        if self.failed is not None:
+            place, error = self.failed
+            raise CaptureError(
+                f"the forward goes on after an error that only tracing raises ({error})",
+                [f"at {place}"],
+                "decide it from shapes or Python values",
+            )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         data: Any = torch.Tensor.data
@@ -103,7 +149,12 @@ class SharedData(TorchFunctionMode):
                     [f"at {user_source(sys._getframe(1))}"],
                     "run the model once before optimizing it if this happens on the first call only",
                 )
-        return func(*args, **(kwargs or {}))
+        try:
+            return func(*args, **(kwargs or {}))
+        except Exception as error:
+            if self.failed is None and (isinstance(error, _ONLY_FAKE) or func is torch.Tensor.numpy):
+                self.failed = user_source(sys._getframe(1)), error
+            raise
 
 
 @contextmanager

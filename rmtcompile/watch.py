@@ -87,10 +87,11 @@ class ModuleGuard:
             self._entry(Slot(module.__dict__, key, kept[key], f"{kind}.{key}", module), reached)
         for space in (module._parameters, module._buffers):
             self._slots += [Slot(space, k, None, f"{kind}.{k}") for k, v in space.items() if v is None]
-            self._open.append((space, missing - space.keys(), label))
+            self._open.append((space, missing.difference(space.keys()), label))
         self._open.append((module.__dict__, missing, label))
         self._closed.append((module._modules, f"submodules of {label}"))
-        self._children.append((module._modules, tuple(module._modules.values()), label))
+        if isinstance(module._modules, dict):  # those of a ScriptModule are fixed
+            self._children.append((module._modules, tuple(module._modules.values()), label))
         self._hooks += [(module.__dict__[key], label) for key in _CALL_HOOKS if key in module.__dict__]
 
     def _entry(self, slot: Slot, reached: set[int]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rmtcompile.errors import UnsupportedError
 from rmtcompile.pipeline import Compiled
 from rmtcompile.probe import Segmentation
 from rmtcompile.runtime.base import OnLevel
@@ -81,6 +82,11 @@ class Executor:
         )
         self.device = next((lane.device for lane in self.program.lanes), torch.device("cpu"))
         self.backend = backend_for(backend, self.device)
+        if cuda_graphs is True and self.device.type != "cuda":
+            raise UnsupportedError(
+                f"cuda_graphs=True, and the model runs on {self.device}",
+                remedy="move the model to a CUDA device, or leave it at 'auto'",
+            )
         self._use_graphs = self.device.type == "cuda" and cuda_graphs is not False
         self._engine: Engine | None = None
         self._recorder: Recorder | None = None

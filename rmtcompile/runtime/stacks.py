@@ -77,7 +77,9 @@ class Stack:
                     )
         rows = sum(part.shape[0] if part.dim() else 1 for part in first)
         shape = (rows, *first[0].shape[1:]) if len(first) > 1 else first[0].shape
-        with torch.no_grad():
+        # A parameter made in inference mode cannot become a view of memory that was not.
+        made_there = any(part.is_inference() for parts in tensors for part in parts)
+        with torch.inference_mode(made_there), torch.no_grad():
             stack = self._room(tensors, (len(tensors), *shape))
             for layer, parts in enumerate(tensors):
                 start = 0
