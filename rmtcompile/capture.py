@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from rmtcompile.blame import refusal, user_places
 from rmtcompile.errors import CaptureError
 from rmtcompile.guard import ReadTracker
-from rmtcompile.known import Known, Reads
+from rmtcompile.known import NUMBERS, Known, Reads
 from rmtcompile.passes.attention import attention
 from rmtcompile.state import DELETED, Change, Contents, Held, Path, Snapshot, contains_tensor, roots_of
 from rmtcompile.surroundings import Surroundings
@@ -41,7 +41,6 @@ from rmtcompile.watch import ModuleGuard
 _SET_GRAD = torch._C._set_grad_enabled
 _ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 _EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
-_NUMBERS = {torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default}
 
 
 @dataclass(frozen=True)
@@ -459,7 +458,7 @@ def _name_contexts(graph: fx.Graph) -> None:
 def _drop_reads(graph: fx.Graph) -> None:
     """Drop what gave numbers: they stand in the graph themselves."""
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and node.target in _NUMBERS:
+        if node.op == "call_function" and node.target in NUMBERS:
             graph.erase_node(node)
 
 

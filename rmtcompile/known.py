@@ -1,13 +1,13 @@
-"""Known: what tensors hold while a forward runs on fake tensors, as far as no input decides it.
+"""Known: what tensors hold while a forward runs on fake tensors, where no input decides it.
 
     span = self.span.max().item()          the parameter is there: 0.7, and the program holds for that value
     n = torch.zeros(1) ... int(n + T)      nothing but code decides it: 4, in any call
     if x.max() > 0: ...                    an input decides it: refused
 
-Operations on tensors that are known are noted as they come, none is computed.  When the forward reads a
-number (`item`, `bool`, `tolist`, an index, a NumPy array) those that lead to it are run on the real tensors, in
-the order of the forward, in-place writes included.  The tensors that such a number came from are kept, so that
-`rmtcompile/values.py` can see whether they still hold the same.
+Operations on tensors that are known are noted as they come, none is computed. When the forward reads a
+number (`item`, `bool`, `tolist`, an index, a NumPy array) those that lead to it are run on the real tensors,
+in the order of the forward, in-place writes included. The tensors that such a number came from are kept, so
+that `rmtcompile/values.py` can see whether they still hold the same.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ from rmtcompile.errors import CaptureError
 _SMALL = 1024
 """Elements up to which a result is kept, once it was needed, for the next number that needs it."""
 
+NUMBERS = {torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default}
+"""Operations that give a number."""
+
 _LIFTS = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default}
+_FILLS = {torch.ops.aten.zero_.default, torch.ops.aten.fill_.Scalar}  # leave nothing of a tensor
 _SETS = {"aten::set_", "aten::set_data"}  # writes after which a tensor is another one
 
 
@@ -46,6 +50,15 @@ class _Memory:
     something that an input decides."""
 
     writes: list[tuple[int, _Step | None]] = field(default_factory=list)
+
+    def since(self, time: int) -> tuple[list[_Step | None], bool]:
+        """The writes before a time that still show then, and whether they leave nothing of what was there."""
+        found = [step for index, step in self.writes if index < time]
+        for i in reversed(range(len(found))):
+            step = found[i]
+            if step is not None and step.func in _FILLS and not step.refs[0].is_view:
+                return found[i:], True
+        return found, False
 
 
 @dataclass(eq=False, slots=True)
@@ -85,9 +98,11 @@ class _Ref:
 
 
 @functools.cache
-def _aliases(func: Any) -> tuple[tuple[tuple[int, str, frozenset[str], bool], ...], tuple[frozenset[str], ...]]:
-    """(position, name, sets, whether it is written) of each argument that is written or seen through a result;
-    the sets of each result."""
+def _aliases(
+    func: Any,
+) -> tuple[tuple[tuple[int, str, frozenset[str], bool], ...], tuple[frozenset[str], ...]]:
+    """(position, name, sets, whether it is written) of each argument that is written or seen through a
+    result; the sets of each result."""
     schema = func._schema
     arguments = tuple(
         (i, arg.name, frozenset(arg.alias_info.before_set), arg.alias_info.is_write)
@@ -137,9 +152,11 @@ class Known(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func in NUMBERS:
             value = self.value(args[0])
             if value is None:
+                if self.is_stale(args):
+                    raise _unreadable(func, sys._getframe(1))
                 return func(*args)
             with outside():
                 return value.item()
@@ -215,10 +232,10 @@ class Known(TorchDispatchMode):
     # ---- reading -------------------------------------------------------------------------------------------
 
     def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """What a tensor holds at this point of the forward; None where an input decides it. To be read, not
-        written."""
+        """What a tensor holds at this point of the forward, to be read only; None where an input decides
+        it."""
         ref = self._ref(tensor)
-        steps, sources = self._needed(ref) if ref is not None else (None, [])
+        steps, sources = self._needed(ref) if ref is not None else (None, {})
         if ref is None or steps is None:
             return None
         with outside():
@@ -239,32 +256,46 @@ class Known(TorchDispatchMode):
                 args, kwargs = pytree.tree_map(computed, (step.args, step.kwargs))
                 made[step] = _tensors(step.func(*args, **kwargs))
             self._hold(steps, made)
-            for source in sources:
-                if id(source.tensor) not in self._literals and not any(source.tensor is t for t in self.read):
-                    self.read.append(source.tensor)
+            for source, is_read in sources.items():
+                if is_read:
+                    self._note_read(source.tensor)
             return computed(ref).detach()  # type: ignore[no-any-return]
 
-    def _needed(self, ref: _Ref) -> tuple[list[_Step] | None, list[_Source]]:
-        """The operations that lead to a value, in their order, and the sources; None if an input has a
-        say."""
+    def is_stale(self, *values: Any) -> bool:
+        """Whether a real tensor is among those whose values an input decides: what it holds is from before
+        the forward."""
+        return any(
+            not isinstance(tensor, FakeTensor)
+            and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+            and self.value(tensor) is None
+            for tensor in _tensors(values)
+        )
+
+    def _needed(self, ref: _Ref) -> tuple[list[_Step] | None, dict[_Source, bool]]:
+        """The operations that lead to a value, in their order, or None if an input has a say; the sources,
+        and whether what they held before counts."""
         steps: dict[int, _Step] = {}
-        sources: list[_Source] = []
-        waiting = [(ref, self._now + 1)]
+        sources: dict[_Source, bool] = {}
+        waiting = [(ref, self._now + 1, False)]
         while waiting:
-            one, time = waiting.pop()
-            found = [step for index, step in one.memory.writes if index < time]
+            one, time, is_filled = waiting.pop()
+            found, is_blank = one.memory.since(time) if not is_filled else ([], True)
             if isinstance(one.of, _Step):
                 found.append(one.of)
-            elif one.of not in sources:
-                sources.append(one.of)
+            else:
+                sources[one.of] = sources.get(one.of, False) or not is_blank
             for step in found:
                 if step is None:
-                    return None, []
+                    return None, {}
                 if step.index not in steps:
                     steps[step.index] = step
                     if step.kept is None:
-                        waiting += [(other, step.index) for other in step.refs]
+                        waiting += [(other, step.index, step.func in _FILLS) for other in step.refs]
         return [steps[index] for index in sorted(steps)], sources
+
+    def _note_read(self, tensor: torch.Tensor) -> None:
+        if id(tensor) not in self._literals and not any(tensor is other for other in self.read):
+            self.read.append(tensor)
 
     def _hold(self, steps: list[_Step], made: dict[_Step, list[torch.Tensor]]) -> None:
         """Keep small results of operations that only make new tensors: what they read is settled."""
@@ -294,10 +325,18 @@ def _is_replayable(func: Any) -> bool:
     return not is_random and func._schema.name not in _SETS
 
 
-# ---- what reads tensors without an operation ------------------------------------------------------------------
+# ---- what reads tensors without an operation -----------------------------------------------------------
 
 _ARRAYS = {torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__}
 _READS = {
+    torch.Tensor.item,
+    torch.Tensor.__bool__,
+    torch.Tensor.__int__,
+    torch.Tensor.__float__,
+    torch.Tensor.__complex__,
+    torch.Tensor.__index__,
+    torch.Tensor.is_nonzero,
+    torch.is_nonzero,
     torch.Tensor.tolist,
     torch.Tensor.__repr__,
     torch.Tensor.__format__,
@@ -311,7 +350,8 @@ _FROM_NUMBERS = {torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tens
 
 
 class Reads(TorchFunctionMode):
-    """Gives `known` values to functions that read memory without an operation that tracing could see."""
+    """Gives `known` values to functions that read memory without an operation that tracing could see, or that
+    tracing refuses. NumPy gets copies that it cannot write: a write would be lost."""
 
     def __init__(self, known: Known) -> None:
         super().__init__()
@@ -319,16 +359,18 @@ class Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _FROM_NUMBERS:
-            args = pytree.tree_map(lambda value: self._number(func, value), args) if _nested(args) else args
-        elif func in _ARRAYS or func in _READS:
+        if func in _ARRAYS or func in _READS:
             return self._read(func, args, kwargs)
+        if func in _FROM_NUMBERS:
+            args, kwargs = pytree.tree_map(
+                lambda value: self._listed(func, value), (args, kwargs), is_leaf=_is_list
+            )
         return func(*args, **kwargs)
 
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
         values = {id(tensor): self._valued(tensor) for tensor in _tensors((args, kwargs))}
         if any(value is None for value in values.values()):
-            if func in _ARRAYS:
+            if func in _ARRAYS or self._known.is_stale(args, kwargs):
                 raise _unreadable(func, sys._getframe(2))
             return func(*args, **kwargs)
 
@@ -339,7 +381,7 @@ class Reads(TorchFunctionMode):
         with outside():
             result = func(*args, **kwargs)
         if func in _ARRAYS and hasattr(result, "flags"):
-            result.flags.writeable = False  # a write would be lost
+            result.flags.writeable = False
         return result
 
     def _valued(self, tensor: torch.Tensor) -> torch.Tensor | None:
@@ -349,19 +391,22 @@ class Reads(TorchFunctionMode):
         with outside():
             return value.clone().requires_grad_(tensor.requires_grad)
 
-    def _number(self, func: Any, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
+    def _listed(self, func: Any, value: Any) -> Any:
+        """Lists of numbers with the tensors among them read; what is no list stays."""
+        if not _is_list(value) or not _tensors(value):
             return value
-        found = self._known.value(value)
-        if found is None:
-            raise _unreadable(func, sys._getframe(2))
-        with outside():
-            return found.tolist()
+
+        def read(one: Any) -> Any:
+            found = self._known.value(one) if isinstance(one, torch.Tensor) else one
+            if found is None and one is not None:
+                raise _unreadable(func, sys._getframe(2))
+            return found
+
+        return pytree.tree_map(read, value)
 
 
-def _nested(args: Any) -> bool:
-    """Whether tensors are among numbers, in lists: they are read."""
-    return any(isinstance(value, (list, tuple)) and _tensors(value) for value in args)
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
 
 
 def _unreadable(func: Any, frame: Any) -> CaptureError:

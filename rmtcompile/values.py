@@ -3,9 +3,9 @@
     span.item() = 0.7  at capture          x[:, -3:]  in the program
     span.fill_(0.2), optimizer.step()      the bytes differ: captured anew
 
-The contents themselves are compared at each call, all small ones at once: versions of tensors do not show writes
-through `.data`, NumPy or another framework.  The whole tensor counts and not the elements that were read: a
-longer input may read further ones.
+The contents themselves are compared at each call, all small ones at once: versions of tensors do not show
+writes through `.data`, NumPy or another framework. The whole tensor counts and not the elements that were
+read: a longer input may read further ones.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ class Values:
     def _difference(self, now: list[torch.Tensor]) -> str:
         for leaf, new, old in zip(self._leaves, now, self._kept, strict=True):
             if bool(_differs(new, old).any()):
-                if new.numel() == 1:
-                    return f"the forward reads a number from {leaf.name}, which was {old.item()} and is {new.item()}"
-                return f"the forward reads numbers from {leaf.name}, which holds others now"
+                if new.numel() > 1:
+                    return f"the forward reads numbers from {leaf.name}, which holds others now"
+                values = f"which was {old.item()} and is {new.item()}"
+                return f"the forward reads a number from {leaf.name}, {values}"
         raise AssertionError("the contents were written while they were compared")
 
 
