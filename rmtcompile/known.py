@@ -188,7 +188,7 @@ class Known(TorchDispatchMode):
         """What is known about a tensor; None where an input has a say, or nothing is in it."""
         found = self._refs.get(tensor)
         if found is not None or isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
-            return found  # type: ignore[no-any-return]
+            return found
         if is_traceable_wrapper_subclass(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             return None
         if id(tensor) not in self._sources:
@@ -208,7 +208,8 @@ class Known(TorchDispatchMode):
         def referred(value: Any) -> Any:
             return by_id[id(value)] if isinstance(value, torch.Tensor) else value
 
-        return _Step(index, func, *pytree.tree_map(referred, (args, kwargs)), refs)
+        args, kwargs = pytree.tree_map(referred, (args, kwargs))
+        return _Step(index, func, args, kwargs, refs)
 
     def _keep(self, refs: list[Any]) -> None:
         """Keep what sources hold before an operation that may write there for real."""
@@ -259,7 +260,7 @@ class Known(TorchDispatchMode):
             for source, is_read in sources.items():
                 if is_read:
                     self._note_read(source.tensor)
-            return computed(ref).detach()  # type: ignore[no-any-return]
+            return computed(ref).detach()
 
     def is_stale(self, *values: Any) -> bool:
         """Whether a real tensor is among those whose values an input decides: what it holds is from before
