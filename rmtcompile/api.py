@@ -283,7 +283,7 @@ class Optimized:
 
     def _count_changes(self, entries: list[Entry]) -> None:
         """Say so where the model's state was another one for each of the last captures."""
-        change = entries[-1].compiled.captures[0].guard.broken() if entries else None
+        change = entries[-1].compiled.changed() if entries else None
         self._changes += change is not None
         if change is not None and self._changes == self.CHANGES:
             warnings.warn(

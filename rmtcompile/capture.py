@@ -32,6 +32,7 @@ from rmtcompile.blame import refusal, user_places
 from rmtcompile.errors import CaptureError
 from rmtcompile.guard import ReadTracker
 from rmtcompile.kinds import held_oddly, is_plain, kind_name
+from rmtcompile.known import NUMBERS, Known, Reads
 from rmtcompile.passes.attention import attention
 from rmtcompile.passes.autocast import explicit_autocast
 from rmtcompile.state import DELETED, Change, Contents, Held, Path, Snapshot, contains_tensor, roots_of
@@ -162,6 +163,7 @@ class Capture:
         effects: what the forward leaves behind.
         roots: the modules that the forward reaches, by name.
         guard: the Python state that the forward read.
+        read: the tensors that decided numbers which the forward read.
     """
 
     module: fx.GraphModule
@@ -171,6 +173,7 @@ class Capture:
     effects: list[Effect]
     roots: dict[str, nn.Module]
     guard: ModuleGuard
+    read: list[Leaf]
 
     @property
     def graph(self) -> fx.Graph:
@@ -313,7 +316,7 @@ def _captured(
     fakes = [_fake(mode, flat[i]) for i in positions]
     trace = proxy_tensor.make_fx(traced, tracing_mode="fake", pre_dispatch=whole, _allow_non_fake_inputs=True)
     grad = torch.is_grad_enabled()
-    tracker = ReadTracker()
+    tracker, known = ReadTracker(), Known()
     contents, around, shared = Contents(snapshot), Surroundings(fn), SharedData()
     try:
         with (
@@ -323,6 +326,8 @@ def _captured(
             torch.set_grad_enabled(grad),
             uncached_autocast(),
             shared,
+            Reads(known),
+            known,
             lazy_code(),
             uncompiled_callables(),
             refused_functions(),
@@ -337,6 +342,7 @@ def _captured(
         raise refusal(error, held_oddly(fn)) from error
     finally:
         snapshot.restore()
+        known.restore()
         lost, outside = contents.restore(), around.restore()
     if whole and recorder.transforms:
         raise _BelowError
@@ -353,13 +359,20 @@ def _captured(
             "run the model once before optimizing it if this happens on the first call only",
         )
     roots = {**roots, **recorder.roots}
+    _drop_reads(module.graph)
     _name_contexts(module.graph)
-    leaves = _leaves(module, snapshot, whole)
+    owners: dict[int, list[Held]] = {}
+    for held in snapshot.tensors():
+        owners.setdefault(id(held.tensor), []).append(held)
+    leaves = _leaves(module, owners, whole)
     changes = [effect.change for effect in produced["effects"] if effect.change is not None]
     changed = frozenset((id(change.record.target), change.step[1]) for change in changes)
     guard = ModuleGuard(snapshot, tracker.reads | recorder.unseen, roots, changed, around)
     module = explicit_autocast(module)
-    return Capture(module, leaves, recorder.calls, produced["result"], produced["effects"], roots, guard)
+    read = [_leaf(tensor, f"read{i}", owners) for i, tensor in enumerate(known.read)]
+    return Capture(
+        module, leaves, recorder.calls, produced["result"], produced["effects"], roots, guard, read
+    )
 
 
 def _refuse_backward_hooks(roots: dict[str, nn.Module]) -> None:
@@ -465,11 +478,22 @@ def _refused_object(node: fx.Node, value: Any) -> CaptureError:
     )
 
 
-def _leaves(module: fx.GraphModule, snapshot: Snapshot, whole: bool) -> dict[str, Leaf]:
+def _drop_reads(graph: fx.Graph) -> None:
+    """Drop what gave numbers: they stand in the graph themselves."""
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and node.target in NUMBERS:
+            graph.erase_node(node)
+
+
+def _leaf(tensor: torch.Tensor, name: str, owners: dict[int, list[Held]]) -> Leaf:
+    """Where the model keeps a tensor; a constant of this name if it does not."""
+    held, *ties = owners.get(id(tensor)) or [Held(tensor, name, None, None, ())]
+    others = tuple(Leaf(tie.name, tensor, tie.holder, tie.key, tie.way) for tie in ties)
+    return Leaf(held.name, tensor, held.holder, held.key, held.way, others)
+
+
+def _leaves(module: fx.GraphModule, owners: dict[int, list[Held]], whole: bool) -> dict[str, Leaf]:
     """Find where the model keeps each tensor that the graph reads; one `get_attr` name a tensor."""
-    owners: dict[int, list[Held]] = {}
-    for held in snapshot.tensors():
-        owners.setdefault(id(held.tensor), []).append(held)
     leaves: dict[str, Leaf] = {}
     named: dict[int, str] = {}
     for node in module.graph.nodes:
@@ -482,8 +506,8 @@ def _leaves(module: fx.GraphModule, snapshot: Snapshot, whole: bool) -> dict[str
             node.target = named[id(tensor)]
             continue
         named[id(tensor)] = node.target
-        held, *ties = owners.get(id(tensor)) or [Held(tensor, f"constant{len(leaves)}", None, None, ())]
-        if held.holder is None and isinstance(tensor, FakeTensor):
+        leaf = _leaf(tensor, f"constant{len(leaves)}", owners)
+        if leaf.is_constant and isinstance(tensor, FakeTensor):
             if whole:
                 raise _BelowError
             raise CaptureError(
@@ -494,9 +518,8 @@ def _leaves(module: fx.GraphModule, snapshot: Snapshot, whole: bool) -> dict[str
         if not is_plain(tensor):
             raise CaptureError(
                 "the forward reads a tensor that is not a plain one",
-                [f"{held.name}: {kind_name(tensor)}", f"at {_first_use(node)}"],
+                [f"{leaf.name}: {kind_name(tensor)}", f"at {_first_use(node)}"],
                 "optimize the model with plain parameters, or run it as it is with fallback='sequential'",
             )
-        others = tuple(Leaf(tie.name, tensor, tie.holder, tie.key, tie.way) for tie in ties)
-        leaves[node.target] = Leaf(held.name, tensor, held.holder, held.key, held.way, others)
+        leaves[node.target] = leaf
     return leaves

@@ -175,7 +175,7 @@ class _Family:
 
 def is_current(compiled: Compiled) -> bool:
     """Whether the model still is in the state in which it was captured."""
-    return compiled.captures[0].guard.broken() is None and compiled.fits()
+    return compiled.fits() and compiled.changed() is None
 
 
 class Families:

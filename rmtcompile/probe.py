@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rmtcompile.blame import refusal
 from rmtcompile.errors import PartitionError, UnsupportedError
 from rmtcompile.kinds import held_oddly
+from rmtcompile.known import Known, Reads
 from rmtcompile.state import Contents, Snapshot, roots_of
 from rmtcompile.surroundings import Surroundings
 from rmtcompile.tracing import SharedData, uncached_autocast, uncompiled_callables
@@ -263,9 +264,18 @@ def _attempt(
             "transform the model itself",
         ) from error
     args, kwargs = pytree.tree_unflatten(values, spec)
-    failure = None
+    failure, known = None, Known()
     try:
-        with torch.no_grad(), uncached_autocast(), uncompiled_callables(), SharedData(), mode, views:
+        with (
+            torch.no_grad(),
+            uncached_autocast(),
+            uncompiled_callables(),
+            SharedData(),
+            Reads(known),
+            mode,
+            known,
+            views,
+        ):
             fn(*args, **kwargs)
     except _Enough:
         pass
@@ -275,6 +285,7 @@ def _attempt(
         failure = error
     finally:
         snapshot.restore()
+        known.restore()
         contents.restore()
         around.restore()
     return views, failure

@@ -137,12 +137,13 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
         use("`verify=True`: the first differing cell is named", "test_verify.py::test_the_first_cell_is_named", "test_a_broken_rule_is_found", "test_what_is_left_behind_is_compared"),
         use("Carries that only later segments read; the first longer input is compared with the model", "test_beyond.py::test_a_carry_that_short_captures_do_not_show", "test_it_is_compared_once"),
         use("Longer inputs are followed at each doubling, operation by operation; `explain` says what is proved, followed, compared, extrapolated", "test_outline.py::test_a_rule_that_does_not", "test_beyond.py::test_it_is_followed_at_each_doubling"),
+        use("Numbers read from parameters, buffers, closures and counters (`item`, `bool`, `tolist`, an index, a NumPy array); a changed value: a new capture", "test_known.py::test_numbers_of_the_model", "test_counters_of_the_forward", "test_numbers_of_what_the_forward_writes", "test_values.py::test_each_write_is_seen"),
         use("Tensors written out in the forward's code", "test_literals.py::test_a_literal_in_every_cell"),
         use("Inductor: new lengths and a third rest compile nothing, batch sizes from the third on once", end + "test_inductor_compiles_nothing_for_new_lengths", "test_sizes.py::test_inductor_compiles_nothing_for_a_third_rest", "test_inductor_compiles_once_for_later_batch_sizes"),
         use("On CUDA: recorded runs, other streams, modes and weights in between", "test_cuda.py::test_recorded_runs", "test_changed_weights_are_seen", "test_modes", "test_streams_and_threads"),
     ]  # fmt: skip
     refusals = [
-        refused("Control flow that depends on tensor values", "`CaptureError` with the line", no + "test_data_dependent_control_flow", "test_shortcuts_of_masks"),
+        refused("Control flow and numbers that depend on values of inputs", "`CaptureError` with the line", no + "test_data_dependent_control_flow", "test_shortcuts_of_masks", "test_known.py::test_numbers_of_inputs_are_refused"),
         refused("A cache that grows with every segment", "`RerollError` with both operations", no + "test_growing_cache", zooed + "test_a_growing_cache_is_refused"),
         refused("Layers skipped in some segments", "refused", no + "test_layers_called_unevenly"),
         refused("Layers called as often as the values say", "`CaptureError` with the line", no + "test_calls_that_depend_on_values"),
