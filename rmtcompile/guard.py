@@ -8,6 +8,7 @@ changed watch means another program.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +18,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from rmtcompile.errors import UnsupportedError
+from rmtcompile.objects import ATOMS, contains_tensor
 from rmtcompile.probe import Segmentation
-from rmtcompile.state import _ATOMS, contains_tensor
 from rmtcompile.watch import template
 
 _tracked: dict[type, type] = {}
@@ -63,7 +64,12 @@ def _subclass(cls: type[nn.Module]) -> type:
     def __getattribute__(self: Any, name: str) -> Any:
         tracker = _listeners.get(id(self))
         if tracker is not None and (id(self), name) not in tracker.written:
-            tracker.reads.add((id(self), name))
+            if name == "__dict__":
+                reader = sys._getframe(1).f_globals.get("__name__", "")
+                if not reader.startswith(("torch.", "rmtcompile.objects")):
+                    tracker.reads.update((id(self), key) for key in cls.__getattribute__(self, name))
+            else:
+                tracker.reads.add((id(self), name))
         return cls.__getattribute__(self, name)
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
@@ -72,8 +78,15 @@ def _subclass(cls: type[nn.Module]) -> type:
             tracker.written.add((id(self), name))
         cls.__setattr__(self, name, value)
 
-    body = {"__getattribute__": __getattribute__, "__setattr__": __setattr__, "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    def __delattr__(self: Any, name: str) -> None:
+        tracker = _listeners.get(id(self))
+        if tracker is not None and (id(self), name) not in tracker.written:
+            tracker.reads.add((id(self), name))  # it would fail if there were none
+            tracker.written.add((id(self), name))
+        cls.__delattr__(self, name)
+
+    body = {"__getattribute__": __getattribute__, "__setattr__": __setattr__, "__delattr__": __delattr__,
+            "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     kind: type[type] = type(cls)
     _tracked[cls] = kind(cls.__name__, (cls,), body)
     return _tracked[cls]
@@ -106,7 +119,7 @@ def structure_key(args: Any, kwargs: Any, segmentation: Segmentation) -> tuple[A
 def _static(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return ("tensor", value.dtype, value.device, value.dim(), value.requires_grad)
-    if isinstance(value, _ATOMS):
+    if isinstance(value, ATOMS):
         return (type(value).__name__, value)
     if contains_tensor(value):
         raise UnsupportedError(
