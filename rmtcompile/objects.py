@@ -4,7 +4,7 @@
     list, tuple, named tuple, deque          ("item", 0), ("item", 1), ...
     dict, OrderedDict, defaultdict           ("item", key), ...
     set, frozenset                           ("member", element), ...
-    an object, a dataclass                   ("attr", name), ... of its __dict__; ("slot", name), ... of __slots__
+    an object, a dataclass                   ("attr", name) for its __dict__, ("slot", name) for its __slots__
     a weak reference or proxy                ("referent", None)
 
 A list that is an instance of a class of its own has items and attributes. Graphs may be nested in any depth
@@ -53,7 +53,7 @@ OPAQUE = (
 
 SEQUENCES = (list, deque, tuple)
 SETS = (set, frozenset)
-_BASES: tuple[type, ...] = (OrderedDict, defaultdict, dict, *SEQUENCES, *SETS, object)
+BASES: tuple[type, ...] = (OrderedDict, defaultdict, dict, *SEQUENCES, *SETS, object)
 _REFERENCES = (weakref.ref, weakref.ProxyType, weakref.CallableProxyType)
 
 
@@ -91,7 +91,7 @@ def is_same(before: Any, now: Any) -> bool:
 @functools.cache
 def base_of(kind: type) -> type:
     """What holds the items of instances: a container of Python's own, or `object` where there are none."""
-    return next(base for base in _BASES if issubclass(kind, base))
+    return next(base for base in BASES if issubclass(kind, base))
 
 
 @functools.cache

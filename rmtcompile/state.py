@@ -152,7 +152,8 @@ class Snapshot:
             for step, new in after.items():
                 if whole and _is_item(step):
                     continue
-                again = step[0] == "attr" and (id(record.target), step[1]) in written and isinstance(new, ATOMS)
+                was_set = step[0] == "attr" and (id(record.target), step[1]) in written
+                again = was_set and isinstance(new, ATOMS)
                 if step not in before or again or not is_same(before[step], new):
                     found.append(Change(record, step, new))
             gone = (step for step in before if step not in after and not (whole and _is_item(step)))

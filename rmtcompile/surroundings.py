@@ -6,13 +6,15 @@ defaults, bound objects, classes.
 
 They decide what the forward computes, so that they are watched; a forward that changes them keeps state
 where no program could leave it. Which functions run is read from the names that their code uses, from
-`forward` on: those of a method are looked for in every class that was met.
+`forward` on: those of a method are looked for in every class that was met. Python, torch and installed
+packages that no module comes from are taken to stay as they are.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+import sysconfig
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from rmtcompile.objects import (
+    BASES,
     DELETED,
     Step,
     base_of,
@@ -37,6 +40,8 @@ from rmtcompile.state import names_in
 
 _STATIC = (types.ModuleType, types.BuiltinFunctionType, type)
 _OTHERS = frozenset({"torch", "builtins", "numpy", *sys.stdlib_module_names} - {"__main__"})
+_BUILT_IN = frozenset(base for base in BASES if base is not object)
+_LIBRARIES = tuple({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 _WRAPPERS = (staticmethod, classmethod, property, functools.cached_property)
 
 
@@ -73,10 +78,12 @@ class Surroundings:
         self._classes: dict[type, None] = {}
         self._objects: list[tuple[Any, str]] = []
         self._caches: list[tuple[Any, int]] = []
+        kinds = {type(module): None for root in (modules or {}).values() for module in root.modules()}
+        self._packages = {_package(kind) for kind in kinds}
         self._visit("", fn)
+        for kind in kinds:
+            self._class(kind)
         for root in (modules or {}).values():
-            for kind in {type(module): None for module in root.modules()}:
-                self._class(kind)
             for module in root.modules():
                 for hooks in (module._forward_hooks, module._forward_pre_hooks):
                     for hook in hooks.values():
@@ -103,7 +110,7 @@ class Surroundings:
                 stack += self._callable(name, value)
             elif isinstance(value, type):
                 self._class(value)
-            elif not is_leaf(value) and _is_own(type(value)):
+            elif not is_leaf(value) and self._is_own(type(value)):
                 self._seen[id(value)] = value
                 self._class(type(value))
                 self._objects.append((value, name))
@@ -135,7 +142,7 @@ class Surroundings:
         elif (cached := _cached(value)) is not None:
             self._caches.append((value, value.cache_info().misses))
             yield name, cached
-        elif value.__module__ is None or value.__module__.split(".")[0] not in _OTHERS:
+        elif self._may_change(value):
             names = names_in(value.__code__)
             self._names |= names
             for inner, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
@@ -154,7 +161,16 @@ class Surroundings:
                 yield "default", item
 
     def _class(self, kind: type) -> None:
-        self._classes.update(dict.fromkeys(owner for owner in kind.__mro__ if _is_own(owner)))
+        self._classes.update(dict.fromkeys(owner for owner in kind.__mro__ if self._is_own(owner)))
+
+    def _may_change(self, value: Any) -> bool:
+        package = _package(value)
+        return package in self._packages or not _is_library(package)
+
+    def _is_own(self, kind: type) -> bool:
+        if kind in (types.SimpleNamespace, types.MappingProxyType, functools.partial) or kind in _BUILT_IN:
+            return True
+        return self._may_change(kind)
 
     def _by_names(self) -> bool:
         """Note what code names in classes and objects; whether anything was new."""
@@ -220,12 +236,16 @@ class Surroundings:
         return changed
 
 
-def _is_own(kind: type) -> bool:
-    """Whether a class is not part of Python or torch."""
-    if base_of(kind) is not object and kind.__module__ in ("builtins", "collections"):
-        return True
-    inside = kind in (types.SimpleNamespace, functools.partial) or issubclass(kind, types.MappingProxyType)
-    return inside or kind.__module__.split(".")[0] not in _OTHERS
+def _package(value: Any) -> str:
+    """The package of a class or function."""
+    return str(value.__module__ or "").split(".")[0]
+
+
+@functools.cache
+def _is_library(package: str) -> bool:
+    """Whether a package is taken to stay as it is."""
+    file = getattr(sys.modules.get(package), "__file__", None) or ""
+    return package in _OTHERS or file.startswith(_LIBRARIES)
 
 
 def _cached(value: Any) -> Any:
