@@ -79,7 +79,7 @@ class Surroundings:
         self._objects: list[tuple[Any, str]] = []
         self._caches: list[tuple[Any, int]] = []
         kinds = {type(module): None for root in (modules or {}).values() for module in root.modules()}
-        self._packages = {_package(kind) for kind in kinds}
+        self._packages = {_package(kind) for kind in kinds} - _OTHERS
         self._visit("", fn)
         for kind in kinds:
             self._class(kind)
@@ -109,7 +109,8 @@ class Surroundings:
                 self._seen[id(value)] = value
                 stack += self._callable(name, value)
             elif isinstance(value, type):
-                self._class(value)
+                if not _is_library(_package(value)):  # of a library, those of objects that there are suffice
+                    self._class(value)
             elif not is_leaf(value) and self._is_own(type(value)):
                 self._seen[id(value)] = value
                 self._class(type(value))
@@ -161,7 +162,7 @@ class Surroundings:
                 yield "default", item
 
     def _class(self, kind: type) -> None:
-        self._classes.update(dict.fromkeys(owner for owner in kind.__mro__ if self._is_own(owner)))
+        self._classes.update(dict.fromkeys(owner for owner in kind.__mro__ if self._may_change(owner)))
 
     def _may_change(self, value: Any) -> bool:
         package = _package(value)
