@@ -325,7 +325,7 @@ def _captured(
         raise refusal(error) from error
     finally:
         snapshot.restore()
-        lost, outside = contents.restore(), around.restore()
+        lost, outside = contents.restore(), [*around.restore(), *tracker.outside]
     if whole and recorder.transforms:
         raise _BelowError
     if outside:

@@ -23,6 +23,8 @@ from rmtcompile.probe import Segmentation
 from rmtcompile.watch import template
 
 _tracked: dict[type, type] = {}
+_BODY: set[str] = set()
+"""What such a subclass has of its own."""
 
 
 class ReadTracker:
@@ -31,6 +33,7 @@ class ReadTracker:
     def __init__(self) -> None:
         self.reads: set[tuple[int, str]] = set()
         self.written: set[tuple[int, str]] = set()
+        self.outside: list[str] = []  # attributes that were set on a module's class
 
     @contextmanager
     def watching(self, roots: dict[str, nn.Module]) -> Iterator[None]:
@@ -52,6 +55,9 @@ class ReadTracker:
             for module, cls in swapped:
                 _listeners.pop(id(module), None)
                 module.__class__ = cls
+                for name in vars(_tracked[cls]).keys() - _BODY:
+                    delattr(_tracked[cls], name)
+                    self.outside.append(f"{cls.__name__}.{name}")
 
 
 _listeners: dict[int, ReadTracker] = {}
@@ -85,10 +91,13 @@ def _subclass(cls: type[nn.Module]) -> type:
             tracker.written.add((id(self), name))
         cls.__delattr__(self, name)
 
-    body = {"__getattribute__": __getattribute__, "__setattr__": __setattr__, "__delattr__": __delattr__,
-            "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    body: dict[str, Any] = {
+        "__getattribute__": __getattribute__, "__setattr__": __setattr__, "__delattr__": __delattr__,
+        "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__,
+    }  # fmt: skip
     kind: type[type] = type(cls)
     _tracked[cls] = kind(cls.__name__, (cls,), body)
+    _BODY.update(vars(_tracked[cls]))
     return _tracked[cls]
 
 

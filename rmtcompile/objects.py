@@ -51,8 +51,8 @@ OPAQUE = (
 )
 """Values that keep no state of a model."""
 
-SEQUENCES = (list, deque, tuple)
-SETS = (set, frozenset)
+SEQUENCES: tuple[type, ...] = (list, deque, tuple)
+SETS: tuple[type, ...] = (set, frozenset)
 BASES: tuple[type, ...] = (OrderedDict, defaultdict, dict, *SEQUENCES, *SETS, object)
 _REFERENCES = (weakref.ref, weakref.ProxyType, weakref.CallableProxyType)
 
@@ -89,13 +89,13 @@ def is_same(before: Any, now: Any) -> bool:
 
 
 @functools.cache
-def base_of(kind: type) -> type:
+def base_of(kind: Any) -> type:
     """What holds the items of instances: a container of Python's own, or `object` where there are none."""
     return next(base for base in BASES if issubclass(kind, base))
 
 
 @functools.cache
-def _slots(kind: type) -> dict[str, Any]:
+def _slots(kind: Any) -> dict[str, Any]:
     """The `__slots__` of a class and its bases: descriptors by name, the nearest one of a name."""
     found: dict[str, Any] = {}
     for owner in kind.__mro__:
@@ -317,7 +317,7 @@ def _hidden(value: Any) -> dict[Step, Any]:
 
 
 @functools.cache
-def _is_sealed(kind: type) -> bool:
+def _is_sealed(kind: Any) -> bool:
     base = base_of(kind)
     if base is not object:
         return False

@@ -35,6 +35,7 @@ from rmtcompile.objects import (
     parts,
     put,
     put_items,
+    walk,
 )
 from rmtcompile.state import names_in
 
@@ -78,19 +79,17 @@ class Surroundings:
         self._classes: dict[type, None] = {}
         self._objects: list[tuple[Any, str]] = []
         self._caches: list[tuple[Any, int]] = []
-        kinds = {type(module): None for root in (modules or {}).values() for module in root.modules()}
+        inside = [module for root in (modules or {}).values() for module in root.modules()]
+        kinds = {type(module): None for module in inside}
         self._packages = {_package(kind) for kind in kinds} - _OTHERS
         self._visit("", fn)
         for kind in kinds:
             self._class(kind)
-        for root in (modules or {}).values():
-            for module in root.modules():
-                for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                    for hook in hooks.values():
-                        self._visit("hook", hook)
-                for key, value in module.__dict__.items():
-                    if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
-                        self._visit(key, value)
+        for _, value in walk([list(vars(module).values()) for module in inside]):
+            if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):  # hooks, too
+                self._visit(value.__name__ if hasattr(value, "__name__") else "partial", value)
+            elif not is_leaf(value):
+                self._class(type(value))
         while self._by_names():
             pass
 

@@ -32,6 +32,7 @@ from rmtcompile.objects import (
     Step,
     base_of,
     contains_tensor,
+    fields_of,
     get,
     is_fixed,
     is_iterator,
@@ -78,6 +79,7 @@ class ModuleGuard:
         self._slots: list[Slot] = list(around.slots) if around is not None else []
         self._cells = list(around.cells) if around is not None else []
         self._refilled: list[Slot] = []
+        self._tensors: list[tuple[Slot, torch.Size | None]] = []  # None where the forward leaves another one
         self._closed: list[tuple[Any, str]] = []  # containers whose number of entries is fixed
         self._open: list[tuple[Any, set[str], str]] = []  # namespaces in which these names are missing
         self._children: list[tuple[dict[str, Any], tuple[Any, ...], str]] = []
@@ -140,9 +142,12 @@ class ModuleGuard:
     def _watch(self, slot: Slot) -> bool:
         """Watch one entry; whether what is behind it is to be watched, too."""
         value = slot.value
-        if isinstance(value, torch.Tensor):
-            return False  # the executor looks at tensors
-        is_free = not isinstance(value, ATOMS) and (id(slot.owner), slot.step[1]) in self._changed
+        is_changed = (id(slot.owner), slot.step[1]) in self._changed
+        if isinstance(value, torch.Tensor):  # the executor looks at those that the graph reads
+            if not isinstance(slot.owner, (tuple, *SETS)):
+                self._tensors.append((slot, None if is_changed else value.shape))
+            return False
+        is_free = not isinstance(value, ATOMS) and is_changed
         if base_of(type(value)) in SETS or (is_free and id(value) not in self._kept):
             self._refilled.append(slot)
             return False
@@ -168,16 +173,11 @@ class ModuleGuard:
 
     def _freeze(self) -> None:
         """Arrange what is watched for the quick check."""
-        by_space: dict[tuple[int, str], list[Slot]] = {}
-        for slot in self._slots:
-            by_space.setdefault((id(slot.owner), slot.step[0]), []).append(slot)
-        self._getters: list[Callable[[Any], Any]] = []
-        self._values: list[Any] = []
-        for slots in by_space.values():
-            twice = slots * 2 if len(slots) == 1 else slots  # itemgetter of one key gives no tuple
-            self._getters.append(itemgetter(*(slot.step[1] for slot in twice)))
-            self._values += [slot.value for slot in twice]
-        self._spaces = [space_of(slots[0].owner, slots[0].step[0]) for slots in by_space.values()]
+        self._getters, self._spaces, slots = _getters(self._slots)
+        self._values = [slot.value for slot in slots]
+        shapes = {id(slot): shape for slot, shape in self._tensors}
+        self._tensor_getters, self._tensor_spaces, slots = _getters([slot for slot, _ in self._tensors])
+        self._shapes = [shapes[id(slot)] for slot in slots]
         parents = [(space, values) for space, values, _ in self._children if values]
         self._parents = [space for space, _ in parents]
         self._members = [value for _, values in parents for value in values]
@@ -216,9 +216,17 @@ class ModuleGuard:
         return (
             all(list(hooks.items()) == items for hooks, items, _ in self._filled)
             and all(cell.cell_contents is value for cell, value, _ in self._cells)
+            and self._are_tensors()
             and self._refilled_alike()
             and all(map(_lie_together, self._shared))
         )
+
+    def _are_tensors(self) -> bool:
+        """Whether tensors are where some were, though the graph may have read no more than their shapes."""
+        found = list(chain.from_iterable(map(call, self._tensor_getters, self._tensor_spaces)))
+        if not all(isinstance(value, torch.Tensor) for value in found):
+            return False
+        return all(value.shape == shape for value, shape in zip(found, self._shapes, strict=True) if shape)
 
     def _refilled_alike(self) -> bool:
         return not self._refilled or template([slot.now for slot in self._refilled]) == self._structure
@@ -235,6 +243,9 @@ class ModuleGuard:
             if not is_same(value, cell.cell_contents):
                 return f"{name} was {_short(value)} and is {_short(cell.cell_contents)}"
             self._cells[i] = (cell, cell.cell_contents, name)
+        for slot, shape in self._tensors:
+            if not isinstance(slot.now, torch.Tensor) or (shape and slot.now.shape != shape):
+                return f"{slot.name} was a tensor of another shape, or is none any more"
         if not self._refilled_alike():
             return f"what {self._refilled[0].name} or another slot holds has another structure"
         for (space, name), size in zip(self._closed, self._sizes, strict=False):
@@ -253,6 +264,18 @@ class ModuleGuard:
         if not all(map(_lie_together, self._shared)):
             return "an object that lay in several places does not any more"
         return None
+
+
+def _getters(slots: Sequence[Slot]) -> tuple[list[Callable[[Any], Any]], list[Any], list[Slot]]:
+    """What reads many slots at once: a getter for each namespace, the namespaces, the slots in that order."""
+    by_space: dict[tuple[int, str], list[Slot]] = {}
+    for slot in slots:
+        by_space.setdefault((id(slot.owner), slot.step[0]), []).append(slot)
+    # itemgetter of one key gives no tuple
+    twice = [mine * 2 if len(mine) == 1 else mine for mine in by_space.values()]
+    getters: list[Callable[[Any], Any]] = [itemgetter(*(slot.step[1] for slot in mine)) for mine in twice]
+    spaces = [space_of(mine[0].owner, mine[0].step[0]) for mine in twice]
+    return getters, spaces, list(chain.from_iterable(twice))
 
 
 class View:
@@ -276,6 +299,8 @@ def space_of(owner: Any, kind: str) -> Any:
 def spaces_of(value: Any) -> list[Any]:
     """All namespaces of an object."""
     kinds = dict.fromkeys(step[0] for step in parts(value))
+    if fields_of(value) is not None:
+        kinds["attr"] = None
     if base_of(type(value)) is not object:
         kinds["item"] = None
     return [space_of(value, kind) for kind in kinds]
