@@ -23,7 +23,7 @@ import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -57,6 +57,13 @@ BASES: tuple[type, ...] = (OrderedDict, defaultdict, dict, *SEQUENCES, *SETS, ob
 _REFERENCES = (weakref.ref, weakref.ProxyType, weakref.CallableProxyType)
 
 
+_T = TypeVar("_T")
+
+
+def _cached(fn: Callable[[Any], _T]) -> Callable[[Any], _T]:
+    return functools.cache(fn)
+
+
 class _Mark:
     def __init__(self, name: str) -> None:
         self._name = name
@@ -88,13 +95,13 @@ def is_same(before: Any, now: Any) -> bool:
 # ---- one object --------------------------------------------------------------------------------------------
 
 
-@functools.cache
+@_cached
 def base_of(kind: Any) -> type:
     """What holds the items of instances: a container of Python's own, or `object` where there are none."""
     return next(base for base in BASES if issubclass(kind, base))
 
 
-@functools.cache
+@_cached
 def _slots(kind: Any) -> dict[str, Any]:
     """The `__slots__` of a class and its bases: descriptors by name, the nearest one of a name."""
     found: dict[str, Any] = {}
@@ -316,7 +323,7 @@ def _hidden(value: Any) -> dict[Step, Any]:
     return {("hidden", i): item for i, item in enumerate(found) if not isinstance(item, skipped)}
 
 
-@functools.cache
+@_cached
 def _is_sealed(kind: Any) -> bool:
     base = base_of(kind)
     if base is not object:
