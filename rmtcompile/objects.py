@@ -134,7 +134,7 @@ def held(value: Any) -> dict[Step, Any]:
         referent = _referent(value)
         return {} if referent is None else {("referent", None): referent}
     found: dict[Step, Any] = {}
-    base = base_of(kind)
+    base: Any = base_of(kind)
     if issubclass(base, dict):
         found.update((("item", key), base.__getitem__(value, key)) for key in base.__iter__(value))
     elif base in SEQUENCES:
