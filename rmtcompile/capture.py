@@ -33,9 +33,10 @@ from rmtcompile.errors import CaptureError
 from rmtcompile.guard import ReadTracker
 from rmtcompile.kinds import held_oddly, is_plain, kind_name
 from rmtcompile.known import NUMBERS, Known, Reads
+from rmtcompile.objects import Path, contains_tensor, get
 from rmtcompile.passes.attention import attention
 from rmtcompile.passes.autocast import explicit_autocast
-from rmtcompile.state import DELETED, Change, Contents, Held, Path, Snapshot, contains_tensor, roots_of
+from rmtcompile.state import Change, Contents, Held, Snapshot, roots_of
 from rmtcompile.surroundings import Surroundings
 from rmtcompile.tracing import (
     SharedData,
@@ -45,6 +46,7 @@ from rmtcompile.tracing import (
     uncached_autocast,
     uncompiled_callables,
 )
+from rmtcompile.trees import Flattener, Kept, Spec
 from rmtcompile.watch import ModuleGuard
 
 _SET_GRAD = torch._C._set_grad_enabled
@@ -103,8 +105,8 @@ class Leaf:
             return self.tensor
         if self.way:
             value = self.holder
-            for kind, key in self.way:
-                value = value[key] if kind == "item" else value.__dict__[key]
+            for step in self.way:
+                value = get(value, step)
             return value
         fields = self.holder if isinstance(self.holder, (dict, list)) else self.holder.__dict__
         return fields[self.key]
@@ -136,7 +138,7 @@ class Effect:
 
     change: Change | None
     name: str
-    spec: pytree.TreeSpec | None
+    spec: Spec
     leaves: tuple[Any, ...]
     in_place: Leaf | None = None
 
@@ -317,7 +319,7 @@ def _captured(
     trace = proxy_tensor.make_fx(traced, tracing_mode="fake", pre_dispatch=whole, _allow_non_fake_inputs=True)
     grad = torch.is_grad_enabled()
     tracker, known = ReadTracker(), Known()
-    contents, around, shared = Contents(snapshot), Surroundings(fn), SharedData()
+    contents, around, shared = Contents(snapshot), Surroundings(fn, roots), SharedData()
     try:
         with (
             recorder.watching(),
@@ -343,7 +345,7 @@ def _captured(
     finally:
         snapshot.restore()
         known.restore()
-        lost, outside = contents.restore(), around.restore()
+        lost, outside = contents.restore(), [*around.restore(), *tracker.outside]
     if whole and recorder.transforms:
         raise _BelowError
     if outside:
@@ -367,7 +369,9 @@ def _captured(
     leaves = _leaves(module, owners, whole)
     changes = [effect.change for effect in produced["effects"] if effect.change is not None]
     changed = frozenset((id(change.record.target), change.step[1]) for change in changes)
-    guard = ModuleGuard(snapshot, tracker.reads | recorder.unseen, roots, changed, around)
+    left = [leaf for effect in produced["effects"] for leaf in effect.leaves]
+    kept = frozenset(id(leaf.value) for leaf in left if isinstance(leaf, Kept) and leaf.is_exact)
+    guard = ModuleGuard(snapshot, tracker.reads | recorder.unseen, roots, changed, around, kept)
     module = explicit_autocast(module)
     read = [_leaf(tensor, f"read{i}", owners) for i, tensor in enumerate(known.read)]
     return Capture(
@@ -430,19 +434,10 @@ def _refer(values: list[Any], outputs: list[torch.Tensor]) -> tuple[Any, ...]:
 def _effects(
     snapshot: Snapshot, written: set[tuple[int, str]], outputs: list[torch.Tensor]
 ) -> Iterator[Effect]:
-    for change in snapshot.changes(written):
-        if change.value is DELETED:
-            yield Effect(change, change.name, None, ())
-            continue
-        leaves, spec = pytree.tree_flatten(change.value)
-        for leaf in leaves:
-            if not isinstance(leaf, torch.Tensor) and contains_tensor(leaf):
-                raise CaptureError(
-                    f"the forward leaves an object that holds tensors in {change.name}",
-                    [f"{change.name} = {type(leaf).__name__}(...)"],
-                    "keep state in tensors, lists, tuples or dicts, or drop the object at the end of the "
-                    "forward",
-                )
+    changes = snapshot.changes(written)
+    flatten = Flattener([change.value for change in changes], snapshot.knows)
+    for change in changes:
+        leaves, spec = flatten(change.value, change.name)
         yield Effect(change, change.name, spec, _refer(leaves, outputs))
 
 

@@ -8,6 +8,7 @@ changed watch means another program.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +18,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from rmtcompile.errors import UnsupportedError
+from rmtcompile.objects import ATOMS, contains_tensor
 from rmtcompile.probe import Segmentation
-from rmtcompile.state import _ATOMS, contains_tensor
 from rmtcompile.watch import template
 
 _tracked: dict[type, type] = {}
+_BODY: set[str] = set()
+"""What such a subclass has of its own."""
 
 
 class ReadTracker:
@@ -30,6 +33,7 @@ class ReadTracker:
     def __init__(self) -> None:
         self.reads: set[tuple[int, str]] = set()
         self.written: set[tuple[int, str]] = set()
+        self.outside: list[str] = []  # attributes that were set on a module's class
 
     @contextmanager
     def watching(self, roots: dict[str, nn.Module]) -> Iterator[None]:
@@ -51,6 +55,9 @@ class ReadTracker:
             for module, cls in swapped:
                 _listeners.pop(id(module), None)
                 module.__class__ = cls
+                for name in vars(_tracked[cls]).keys() - _BODY:
+                    delattr(_tracked[cls], name)
+                    self.outside.append(f"{cls.__name__}.{name}")
 
 
 _listeners: dict[int, ReadTracker] = {}
@@ -63,7 +70,12 @@ def _subclass(cls: type[nn.Module]) -> type:
     def __getattribute__(self: Any, name: str) -> Any:
         tracker = _listeners.get(id(self))
         if tracker is not None and (id(self), name) not in tracker.written:
-            tracker.reads.add((id(self), name))
+            if name == "__dict__":
+                reader = sys._getframe(1).f_globals.get("__name__", "")
+                if not reader.startswith(("torch.", "rmtcompile.objects")):
+                    tracker.reads.update((id(self), key) for key in cls.__getattribute__(self, name))
+            else:
+                tracker.reads.add((id(self), name))
         return cls.__getattribute__(self, name)
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
@@ -72,10 +84,20 @@ def _subclass(cls: type[nn.Module]) -> type:
             tracker.written.add((id(self), name))
         cls.__setattr__(self, name, value)
 
-    body = {"__getattribute__": __getattribute__, "__setattr__": __setattr__, "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    def __delattr__(self: Any, name: str) -> None:
+        tracker = _listeners.get(id(self))
+        if tracker is not None and (id(self), name) not in tracker.written:
+            tracker.reads.add((id(self), name))  # it would fail if there were none
+            tracker.written.add((id(self), name))
+        cls.__delattr__(self, name)
+
+    body: dict[str, Any] = {
+        "__getattribute__": __getattribute__, "__setattr__": __setattr__, "__delattr__": __delattr__,
+        "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__,
+    }  # fmt: skip
     kind: type[type] = type(cls)
     _tracked[cls] = kind(cls.__name__, (cls,), body)
+    _BODY.update(vars(_tracked[cls]))
     return _tracked[cls]
 
 
@@ -106,7 +128,7 @@ def structure_key(args: Any, kwargs: Any, segmentation: Segmentation) -> tuple[A
 def _static(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return ("tensor", value.dtype, value.device, value.dim(), value.requires_grad)
-    if isinstance(value, _ATOMS):
+    if isinstance(value, ATOMS):
         return (type(value).__name__, value)
     if contains_tensor(value):
         raise UnsupportedError(

@@ -8,14 +8,19 @@ import torch
 
 from rmtcompile.pipeline import Compiled
 from rmtcompile.results import value_of
-from rmtcompile.state import DELETED
 
 
 def leave_effects(compiled: Compiled, count: int, outputs: tuple[Any, ...]) -> None:
     """Leave in the model what the forward would have left."""
-    for effect, rule in compiled.effects:
+    for (effect, _), value in zip(compiled.effects, left_values(compiled, count, outputs), strict=True):
         assert effect.change is not None
-        effect.change.apply(DELETED if effect.spec is None else value_of(rule, outputs, count))
+        effect.change.apply(value)
+
+
+def left_values(compiled: Compiled, count: int, outputs: tuple[Any, ...]) -> list[Any]:
+    """What each effect leaves, DELETED among it; an object that several leave is one object."""
+    made: dict[int, Any] = {}
+    return [value_of(rule, outputs, count, made=made) for _, rule in compiled.effects]
 
 
 def written_tensors(compiled: Compiled, inputs: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -35,7 +35,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmtcompile.arguments import Arguments, Known, New, OutlineError, Place, Same, known_of, literal
 from rmtcompile.blame import raised_at, user_source
-from rmtcompile.state import _ATOMS, Contents, Snapshot, roots_of
+from rmtcompile.objects import ATOMS
+from rmtcompile.state import Contents, Snapshot, roots_of
 from rmtcompile.surroundings import Surroundings
 from rmtcompile.tracing import SharedData, refused_functions, uncached_autocast
 
@@ -208,7 +209,7 @@ class _Recorder:
             elif type(leaf) is int:
                 self.row((place, int), (), [*ints, leaf])
             else:
-                is_atom = isinstance(leaf, _ATOMS) and leaf == leaf
+                is_atom = isinstance(leaf, ATOMS) and leaf == leaf
                 self.row((place, type(leaf), leaf if is_atom else None), (), ints)
 
     def noted(self, func: Any, said: Arguments, known: Known, modes: Any) -> tuple[int, int]:

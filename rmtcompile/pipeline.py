@@ -220,14 +220,8 @@ def _results(
         )
     effects = []
     for x, y in zip(a.effects, b.effects, strict=True):
-        if (x.spec is None) != (y.spec is None):
-            raise RerollError(f"what the forward leaves in {x.name} changes with the number of segments")
-        rule = None
-        if x.spec is not None:
-            rule = aligner.align(
-                (x.leaves, x.spec), (y.leaves, y.spec), f"what the forward leaves in {x.name}"
-            )
-        effects.append((x, rule))
+        where = f"what the forward leaves in {x.name}"
+        effects.append((x, aligner.align((x.leaves, x.spec), (y.leaves, y.spec), where)))
     total_a, total_b = _output_count(a), _output_count(b)
     for i in range(n_written, 0, -1):
         aligner.pairs.append(((total_a - i,), (total_b - i,), False))

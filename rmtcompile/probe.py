@@ -245,8 +245,9 @@ def _attempt(
 ) -> tuple[_Views, Exception | None]:
     """Run the forward on fake inputs of the given shapes until two segments were seen; gives the views of
     them, and what it raised."""
-    snapshot = Snapshot(roots_of(fn))
-    contents, around = Contents(snapshot), Surroundings(fn)
+    roots = roots_of(fn)
+    snapshot = Snapshot(roots)
+    contents, around = Contents(snapshot), Surroundings(fn, roots)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     values = list(flat)
     fakes = []

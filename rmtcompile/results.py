@@ -14,12 +14,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.utils import _pytree as pytree
 
 from rmtcompile.capture import Out
 from rmtcompile.errors import RerollError
+from rmtcompile.objects import ATOMS
 from rmtcompile.program import Affine
+from rmtcompile.trees import Again, Kept, Keys, Spec, empty, fill
 
 
 @dataclass(frozen=True)
@@ -39,37 +40,74 @@ class Family:
     first: int = 0
     is_woven: bool = False
 
-    def entry(self, outputs: tuple[Any, ...], count: int, j: int) -> tuple[Any, Any]:
+    def entry(self, outputs: tuple[Any, ...], count: int, j: int, made: Made) -> tuple[Any, Any]:
         """Key (None in a sequence) and value of one member."""
         key = None if self.keys is None else f"{self.keys[0]}{self.first + j}{self.keys[1]}"
-        return key, value_of(self.member, outputs, count, j)
+        return key, value_of(self.member, outputs, count, j, made)
 
 
 @dataclass(frozen=True)
 class Node:
-    """A container: its type and context as pytree knows them, and its children."""
+    """A container: its type and context as pytree knows them, or as `trees.py` does, and its children.
+
+    Attributes:
+        label: where the very object is put in other places, too.
+    """
 
     kind: Any
     context: Any
     children: tuple[Any, ...]  # Node | Family | Out | Affine | static values
+    label: int | None = None
 
-    def build(self, outputs: tuple[Any, ...], count: int, member: int | None = None) -> Any:
+    def build(self, outputs: tuple[Any, ...], count: int, member: int | None, made: Made) -> Any:
         """The result for `count` segments, or its part in one member of a family."""
-        named = isinstance(self.context, list)
+        object_ = empty(self.kind, self.context) if isinstance(self.context, Keys) else None
+        if self.label is not None:
+            made[self.label] = object_  # it may hold itself
+        built = self._filled(object_, self._entries(outputs, count, member, made))
+        if self.label is not None:
+            made[self.label] = built
+        return built
+
+    def _entries(
+        self, outputs: tuple[Any, ...], count: int, member: int | None, made: Made
+    ) -> list[tuple[Any, Any]]:
+        named = _names(self.context)
         entries: list[tuple[Any, Any]] = []
         for i, child in enumerate(self.children):
             if not isinstance(child, Family):
-                key = self.context[i] if named else None
-                entries.append((key, value_of(child, outputs, count, member)))
+                key = named[i] if named is not None else None
+                entries.append((key, value_of(child, outputs, count, member, made)))
             elif not child.is_woven:
                 woven = itertools.takewhile(_is_woven, self.children[i + 1 :])
                 families = [child, *woven]
-                entries += [family.entry(outputs, count, j) for j in range(count) for family in families]
-        values = [value for _, value in entries]
-        context = [key for key, _ in entries] if named else self.context
-        if named and issubclass(self.kind, dict) and dataclasses.is_dataclass(self.kind):
+                entries += [
+                    family.entry(outputs, count, j, made) for j in range(count) for family in families
+                ]
+        return entries
+
+    def _filled(self, object_: Any, entries: list[tuple[Any, Any]]) -> Any:
+        values, named = [value for _, value in entries], _names(self.context)
+        if isinstance(self.context, Keys):
+            steps = self.context.steps
+            if len(entries) != len(steps) or named is not None:
+                steps = tuple(("item", i if named is None else key) for i, (key, _) in enumerate(entries))
+            return fill(object_, self.kind, dataclasses.replace(self.context, steps=steps), values)
+        context = [key for key, _ in entries] if named is not None else self.context
+        if named is not None and issubclass(self.kind, dict) and dataclasses.is_dataclass(self.kind):
             return _with_extra_keys(self.kind, dict(entries))
         return pytree.SUPPORTED_NODES[self.kind].unflatten_fn(values, context)
+
+
+Made = dict[int, Any]
+"""Objects that were made, by their labels."""
+
+
+def _names(context: Any) -> list[Any] | None:
+    """The keys of a container that has some."""
+    if isinstance(context, Keys):
+        return context.names
+    return context if isinstance(context, list) else None
 
 
 def _is_woven(child: Any) -> bool:
@@ -86,14 +124,22 @@ def _with_extra_keys(kind: Any, items: dict[str, Any]) -> Any:
     return made
 
 
-def value_of(rule: Any, outputs: tuple[Any, ...], count: int, member: int | None = None) -> Any:
+def value_of(
+    rule: Any, outputs: tuple[Any, ...], count: int, member: int | None = None, made: Made | None = None
+) -> Any:
     """One value of a result: an output, an integer that grows with the segments, a container, or itself.
 
     Args:
         member: number of the member, in a family.
+        made: objects that lie in several values; those made now are added.
     """
     if isinstance(rule, Node):
-        return rule.build(outputs, count, member)
+        return rule.build(outputs, count, member, {} if made is None else made)
+    if isinstance(rule, Kept):
+        return rule.value
+    if isinstance(rule, Again):
+        assert made is not None
+        return made[rule.label]
     if isinstance(rule, Out):
         return outputs[rule.index] if member is None else outputs[rule.index][member]
     if isinstance(rule, Affine):
@@ -141,7 +187,8 @@ class Aligner:
     ) -> tuple[Any, list[Any], list[Any]]:
         if a.is_leaf() and b.is_leaf():
             return self._leaf(leaves_a[0], leaves_b[0]), leaves_a[1:], leaves_b[1:]
-        if a.is_leaf() or b.is_leaf() or a.type is not b.type:
+        label = getattr(a, "label", None)
+        if a.is_leaf() or b.is_leaf() or a.type is not b.type or label != getattr(b, "label", None):
             raise self._error(f"{a}", f"{b}")
         children_a, children_b = _children(a), _children(b)
         if len(children_a) == len(children_b) and a.context == b.context:
@@ -149,7 +196,7 @@ class Aligner:
             for x, y in zip(children_a, children_b, strict=True):
                 child, leaves_a, leaves_b = self._walk(x, y, leaves_a, leaves_b)
                 children.append(child)
-            return Node(a.type, a.context, tuple(children)), leaves_a, leaves_b
+            return Node(a.type, a.context, tuple(children), label), leaves_a, leaves_b
         node = self._grown(a, b, _split(children_a, leaves_a), _split(children_b, leaves_b))
         return node, leaves_a[a.num_leaves :], leaves_b[b.num_leaves :]
 
@@ -162,7 +209,7 @@ class Aligner:
         if type(a) is int and type(b) is int and a != b:
             slope = (b - a) // (self.counts[1] - self.counts[0])
             return Affine(a - slope * self.counts[0], 0, slope)
-        plain = isinstance(a, (bool, int, float, str, torch.dtype, torch.device))
+        plain = isinstance(a, (*ATOMS, Kept, Again))
         if type(a) is not type(b) or (plain and a != b):
             raise self._error(repr(a), repr(b))
         return a
@@ -185,24 +232,27 @@ class Aligner:
 
     def _grown(self, a: Any, b: Any, parts_a: list[Any], parts_b: list[Any]) -> Node:
         """A container with more entries over more segments; parts are (spec, leaves) of each entry."""
-        if not isinstance(a.context, list):
+        names_a, names_b = _names(a.context), _names(b.context)
+        if names_a is None or names_b is None:
+            if isinstance(a.context, Keys) and (a.context.has_fields or b.context.has_fields):
+                raise self._error(str(a), str(b))
             each, rest = divmod(len(parts_a), self.counts[0])
             if rest or len(parts_b) != each * self.counts[1]:
                 raise self._error(f"{len(parts_a)} entries", f"{len(parts_b)} entries")
             families = [self._family(parts_a[i::each], parts_b[i::each]) for i in range(each)]
             in_turn = (dataclasses.replace(family, is_woven=i > 0) for i, family in enumerate(families))
-            return Node(a.type, a.context, tuple(in_turn))
-        numbered_a, numbered_b = _numbered(a.context), _numbered(b.context)
+            return Node(a.type, a.context, tuple(in_turn), getattr(a, "label", None))
+        numbered_a, numbered_b = _numbered(names_a), _numbered(names_b)
         growing = {k for k, v in numbered_b.items() if (len(numbered_a.get(k, ())), len(v)) == self.counts}
         children: list[Any] = []
         context: list[Any] = []
         done: set[Any] = set()
-        for i, key in enumerate(a.context):
+        for i, key in enumerate(names_a):
             pattern = _pattern(key)
             if pattern is None or pattern[:2] not in growing:
-                if key not in b.context:
-                    raise self._error(str(a.context), str(b.context))
-                other = parts_b[b.context.index(key)]
+                if key not in names_b:
+                    raise self._error(str(names_a), str(names_b))
+                other = parts_b[names_b.index(key)]
                 child, _, _ = self._walk(parts_a[i][0], other[0], parts_a[i][1], other[1])
                 children.append(child)
                 context.append(key)
@@ -215,16 +265,21 @@ class Aligner:
                 woven = before is not None and numbered_b[before][1] > numbered_b[pattern[:2]][0]
                 children.append(dataclasses.replace(family, is_woven=woven))
                 context.append(key)
-        for key in b.context:
+        for key in names_b:
             pattern = _pattern(key)
-            if key not in a.context and (pattern is None or pattern[:2] not in growing):
-                raise self._error(str(a.context), str(b.context))
+            if key not in names_a and (pattern is None or pattern[:2] not in growing):
+                raise self._error(str(names_a), str(names_b))
+        if isinstance(a.context, Keys):
+            steps = tuple(("item", key) for key in context)
+            return Node(a.type, dataclasses.replace(a.context, steps=steps), tuple(children), a.label)
         return Node(a.type, context, tuple(children))
 
     def _family(
         self, parts_a: list[Any], parts_b: list[Any], keys: tuple[str, str] | None = None, first: int = 0
     ) -> Family:
         spec = parts_a[0][0]
+        if _is_labelled(spec) or any(isinstance(leaf, Again) for _, leaves in parts_a for leaf in leaves):
+            raise self._error("an object lies in several places", "one a segment")
         if any(other != spec for other, _ in (*parts_a, *parts_b)):
             raise self._error(*(str([spec for spec, _ in parts]) for parts in (parts_a, parts_b)))
         a, b = (
@@ -244,6 +299,10 @@ class Aligner:
 
 def _children(spec: Any) -> list[Any]:
     return list(spec.children()) if callable(getattr(spec, "children", None)) else list(spec.children_specs)
+
+
+def _is_labelled(spec: Any) -> bool:
+    return isinstance(spec, Spec) and (spec.label is not None or any(map(_is_labelled, spec.inner)))
 
 
 def _split(children: list[Any], leaves: list[Any]) -> list[tuple[Any, list[Any]]]:

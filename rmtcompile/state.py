@@ -1,6 +1,6 @@
 """What a forward leaves behind in the modules it runs: snapshot, difference, restoration, replay.
 
-Models keep state in plain attributes, lists, dicts, buffers and cache objects, and count in Python integers.
+Models keep state in plain attributes, containers, buffers and cache objects, and count in Python integers.
 Tracing runs the forward on fake tensors, so every one of them must be put back afterwards; and what the
 forward would have left behind is part of the program's result, so it has to be described well enough to be
 left again by the compiled program.
@@ -8,52 +8,75 @@ left again by the compiled program.
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
-Path = tuple[tuple[str, Any], ...]  # (("attr" | "item", key), ...) from an object down to one value
-
-_ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-_OPAQUE = (
-    type,
-    types.FunctionType,
-    types.MethodType,
-    types.ModuleType,
-    types.BuiltinFunctionType,
-    torch.Generator,
+from rmtcompile.objects import (
+    ATOMS,
+    DELETED,
+    LIMIT,
+    Path,
+    Step,
+    base_of,
+    closed_over,
+    contains_tensor,
+    held,
+    is_fixed,
+    is_leaf,
+    is_same,
+    items_of,
+    now,
+    parts,
+    path_name,
+    put,
+    put_items,
+    too_large,
+    walk,
 )
 
-
-def _fields(value: object) -> dict[str, Any] | None:
-    """The mutable namespace of an object that may hold state, or None where there is nothing to look into."""
-    if isinstance(value, (torch.Tensor, *_ATOMS, *_OPAQUE)) or value is None:
-        return None
-    fields = getattr(value, "__dict__", None)
-    return fields if isinstance(fields, dict) else None
+_NAMESPACES = ("_parameters", "_buffers", "_modules")
+_WHOLE: Step = ("all", None)
 
 
 @dataclass
 class _Record:
-    """One container as it was: the object itself, a shallow copy of what it held, and the module that holds
-    it."""
+    """One object as it was: the object itself, what it held, and the module that holds it.
+
+    Attributes:
+        items: its items where it is a container that can be filled anew.
+        routes: further ways to it, from modules.
+    """
 
     target: Any
     path: Path
-    copy: Any
+    copy: dict[Step, Any]
     module: nn.Module
+    items: Any = None
+    routes: list[tuple[nn.Module, Path]] = field(default_factory=list)
 
     @property
-    def is_replaceable(self) -> bool:
-        """Whether it sits in an attribute, where a forward may put another one in its place."""
-        return len(self.path) > 1 and self.path[1][1] not in ("_parameters", "_buffers", "_modules")
+    def way(self) -> Path | None:
+        """From the module on, or None for the namespaces that torch keeps in every module: no forward puts
+        another dict in their place."""
+        return None if len(self.path) > 1 and self.path[1][1] in _NAMESPACES else self.path[1:]
+
+    def restore(self) -> None:
+        """Put back what it held, where that is not there any more."""
+        target, held_now = self.target, held(self.target)
+        if self.items is not None and _other_items(self.items, items_of(target)):
+            put_items(target, self.items)
+        for step in held_now.keys() - self.copy.keys():
+            if not _is_item(step):
+                put(target, step, DELETED)
+        for step, value in self.copy.items():
+            if now(target, step) is not value:
+                put(target, step, value)
 
 
 class Held(NamedTuple):
@@ -74,47 +97,44 @@ class Snapshot:
         roots: modules by the name under which their paths are reported ("" for the model itself).
     """
 
-    MAX_DEPTH = 6
-
     def __init__(self, roots: dict[str, nn.Module]) -> None:
         self._records: dict[int, _Record] = {}
         for name, module in roots.items():
             self.add(name, module)
 
     def add(self, name: str, root: nn.Module) -> None:
-        """Record `root` and everything below it that is not recorded yet."""
+        """Record `root` and everything below it that is not recorded yet; modules under their own paths."""
         for path, module in root.named_modules():
-            full = f"{name}.{path}" if name and path else name or path
-            self._record(module, ((("module", full)),), 0, module)
+            if id(module) not in self._records:
+                self._record(module, f"{name}.{path}" if name and path else name or path)
 
-    def _record(self, value: Any, path: Path, depth: int, module: nn.Module) -> None:
-        if id(value) in self._records or depth > self.MAX_DEPTH:
-            return
-        if isinstance(value, nn.Module) and depth > 0:
-            return  # modules are recorded by `add`, under their own path
-        if isinstance(value, (dict, list)):
-            self._records[id(value)] = _Record(value, path, value.copy(), module)
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            for key, item in items:
-                self._record(item, (*path, ("item", key)), depth + 1, module)
-        elif isinstance(value, tuple):
-            for key, item in enumerate(value):
-                self._record(item, (*path, ("item", key)), depth + 1, module)
-        elif (fields := _fields(value)) is not None:
-            self._records[id(value)] = _Record(value, path, fields.copy(), module)
-            for key, item in fields.items():
-                self._record(item, (*path, ("attr", key)), depth + 1, module)
+    def _record(self, module: nn.Module, name: str) -> None:
+        stack: list[tuple[Path, Any]] = [((("module", name),), module)]
+        while stack:
+            path, value = stack.pop()
+            if is_leaf(value) and value is not module:
+                continue
+            known = self._records.get(id(value))
+            if known is not None:
+                if value is not module:
+                    known.routes.append((module, path[1:]))
+                continue
+            copy = held(value) if value is module else parts(value)
+            can_fill = base_of(type(value)) is not object and not is_fixed(value)
+            record = _Record(value, path, copy, module, items_of(value) if can_fill else None)
+            self._records[id(value)] = record
+            if len(self._records) > LIMIT:
+                raise too_large(path)
+            stack += [((*path, step), item) for step, item in reversed(copy.items())]
+
+    def knows(self, value: object) -> bool:
+        """Whether it was there before the forward."""
+        return id(value) in self._records
 
     def restore(self) -> None:
-        """Put every recorded container back as it was, value by value, keeping the containers' identity."""
+        """Put every recorded object back as it was, value by value, keeping the objects' identity."""
         for record in self._records.values():
-            target = record.target
-            if isinstance(target, list):
-                target[:] = record.copy
-            else:
-                fields = target if isinstance(target, dict) else target.__dict__
-                fields.clear()
-                fields.update(record.copy)
+            record.restore()
 
     def changes(self, written: Collection[tuple[int, str]] = ()) -> list[Change]:
         """What differs now from the snapshot, one entry a value, in a deterministic order.
@@ -125,47 +145,75 @@ class Snapshot:
         """
         found: list[Change] = []
         for record in self._records.values():
-            target = record.target
-            if isinstance(target, list):
-                if len(target) == len(record.copy):
-                    pairs = [
-                        (i, old, new) for i, (old, new) in enumerate(zip(record.copy, target, strict=True))
-                    ]
-                    found += [Change(record, ("item", i), new) for i, old, new in pairs if _differs(old, new)]
-                else:
-                    found.append(Change(record, ("all", None), list(target)))
-                continue
-            kind, fields = ("item", target) if isinstance(target, dict) else ("attr", target.__dict__)
-            for key, new in fields.items():
-                again = isinstance(new, _ATOMS) and (id(target), key) in written
-                if key not in record.copy or again or _differs(record.copy[key], new):
-                    found.append(Change(record, (kind, key), new))
-            found += [Change(record, (kind, key), DELETED) for key in record.copy if key not in fields]
-        return found
+            before, after = record.copy, held(record.target)
+            whole = record.items is not None and _is_new_whole(record.items, items_of(record.target))
+            if whole:
+                found.append(Change(record, _WHOLE, items_of(record.target)))
+            for step, new in after.items():
+                if whole and _is_item(step):
+                    continue
+                was_set = step[0] == "attr" and (id(record.target), step[1]) in written
+                again = was_set and isinstance(new, ATOMS)
+                if step not in before or again or not is_same(before[step], new):
+                    found.append(Change(record, step, new))
+            gone = (step for step in before if step not in after and not (whole and _is_item(step)))
+            found += [Change(record, step, DELETED) for step in gone]
+        return [change for change in found if change.step[0] not in ("referent", "member")]
 
-    def atoms(self) -> dict[tuple[int, Any], Any]:
-        """Every recorded Python atom (flags, counters, names): what the forward may have branched on."""
-        return {
-            (key, name): value
-            for key, record in self._records.items()
-            for name, value in _entries(record.copy)
-            if isinstance(value, _ATOMS)
-        }
-
-    def holders(self) -> Iterator[tuple[Any, Any]]:
-        """(container, copy of its content) of every record."""
+    def holders(self) -> Iterator[tuple[Any, dict[Step, Any]]]:
+        """(object, what it held) of every record."""
         for record in self._records.values():
             yield record.target, record.copy
+
+    def shared(self) -> Iterator[list[tuple[nn.Module, Path]]]:
+        """The ways to each object with tensors inside that several ways lead to."""
+        for record in self._records.values():
+            if record.routes and record.way is not None and contains_tensor(record.target):
+                yield [(record.module, record.way), *record.routes]
 
     def tensors(self) -> Iterator[Held]:
         """Every recorded tensor, and where it is held."""
         for record in self._records.values():
-            kind = "item" if isinstance(record.target, (dict, list)) else "attr"
-            for key, value in _entries(record.copy):
+            for step, value in record.copy.items():
                 if isinstance(value, torch.Tensor):
-                    name = path_name((*record.path, ("item", key)))
-                    way = (*record.path[1:], (kind, key)) if record.is_replaceable else ()
-                    yield Held(value, name, record.module if way else record.target, key, way)
+                    name = path_name((*record.path, step))
+                    if record.way is None or record.target is record.module:
+                        yield Held(value, name, record.target, step[1], ())
+                    else:
+                        yield Held(value, name, record.module, step[1], (*record.way, step))
+
+
+def _is_item(step: Step) -> bool:
+    return step[0] in ("item", "member")
+
+
+def _is_key(key: Any, other: Any) -> bool:
+    return key is other or (not isinstance(key, torch.Tensor) and type(key) is type(other) and key == other)
+
+
+def _other_items(before: Any, after: Any) -> bool:
+    """Whether a container has other items, or its keys another order."""
+    if isinstance(before, set):
+        return {id(item) for item in before} != {id(item) for item in after}
+    if len(before) != len(after):
+        return True
+    if isinstance(before, dict) and not all(map(_is_key, before, after)):
+        return True
+    values = (before.values(), after.values()) if isinstance(before, dict) else (before, after)
+    return any(a is not b for a, b in zip(*values, strict=True))
+
+
+def _is_new_whole(before: Any, after: Any) -> bool:
+    """Whether a container has so other items that they are left as a whole: a list of another length, a set
+    of other elements, a dict whose keys have come into another order."""
+    if isinstance(before, set):
+        atoms = ({item for item in items if isinstance(item, ATOMS)} for items in (before, after))
+        rest = ({id(item) for item in items if not isinstance(item, ATOMS)} for items in (before, after))
+        return len({frozenset(found) for found in atoms}) > 1 or len({frozenset(found) for found in rest}) > 1
+    if isinstance(before, list):
+        return len(before) != len(after)
+    kept = [key for key in before if key in after]
+    return not all(map(_is_key, kept, after))  # new ones come last
 
 
 class Contents:
@@ -179,9 +227,11 @@ class Contents:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._kept: list[tuple[torch.Tensor, int | None, torch.Tensor | None, str]] = []
+        seen: set[int] = set()
         for tensor, name, *_ in snapshot.tensors():
-            if isinstance(tensor, FakeTensor) or nn.parameter.is_lazy(tensor):
+            if isinstance(tensor, FakeTensor) or nn.parameter.is_lazy(tensor) or id(tensor) in seen:
                 continue
+            seen.add(id(tensor))
             keep = tensor.numel() <= self.SMALL or not isinstance(tensor, nn.Parameter)
             content = tensor.detach().clone() if keep else None
             self._kept.append((tensor, _version(tensor), content, name))
@@ -211,30 +261,12 @@ def _version(tensor: torch.Tensor) -> int | None:
         return None
 
 
-class _Deleted:
-    def __repr__(self) -> str:
-        return "DELETED"
-
-
-DELETED = _Deleted()
-
-
-def _entries(copy: Any) -> Iterator[tuple[Any, Any]]:
-    yield from copy.items() if isinstance(copy, dict) else enumerate(copy)
-
-
-def _differs(old: Any, new: Any) -> bool:
-    if isinstance(old, _ATOMS) and isinstance(new, _ATOMS):
-        return type(old) is not type(new) or old != new
-    return old is not new
-
-
 @dataclass(frozen=True)
 class Change:
     """One value that a forward left different: where, and the new value."""
 
     record: _Record
-    step: tuple[str, Any]
+    step: Step
     value: Any
 
     @property
@@ -247,115 +279,55 @@ class Change:
         return path_name(self.record.path if self.is_hook else (*self.record.path, self.step))
 
     def now(self) -> Any:
-        """What is there now: a value, or DELETED."""
-        kind, key = self.step
-        target = self.record.target
-        if kind == "all":
-            return list(target)
-        if isinstance(target, list):
-            return target[key] if key < len(target) else DELETED
-        fields = target if kind == "item" else target.__dict__
-        return fields.get(key, DELETED)
+        """What is there now: a value, a copy of all items, or DELETED."""
+        return items_of(self.record.target) if self.step == _WHOLE else now(self.record.target, self.step)
 
     def apply(self, value: Any) -> None:
         """Leave `value` where the forward left its own."""
-        put(self.record.target, self.step, value)
+        if self.step == _WHOLE:
+            put_items(self.record.target, value)
+        else:
+            put(self.record.target, self.step, value)
 
 
-def put(target: Any, step: tuple[str, Any], value: Any) -> None:
-    """Set one attribute or item, or a list's whole content."""
-    kind, key = step
-    if kind == "all":
-        target[:] = value
-    elif isinstance(target, nn.Module) and kind == "attr":
-        target.__dict__[key] = value
-    elif kind == "attr":
-        object.__setattr__(target, key, value) if value is not DELETED else target.__dict__.pop(key, None)
-    elif value is DELETED:
-        target.pop(key, None)
-    else:
-        target[key] = value
-
-
-def path_name(path: Path) -> str:
-    """`memory_cell.layers.0.W_mem` from a path; the namespaces in which torch keeps parameters and buffers
-    are left out."""
-    parts: list[str] = []
-    for kind, key in path:
-        if kind == "all" or key in ("_parameters", "_buffers", ""):
-            continue
-        parts.append(
-            f"[{key!r}]" if kind == "item" and not isinstance(key, str) else f"{'.' if parts else ''}{key}"
-        )
-    return "".join(parts)
-
-
-def contains_tensor(value: Any, depth: int = 4) -> bool:
-    """Whether `value` holds a tensor somewhere inside, attributes of plain objects included."""
-    if isinstance(value, torch.Tensor):
-        return True
-    if depth == 0 or isinstance(value, (*_ATOMS, *_OPAQUE, nn.Module)):
-        return False
-    if isinstance(value, dict):
-        return any(contains_tensor(item, depth - 1) for item in value.values())
-    if isinstance(value, (list, tuple, set)):
-        return any(contains_tensor(item, depth - 1) for item in value)
-    fields = _fields(value)
-    return fields is not None and any(contains_tensor(item, depth - 1) for item in fields.values())
+# ---- what a callable reaches -------------------------------------------------------------------------------
 
 
 def roots_of(fn: Callable[..., Any]) -> dict[str, nn.Module]:
     """The modules that a callable can reach: itself, its bound object, its closure, its defaults, a partial's
-    parts.
+    parts, and those that lie, registered nowhere, in the attributes of these.
 
     Returns:
         Modules by name: "" for a module itself, else the name under which the callable refers to it.
     """
-    if isinstance(fn, nn.Module):
-        return {"": fn}
     found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
+    inside: set[int] = set()  # all that is below what was found
 
-    def visit(name: str, value: Any, depth: int) -> None:
-        if id(value) in seen or depth > 4:
-            return
-        seen.add(id(value))
-        if isinstance(value, nn.Module):
-            found.setdefault(name, value)
-        elif isinstance(value, types.MethodType):
-            visit(name, value.__self__, depth + 1)
-            visit(name, value.__func__, depth + 1)
-        elif isinstance(value, types.FunctionType):
-            names = set(value.__code__.co_names)
-            for code in (c for c in value.__code__.co_consts if isinstance(c, types.CodeType)):
-                names |= set(code.co_names)
-            cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-            for inner, cell in cells:
-                try:
-                    visit(inner, cell.cell_contents, depth + 1)
-                except ValueError:  # a cell that is not filled yet
-                    continue
-            for inner in names & value.__globals__.keys():
-                visit(inner, value.__globals__[inner], depth + 1)
-            for inner, item in zip(("default",) * 99, value.__defaults__ or (), strict=False):
-                visit(inner, item, depth + 1)
-        elif isinstance(value, functools.partial):
-            for item in (value.func, *value.args, *value.keywords.values()):
-                visit(name, item, depth + 1)
-        elif isinstance(value, (list, tuple)):
-            for i, item in enumerate(value):
-                visit(f"{name}[{i}]", item, depth + 1)
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                visit(f"{name}[{key!r}]", item, depth + 1)
-        elif type(value).__module__ not in ("builtins", "torch") and (fields := _fields(value)) is not None:
-            for key, item in fields.items():
-                visit(f"{name}.{key}", item, depth + 1)
+    def into(value: Any) -> dict[Step, Any]:
+        return held(value) if isinstance(value, nn.Module) else _referred(value)
 
-    visit("", fn, 0)
+    for path, value in walk(fn, into=into):
+        if isinstance(value, nn.Module) and id(value) not in inside:
+            name = path_name(path)
+            found[name if name not in found else f"{name} #{len(found)}"] = value
+            inside |= {id(module) for module in value.modules()}
     return found
 
 
-def flatten_new(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """Flatten a value that a forward left behind (a tensor, or a container of tensors)."""
-    return pytree.tree_flatten(value)
+def _referred(value: Any) -> dict[Step, Any]:
+    """What a function, a method or a plain object refers to."""
+    if isinstance(value, types.MethodType):
+        return {("attr", ""): value.__self__, ("item", ""): value.__func__}
+    if isinstance(value, types.FunctionType):
+        spaces = value.__globals__
+        used = {("attr", name): spaces[name] for name in sorted(names_in(value.__code__)) if name in spaces}
+        return {**closed_over(value), **used}
+    if type(value).__module__.split(".")[0] == "torch":
+        return {}
+    return parts(value)
+
+
+def names_in(code: types.CodeType) -> frozenset[str]:
+    """Names that a function's code uses, functions inside it included."""
+    inner = (names_in(const) for const in code.co_consts if isinstance(const, types.CodeType))
+    return frozenset(code.co_names).union(*inner)

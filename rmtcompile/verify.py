@@ -23,15 +23,17 @@ from torch.utils import _pytree as pytree
 
 from rmtcompile.capture import Capture, Out
 from rmtcompile.errors import InternalError, UnsupportedError
-from rmtcompile.leaving import written_tensors
+from rmtcompile.leaving import left_values, written_tensors
+from rmtcompile.objects import ATOMS
 from rmtcompile.options import Options
 from rmtcompile.passes.partition import CELL, INIT, Region
 from rmtcompile.pipeline import Compiled
 from rmtcompile.probe import Segmentation
 from rmtcompile.results import value_of
 from rmtcompile.runtime.execute import Executor
-from rmtcompile.state import _ATOMS, DELETED, Snapshot, roots_of
+from rmtcompile.state import Snapshot, roots_of
 from rmtcompile.tracing import autocast_as
+from rmtcompile.trees import flat
 from rmtcompile.unrolling import capture_at
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
@@ -75,11 +77,11 @@ def difference(
         tolerance: relative differences that are none, where the dtype's own is smaller.
     """
     inputs = tensors_of(args, kwargs)
-    effects = [(e, rule) for e, rule in compiled.effects if e.change is not None and not e.change.is_hook]
+    effects = [e for e, _ in compiled.effects]
     written = written_tensors(compiled, inputs)
     with _put_back(fn, written):
         expected = fn(*args, **kwargs)
-        left = [effect.change.now() for effect, _ in effects]  # type: ignore[union-attr]
+        left = [flat(effect.change.now()) for effect in effects if effect.change is not None]
         contents = [tensor.detach().clone() for tensor in written]
     try:
         outputs = executor.run(count, inputs)
@@ -88,9 +90,9 @@ def difference(
             raise
         return f"the program does not cover {count} segments ({type(error).__name__}: {first_line(error)})"
     found = compare(expected, value_of(compiled.result, outputs, count), "the result", tolerance)
-    for (effect, rule), theirs in zip(effects, left, strict=True):
-        mine = DELETED if effect.spec is None else value_of(rule, outputs, count)
-        found = found or compare(theirs, mine, f"what is left in {effect.name}", tolerance)
+    for effect, theirs, mine in zip(effects, left, left_values(compiled, count, outputs), strict=True):
+        if effect.change is not None and not effect.change.is_hook:
+            found = found or compare(theirs, flat(mine), f"what is left in {effect.name}", tolerance)
     first = len(outputs) - len(compiled.written)
     for (_, name), theirs, mine in zip(compiled.written, contents, outputs[first:], strict=True):
         found = found or compare(theirs, mine, f"what is written into {name}", tolerance)
@@ -120,7 +122,7 @@ def compare(expected: Any, got: Any, what: str, tolerance: float = 0.0) -> str |
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
         name = what if len(a) == 1 else f"{what}, leaf {i},"
         if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
-            if type(x) is not type(y) or (isinstance(x, _ATOMS) and x != y):
+            if type(x) is not type(y) or (isinstance(x, ATOMS) and x != y):
                 return f"{name} is {y!r} instead of {x!r}"
         elif x.shape != y.shape or x.dtype != y.dtype:
             return f"{name} is {y.dtype}{list(y.shape)} instead of {x.dtype}{list(x.shape)}"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from toys import Toy, features, made
 
 import rmtcompile
-from rmtcompile.state import DELETED, Snapshot, contains_tensor, flatten_new, path_name, roots_of
+from rmtcompile.objects import DELETED, contains_tensor, path_name
+from rmtcompile.state import Snapshot, roots_of
 
 
 class Cache:
@@ -181,11 +182,6 @@ def test_roots() -> None:
 def test_paths() -> None:
     assert path_name((("module", "a.b"), ("attr", "_buffers"), ("item", "state"))) == "a.b.state"
     assert path_name((("module", "a"), ("attr", "rows"), ("item", 3))) == "a.rows[3]"
-
-
-def test_flatten_new() -> None:
-    leaves, spec = flatten_new({"a": [torch.zeros(1), 2]})
-    assert len(leaves) == 2 and spec.num_leaves == 2
 
 
 class Counting(Toy):

@@ -76,7 +76,10 @@ class Executor:
             if port.role == "weight"
         }
         left = {effect.name for effect, _ in compiled.effects if effect.in_place is None}
-        self._replaced = frozenset(left & compiled.leaves.keys())
+        inside = tuple(name + end for name in left for end in ".[")  # what is in a container that is replaced
+        self._replaced = frozenset(
+            name for name in compiled.leaves if name in left or name.startswith(inside)
+        )
         self.stacks: Stacks = (
             like.stacks if like is not None else Stacks(weights, compiled.leaves, self._replaced)
         )
