@@ -112,6 +112,7 @@ def _own_place(error: BaseException) -> str:
 # ---- noise -------------------------------------------------------------------------------------------------
 
 _LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
+_FUNCTORCH: Any = torch._C._functorch
 
 
 @contextmanager
@@ -125,9 +126,9 @@ def quiet() -> Iterator[None]:
         return record.thread != thread or record.exc_info is None
 
     _LOGGER.addFilter(is_said)
-    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    _FUNCTORCH._set_vmap_fallback_warning_enabled(False)
     try:
         yield
     finally:
         _LOGGER.removeFilter(is_said)
-        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
+        _FUNCTORCH._set_vmap_fallback_warning_enabled(True)
