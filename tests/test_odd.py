@@ -206,7 +206,6 @@ WRONG: dict[str, Call] = {
     "mask of another batch": call(tokens(), tokens(batch=3) > 5),
     "short mask": call(tokens(), tokens(length=6) > 5),
     "complex scale": call(tokens(), None, 1j),
-    "on meta": call(tokens().to("meta")),
 }
 
 
