@@ -297,16 +297,18 @@ class Blocks:
     def record_again(self, segments: int) -> None:
         """Record a short length once more, since there are faster forms for its width now."""
         block = self._cut(segments)[0]
-        if block.key[0] == "whole":
+        if block.key in self._recordings and block.key[0] == "whole":
             self._recordings[block.key] = self._recorded(block, segments)
 
     def _cut(self, segments: int) -> tuple[Block, ...]:
         return blocks_of(self.program.grid(segments), self.borders.head, self.borders.tail)
 
     def _every_block(self) -> dict[Key, tuple[Block, int]]:
-        """Each block that any run has, with the number of segments of a run that has it."""
+        """Each block that any run has, with the number of segments of a run that has it.  Lengths below those
+        that rules were read from may have other programs, and are left out."""
         found: dict[Key, tuple[Block, int]] = {}
-        for segments in range(1, self.example_segments + 2 * LONGEST):
+        shortest = min(self.program.rolled.proved_on, default=1)
+        for segments in range(shortest, self.example_segments + 2 * LONGEST):
             for block in self._cut(segments):
                 found.setdefault(block.key, (block, segments))
         return found
@@ -373,8 +375,11 @@ class Blocks:
     # ---- running -------------------------------------------------------------------------------------------
 
     def run(self, segments: int, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...] | None:
-        """Replay a run; gives what the emitted `forward` returns, in memory of its own. None where this
-        input's values have other shapes than those that were recorded."""
+        """Replay a run; gives what the emitted `forward` returns, in memory of its own. None where this length
+        is not recorded, or where the input's values have other shapes than those that were recorded."""
+        blocks = self._cut(segments)
+        if any(block.key not in self._recordings for block in blocks):
+            return None
         host = BaseRun(self.program, segments, inputs, self.leaves, self.engine)
         if self.borders.setup_is_fixed:
             host.init = self.init
@@ -382,7 +387,7 @@ class Blocks:
             self.functions["setup"](host)
         if not self._filled(host):
             return None
-        for block in self._cut(segments):
+        for block in blocks:
             self._replay(self._recordings[block.key], block.base, host)
         return self._own(self.functions["outputs"](host))
 
