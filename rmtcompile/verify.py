@@ -173,48 +173,10 @@ class Observer:
     def __init__(self) -> None:
         self.seen: list[Seen] = []
 
-    def __call__(self, run: Any) -> None:
-        """Be told what `run` keeps and writes."""
-        self._before(run, "set_init", self._init)
-        self._before(run, "keep", self._keep)
-        self._before(run, "write", self._write)
-
-    @staticmethod
-    def _before(run: Any, name: str, note: Callable[..., None]) -> None:
-        original = getattr(run, name)
-
-        def observed(*args: Any) -> Any:
-            note(run, *args)
-            return original(*args)
-
-        setattr(run, name, observed)
-
-    def _init(self, run: Any, indices: Sequence[int], values: Sequence[Any]) -> None:
-        for index, value in zip(indices, values, strict=True):
-            self._note(Region(INIT), index, value)
-
-    def _keep(self, run: Any, names: Sequence[str], segment: int, values: Sequence[Any]) -> None:
-        taps = {tap.name: tap.value for tap in run.program.taps}
-        for name, value in zip(names, values, strict=True):
-            kind = taps[name].kind
-            number = run.program.rolled.classes[(kind, -1)].of(segment, run.segments)
-            self._note(Region(kind, segment), dict(taps[name].nodes).get(number), value)
-
-    def _write(self, run: Any, *args: Any) -> None:
-        windows, results = args[-2:]  # a run over rows of segments says the layer first
-        groups = {group.name: group for group in run.program.groups}
-        for window, outputs in zip(windows, results, strict=True):
-            group, n = groups[window.group], len(window.segments)
-            layers = window.layers if hasattr(window, "layers") else (window.layer,) * n
-            cells = zip(layers, window.segments, window.classes, strict=True)
-            for row, (layer, segment, number) in enumerate(cells):
-                for name, nodes in zip(group.outputs, group.values, strict=True):
-                    self._note(Region(CELL, segment, layer), dict(nodes).get(number), outputs[name][row])
-
-    def _note(self, region: Region, index: int | None, value: Any) -> None:
-        if index is not None:
-            kept = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), value)
-            self.seen.append(Seen(region, index, kept))
+    def __call__(self, kind: str, segment: int, layer: int, index: int, value: Any) -> None:
+        """Keep a value that has left a region; see `OnValue`."""
+        kept = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), value)
+        self.seen.append(Seen(Region(kind, segment, layer), index, kept))
 
 
 def first_difference(

@@ -3,7 +3,6 @@ CUDA are tested in test_cuda.py."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +11,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import assert_same
+from torch import Tensor, nn
+from toys import assert_same, features, made
 from zoo.others import ZOO
 
 import rmtcompile
 from rmtcompile.results import value_of
-from rmtcompile.runtime.blocks import LONGEST, Blocks, blocks_of, steady_lengths
+from rmtcompile.runtime import recorded
+from rmtcompile.runtime.blocks import LONGEST, blocks_of, steady_lengths
 from rmtcompile.runtime.engine import Engine
 from rmtcompile.runtime.execute import Executor
+from rmtcompile.runtime.recorded import RecordedBlocks
 from rmtcompile.schedule import Grid
-from rmtcompile.verify import tensors_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::rmtcompile.SequentialScheduleWarning")
 
@@ -79,18 +80,20 @@ class Player:
         return Played(body, values), values
 
 
-def blocks_for(fast: Any, x: torch.Tensor) -> tuple[Executor, Blocks]:
+def blocks_for(
+    fast: Any, x: torch.Tensor, player: Player | None = None
+) -> tuple[Executor, RecordedBlocks]:
     """Blocks of the program that has run."""
     executor = fast._last[0].executor
     compiled = executor.compiled
     engine = Engine(executor.program, "eager", keeps_buffers=True)
     leaves = executor._leaves()
-    blocks = Blocks(
+    blocks = RecordedBlocks(
         executor.program,
         compiled.emitted.borders,
         compiled.namespace,
         engine,
-        Player(),
+        player or Player(),
         leaves,
         executor.stacks.current,
     )
@@ -100,33 +103,71 @@ def blocks_for(fast: Any, x: torch.Tensor) -> tuple[Executor, Blocks]:
     return executor, blocks
 
 
-@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if not entry.refused])
+RECORDED = (
+    "infini_attention", "gru_time_major", "skewed", "stacked_memories", "rolled_memories", "in_place",
+    "compressed_older", "plain_function",
+)  # fmt: skip
+"""Models of each kind: values that are the same for all segments or not, every skew, taps that blocks
+hand on, state that starts with a value, lists over segments."""
+
+
+@pytest.mark.parametrize("name", RECORDED)
 @torch.no_grad()
-def test_blocks_give_what_the_model_gives(name: str) -> None:
+def test_blocks_give_what_runs_give(name: str) -> None:
     entry = ZOO[name]
-    model = entry.build()
-    twin = copy.deepcopy(model)
-    fast = rmtcompile.optimize(twin)
-    try:
-        fast(*entry.inputs(2, 4))
-    except rmtcompile.UnsupportedError:
-        pytest.skip("refused")
-    program = fast.compiled.program
-    if not program.alpha or fast.compiled.rolled.fixed is not None:
-        pytest.skip("no levels")
-    if fast.compiled.emitted.borders.obstacle:
-        pytest.skip(fast.compiled.emitted.borders.obstacle)
+    fast = rmtcompile.optimize(entry.build())
+    fast(*entry.inputs(2, 4))
+    assert not fast.compiled.emitted.borders.obstacle
     executor, blocks = blocks_for(fast, entry.inputs(2, 4)[0])
-    made = blocks.device.recorded  # type: ignore[attr-defined]
-    for segments in (1, 3, program.n_layers + 1, 12, 37):
+    before = blocks.device.recorded  # type: ignore[attr-defined]
+    shortest = min(fast.compiled.rolled.proved_on)
+    for segments in (shortest, shortest + 1, executor.program.n_layers + 2, 12, 37):
         (x,) = entry.inputs(2, segments)
-        if segments < min(fast.compiled.rolled.proved_on):
-            continue
-        inputs = dict(zip(fast.compiled.input_names, tensors_of((x,), {}), strict=True))
-        outputs = blocks.run(segments, inputs)
-        if outputs is None:
-            assert not fast.compiled.emitted.borders.setup_is_fixed
-            continue
+        outputs = blocks.run(segments, dict(zip(fast.compiled.input_names, [x], strict=True)))
+        assert outputs is not None
         expected = value_of(fast.compiled.result, executor.run(segments, [x]), segments)
         assert_same(expected, value_of(fast.compiled.result, outputs, segments))
-    assert blocks.device.recorded == made  # type: ignore[attr-defined]
+    assert blocks.device.recorded == before  # type: ignore[attr-defined]
+
+
+class Whole(nn.Module):
+    """Each segment reads a sum over what all segments before it have left: levels are no blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, out = [torch.zeros_like(x[:, 0]) for _ in self.layers], []
+        for s, h in enumerate(x.split(3, 1)):
+            h = h * (s + 1)
+            for l, layer in enumerate(self.layers):
+                h = torch.tanh(layer(h) + states[l][:, None])
+                states[l] = h.mean(1)
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+@torch.no_grad()
+def test_what_is_in_the_way_is_said() -> None:
+    fast = rmtcompile.optimize(made(Whole))
+    fast(features(4))
+    assert "depends on s or S" in fast.compiled.emitted.borders.obstacle
+
+
+@torch.no_grad()
+def test_places_are_not_made_while_a_block_is_recorded() -> None:
+    """Or their first contents would be a part of the recording."""
+    entry = ZOO["infini_attention"]
+    fast = rmtcompile.optimize(entry.build())
+    fast(*entry.inputs(2, 4))
+    rooms: list[Any] = []
+
+    class Strict(Player):
+        def record(self, body: Any) -> Any:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(recorded, "room_for", lambda x: rooms.append(x) or x)
+                return super().record(body)
+
+    blocks_for(fast, entry.inputs(2, 4)[0], Strict())
+    assert not rooms

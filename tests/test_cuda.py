@@ -216,9 +216,24 @@ def test_recordings_are_bounded() -> None:
     for segments in range(1, 24):
         for _ in range(2):
             fast(inputs(segments))
-    executor = fast._last[0].executor
-    assert len(executor._recorder._recordings) <= executor._recorder.limit
+    recorded = fast._last[0].executor._blocks._blocks._recordings
+    assert {kind for kind, _ in recorded} == {"head", "steady", "tail", "whole"}
+    assert len(recorded) < 16
     assert_same(model(inputs(2)), fast(inputs(2)), TOLERANCE)
+
+
+@pytest.mark.parametrize("build", [Kept, FirstDiffers, lambda: Toy(3, up=-1)])
+@torch.no_grad()
+def test_a_new_length_records_nothing(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, twin = on_cuda(build)
+    fast = rmtcompile.optimize(twin, backend="eager")
+    for segments in (4, 9):
+        fast(inputs(segments))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", None)
+    for segments in (2, 3, 5, 6, 7, 8, 11, 17, 30, 64):
+        x = inputs(segments, segments)
+        assert_same(model(x), fast(x), TOLERANCE)
+    assert fast.captures == 1
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,10 @@ Level = Callable[[Any, int], None]
 
 OnLevel = Callable[[Any, int, Level], None]
 """Called with (run, level, step) in place of step(run, level)."""
+
+OnValue = Callable[[str, int, int, int, Any], None]
+"""Called with (kind of region, segment, layer, place in the region's body, value) for what leaves a region;
+-1 where a region has no segment or no layer."""
 
 
 class Engine(Protocol):
@@ -52,6 +56,7 @@ class BaseRun:
         stacked: values that are the same for all segments, stacked by layer.
         taps: values that are read outside the cells.
         on_level: called with (run, level, step) in place of step(run, level), if set.
+        on_value: called with each value that leaves a region, in the order of the run, if set.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class BaseRun:
         leaves: Mapping[str, torch.Tensor],
         engine: Engine,
         on_level: OnLevel | None = None,
+        on_value: OnValue | None = None,
     ) -> None:
         self.program = program
         self.segments = segments
@@ -70,6 +76,7 @@ class BaseRun:
         self.leaves = leaves
         self.engine = engine
         self.on_level = on_level
+        self.on_value = on_value
         self.init: dict[int, Any] = {}
         self.stacked: dict[str, torch.Tensor] = {}
         self.taps = {tap.name: TapStore(tap.keep) for tap in program.taps}
@@ -89,6 +96,9 @@ class BaseRun:
 
     def set_init(self, indices: Sequence[int], values: Sequence[Any]) -> None:
         """Keep what is the same for all segments."""
+        if self.on_value is not None:
+            for index, value in zip(indices, values, strict=True):
+                self.on_value("init", -1, -1, index, value)
         if self.engine.is_compiled:
             values = pytree.tree_map_only(torch.Tensor, dense, list(values))
         self.init = dict(zip(indices, values, strict=True))
@@ -106,7 +116,31 @@ class BaseRun:
     def keep(self, names: Sequence[str], segment: int, values: Sequence[Any]) -> None:
         """Keep a prologue's or epilogue's results for their readers."""
         for name, value in zip(names, values, strict=True):
+            if self.on_value is not None:
+                self._show_kept(name, segment, value)
             self.taps[name].put(segment, value)
+
+    def _show_kept(self, name: str, segment: int, value: Any) -> None:
+        kept = next(tap.value for tap in self.program.taps if tap.name == name)
+        number = self.program.rolled.classes[(kept.kind, -1)].of(segment, self.segments)
+        index = dict(kept.nodes).get(number)
+        if index is not None and self.on_value is not None:
+            self.on_value(kept.kind, segment, -1, index, value)
+
+    def show_cells(self, name: str, cells: Iterable[tuple[int, int, int]], outputs: Outputs) -> None:
+        """Show what cells of a group have given, if somebody looks on.
+
+        Args:
+            cells: (layer, segment, class) of each row of the outputs.
+        """
+        if self.on_value is None:
+            return
+        group = next(group for group in self.program.groups if group.name == name)
+        for row, (layer, segment, number) in enumerate(cells):
+            for output, nodes in zip(group.outputs, group.values, strict=True):
+                index = dict(nodes).get(number)
+                if index is not None:
+                    self.on_value("cell", segment, layer, index, outputs[output][row])
 
     def hand(self, name: str, segment: int, values: tuple[Any, ...]) -> None:
         """Keep what a body has made for the operations that follow it."""

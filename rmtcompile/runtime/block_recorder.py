@@ -1,4 +1,4 @@
-"""CUDA graphs of blocks of levels: what `runtime/blocks.py` needs of a device."""
+"""CUDA graphs of blocks of levels: what `runtime/recorded.py` needs of a device."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from rmtcompile.capture import Leaf
-from rmtcompile.runtime.blocks import Blocks, Device
 from rmtcompile.runtime.graphs import Recordings, Started
+from rmtcompile.runtime.recorded import Device, RecordedBlocks
 from rmtcompile.runtime.workspaces import can_choose, no_workspaces, own_workspaces
 
 
@@ -28,14 +28,14 @@ class BlockRecorder(Recordings):
         self,
         leaves: Mapping[str, Leaf],
         replaced: frozenset[str],
-        make: Callable[[Device, Mapping[str, torch.Tensor]], Blocks],
+        make: Callable[[Device, Mapping[str, torch.Tensor]], RecordedBlocks],
     ) -> None:
         super().__init__(leaves, replaced)
         self.seconds: dict[str, float] = {}
         """Of a block of steady levels, "with" and "without" cuBLAS's workspace; empty if not measured."""
         self._make = make
         self._times = 0
-        self._blocks: Blocks | None = None
+        self._blocks: RecordedBlocks | None = None
         self._state: dict[str, torch.Tensor] = {}
         self._addresses: dict[str, int] = {}
         self._kept: list[torch.Tensor] = []

@@ -15,12 +15,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rmtcompile.errors import UnsupportedError
 from rmtcompile.pipeline import Compiled
 from rmtcompile.probe import Segmentation
-from rmtcompile.runtime.base import OnLevel
+from rmtcompile.runtime.base import OnLevel, OnValue
 from rmtcompile.runtime.block_recorder import BlockRecorder
-from rmtcompile.runtime.blocks import Blocks, Device
 from rmtcompile.runtime.costs import Costs, measured
 from rmtcompile.runtime.engine import Engine
 from rmtcompile.runtime.graphs import Recorder, Started
+from rmtcompile.runtime.recorded import Device, RecordedBlocks
 from rmtcompile.runtime.run import Run
 from rmtcompile.runtime.stacks import Stacks
 from rmtcompile.tracing import autocast_as
@@ -66,7 +66,6 @@ class Executor:
         self.compiled = compiled
         self.segmentation = segmentation
         self._like = like
-        self._observer: Callable[[Any], None] | None = None
         self._seen: _Seen = like._seen if like is not None else _Seen()
         self.program = compiled.program
         weights = {
@@ -165,9 +164,11 @@ class Executor:
             with _plain_tensors(), _own_modes():
                 self._blocks.prepare(lambda n: self._named(self._resized(n, inputs)))
 
-    def _make_blocks(self, device: Device, leaves: Mapping[str, torch.Tensor]) -> Blocks:
+    def _make_blocks(self, device: Device, leaves: Mapping[str, torch.Tensor]) -> RecordedBlocks:
         borders, functions = self.compiled.emitted.borders, self.compiled.namespace
-        return Blocks(self.program, borders, functions, self.engine, device, leaves, self.stacks.current)
+        return RecordedBlocks(
+            self.program, borders, functions, self.engine, device, leaves, self.stacks.current
+        )
 
     def _named(self, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         return dict(zip(self.compiled.input_names, inputs, strict=True))
@@ -326,25 +327,22 @@ class Executor:
         leaves: dict[str, torch.Tensor],
         functional: bool,
         on_level: OnLevel | None = None,
+        on_value: OnValue | None = None,
     ) -> tuple[Any, ...]:
         weights, named = self.stacks.current(leaves), self._named(inputs)
-        run = Run(self.program, segments, named, leaves, weights, self.engine, functional, on_level)
+        run = Run(
+            self.program, segments, named, leaves, weights, self.engine, functional, on_level, on_value
+        )
         return self._execute(run)
 
     def _execute(self, run: Any) -> tuple[Any, ...]:
-        if self._observer is not None:
-            self._observer(run)
         with _own_modes():
             return self.compiled.namespace["forward"](run)
 
-    def observe(self, segments: int, inputs: list[torch.Tensor], observer: Callable[[Any], None]) -> None:
-        """Run without CUDA graphs and gradients; `observer` is called with the run before it begins."""
-        self._observer = observer
-        try:
-            with _plain_tensors():
-                self._run(segments, inputs, self._leaves(), False)
-        finally:
-            self._observer = None
+    def observe(self, segments: int, inputs: list[torch.Tensor], on_value: OnValue) -> None:
+        """Run without CUDA graphs and gradients; `on_value` is called with what leaves each region."""
+        with _plain_tensors():
+            self._run(segments, inputs, self._leaves(), False, on_value=on_value)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from rmtcompile.capture import Leaf
+from rmtcompile.runtime.copies import copies_of, is_tensor
 from rmtcompile.runtime.workspaces import can_choose, no_workspaces, own_workspaces
 
 Forward = Callable[[list[torch.Tensor], dict[str, torch.Tensor]], Any]
@@ -176,7 +177,7 @@ class Recorder(Recordings):
         """The outputs of the last replay, in memory of their own."""
         flat, spec = pytree.tree_flatten(recording.outputs)
         with self.alone():
-            return pytree.tree_unflatten(_copies(flat), spec)
+            return pytree.tree_unflatten(_own(flat), spec)
 
     def wants(self, segments: int, levels: int) -> bool:
         """Whether to record this length now; counts how often it was seen."""
@@ -238,13 +239,7 @@ def _in_turn(graphs: dict[str, Any], rounds: int) -> dict[str, list[float]]:
     return taken
 
 
-def _copies(values: list[Any]) -> list[Any]:
-    """Copies of the tensors among the values; one launch for all of a dtype."""
-    copies = [torch.empty_like(x) if isinstance(x, torch.Tensor) else x for x in values]
-    by_dtype: dict[torch.dtype, list[int]] = {}
-    for i, x in enumerate(values):
-        if isinstance(x, torch.Tensor) and x.numel():
-            by_dtype.setdefault(x.dtype, []).append(i)
-    for indices in by_dtype.values():
-        torch._foreach_copy_([copies[i] for i in indices], [values[i] for i in indices])
-    return copies
+def _own(values: list[Any]) -> list[Any]:
+    """The values, with copies in place of the tensors among them."""
+    copies = iter(copies_of([x for x in values if is_tensor(x)]))
+    return [next(copies) if is_tensor(x) else x for x in values]

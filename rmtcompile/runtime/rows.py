@@ -16,7 +16,7 @@ import torch
 from rmtcompile.pipeline import Compiled
 from rmtcompile.probe import Segmentation
 from rmtcompile.program import Feed, Lane, Program, Source
-from rmtcompile.runtime.base import BaseRun, OnLevel, Outputs
+from rmtcompile.runtime.base import BaseRun, OnLevel, OnValue, Outputs
 from rmtcompile.runtime.engine import Engine
 from rmtcompile.runtime.execute import Executor
 from rmtcompile.runtime.storage import Target
@@ -161,8 +161,9 @@ class RowRun(BaseRun):
         leaves: Mapping[str, torch.Tensor],
         engine: RowEngine,
         on_level: OnLevel | None = None,
+        on_value: OnValue | None = None,
     ) -> None:
-        super().__init__(program, segments, inputs, leaves, engine, on_level)
+        super().__init__(program, segments, inputs, leaves, engine, on_level, on_value)
         self.block = range(0)
         self.store = RowStore(program.lanes)
         self.lanes = {lane.name: RowLane(lane, self.store) for lane in program.lanes}
@@ -232,6 +233,8 @@ class RowRun(BaseRun):
         """Keep the results of a layer (there are none where nobody reads it) for the layers that read them,
         and those that are read outside the cells; drop what is read no more."""
         for window, outputs in zip(windows, results, strict=True):
+            cells = zip([window.layer] * len(window.segments), window.segments, window.classes, strict=True)
+            self.show_cells(window.group, cells, outputs)
             self.store.put(window, outputs)
             for tap in self._cell_taps:
                 for group, output in tap.group_outputs:
@@ -267,10 +270,11 @@ class RowExecutor(Executor):
         leaves: dict[str, torch.Tensor],
         functional: bool,
         on_level: OnLevel | None = None,
+        on_value: OnValue | None = None,
     ) -> tuple[Any, ...]:
         named = dict(zip(self.compiled.input_names, inputs, strict=True))
         assert isinstance(self.engine, RowEngine)
-        return self._execute(RowRun(self.program, segments, named, leaves, self.engine, on_level))
+        return self._execute(RowRun(self.program, segments, named, leaves, self.engine, on_level, on_value))
 
 
 def executor_for(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rmtcompile.program import Feed, Lane, Program
-from rmtcompile.runtime.base import BaseRun, Engine, OnLevel, Outputs
+from rmtcompile.runtime.base import BaseRun, Engine, OnLevel, OnValue, Outputs
 from rmtcompile.runtime.storage import LaneStore, Target, as_slice
 
 
@@ -49,8 +49,9 @@ class Run(BaseRun):
         engine: Engine,
         functional: bool,
         on_level: OnLevel | None = None,
+        on_value: OnValue | None = None,
     ) -> None:
-        super().__init__(program, segments, inputs, leaves, engine, on_level)
+        super().__init__(program, segments, inputs, leaves, engine, on_level, on_value)
         self.weights = weights
         self.lanes = {
             lane.name: LaneStore(lane, functional, None if functional else engine.buffers(lane))
@@ -176,6 +177,9 @@ class Run(BaseRun):
         """Store the results of a level in the lanes that they feed, where the cells have not done so, and
         keep those that are read outside the cells."""
         for window, outputs in zip(windows, results, strict=True):
+            self.show_cells(
+                window.group, zip(window.layers, window.segments, window.classes, strict=True), outputs
+            )
             for lane, feed in self._feeds_of.get(window.group, ()):
                 layers = [layer for layer in window.layers if layer in feed.layers]
                 stored = self._stored.get((window.group, feed.source))

@@ -1,0 +1,375 @@
+"""Recordings of blocks of levels, which are made once and serve inputs of any length.
+
+What differs from segment to segment, or from length to length, is done by the host around the replays: the
+parts of the inputs that a block's segments read are copied to where the block reads them, and what the block
+leaves is copied out.  From block to block a run's state stays in the lanes, and in places for those values of
+taps that a later level reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.utils import _pytree as pytree
+
+from rmtcompile.passes.emit.borders import Borders
+from rmtcompile.program import Program
+from rmtcompile.runtime.base import BaseRun, Engine
+from rmtcompile.runtime.blocks import LONGEST, Block, Key, blocks_of, steady_lengths
+from rmtcompile.runtime.copies import copies_of, copy_all, filled_from, is_tensor, paired, room_for
+from rmtcompile.runtime.run import Run
+
+Part = tuple[Callable[[Any, int], tuple[Any, ...]], int]
+"""An emitted function that gives parts of the inputs, and the segment, counted from a block's base."""
+
+Parts = dict[Part, tuple[Any, ...]]
+"""Where a block reads the results of these functions."""
+
+
+class Graph(Protocol):
+    """A recording."""
+
+    def replay(self) -> None: ...
+
+
+class Device(Protocol):
+    """What records: calls a function, notes what it launches, and gives the tensors that it returns, which a
+    replay fills anew and later replays of other recordings may overwrite."""
+
+    def record(self, body: Callable[[], list[torch.Tensor]]) -> tuple[Graph, list[torch.Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Event:
+    """What the host does after a block: keeps a value ("keep"), hands values on ("hand"), or runs an emitted
+    function ("rest").
+
+    Attributes:
+        name: of the tap or of the handing function; for "rest" the function itself.
+        segment: counted from the block's base.
+        values: of "keep" and "hand"; as tensors of the recording.
+    """
+
+    kind: str
+    name: Any
+    segment: int
+    values: Any = None
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded block.
+
+    Attributes:
+        parts: emitted functions whose results the block reads, with the segment, counted from the base.
+        places: where it reads the tensors of these results.
+        events: what is left to the host, in order.
+        values: the tensors of the events.
+    """
+
+    graph: Graph
+    parts: tuple[Part, ...]
+    places: tuple[torch.Tensor, ...]
+    events: tuple[Event, ...]
+    values: tuple[torch.Tensor, ...]
+
+
+class _BlockRun(Run):
+    """The run of a block while it is recorded."""
+
+    def __init__(self, blocks: RecordedBlocks, block: Block, segments: int, parts: Parts) -> None:
+        super().__init__(
+            blocks.program, segments, blocks.inputs, blocks.leaves, blocks.weights, blocks.engine, False
+        )
+        self.init, self.stacked = blocks.init, blocks.stacked
+        self.blocks, self.base, self.places = blocks, block.base, parts
+        self.events: list[Event] = []
+        for name in blocks.borders.reach:
+            for segment in blocks.held(name, block.levels.start, segments):
+                self.taps[name].values[segment] = blocks.place(name, block.base - segment)
+
+    def parts(self, function: Callable[[Any, int], tuple[Any, ...]], segment: int) -> tuple[Any, ...]:
+        return self.places[function, segment - self.base]
+
+    def keep(self, names: Sequence[str], segment: int, values: Sequence[Any]) -> None:
+        super().keep(names, segment, values)
+        for name, value in zip(names, values, strict=True):
+            self._leave(name, segment, value)
+
+    def keep_cell(self, name: str, segment: int, value: torch.Tensor) -> None:
+        super().keep_cell(name, segment, value)
+        self._leave(name, segment, value)
+
+    def _leave(self, name: str, segment: int, value: Any) -> None:
+        if name in self.blocks.borders.outer:
+            self.events.append(Event("keep", name, segment - self.base, value))
+
+    def hand(self, name: str, segment: int, values: tuple[Any, ...]) -> None:
+        self.events.append(Event("hand", name, segment - self.base, values))
+
+    def rest(self, function: Callable[[Any, int], None], segment: int) -> None:
+        self.events.append(Event("rest", function, segment - self.base))
+
+    def close(self, level: int) -> None:
+        """Leave lanes and values where the next block, which starts at `level`, looks for them."""
+        for lane in self.lanes.values():
+            lane.settle()
+        base = -(-level // self.program.alpha)
+        for name in self.blocks.borders.reach:
+            held = self.blocks.held(name, level, self.segments)
+            for segment in held:  # the oldest first: its new place holds nothing that is still to be read
+                if segment not in self.taps[name]:
+                    continue
+                place, value = self.blocks.place(name, base - segment), self.taps[name][segment]
+                for to, x in paired(place, value):
+                    if to is not x:
+                        to.copy_(x)
+
+
+class RecordedBlocks:
+    """The recordings of one program, and what they read.
+
+    Args:
+        borders: what crosses the borders of blocks.
+        functions: the emitted module's namespace.
+        device: what records.
+        leaves: parameters, buffers, state and constants, where recordings read them.
+        weights: gives the stacked weights of these leaves.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        borders: Borders,
+        functions: Mapping[str, Any],
+        engine: Engine,
+        device: Device,
+        leaves: Mapping[str, torch.Tensor],
+        weights: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]],
+    ) -> None:
+        self.program = program
+        self.borders = borders
+        self.functions = functions
+        self.engine = engine
+        self.device = device
+        self.leaves = leaves
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.init: dict[int, Any] = {}
+        self.stacked: dict[str, torch.Tensor] = {}
+        self.weights: dict[str, torch.Tensor] = {}
+        self._weights = weights
+        self._example: BaseRun | None = None
+        self._rooms: dict[tuple[Any, ...], Any] = {}
+        self._static: frozenset[int] = frozenset()  # memory that later runs overwrite
+        self._places: dict[tuple[str, int], Any] = {}
+        self._recordings: dict[Key, Recording] = {}
+
+    # ---- what recordings read ------------------------------------------------------------------------------
+
+    def held(self, name: str, level: int, segments: int) -> list[int]:
+        """The segments whose value of a tap was made before a level and is read on it or later, ascending."""
+        tap = next(tap for tap in self.program.taps if tap.name == name)
+        if tap.when[0] != "each":  # made and read among the segments that differ from all others
+            return []
+        skew, top = self.program.alpha, self.program.n_layers - 1
+        made = {"prologue": 0, "epilogue": top}.get(tap.value.kind, tap.value.layer)
+        last = min((level - 1 - made) // skew, segments - 1)
+        first = max(-((self.borders.reach[name] - level) // skew), 0)
+        return list(range(first, last + 1))
+
+    def place(self, name: str, age: int) -> Any:
+        """Where a tap's value of `age` segments before a block's base is kept from block to block."""
+        return self._places[name, age]
+
+    def _make_parts(self, block: Block, segments: int) -> Parts:
+        """Room for all parts that a block reads."""
+        found: Parts = {}
+        grid, example = self.program.grid(segments), self._example
+        for level in block.levels:
+            for name, segment in (("enter", grid.entering(level)), ("leave", grid.leaving(level))):
+                function = self.functions.get(f"{name}_parts")
+                if function is None or segment is None or example is None:
+                    continue
+                values = function(example, self._like(segment, segments, example.segments))
+                shapes = tuple(tuple(x.shape) for x in pytree.tree_leaves(values) if is_tensor(x))
+                key = (function, segment - block.base, shapes)
+                if key not in self._rooms:
+                    self._rooms[key] = pytree.tree_map_only(torch.Tensor, room_for, values)
+                found[function, segment - block.base] = self._rooms[key]
+        return found
+
+    def _like(self, segment: int, segments: int, of: int) -> int:
+        """The segment of a run of `of` segments that does the same as one of a run of `segments`."""
+        if segment < self.borders.head:
+            return segment
+        from_end = segments - segment
+        return of - from_end if from_end <= self.borders.tail else self.borders.head
+
+    # ---- recording -----------------------------------------------------------------------------------------
+
+    @property
+    def example_segments(self) -> int:
+        """Segments of a run that shows all that segments do."""
+        return self.borders.head + self.borders.tail + 1 + self.program.n_layers
+
+    def begin(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Run once as an example of what levels read and leave, and make room for that.
+
+        Args:
+            inputs: arguments of the forward, of `example_segments` segments.
+        """
+        n = self.example_segments
+        example = Run(self.program, n, inputs, self.leaves, self._weights(self.leaves), self.engine, False)
+        self.functions["forward"](example)
+        self._example = example
+        self.inputs = {name: room_for(inputs[name]) for name in self.borders.inputs}
+        self._make_places(example)
+        self._make_static(example)
+
+    def record_all(self) -> None:
+        """Record everything that runs of any length need."""
+        for block, segments in self._every_block().values():
+            self._recordings[block.key] = self._recorded(block, segments)
+
+    def steady(self) -> Graph:
+        """Record the longest block of steady levels, to be timed."""
+        longest = ("steady", steady_lengths(self.program.alpha)[0])
+        return self._recorded(*self._every_block()[longest]).graph
+
+    def record_again(self, segments: int) -> None:
+        """Record a short length once more, since there are faster forms for its width now."""
+        block = self._cut(segments)[0]
+        if block.key in self._recordings and block.key[0] == "whole":
+            self._recordings[block.key] = self._recorded(block, segments)
+
+    def _cut(self, segments: int) -> tuple[Block, ...]:
+        return blocks_of(self.program.grid(segments), self.borders.head, self.borders.tail)
+
+    def _every_block(self) -> dict[Key, tuple[Block, int]]:
+        """Each block that any run has, with the number of segments of a run that has it.  Lengths below those
+        that rules were read from may have other programs, and are left out."""
+        found: dict[Key, tuple[Block, int]] = {}
+        shortest = min(self.program.rolled.proved_on, default=1)
+        for segments in range(shortest, self.example_segments + 2 * LONGEST):
+            for block in self._cut(segments):
+                found.setdefault(block.key, (block, segments))
+        return found
+
+    def _make_places(self, example: Run) -> None:
+        """Room for the values of taps that a level may read after the block that made them."""
+        skew = self.program.alpha
+        for name, reach in self.borders.reach.items():
+            like = next(iter(example.taps[name].values.values()), None)
+            for age in range(1, reach // skew + 2):
+                if like is not None:
+                    self._places[name, age] = pytree.tree_map_only(torch.Tensor, room_for, like)
+
+    def _make_static(self, example: Run) -> None:
+        """Room for what comes before the first level: stacked weights that are no memory of the model's, and
+        what is the same for all segments."""
+        again = self._weights(self.leaves)
+        moved = {name for name, x in example.weights.items() if again[name].data_ptr() != x.data_ptr()}
+        self.weights = {name: room_for(x) if name in moved else x for name, x in example.weights.items()}
+        own = {x.untyped_storage().data_ptr() for x in self.leaves.values()}
+        is_own = {name: x.untyped_storage().data_ptr() in own for name, x in example.stacked.items()}
+        self.stacked = {name: x if is_own[name] else room_for(x) for name, x in example.stacked.items()}
+        is_fixed = self.borders.setup_is_fixed
+        kept = {i: x for i, x in example.init.items() if is_fixed or i in self.borders.init}
+        self.init = pytree.tree_map_only(torch.Tensor, room_for, kept)
+        held = pytree.tree_leaves([self.weights, self.init, self.stacked, dict(self.leaves)])
+        self._static = frozenset(x.untyped_storage().data_ptr() for x in held if is_tensor(x))
+
+    def _set_up(self) -> None:
+        """Compute what comes before the first level and reads no input."""
+        pairs = [(self.weights[name], x) for name, x in self._weights(self.leaves).items()]
+        if self.borders.setup_is_fixed:
+            run = BaseRun(self.program, 1, {}, self.leaves, self.engine)
+            self.functions["setup"](run)
+            pairs += self._set_up_pairs(run)
+        pairs = [(place, value) for place, value in pairs if place.data_ptr() != value.data_ptr()]
+        copy_all([place for place, _ in pairs], [value for _, value in pairs])
+
+    def _set_up_pairs(self, run: BaseRun) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(place, value) of what a run has that is the same for all segments."""
+        pairs = [(place, run.stacked[name]) for name, place in self.stacked.items()]
+        return pairs + [pair for i, place in self.init.items() for pair in paired(place, run.init[i])]
+
+    def _recorded(self, block: Block, segments: int) -> Recording:
+        """Record one block of a run of so many segments."""
+        parts = self._make_parts(block, segments)
+        made: list[_BlockRun] = []
+
+        def body() -> list[torch.Tensor]:
+            if block.key[0] in ("head", "whole"):
+                self._set_up()
+            run = _BlockRun(self, block, segments, parts)
+            made.append(run)
+            for level in block.levels:
+                self.functions["step"](run, level)
+            if block.key[0] in ("head", "steady"):
+                run.close(block.levels.stop)
+            return [x for event in run.events for x in pytree.tree_leaves(event.values) if is_tensor(x)]
+
+        graph, values = self.device.record(body)
+        places = tuple(x for x in pytree.tree_leaves(list(parts.values())) if is_tensor(x))
+        return Recording(graph, tuple(parts), places, tuple(made[0].events), tuple(values))
+
+    # ---- running -------------------------------------------------------------------------------------------
+
+    def run(self, segments: int, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...] | None:
+        """Replay a run; gives what the emitted `forward` returns, in memory of its own. None where this
+        length is not recorded, or where the input's values have other shapes than those recorded."""
+        blocks = self._cut(segments)
+        if any(block.key not in self._recordings for block in blocks):
+            return None
+        host = BaseRun(self.program, segments, inputs, self.leaves, self.engine)
+        if self.borders.setup_is_fixed:
+            host.init = self.init
+        else:
+            self.functions["setup"](host)
+        if not self._filled(host):
+            return None
+        for block in blocks:
+            self._replay(self._recordings[block.key], block.base, host)
+        return self._own(self.functions["outputs"](host))
+
+    def _filled(self, host: BaseRun) -> bool:
+        """Copy what levels read of this input; whether it all has the recorded shapes."""
+        pairs = [(self.inputs[name], host.inputs[name]) for name in self.borders.inputs]
+        if not self.borders.setup_is_fixed:
+            pairs += self._set_up_pairs(host)
+        if any(place.shape != value.shape for place, value in pairs):
+            return False
+        copy_all([place for place, _ in pairs], [value for _, value in pairs])
+        return True
+
+    def _replay(self, recording: Recording, base: int, host: BaseRun) -> None:
+        """Fill what a block reads, replay it, and do what it leaves to the host."""
+        given = [function(host, base + offset) for function, offset in recording.parts]
+        copy_all(recording.places, [x for x in pytree.tree_leaves(given) if is_tensor(x)])
+        recording.graph.replay()
+        remaining = iter(copies_of(recording.values))
+        for event in recording.events:
+            segment = base + event.segment
+            if event.kind == "rest":
+                host.rest(event.name, segment)
+                continue
+            own = filled_from(remaining, event.values)
+            if event.kind == "keep":
+                host.taps[event.name].put(segment, own)
+            else:
+                host.hand(event.name, segment, own)
+
+    def _own(self, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The outputs; copies where they are memory that later runs overwrite."""
+
+        def own(x: torch.Tensor) -> torch.Tensor:
+            return x.clone() if x.untyped_storage().data_ptr() in self._static else x
+
+        return pytree.tree_map_only(torch.Tensor, own, outputs)
+
+
+__all__ = ["Device", "Graph", "RecordedBlocks"]
