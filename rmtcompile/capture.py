@@ -93,7 +93,8 @@ class Leaf:
     kind: tuple[Any, ...] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", _kind(self.tensor))
+        kind = self.tensor.shape, self.tensor.dtype, self.tensor.device, self.tensor.layout
+        object.__setattr__(self, "kind", kind)
 
     @property
     def is_constant(self) -> bool:
@@ -117,15 +118,11 @@ class Leaf:
             now = self.fetch()
             if any(tie.fetch() is not now for tie in self.ties):
                 return False
-            if not isinstance(now, torch.Tensor) or _kind(now) != self.kind:
+            if (now.shape, now.dtype, now.device, now.layout) != self.kind:
                 return False
         except (LookupError, AttributeError, TypeError, RuntimeError):  # nested: no shape
             return False
         return type(now) is type(self.tensor) or is_plain(now)
-
-
-def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
 
 
 @dataclass(frozen=True)

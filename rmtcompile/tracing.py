@@ -67,6 +67,9 @@ def autocast_state() -> Autocast:
 @contextmanager
 def autocast_as(state: Autocast = ()) -> Iterator[None]:
     """Autocast as in `state`, off everywhere if that is empty; no casts are remembered."""
+    if not state and not torch._C._is_any_autocast_enabled():
+        yield
+        return
     kept = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _KINDS]
     wanted, cached = dict(state), torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

@@ -230,7 +230,7 @@ def test_a_new_length_records_nothing(build: Any, monkeypatch: pytest.MonkeyPatc
     for segments in (4, 9):
         fast(inputs(segments))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", None)
-    for segments in (2, 3, 5, 6, 7, 8, 11, 17, 30, 64):
+    for segments in (3, 5, 6, 7, 8, 11, 17, 30, 64):
         x = inputs(segments, segments)
         assert_same(model(x), fast(x), TOLERANCE)
     assert fast.captures == 1

@@ -22,8 +22,9 @@ def paired(places: Any, values: Any) -> Iterator[tuple[torch.Tensor, torch.Tenso
 
 
 def room_for(value: torch.Tensor) -> torch.Tensor:
-    """Memory for a value of this kind; it holds this one, which is as good as any."""
-    return dense(value).clone()
+    """Memory for a value of this kind, with its strides; it holds this one, which is as good as any."""
+    value = dense(value)
+    return core(value).clone().expand(value.shape)
 
 
 def filled_from(tensors: Iterator[torch.Tensor], values: Any) -> Any:
@@ -58,4 +59,14 @@ def copy_all(places: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> 
         if place.numel():
             by_dtype.setdefault(place.dtype, []).append(i)
     for indices in by_dtype.values():
-        torch._foreach_copy_([places[i] for i in indices], [values[i] for i in indices])
+        targets = [core(places[i]) for i in indices]
+        torch._foreach_copy_(targets, [core(values[i], places[i]) for i in indices])
+
+
+def core(value: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
+    """A value without the repetitions of an expanded one, or of another one of the same shape."""
+    like = value if like is None else like
+    for dim, stride in enumerate(like.stride()):
+        if stride == 0 and value.shape[dim] > 1:
+            value = value.narrow(dim, 0, 1)
+    return value

@@ -133,7 +133,7 @@ class Executor:
         started = None
         if self._blocks is not None and not self._gets_form(segments):
             self._seen.lengths.add(segments)
-            with _own_modes():
+            with autocast_as():
                 started = self._blocks.replay(segments, self._named(inputs))
         if started is None and self._recorder is not None:
             started = self._recorder.replay(segments, inputs)
