@@ -116,9 +116,7 @@ class Outliner:
             ):
                 result = self.fn(*args, **kwargs)
             recorder.leave("result", result)
-            for change in snapshot.changes():
-                if not change.is_hook:
-                    recorder.leave(change.name, change.value)
+            recorder.leave_state(snapshot)
         except OutlineError:
             raise
         except Exception as error:
@@ -210,6 +208,22 @@ class _Recorder:
             else:
                 is_atom = isinstance(leaf, _ATOMS) and leaf == leaf
                 self.row((place, type(leaf), leaf if is_atom else None), (), ints)
+
+    def leave_state(self, snapshot: Snapshot) -> None:
+        """Note what the modules hold now: numbers and names whether they have changed or not, since a counter
+        may happen to be left as it was."""
+        for change in snapshot.changes():
+            if not change.is_hook and not isinstance(change.value, _ATOMS):
+                self.leave(change.name, change.value)
+        for target, _ in snapshot.holders():
+            fields = dict(enumerate(target)) if isinstance(target, list) else target
+            fields = fields if isinstance(fields, dict) else fields.__dict__
+            for key, value in fields.items():
+                if isinstance(value, _ATOMS):
+                    place = "an entry" if isinstance(key, int) else key
+                    is_int = type(value) is int
+                    said = None if is_int or value != value else value
+                    self.row((place, id(target), type(value), said), (), [value] if is_int else ())
 
     def noted(self, func: Any, said: Arguments, known: Known, modes: Any) -> tuple[int, int]:
         """Note a call."""

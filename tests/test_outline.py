@@ -176,3 +176,19 @@ def test_calls_that_are_alike_are_computed_once() -> None:
         known = len(outliner.known)
         outline, _ = outliner.outline((features(30),), {}, 30)
     assert outline.size > 500 and len(outliner.known) < known + 10
+
+
+def test_a_counter_that_is_left_as_it_was() -> None:
+    """The last call had as many segments as one of the outlines."""
+
+    class Counts(Toy):
+        counted = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.counted = x.shape[1] // SEGMENT
+            return super().forward(x)
+
+    for before in (2, 3, LONG):
+        model = made(Counts)
+        model.counted = before
+        assert departs(model, LONG) is None and model.counted == before
