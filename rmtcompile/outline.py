@@ -221,9 +221,9 @@ class _Recorder:
             for key, value in fields.items():
                 if isinstance(value, _ATOMS):
                     place = "an entry" if isinstance(key, int) else key
-                    is_int = type(value) is int
-                    said = None if is_int or value != value else value
-                    self.row((place, id(target), type(value), said), (), [value] if is_int else ())
+                    ints = [value] if isinstance(value, int) and not isinstance(value, bool) else []
+                    said = None if ints or value != value else value
+                    self.row((place, id(target), type(value), said), (), ints)
 
     def noted(self, func: Any, said: Arguments, known: Known, modes: Any) -> tuple[int, int]:
         """Note a call."""
