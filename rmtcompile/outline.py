@@ -228,7 +228,8 @@ class _Recorder:
     def noted(self, func: Any, said: Arguments, known: Known, modes: Any) -> tuple[int, int]:
         """Note a call."""
         for item in said.items:
-            self.row((func, "item", self.parameter, *item.symbols), item.reads)
+            made = [place.label for place in item.reads]  # lists of lists are told apart by what is in them
+            self.row((func, "item", self.parameter, *item.symbols, *made), item.reads, item.ints)
         key = (func, *said.symbols, self.parameter, modes, known.symbol)
         if said.parameter is not None:
             self.parameter = said.parameter

@@ -99,6 +99,12 @@ REGULAR: dict[str, Callable[[], nn.Module]] = {
     "rows": loop(enter=lambda self, h, s, n: h + self.table[s]),
     "dictionary": loop(join=lambda self, out: {f"y{s}": h for s, h in enumerate(out)}),
     "woven": loop(join=lambda self, out: [(h, h.mean()) for h in out]),
+    "lists of lists": loop(
+        join=lambda self, out: torch.stack([torch.stack([h.mean(), h.sum()]).prod() for h in out])
+    ),
+    "indices": loop(
+        join=lambda self, out: torch.cat(out, 1).tensor_split([SEGMENT * s for s in range(1, len(out))], 1)
+    ),
     "stacked": loop(join=lambda self, out: torch.stack([h.mean() for h in out]).sum() / len(out)),
     "window": loop(join=lambda self, out: torch.cat(out, 1)[:, -SEGMENT - 1 :]),
 }
