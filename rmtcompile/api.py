@@ -430,8 +430,10 @@ class Optimized:
             return entry
         try:
             longer = self._made(call, args, kwargs, fewest=fewest)
-        except RerollError as error:
-            raise found.error(error) from error
+        except UnsupportedError as error:
+            if found.departs or isinstance(error, RerollError):
+                raise found.error(error) from error
+            return entry  # these lengths cannot be captured: it stays unknown
         is_same = longer.compiled.rolled.is_like(entry.compiled.rolled)
         if not is_same and fewest >= self._options.max_segments_captured + LONGER:
             raise found.error()

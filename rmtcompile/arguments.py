@@ -44,7 +44,7 @@ class Arguments:
         symbols: what is no integer, and which tensors of the model are read.
         ints: the integers.
         reads: where the other tensors come from.
-        items: lists of tensors, element by element.
+        items: lists of tensors and of integers, element by element.
         tensors: all tensors.
         parameter: the last tensor of the model among them.
     """
@@ -98,21 +98,20 @@ class Arguments:
 
     def _add_list(self, values: Any) -> None:
         """Lists that may grow with the number of segments do not say how long they are in symbols."""
-        if values and all(isinstance(value, torch.Tensor) for value in values):
-            self.symbols.append(list)
-            for value in values:
-                item = Arguments(self.outliner, self.outline)
-                item.add_tensor(value)
-                self.items.append(item)
-                self.key += item.key
-                self.tensors += item.tensors
-                self.parameter = item.parameter if item.parameter is not None else self.parameter
-        elif len(values) > 1 and type(values[0]) is int and all(value == values[0] for value in values):
-            self.symbols.append("alike")
-            self._add_each((len(values), values[0]))
-        else:
+        self.key.append(len(values))
+        is_of_tensors = values and all(isinstance(value, torch.Tensor) for value in values)
+        if not is_of_tensors and not (type(values) is list and all(type(value) is int for value in values)):
             self.symbols += (type(values), len(values))
             self._add_each(values)
+            return
+        self.symbols.append(list)
+        for value in values:
+            item = Arguments(self.outliner, self.outline)
+            item.add(value)
+            self.items.append(item)
+            self.key += item.key
+            self.tensors += item.tensors
+            self.parameter = item.parameter if item.parameter is not None else self.parameter
 
     def add_tensor(self, value: torch.Tensor) -> None:
         """Take a tensor: made in this outline, kept by the model, or written out in its code."""

@@ -25,7 +25,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from rmtcompile.arguments import OutlineError
-from rmtcompile.errors import RerollError
+from rmtcompile.errors import RerollError, UnsupportedError
 from rmtcompile.outline import Outline, Outliner
 from rmtcompile.pipeline import Compiled
 from rmtcompile.probe import Segmentation
@@ -122,7 +122,7 @@ class Followed:
     departs: str = ""
     unknown: str = ""
 
-    def error(self, cause: RerollError | None = None) -> RerollError:
+    def error(self, cause: UnsupportedError | None = None) -> RerollError:
         """The refusal of rules that do not hold longer than this."""
         evidence = [self.departs] if self.departs else []
         if cause is not None:

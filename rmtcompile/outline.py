@@ -117,9 +117,7 @@ class Outliner:
             ):
                 result = self.fn(*args, **kwargs)
             recorder.leave("result", result)
-            for change in snapshot.changes():
-                if not change.is_hook:
-                    recorder.leave(change.name, change.value)
+            recorder.leave_state(snapshot)
         except OutlineError:
             raise
         except Exception as error:
@@ -212,10 +210,27 @@ class _Recorder:
                 is_atom = isinstance(leaf, ATOMS) and leaf == leaf
                 self.row((place, type(leaf), leaf if is_atom else None), (), ints)
 
+    def leave_state(self, snapshot: Snapshot) -> None:
+        """Note what the modules hold now: numbers and names whether they have changed or not, since a counter
+        may happen to be left as it was."""
+        for change in snapshot.changes():
+            if not change.is_hook and not isinstance(change.value, _ATOMS):
+                self.leave(change.name, change.value)
+        for target, _ in snapshot.holders():
+            fields = dict(enumerate(target)) if isinstance(target, list) else target
+            fields = fields if isinstance(fields, dict) else fields.__dict__
+            for key, value in fields.items():
+                if isinstance(value, _ATOMS):
+                    place = "an entry" if isinstance(key, int) else key
+                    ints = [value] if isinstance(value, int) and not isinstance(value, bool) else []
+                    said = None if ints or value != value else value
+                    self.row((place, id(target), type(value), said), (), ints)
+
     def noted(self, func: Any, said: Arguments, known: Known, modes: Any) -> tuple[int, int]:
         """Note a call."""
         for item in said.items:
-            self.row((func, "item", self.parameter, *item.symbols), item.reads)
+            made = [place.label for place in item.reads]  # lists of lists are told apart by what is in them
+            self.row((func, "item", self.parameter, *item.symbols, *made), item.reads, item.ints)
         key = (func, *said.symbols, self.parameter, modes, known.symbol)
         if said.parameter is not None:
             self.parameter = said.parameter

@@ -227,6 +227,25 @@ def test_another_rule_from_the_tenth_segment_on() -> None:
         assert torch.equal(rmtcompile.optimize(model, fallback="sequential")(x), model(x))
 
 
+@torch.no_grad()
+def test_a_layer_that_is_left_out_late() -> None:
+    """Captures of such lengths show no layers at all; what is said is where the rule ends."""
+
+    class Shallow(Toy):
+        def forward(self, x: Tensor) -> Tensor:
+            memory = [x.new_zeros(x.shape[0], WIDTH)] * len(self.layers)
+            out = []
+            for s, h in enumerate(x.split(SEGMENT, 1)):
+                for l, layer in enumerate(self.layers):
+                    if s < 9 or l != 1:
+                        h, memory[l] = layer(h, memory[l])
+                out.append(h)
+            return torch.cat(out, 1)
+
+    with pytest.raises(RerollError, match=r"up to 9 segments does not hold for 10\n.* linear at .*\.py:\d+ "):
+        rmtcompile.optimize(made(Shallow))(features(12))
+
+
 class Unseen(At):
     """Computes something at one segment that nobody reads."""
 

@@ -99,6 +99,12 @@ REGULAR: dict[str, Callable[[], nn.Module]] = {
     "rows": loop(enter=lambda self, h, s, n: h + self.table[s]),
     "dictionary": loop(join=lambda self, out: {f"y{s}": h for s, h in enumerate(out)}),
     "woven": loop(join=lambda self, out: [(h, h.mean()) for h in out]),
+    "lists of lists": loop(
+        join=lambda self, out: torch.stack([torch.stack([h.mean(), h.sum()]).prod() for h in out])
+    ),
+    "indices": loop(
+        join=lambda self, out: torch.cat(out, 1).tensor_split([SEGMENT * s for s in range(1, len(out))], 1)
+    ),
     "stacked": loop(join=lambda self, out: torch.stack([h.mean() for h in out]).sum() / len(out)),
     "window": loop(join=lambda self, out: torch.cat(out, 1)[:, -SEGMENT - 1 :]),
 }
@@ -176,3 +182,19 @@ def test_calls_that_are_alike_are_computed_once() -> None:
         known = len(outliner.known)
         outline, _ = outliner.outline((features(30),), {}, 30)
     assert outline.size > 500 and len(outliner.known) < known + 10
+
+
+def test_a_counter_that_is_left_as_it_was() -> None:
+    """The last call had as many segments as one of the outlines."""
+
+    class Counts(Toy):
+        counted = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.counted = x.shape[1] // SEGMENT
+            return super().forward(x)
+
+    for before in (2, 3, LONG):
+        model = made(Counts)
+        model.counted = before
+        assert departs(model, LONG) is None and model.counted == before
