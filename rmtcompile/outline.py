@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmtcompile.arguments import Arguments, Known, New, OutlineError, Place, Same, known_of, literal
 from rmtcompile.blame import raised_at, user_source
-from rmtcompile.objects import ATOMS
+from rmtcompile.objects import ATOMS, held
 from rmtcompile.state import Contents, Snapshot, roots_of
 from rmtcompile.surroundings import Surroundings
 from rmtcompile.tracing import SharedData, refused_functions, uncached_autocast
@@ -97,9 +97,8 @@ class Outliner:
             OutlineError: the forward cannot be followed.
         """
         snapshot = Snapshot(roots_of(self.fn))
-        for held in snapshot.tensors():
-            name = ("held", id(held.tensor))
-            self._held.setdefault(name[1], (held.tensor, name, self.kind(held.tensor)))
+        for tensor, *_ in snapshot.tensors():
+            self._held.setdefault(id(tensor), (tensor, ("held", id(tensor)), self.kind(tensor)))
         contents, around = Contents(snapshot), Surroundings(self.fn)
         recorder = (_Below if self.below else _Above)(self, count, where)
         grad = torch.is_grad_enabled()
@@ -214,14 +213,12 @@ class _Recorder:
         """Note what the modules hold now: numbers and names whether they have changed or not, since a counter
         may happen to be left as it was."""
         for change in snapshot.changes():
-            if not change.is_hook and not isinstance(change.value, _ATOMS):
+            if not change.is_hook and not isinstance(change.value, ATOMS):
                 self.leave(change.name, change.value)
         for target, _ in snapshot.holders():
-            fields = dict(enumerate(target)) if isinstance(target, list) else target
-            fields = fields if isinstance(fields, dict) else fields.__dict__
-            for key, value in fields.items():
-                if isinstance(value, _ATOMS):
-                    place = "an entry" if isinstance(key, int) else key
+            for (_, key), value in held(target).items():
+                if isinstance(value, ATOMS):
+                    place = key if isinstance(key, str) else "an entry"
                     ints = [value] if isinstance(value, int) and not isinstance(value, bool) else []
                     said = None if ints or value != value else value
                     self.row((place, id(target), type(value), said), (), ints)
