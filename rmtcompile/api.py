@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ from rmtcompile.families import Entry, Families, is_current
 from rmtcompile.guard import call_key, program_key
 from rmtcompile.kinds import refuse_model, refuse_odd_arguments
 from rmtcompile.leaving import leave_effects, write_back
+from rmtcompile.objects import Opaque
 from rmtcompile.options import Options, check_options
 from rmtcompile.passes.optimise import FOR_COMPILED_CELLS
 from rmtcompile.passes.wavefront import blocking
@@ -126,7 +128,7 @@ class _Call:
     key: Any
 
 
-class Optimized:
+class Optimized(Opaque):
     """A model that runs on wavefronts; made by `optimize`.
 
     Attributes of the model (parameters, `state_dict`, `config`, ...) are reached through it.
@@ -186,7 +188,7 @@ class Optimized:
                     started = self._start(call, args, kwargs)
                     call, entry = self._entry(call, args, kwargs)  # the device is at work meanwhile
                 running = started[1] if started is not None and started[0] is entry else None
-                with explained(self.model, args, kwargs, running=True):
+                with nullcontext() if entry.is_edited else explained(self.model, args, kwargs, running=True):
                     outputs = self._outputs(entry, call.count, args, kwargs, running)
             except _TooFewSegments as short:
                 return self._as_it_is(str(short), args, kwargs)
@@ -497,7 +499,11 @@ class Optimized:
         try:
             return entry.executor.run(count, tensors_of(args, kwargs))
         except STOPS as error:
-            found = None if is_no_fault(error) else self._difference(entry, count, args, kwargs)
+            proved = entry.compiled.rolled.proved_on
+            is_proved = count in range(min(proved, default=count), max(proved, default=count) + 1)
+            if is_proved or entry.is_edited or is_no_fault(error):
+                raise
+            found = self._difference(entry, count, args, kwargs)
             if found is None:
                 raise
             raise RerollError(

@@ -333,6 +333,7 @@ def _captured(
         ):
             module = trace(*fakes)
         shared.refuse_swallowed()
+        known.refuse_swallowed()
     except CaptureError:
         raise
     except Exception as error:

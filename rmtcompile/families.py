@@ -73,6 +73,7 @@ class Entry:
         only: programs for single lengths that the rules do not give.
         longer: what replaces it: rules from longer captures.
         trial: for a program that rules for sizes gave, what would show that they are wrong.
+        is_edited: whether its module is one that the user has edited.
     """
 
     compiled: Compiled
@@ -85,6 +86,7 @@ class Entry:
     only: dict[int, Entry] = field(default_factory=dict)
     longer: Entry | None = None
     trial: Trial | None = None
+    is_edited: bool = False
 
 
 @dataclass

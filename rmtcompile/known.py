@@ -143,10 +143,26 @@ class Known(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.read: list[torch.Tensor] = []
+        self._refused: CaptureError | None = None
         self._now = 0
         self._refs: Any = WeakTensorKeyDictionary()
         self._sources: dict[int, _Ref] = {}  # by identity, which the source keeps
         self._literals: set[int] = set()
+
+    def unreadable(self, func: Any, frame: Any) -> CaptureError:
+        """The refusal of a read that no value is known for."""
+        self._refused = self._refused or _unreadable(func, frame)
+        return self._refused
+
+    def refuse_swallowed(self) -> None:
+        """Refuse a forward that came to its end in spite of such a refusal: what it did instead is no part of
+        the model."""
+        if self._refused is not None:
+            raise CaptureError(
+                f"the forward goes on after an error that only tracing raises ({self._refused.what})",
+                list(self._refused.evidence),
+                "decide it from shapes or Python values",
+            )
 
     # ---- following -----------------------------------------------------------------------------------------
 
@@ -156,7 +172,7 @@ class Known(TorchDispatchMode):
             value = self.value(args[0])
             if value is None:
                 if self.is_stale(args):
-                    raise _unreadable(func, sys._getframe(1))
+                    raise self.unreadable(func, sys._getframe(1))
                 return func(*args)
             with outside():
                 return value.item()
@@ -222,7 +238,8 @@ class Known(TorchDispatchMode):
         """Results share the memory of what they are views of, or have one of their own."""
         results = _aliases(step.func)[1]
         position = 0
-        for sets, value in zip(results, result if len(results) > 1 else (result,), strict=True):
+        values = result if len(results) > 1 else (result,) * len(results)
+        for sets, value in zip(results, values, strict=True):
             seen = [memory for memories, of, _ in by_name if sets & of for memory in memories]
             for i, tensor in enumerate(_tensors(value)):
                 if not any(tensor is one for one in inputs):
@@ -372,7 +389,7 @@ class Reads(TorchFunctionMode):
         values = {id(tensor): self._valued(tensor) for tensor in _tensors((args, kwargs))}
         if any(value is None for value in values.values()):
             if func in _ARRAYS or self._known.is_stale(args, kwargs):
-                raise _unreadable(func, sys._getframe(2))
+                raise self._known.unreadable(func, sys._getframe(2))
             return func(*args, **kwargs)
 
         def known(value: Any) -> Any:
@@ -400,7 +417,7 @@ class Reads(TorchFunctionMode):
         def read(one: Any) -> Any:
             found = self._known.value(one) if isinstance(one, torch.Tensor) else one
             if found is None and one is not None:
-                raise _unreadable(func, sys._getframe(2))
+                raise self._known.unreadable(func, sys._getframe(2))
             return found
 
         return pytree.tree_map(read, value)

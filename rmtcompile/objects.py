@@ -82,9 +82,13 @@ DELETED = _Mark("DELETED")
 """Stands for a value that is not there any more."""
 
 
+class Opaque:
+    """Base of our own objects that a user may put into a model: they are no state of it."""
+
+
 def is_leaf(value: object) -> bool:
     """Whether there is nothing to look into; a module is looked into as the module that it is."""
-    return isinstance(value, (*ATOMS, *OPAQUE, torch.Tensor, nn.Module))
+    return isinstance(value, (*ATOMS, *OPAQUE, Opaque, torch.Tensor, nn.Module))
 
 
 def is_same(before: Any, now: Any) -> bool:

@@ -83,6 +83,7 @@ def use(fast: Optimized, path: str | Path) -> None:
     exec(code, entry.compiled.namespace)
     entry.compiled.namespace.update(entry.compiled.sizes)
     entry.compiled.emitted = replace(entry.compiled.emitted, source=source, phases={})
+    entry.is_edited = True
 
 
 def _cells(fast: Optimized) -> list[tuple[str, str]]:
