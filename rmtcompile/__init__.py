@@ -23,6 +23,7 @@ from rmtcompile.errors import (  # noqa: E402
     LiftError,
     PartitionError,
     RecaptureWarning,
+    RecordingWarning,
     RerollError,
     RMTCompileError,
     SequentialScheduleWarning,
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError", "DependenceError", "Explanation", "FallbackWarning", "InternalError", "LiftError",
-    "Optimized", "PartitionError", "Profile", "RMTCompileError", "RecaptureWarning", "RerollError",
-    "Schedule", "SequentialScheduleWarning", "UnsupportedError", "VerificationError", "explain", "optimize",
+    "Optimized", "PartitionError", "Profile", "RMTCompileError", "RecaptureWarning", "RecordingWarning",
+    "RerollError", "Schedule", "SequentialScheduleWarning", "UnsupportedError", "VerificationError",
+    "explain", "optimize",
 ]  # fmt: skip

@@ -69,6 +69,10 @@ class FallbackWarning(UserWarning):
     """The model, or an input too short for its rules, could not be compiled and runs as it is."""
 
 
+class RecordingWarning(UserWarning):
+    """Runs are not recorded as CUDA graphs, since something in them cannot be."""
+
+
 class RecaptureWarning(UserWarning):
     """The model has been captured anew several times, since what its forward reads changes from call to
     call."""

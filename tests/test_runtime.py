@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from toys import Toy, assert_same, features, made
 
+import rmtcompile
 from rmtcompile.capture import Leaf
 from rmtcompile.errors import UnsupportedError
 from rmtcompile.program import Affine, Lane
-from rmtcompile.runtime import LaneStore, Stacks, TapStore
+from rmtcompile.runtime import LaneStore, Stacks, TapStore, execute
 from rmtcompile.runtime.storage import as_slice
 from rmtcompile.weights import Weight
 
@@ -150,6 +153,27 @@ def test_parameters_that_differ_are_refused() -> None:
     lines = str(caught.value).splitlines()
     assert lines[0] == "parameters of one kind of layer differ in shape, dtype or device"
     assert "0.weight: (3, 2)" in lines[1] and "1.weight: (4, 2)" in lines[2]
+
+
+@torch.no_grad()
+def test_what_cannot_be_recorded_runs_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        wants = True
+
+        def __init__(self, *_: Any) -> None: ...
+
+        def prepare(self, _: Any) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ...")
+
+    model, x = made(Toy), features(4)
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    fast(x)
+    executor = fast._last[0].executor  # type: ignore[index]
+    executor._use_graphs = True
+    monkeypatch.setattr(execute, "BlockRecorder", Failing)
+    with pytest.warns(rmtcompile.RecordingWarning, match="CUDA graphs: operation not permitted"):
+        executor.record([x])
+    assert_same(model(x), fast(x))
 
 
 def test_affine() -> None:

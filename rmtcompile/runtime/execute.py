@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rmtcompile.errors import UnsupportedError
+from rmtcompile.errors import RecordingWarning, UnsupportedError
 from rmtcompile.pipeline import Compiled
 from rmtcompile.probe import Segmentation
 from rmtcompile.runtime.base import OnLevel, OnValue
@@ -160,9 +161,16 @@ class Executor:
             return
         if self._blocks is None:
             self._blocks = BlockRecorder(self.compiled.leaves, self._replaced, self._make_blocks)
-        if self._blocks.wants:
+        if not self._blocks.wants:
+            return
+        try:
             with _plain_tensors(), _own_modes():
                 self._blocks.prepare(lambda n: self._named(self._resized(n, inputs)))
+        except RuntimeError as error:  # the run itself was right: what follows runs as it did
+            self._use_graphs, self._blocks = False, None
+            said = str(error).partition("\n")[0]
+            message = f"runs are not recorded as CUDA graphs: {said}"
+            warnings.warn(message, RecordingWarning, stacklevel=3)
 
     def _make_blocks(self, device: Device, leaves: Mapping[str, torch.Tensor]) -> RecordedBlocks:
         borders, functions = self.compiled.emitted.borders, self.compiled.namespace
