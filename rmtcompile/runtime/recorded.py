@@ -124,9 +124,8 @@ class _BlockRun(Run):
                 if segment not in self.taps[name]:
                     continue
                 place, value = self.blocks.place(name, base - segment), self.taps[name][segment]
-                for to, x in paired(place, value):
-                    if to is not x:
-                        to.copy_(x)
+                pairs = [(to, x) for to, x in paired(place, value) if to is not x]
+                copy_all([to for to, _ in pairs], [x for _, x in pairs])
 
 
 class RecordedBlocks:
