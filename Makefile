@@ -12,7 +12,7 @@ test test-451: export OMP_NUM_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-451 lint typecheck readme-tables clean
+.PHONY: help setup demo test test-451 lint imports typecheck readme-tables clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -31,9 +31,16 @@ test-451: $(VENV451)/installed ## run the tests that use transformers on transfo
 lint: $(VENV)/installed ## ruff
 	$(BIN)/ruff check .
 
-typecheck: $(VENV)/installed ## mypy
+# The package as it is installed: passes/ inside of rmtcompile/.
+$(TYPES): FORCE
 	rm -rf $(TYPES) && mkdir -p $(TYPES)/rmtcompile
 	ln -s $(CURDIR)/rmtcompile/* $(CURDIR)/passes $(TYPES)/rmtcompile/
+FORCE:
+
+imports: $(VENV)/installed $(TYPES) ## import-linter: imports go one way
+	cd $(TYPES) && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports --no-cache --no-logo $(CURDIR)/pyproject.toml
+
+typecheck: $(VENV)/installed $(TYPES) ## mypy
 	cd $(TYPES) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(CURDIR)/.mypy_cache -p rmtcompile
 

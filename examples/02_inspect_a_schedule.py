@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import rmtcompile
-from rmtcompile.passes.wavefront import wavefront
+from rmtcompile.passes.grid.wavefront import wavefront
 
 
 class Layer(nn.Module):

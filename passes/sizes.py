@@ -15,7 +15,7 @@ product of both is told from a sum. Integers that count dims or name types are n
 
 Requires: programs compiled by the same passes, under the same state of the model.  Ensures: at the sizes of
 each given program the result prints the same operations. For other sizes nothing is proved here; whoever uses
-it there checks (`rmtcompile/families.py`).
+it there checks (`rmtcompile/dispatch/families.py`).
 Reference: anti-unification; the coefficients are finite differences.
 """
 
@@ -31,12 +31,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from rmtcompile.capture import Leaf
+from rmtcompile.binding.captured import Leaf
+from rmtcompile.ir.program import Affine, Body, Lane, Program, Size
+from rmtcompile.passes.cell.lift import vmapped
 from rmtcompile.passes.emit import CellFunction, Sized
-from rmtcompile.passes.lift import vmapped
-from rmtcompile.passes.partition import CELL
-from rmtcompile.passes.reroll import ClassRule, Rolled
-from rmtcompile.program import Affine, Body, Lane, Program, Size
+from rmtcompile.passes.grid.partition import CELL
+from rmtcompile.passes.grid.reroll import ClassRule, Rolled
 
 Sizes = Mapping[str, int]
 

@@ -7,6 +7,8 @@ broke one of its own rules.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 
 
@@ -76,3 +78,11 @@ class RecordingWarning(UserWarning):
 class RecaptureWarning(UserWarning):
     """The model has been captured anew several times, since what its forward reads changes from call to
     call."""
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line of the user's code that called into rmtcompile, however deep that lies."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("rmtcompile."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

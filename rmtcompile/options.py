@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,10 @@ class Options:
     layers: str | None = None
     segment_size: int | None = None
     plan: str = "auto"
+    backend: str | Callable[..., Any] = "auto"
+    cuda_graphs: str | bool = "auto"
+    fallback: str | None = None
+    verify: bool = False
     passes_off: frozenset[str] = frozenset()
     min_segments_captured: int = 2
     max_segments_captured: int = 6

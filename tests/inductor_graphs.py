@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from rmtcompile.passes.inductor import PASSES, Passes
+from rmtcompile.passes.cell.inductor import PASSES, Passes
 from rmtcompile.runtime.engine import Engine
 from rmtcompile.runtime.execute import Executor
 

@@ -1,4 +1,4 @@
-"""passes/inductor/accumulate.py: products write over what they are added to, where nobody reads it later."""
+"""accumulate.py: products write over what they are added to, where nobody reads it later."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from toys import assert_equal_runs, features, made
 
 import rmtcompile
-from rmtcompile.passes.inductor import Passes
-from rmtcompile.passes.inductor.accumulate import accumulate
+from rmtcompile.passes.cell.inductor import Passes
+from rmtcompile.passes.cell.inductor.accumulate import accumulate
 
 OPTIONS = {"post_grad_custom_post_pass": Passes(all_but("accumulate"))}
 ADD = torch.ops.rmtcompile.accumulate.default

@@ -16,10 +16,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from toys import SEGMENT, WIDTH, Toy, assert_same, features, made
 
 import rmtcompile
-from rmtcompile.capture import capture
 from rmtcompile.errors import CaptureError
-from rmtcompile.passes.autocast import explicit_autocast
-from rmtcompile.tracing import autocast_as, autocast_state
+from rmtcompile.frontend.capture import capture
+from rmtcompile.ir.modes import autocast_as, autocast_state
+from rmtcompile.passes.flat.autocast import explicit_autocast
 
 HALF = (("cpu", torch.bfloat16),)
 SEGMENTS = (1, 5)

@@ -1,4 +1,4 @@
-"""rmtcompile/beyond.py: rules that no short capture shows are found or refused at the first long input."""
+"""lengths.py: rules that no short capture shows are found or refused at the first long input."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from toys import SEGMENT, WIDTH, Toy, assert_equal_runs, features, made
 
 import rmtcompile
-import rmtcompile.beyond
-from rmtcompile.arguments import OutlineError
-from rmtcompile.beyond import CHECKED, first_segments
+import rmtcompile.dispatch.followed
+from rmtcompile.dispatch.compared import CHECKED, first_segments
+from rmtcompile.dispatch.verify import TOLERANCE
 from rmtcompile.errors import RerollError
-from rmtcompile.outline import Outliner
-from rmtcompile.probe import probe
-from rmtcompile.verify import TOLERANCE
+from rmtcompile.frontend.outline import Outliner
+from rmtcompile.frontend.outline_arguments import OutlineError
+from rmtcompile.frontend.probe import probe
 
 
 @pytest.mark.parametrize(("back", "up"), [(3, 0), (3, 2)])
@@ -302,8 +302,8 @@ def test_a_table_may_end_where_the_input_does() -> None:
 
 @torch.no_grad()
 def test_very_long_inputs_are_not_followed_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rmtcompile.beyond, "FOLLOWED", 400)
-    monkeypatch.setattr(rmtcompile.beyond, "CAPTURED", 100)
+    monkeypatch.setattr(rmtcompile.dispatch.followed, "FOLLOWED", 400)
+    monkeypatch.setattr(rmtcompile.dispatch.followed, "CAPTURED", 100)
     model = made(Toy)
     fast = rmtcompile.optimize(copy.deepcopy(model))
     assert_equal_runs(model, fast, [features(40)])
@@ -323,6 +323,6 @@ def test_where_it_cannot_be_followed_longer_captures_do(monkeypatch: pytest.Monk
     fast = rmtcompile.optimize(copy.deepcopy(model))
     assert_equal_runs(model, fast, [features(9)])
     assert fast.explain().followed_to == 9 and fast.captures == 2
-    monkeypatch.setattr(rmtcompile.beyond, "CAPTURED", 100)
+    monkeypatch.setattr(rmtcompile.dispatch.followed, "CAPTURED", 100)
     assert_equal_runs(model, fast, [features(19)])
     assert fast.explain().unfollowed == "for this test"

@@ -16,7 +16,7 @@ from toys import assert_same, features, made
 from zoo.others import ZOO
 
 import rmtcompile
-from rmtcompile.results import value_of
+from rmtcompile.compiler.results import value_of
 from rmtcompile.runtime import recorded
 from rmtcompile.runtime.blocks import LONGEST, blocks_of, steady_lengths
 from rmtcompile.runtime.engine import Engine

@@ -1,4 +1,4 @@
-"""rmtcompile/capture.py: one flat graph, replayed exactly, and a module that is left alone."""
+"""rmtcompile/frontend/capture.py: one flat graph, replayed exactly, and a module that is left alone."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from toys import SEGMENT, AttributeState, Layer, Toy, assert_same, features, made
 
-from rmtcompile.capture import Capture, Out, capture
+from rmtcompile.binding.captured import Capture, Out
 from rmtcompile.errors import CaptureError
+from rmtcompile.frontend.capture import capture
 
 
 def replay(captured: Capture, *tensors: Tensor) -> Any:

@@ -11,9 +11,9 @@ from test_fuse_linears import rand, trace, weights_of
 from toys import assert_same, features, made
 
 import rmtcompile
-from rmtcompile.passes.cast_weights import cast_weights, conversions
-from rmtcompile.passes.fuse_linears import fuse_linears
-from rmtcompile.weights import Weight
+from rmtcompile.ir.weights import Weight
+from rmtcompile.passes.cell.cast_weights import cast_weights, conversions
+from rmtcompile.passes.cell.fuse_linears import fuse_linears
 
 aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rmtcompile.cli import main
+from rmtcompile.cli.commands import main
 
 TESTS = Path(__file__).parent
 TOYS = str(TESTS / "reported.py")
@@ -182,7 +182,7 @@ def test_the_small_armt_takes_sizes(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_model_alone_reads_random_tokens(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "alone.py").write_text(
-        "from rmtcompile.target import Sizes, small_armt\n"
+        "from rmtcompile.cli.target import Sizes, small_armt\n"
         "def build():\n    return small_armt(Sizes(2, 16, 2, 8, 3, 2, 4))\n"
     )
     argv = ["explain", f"{tmp_path / 'alone.py'}:build", "--json", "--segment", "8", "--segments", "4"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rmtcompile.demo import DemoResult, read_bytes, run_demo, verdict
-from rmtcompile.target import Sizes, UsageError
+from rmtcompile.cli.demo import DemoResult, read_bytes, run_demo, verdict
+from rmtcompile.cli.target import Sizes, UsageError
 
 SMALL = Sizes(layers=3, hidden=32, heads=2, segment=16, segments=5, memory=4, d_mem=4)
 

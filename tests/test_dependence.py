@@ -1,4 +1,4 @@
-"""passes/dependence.py: offsets between cells, each with the place that shows it."""
+"""passes/grid/dependence.py: offsets between cells, each with the place that shows it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from test_reroll import Kept, rules
 from toys import Toy
 
 from rmtcompile.errors import DependenceError
-from rmtcompile.passes.dependence import dependences
-from rmtcompile.passes.partition import CELL
-from rmtcompile.passes.reroll import LiveIn
-from rmtcompile.passes.wavefront import skew
-from rmtcompile.program import Source
+from rmtcompile.ir.program import Source
+from rmtcompile.passes.grid.dependence import dependences
+from rmtcompile.passes.grid.partition import CELL
+from rmtcompile.passes.grid.reroll import LiveIn
+from rmtcompile.passes.grid.wavefront import skew
 
 
 class Above(Kept):

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from test_lane_allocation import program
 from test_reroll import FirstDiffers, Kept, Positions
-from test_route import program
 from torch import nn
 from toys import AttributeState, Toy, assert_same, features, made
 

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 from rmtcompile.errors import UnsupportedError
-from rmtcompile.passes.functionalise import (
+from rmtcompile.passes.flat.functionalise import (
     Functional,
     functionalise,
     is_mutating,

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from rmtcompile.passes.fuse_linears import fuse_linears, joined
-from rmtcompile.passes.lift import lift
-from rmtcompile.weights import Weight
+from rmtcompile.ir.weights import Weight
+from rmtcompile.passes.cell.fuse_linears import fuse_linears, joined
+from rmtcompile.passes.cell.lift import lift
 
 aten = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""passes/inductor/gated.py: a product of two halves that meet elementwise computes the expression too."""
+"""gated.py: a product of two halves that meet elementwise computes the expression too."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor, fx
 from toys import assert_equal_runs, features, made
 
 import rmtcompile
-from rmtcompile.passes.inductor import Passes
-from rmtcompile.passes.inductor.gated import choose, gated
+from rmtcompile.passes.cell.inductor import Passes
+from rmtcompile.passes.cell.inductor.gated import choose, gated
 
 OPTIONS = {"post_grad_custom_post_pass": Passes(all_but("gated"))}
 GATED = torch.ops.rmtcompile.gated_product.default
@@ -280,7 +280,7 @@ def test_a_compiled_program(monkeypatch: pytest.MonkeyPatch) -> None:
     [(1, 128, 64, 128), (3, 200, 96, 136), (2, 1, 8, 8), (5, 129, 1000, 264), (1, 384, 2048, 4096)],
 )
 def test_the_kernel(cells: int, rows: int, inner: int, half: int, dtype: torch.dtype) -> None:
-    kernel = pytest.importorskip("rmtcompile.passes.inductor.gated_kernel")
+    kernel = pytest.importorskip("rmtcompile.passes.cell.inductor.gated_kernel")
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs compute capability 9.0")
     x = torch.randn(cells, rows, inner, device="cuda").to(dtype)
@@ -319,7 +319,7 @@ def test_compiled_by_inductor_on_cuda(dynamic: bool, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.gpu
 def test_the_choice_is_measured() -> None:
-    kernel = pytest.importorskip("rmtcompile.passes.inductor.gated_kernel")
+    kernel = pytest.importorskip("rmtcompile.passes.cell.inductor.gated_kernel")
     state, text = torch.cuda.get_rng_state(), GATES["swiglu"]
     sizes = (torch.device("cuda", 0), torch.bfloat16, 4, 256, 512, 1024)
     best = kernel.fastest(*sizes, text)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from rmtcompile.capture import Leaf
+from rmtcompile.binding.captured import Leaf
 from rmtcompile.runtime import graphs
 from rmtcompile.runtime.graphs import Recorder
 from rmtcompile.runtime.workspaces import can_choose, no_workspaces

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmtcompile.program import Group, Program
+from rmtcompile.ir.program import Group, Program
 from rmtcompile.runtime.run import Run
 from rmtcompile.schedule import Grid, Schedule
 

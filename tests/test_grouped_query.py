@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from rmtcompile.passes.grouped_query import grouped_query
+from rmtcompile.passes.cell.grouped_query import grouped_query
 
 aten = torch.ops.aten
 Cell = Callable[..., Any]

@@ -1,4 +1,4 @@
-"""rmtcompile/guard.py: what a program took for granted is noticed when it changes."""
+"""rmtcompile/binding/guard.py: what a program took for granted is noticed when it changes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from toys import AttributeState, Layer, Toy, assert_same, features, made
 
 import rmtcompile
-from rmtcompile.capture import capture
-from rmtcompile.guard import ReadTracker, call_key, program_key
-from rmtcompile.probe import Axis, Segmentation
+from rmtcompile.binding.guard import ReadTracker, call_key, program_key
+from rmtcompile.frontend.capture import capture
+from rmtcompile.ir.segmentation import Axis, Segmentation
 
 
 class Configured(Toy):

@@ -1,4 +1,4 @@
-"""passes/in_place.py: results are stored where the next level reads them, unless a cell is in the way."""
+"""in_place.py: results are stored where the next level reads them, unless a cell is in the way."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from test_lane_allocation import program
 from test_reroll import FirstDiffers, Kept
-from test_route import program
 from toys import Toy, assert_same, features, made
 
 import rmtcompile
-from rmtcompile.options import Options
-from rmtcompile.passes.in_place import in_place
-from rmtcompile.program import Feed, Lane, Program
+from rmtcompile.ir.program import Feed, Lane, Program
+from rmtcompile.passes.cell.in_place import in_place
 
 
 def placements(build: Any) -> dict[tuple[tuple[int, int], ...], set[str]]:
@@ -84,7 +83,7 @@ def test_same_bits(build: Any) -> None:
     results = []
     for off in (frozenset[str](), frozenset({"in_place"})):
         fast = rmtcompile.optimize(copy.deepcopy(model))
-        fast._options = replace(Options(), passes_off=off)
+        fast._programs.options = replace(fast.options, passes_off=off)
         results.append([fast(x) for x in inputs])
     assert_same(results[0], [model(x) for x in inputs])
     for a, b in zip(*(torch.utils._pytree.tree_leaves(result) for result in results), strict=True):

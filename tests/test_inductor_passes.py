@@ -10,15 +10,14 @@ from torch._inductor import config
 from toys import Toy, features, made
 
 import rmtcompile
-from rmtcompile.options import Options
-from rmtcompile.passes.inductor import PASSES, Passes
+from rmtcompile.passes.cell.inductor import PASSES, Passes
 from rmtcompile.runtime.engine import Engine
 from rmtcompile.runtime.execute import Executor
 
 
 def executor(off: frozenset[str] = frozenset()) -> Executor:
     fast = rmtcompile.optimize(made(Toy))
-    fast._options = replace(Options(), passes_off=off)
+    fast._programs.options = replace(fast.options, passes_off=off)
     fast(features(3))
     return fast._last[0].executor
 

@@ -15,7 +15,7 @@ from toys import SEGMENT, assert_same, features, made
 
 import rmtcompile
 from rmtcompile.errors import CaptureError
-from rmtcompile.passes.attention import attention
+from rmtcompile.passes.flat.attention import attention
 
 
 class Learning(nn.Module):

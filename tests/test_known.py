@@ -1,4 +1,4 @@
-"""rmtcompile/known.py: numbers that a forward reads out of tensors are those of the real ones, or refused."""
+"""known.py: numbers that a forward reads out of tensors are those of the real ones, or refused."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from toys import SEGMENT, Toy, assert_equal_runs, assert_same, features, made
 
 import rmtcompile
-from rmtcompile.capture import capture
 from rmtcompile.errors import CaptureError, RecaptureWarning
+from rmtcompile.frontend.capture import capture
 
 Read = Callable[["Reads", Tensor], Any]
 

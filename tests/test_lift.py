@@ -18,8 +18,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from rmtcompile.errors import InternalError, LiftError
-from rmtcompile.passes.lift import Lifted, lift, vmapped
-from rmtcompile.passes.lift.rules import RULES
+from rmtcompile.passes.cell.lift import Lifted, lift, vmapped
+from rmtcompile.passes.cell.lift.rules import RULES
 
 aten = torch.ops.aten
 Cell = Callable[..., Any]

@@ -1,4 +1,4 @@
-"""rmtcompile/literals.py: tensors that the forward writes out in its code."""
+"""rmtcompile/frontend/literals.py: tensors that the forward writes out in its code."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from toys import SEGMENT, Toy, assert_equal_runs, features, made
 
 import rmtcompile
-from rmtcompile.capture import capture
-from rmtcompile.literals import literals, merge_literals
+from rmtcompile.frontend.capture import capture
+from rmtcompile.frontend.literals import literals, merge_literals
 
 SHARED = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""rmtcompile/objects.py: one way through Python objects, whatever they are nested in."""
+"""rmtcompile/binding/objects.py: one way through Python objects, whatever they are nested in."""
 
 from __future__ import annotations
 
@@ -12,9 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from rmtcompile import objects
+from rmtcompile.binding import objects
+from rmtcompile.binding.objects import (
+    DELETED,
+    contains_tensor,
+    get,
+    is_iterator,
+    now,
+    parts,
+    path_name,
+    put,
+    walk,
+)
 from rmtcompile.errors import CaptureError
-from rmtcompile.objects import DELETED, contains_tensor, get, is_iterator, now, parts, path_name, put, walk
 
 Pair = namedtuple("Pair", "a b")
 

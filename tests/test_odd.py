@@ -463,7 +463,9 @@ def broken(*_: Any, **__: Any) -> Any:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("place", ["rmtcompile.pipeline.route", "rmtcompile.runtime.execute.Executor.run"])
+@pytest.mark.parametrize(
+    "place", ["rmtcompile.compiler.pipeline.route", "rmtcompile.runtime.execute.Executor.run"]
+)
 def test_a_bug_is_told_from_a_refusal(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = made(Walk)
     expected = model(features(3))
@@ -512,8 +514,8 @@ def test_a_failed_call_leaves_the_model_as_it_was() -> None:
 
 @torch.no_grad()
 def test_verify_is_not_fallen_back_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rmtcompile.api.difference", lambda *_: "the result differs")
-    monkeypatch.setattr("rmtcompile.api.first_difference", lambda *_: ["everywhere"])
+    monkeypatch.setattr("rmtcompile.dispatch.programs.difference", lambda *_: "the result differs")
+    monkeypatch.setattr("rmtcompile.dispatch.lengths.first_difference", lambda *_: ["everywhere"])
     fast = rmtcompile.optimize(made(Toy), fallback="sequential", verify=True)
     with pytest.raises(VerificationError, match="the result differs"):
         fast(features(3))

@@ -1,4 +1,4 @@
-"""rmtcompile/outline.py, steady.py: the calls of a long forward against those that two short ones promise."""
+"""outline.py, steady.py: the calls of a long forward against those that two short ones promise."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from toys import SEGMENT, WIDTH, AttributeState, Toy, features, made
 
-from rmtcompile.arguments import OutlineError
-from rmtcompile.outline import Outline, Outliner
-from rmtcompile.steady import Departure, departure
+from rmtcompile.frontend.outline import Outline, Outliner
+from rmtcompile.frontend.outline_arguments import OutlineError
+from rmtcompile.frontend.steady import Departure, departure
 
 LONG = 14
 

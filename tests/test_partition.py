@@ -1,4 +1,4 @@
-"""passes/partition/: layers are found, and every node has its place."""
+"""passes/grid/partition/: layers are found, and every node has its place."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from toys import SEGMENT, WIDTH, Layer, Toy, features, made
 
-from rmtcompile.capture import Call, capture
+from rmtcompile.binding.captured import Call
 from rmtcompile.errors import PartitionError
-from rmtcompile.passes.functionalise import functionalise
-from rmtcompile.passes.number import number
-from rmtcompile.passes.partition import (
+from rmtcompile.frontend.capture import capture
+from rmtcompile.passes.flat.functionalise import functionalise
+from rmtcompile.passes.flat.value_numbering import number
+from rmtcompile.passes.grid.partition import (
     CELL,
     EPILOGUE,
     INIT,

@@ -1,4 +1,4 @@
-"""rmtcompile/probe.py: however a forward cuts its input, the axis and the length are found."""
+"""rmtcompile/frontend/probe.py: however a forward cuts its input, the axis and the length are found."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rmtcompile.errors import PartitionError
-from rmtcompile.probe import Axis, Segmentation, probe
+from rmtcompile.frontend.probe import probe
+from rmtcompile.ir.segmentation import Axis, Segmentation
 
 
 def sliced(x: Tensor) -> Tensor:
@@ -140,7 +141,7 @@ def test_operations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         while True:
             x = x.sin()
 
-    monkeypatch.setattr("rmtcompile.probe._MOST", 100)
+    monkeypatch.setattr("rmtcompile.frontend.probe._MOST", 100)
     with pytest.raises(PartitionError, match="does not cut"):
         probe(endless, (torch.zeros(2, 20, 4),), {})
 

@@ -13,7 +13,7 @@ from toys import SEGMENT, WIDTH, Layer, assert_equal_runs, features, made
 
 import rmtcompile
 from rmtcompile.errors import UnsupportedError
-from rmtcompile.passes import wavefront
+from rmtcompile.passes.grid import wavefront
 
 
 @dataclass(frozen=True)

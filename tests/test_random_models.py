@@ -14,7 +14,7 @@ from toys import SEGMENT, WIDTH, assert_equal_runs, features, made
 
 import rmtcompile
 from rmtcompile.errors import UnsupportedError
-from rmtcompile.passes.wavefront import wavefront
+from rmtcompile.passes.grid.wavefront import wavefront
 
 Offset = tuple[int, int]
 

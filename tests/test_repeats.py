@@ -1,4 +1,4 @@
-"""passes/repeats.py: layers that no module shows, found by the weights that one place of the code sees."""
+"""repeats.py: layers that no module shows, found by the weights that one place of the code sees."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from toys import SEGMENT, WIDTH, Toy, assert_equal_runs, assert_same, features, 
 from zoo.others import ZOO
 
 import rmtcompile
-from rmtcompile.capture import capture
 from rmtcompile.errors import PartitionError
-from rmtcompile.passes.functionalise import functionalise
-from rmtcompile.passes.number import number
-from rmtcompile.passes.repeats import find_repeats
+from rmtcompile.frontend.capture import capture
+from rmtcompile.passes.flat.functionalise import functionalise
+from rmtcompile.passes.flat.value_numbering import number
+from rmtcompile.passes.grid.repeats import find_repeats
 
 N_LAYERS = 3
 

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from toys import SEGMENT, WIDTH, features, made
 
+from rmtcompile.compiler.stages import Log
+from rmtcompile.compiler.unrolling import unrolled_forward
 from rmtcompile.errors import RerollError
+from rmtcompile.ir.segmentation import Axis, Segmentation
 from rmtcompile.options import Options
-from rmtcompile.passes.partition import CELL, EPILOGUE, INIT, PROLOGUE, Region
-from rmtcompile.passes.reroll import Classes, Rolled, Unrolled, reroll
-from rmtcompile.probe import Axis, Segmentation
-from rmtcompile.stages import Log
-from rmtcompile.unrolling import unrolled_forward
+from rmtcompile.passes.grid.partition import CELL, EPILOGUE, INIT, PROLOGUE, Region
+from rmtcompile.passes.grid.reroll import Classes, Rolled, Unrolled, reroll
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""rmtcompile/results.py: results are rebuilt for any number of segments, also where they grow."""
+"""rmtcompile/compiler/results.py: results are rebuilt for any number of segments, also where they grow."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.utils import _pytree as pytree
 from toys import SEGMENT, Layer, assert_same, features, made
 
 import rmtcompile
-from rmtcompile.capture import Out
+from rmtcompile.binding.captured import Out
+from rmtcompile.compiler.results import Aligner, Family, outs_of, value_of
 from rmtcompile.errors import RerollError
-from rmtcompile.results import Aligner, Family, outs_of, value_of
 
 
 def rule_of(small: Any, large: Any, counts: tuple[int, int] = (2, 3)) -> tuple[Any, Aligner]:

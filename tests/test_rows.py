@@ -16,8 +16,8 @@ from zoo.memories import TransformerXL
 from zoo.others import ZOO
 
 import rmtcompile
-from rmtcompile.passes import wavefront
-from rmtcompile.program import Feed, Lane
+from rmtcompile.ir.program import Feed, Lane
+from rmtcompile.passes.grid import wavefront
 from rmtcompile.runtime.rows import RowLane, RowRun, RowStore, RowWindow
 
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from toys import Toy, assert_same, features, made
 
 import rmtcompile
-from rmtcompile.capture import Leaf
+from rmtcompile.binding.captured import Leaf
 from rmtcompile.errors import UnsupportedError
-from rmtcompile.program import Affine, Lane
+from rmtcompile.ir.program import Affine, Lane
+from rmtcompile.ir.weights import Weight
 from rmtcompile.runtime import LaneStore, Stacks, TapStore, execute
 from rmtcompile.runtime.storage import as_slice
-from rmtcompile.weights import Weight
 
 
 def lane(*layers: int, shape: tuple[int, ...] = (2,)) -> Lane:

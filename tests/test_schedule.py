@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmtcompile.errors import InternalError
-from rmtcompile.passes.wavefront import wavefront
+from rmtcompile.passes.grid.wavefront import wavefront
 from rmtcompile.schedule import Carry, Schedule
 from rmtcompile.schedule.serial import SCHEMA, to_dict
 

@@ -1,4 +1,4 @@
-"""passes/sizes.py and rmtcompile/families.py: a batch size or a rest that was never captured, without a
+"""sizes.py and families.py: a batch size or a rest that was never captured, without a
 capture."""
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from toys import SEGMENT, WIDTH, AttributeState, Toy, assert_equal_runs, assert_
 from zoo.others import ZOO
 
 import rmtcompile
+from rmtcompile.compiler.pipeline import compile_forward
+from rmtcompile.dispatch.size_vectors import boxes, moved
+from rmtcompile.frontend.probe import probe
+from rmtcompile.ir.program import Affine, Size
 from rmtcompile.options import Options
 from rmtcompile.passes.emit import emit
 from rmtcompile.passes.emit.sizes import opening
 from rmtcompile.passes.sizes import Sample, SizesDiffer, _Fit, at, unify
-from rmtcompile.pipeline import compile_forward
-from rmtcompile.probe import probe
-from rmtcompile.program import Affine, Size
 from rmtcompile.report.dump import use
 from rmtcompile.runtime.costs import Costs
-from rmtcompile.vectors import boxes, moved
 
 TOKENS = 8  # in a segment of the transformers
 
@@ -307,7 +307,7 @@ def test_the_plan_chosen_for_one_size_holds_for_later_ones() -> None:
     fast = rmtcompile.optimize(copy.deepcopy(model))
     assert_equal_runs(model, fast, [batch(size, 12) for size in (2, 3, 4)])
     assert fast._last is not None
-    fast._families.run_in_order(fast._last[0], Costs(1.0, 3.0, 2, 2, 1))
+    fast._programs._families.run_in_order(fast._last[0], Costs(1.0, 3.0, 2, 2, 1))
     assert_equal_runs(model, fast, [batch(4, 12), batch(5, 12)])
     assert fast.schedule.alpha == 2 and fast.captures == 2
     assert fast._last[0].executor.costs is not None

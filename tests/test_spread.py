@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from test_stream import IDS, NORM, TABLE, D, S, T, V, X, captured, sizes
 from torch import Tensor, fx
 
-from rmtcompile.passes.functionalise import overload_name
-from rmtcompile.passes.spread import spread
-from rmtcompile.passes.stream import stream
+from rmtcompile.passes.flat.functionalise import overload_name
+from rmtcompile.passes.flat.spread import spread
+from rmtcompile.passes.flat.stream import stream
 
 
 def hidden(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""rmtcompile/state.py: what a forward changes is found, put back, and left again."""
+"""rmtcompile/binding/state.py: what a forward changes is found, put back, and left again."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from toys import Toy, features, made
 
 import rmtcompile
-from rmtcompile.objects import DELETED, contains_tensor, path_name
-from rmtcompile.state import Snapshot, roots_of
+from rmtcompile.binding.objects import DELETED, contains_tensor, path_name
+from rmtcompile.binding.state import Snapshot, roots_of
 
 
 class Cache:

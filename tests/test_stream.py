@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
-from rmtcompile.passes.forward import forward
-from rmtcompile.passes.functionalise import functionalise, overload_name, same_strides
-from rmtcompile.passes.stream import row_wise, stream
+from rmtcompile.passes.flat.functionalise import functionalise, overload_name, same_strides
+from rmtcompile.passes.flat.store_forwarding import forward
+from rmtcompile.passes.flat.stream import row_wise, stream
 
 S, T, D, V = 4, 5, 6, 10
 """Segments, positions in one, features, words."""

@@ -1,4 +1,4 @@
-"""passes/thin_products.py: products with one column become sums; wider ones are left alone."""
+"""passes/cell/thin_products.py: products with one column become sums; wider ones are left alone."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from test_grouped_query import rand, run, trace
 from toys import AttributeState, assert_equal_runs, features, made
 
 import rmtcompile
-from rmtcompile.passes.lift import lift
-from rmtcompile.passes.thin_products import is_thin, thin_products
+from rmtcompile.passes.cell.lift import lift
+from rmtcompile.passes.cell.thin_products import is_thin, thin_products
 
 Cell = Callable[..., Any]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from rmtcompile.passes.functionalise import overload_name
-from rmtcompile.passes.tiles import repetitions, tiles
+from rmtcompile.passes.flat.functionalise import overload_name
+from rmtcompile.passes.flat.tiles import repetitions, tiles
 
 P, Q = torch.randn(2, 3), torch.randn(2, 3)
 

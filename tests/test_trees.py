@@ -1,4 +1,4 @@
-"""rmtcompile/trees.py: what a forward leaves behind is taken apart and made again, with all its aliases."""
+"""trees.py: what a forward leaves behind is taken apart and made again, with all its aliases."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_objects import Frozen, Pair, Slotted, tagged
 
+from rmtcompile.binding.trees import Flattener, flat
+from rmtcompile.compiler.results import Aligner, value_of
 from rmtcompile.errors import CaptureError
-from rmtcompile.results import Aligner, value_of
-from rmtcompile.trees import Flattener, flat
 
 
 def rebuilt(*values: Any, knows: Any = lambda value: False) -> list[Any]:

@@ -1,4 +1,4 @@
-"""rmtcompile/values.py: whether the tensors from which numbers were read still hold the same."""
+"""rmtcompile/binding/values.py: whether the tensors from which numbers were read still hold the same."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 from toys import Toy, assert_equal_runs, assert_same, features, made
 
 import rmtcompile
-from rmtcompile.capture import Leaf
-from rmtcompile.values import _LARGE, Values
+from rmtcompile.binding.captured import Leaf
+from rmtcompile.binding.values import _LARGE, Values
 
 
 def held(*tensors: torch.Tensor) -> tuple[nn.Module, Values]:

@@ -1,4 +1,4 @@
-"""rmtcompile/verify.py: a program that is broken on purpose is noticed, and the first cell is named."""
+"""verify.py: a program that is broken on purpose is noticed, and the first cell is named."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from toys import AttributeState, Toy, assert_same, features, made
 
 import rmtcompile
 from rmtcompile import VerificationError
-from rmtcompile.passes.lift import rules
-from rmtcompile.verify import compare, error_of
+from rmtcompile.dispatch.verify import compare, error_of
+from rmtcompile.passes.cell.lift import rules
 
 
 def broken(fast: rmtcompile.Optimized, change: Callable[[Any, dict[str, Tensor]], None]) -> None:

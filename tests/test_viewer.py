@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from rmtcompile.passes.wavefront import wavefront
+from rmtcompile.passes.grid.wavefront import wavefront
 from rmtcompile.schedule import Carry, Schedule
 from rmtcompile.viewer import (
     CellView,

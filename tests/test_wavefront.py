@@ -1,4 +1,4 @@
-"""passes/wavefront.py: skews, what blocks, and properties of every legal schedule."""
+"""passes/grid/wavefront.py: skews, what blocks, and properties of every legal schedule."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rmtcompile.errors import DependenceError, InternalError
-from rmtcompile.passes.wavefront import blocking, blocking_reason, longest_path_levels, skew, wavefront
-from rmtcompile.schedule import Offset
+from rmtcompile.passes.grid.wavefront import wavefront
+from rmtcompile.schedule import Offset, blocking, blocking_reason, longest_path_levels, skew
 
 ARMT: frozenset[Offset] = frozenset({(0, 1), (1, 0)})
 

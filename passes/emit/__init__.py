@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rmtcompile.ir.program import Lane, Opened, Program
 from rmtcompile.passes.emit.borders import Borders, borders
 from rmtcompile.passes.emit.calls import Calls
 from rmtcompile.passes.emit.cells import CellFunction, cell_functions, opened, uses_vmapped, write_cell
@@ -26,7 +27,6 @@ from rmtcompile.passes.emit.regions import Regions
 from rmtcompile.passes.emit.rows import write_rows
 from rmtcompile.passes.emit.sizes import Sized
 from rmtcompile.passes.emit.text import Writer, literal, target_name
-from rmtcompile.program import Lane, Opened, Program
 from rmtcompile.schedule import short_type
 
 NO_BORDERS = Borders("all segments of a layer run at once")
@@ -62,7 +62,7 @@ def emit(program: Program, title: str = "", sized: Sized | None = None) -> Emitt
     if program.alpha:
         writer.line("from rmtcompile.runtime.run import move")
     if any(uses_vmapped(cell.graph) for cell in cells):
-        writer.line("from rmtcompile.passes.lift import vmapped")
+        writer.line("from rmtcompile.passes.cell.lift import vmapped")
     writer.line()
     writer.line("aten = torch.ops.aten")
     if sized:

@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import fx
 
+from rmtcompile.ir.program import Affine
 from rmtcompile.passes.emit.text import Named, Writer, literal, plain_name, source_comment, target_name
-from rmtcompile.passes.reroll import ClassRule
-from rmtcompile.program import Affine
+from rmtcompile.passes.grid.reroll import ClassRule
 
 _WORTH = 2
 """Operations that compute something, from which on a body is compiled."""

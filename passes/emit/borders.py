@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rmtcompile.ir.program import Each, Program, Source
 from rmtcompile.passes.emit.calls import Calls, Case
 from rmtcompile.passes.emit.regions import Regions
-from rmtcompile.passes.partition import CELL, EPILOGUE, INIT, PROLOGUE
-from rmtcompile.passes.reroll import ClassRule, LiveIn
-from rmtcompile.program import Each, Program, Source
+from rmtcompile.passes.grid.partition import CELL, EPILOGUE, INIT, PROLOGUE
+from rmtcompile.passes.grid.reroll import ClassRule, LiveIn
 
 GRID = (PROLOGUE, CELL, EPILOGUE)
 

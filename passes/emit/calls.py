@@ -17,8 +17,8 @@ from torch import fx
 from rmtcompile.passes.emit.bodies import Parts, parts_of, write_operations
 from rmtcompile.passes.emit.regions import Regions
 from rmtcompile.passes.emit.text import Writer, values
-from rmtcompile.passes.partition import EPILOGUE, PROLOGUE
-from rmtcompile.passes.reroll import ClassRule
+from rmtcompile.passes.grid.partition import EPILOGUE, PROLOGUE
+from rmtcompile.passes.grid.reroll import ClassRule
 
 
 @dataclass(frozen=True)

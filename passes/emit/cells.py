@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from rmtcompile.passes.align import class_name
+from rmtcompile.ir.program import Group
+from rmtcompile.passes.cell.lift import lift
 from rmtcompile.passes.emit.sizes import Opening, opening
 from rmtcompile.passes.emit.text import Writer, comment, plain_name, write_nodes
-from rmtcompile.passes.lift import lift
-from rmtcompile.program import Group
+from rmtcompile.passes.grid.if_conversion import class_name
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from rmtcompile.ir.program import Group, Program
 from rmtcompile.passes.emit.calls import Calls
 from rmtcompile.passes.emit.cells import CellFunction
 from rmtcompile.passes.emit.regions import Regions
 from rmtcompile.passes.emit.text import Writer, outside
-from rmtcompile.program import Group, Program
 
 
 def write_level(writer: Writer, program: Program, cells: list[CellFunction]) -> None:

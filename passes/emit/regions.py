@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import fx
 
-from rmtcompile.passes.align import class_name
+from rmtcompile.ir.program import Each, LaneEntry, Program, Source
 from rmtcompile.passes.emit.bodies import parts_of, write_operations
 from rmtcompile.passes.emit.sizes import Opening, Shape, opening
 from rmtcompile.passes.emit.text import Writer, outside, segment_of, write_return
-from rmtcompile.passes.partition import EPILOGUE, INIT, PROLOGUE
-from rmtcompile.passes.reroll import ClassRule
-from rmtcompile.program import Each, LaneEntry, Program, Source
+from rmtcompile.passes.grid.if_conversion import class_name
+from rmtcompile.passes.grid.partition import EPILOGUE, INIT, PROLOGUE
+from rmtcompile.passes.grid.reroll import ClassRule
 
 
 class Regions:

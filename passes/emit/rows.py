@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from rmtcompile.ir.program import Group, Lane, LaneEntry, Program
 from rmtcompile.passes.emit.calls import Calls
 from rmtcompile.passes.emit.cells import CellFunction
 from rmtcompile.passes.emit.levels import ranges
 from rmtcompile.passes.emit.regions import Regions
 from rmtcompile.passes.emit.text import Writer, outside
-from rmtcompile.program import Group, Lane, LaneEntry, Program
 
 
 def write_rows(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from rmtcompile.program import Affine, Opened, Size
+from rmtcompile.ir.program import Affine, Opened, Size
 
 if TYPE_CHECKING:
     from rmtcompile.passes.emit.cells import CellFunction

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rmtcompile.program import Source
+from rmtcompile.ir.program import Source
 from rmtcompile.schedule import short_type
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from rmtcompile.report.dump import dump, use
 from rmtcompile.report.explanation import Explanation, Refusal
-from rmtcompile.report.findings import explain, explain_last
+from rmtcompile.report.findings import explain_last, explain_refusal
 from rmtcompile.report.profiling import Profile, profile
 from rmtcompile.report.view import save_view, view_model
 
@@ -23,8 +23,8 @@ __all__ = [
     "Profile",
     "Refusal",
     "dump",
-    "explain",
     "explain_last",
+    "explain_refusal",
     "profile",
     "save_view",
     "use",

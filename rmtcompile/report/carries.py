@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from rmtcompile.passes.dependence import edges
-from rmtcompile.passes.partition import CELL, EPILOGUE, PROLOGUE
-from rmtcompile.program import Source
+from rmtcompile.ir.program import Source
+from rmtcompile.passes.grid.dependence import edges
+from rmtcompile.passes.grid.partition import CELL, EPILOGUE, PROLOGUE
 from rmtcompile.report.names import lane_names, op_name
 from rmtcompile.schedule import Carry, Offset
 
 if TYPE_CHECKING:
-    from rmtcompile.pipeline import Compiled
-    from rmtcompile.program import Feed, Lane
+    from rmtcompile.compiler.pipeline import Compiled
+    from rmtcompile.ir.program import Feed, Lane
 
 
 def carries_of(compiled: Compiled) -> list[Carry]:

@@ -9,10 +9,10 @@ from functools import cached_property
 import torch
 from torch import fx, nn
 
-from rmtcompile.passes.partition import CELL, EPILOGUE, INIT, PROLOGUE
-from rmtcompile.passes.reroll import ClassRule, LiveIn
-from rmtcompile.pipeline import Compiled
-from rmtcompile.program import Each, Source
+from rmtcompile.compiler.pipeline import Compiled
+from rmtcompile.ir.program import Each, Source
+from rmtcompile.passes.grid.partition import CELL, EPILOGUE, INIT, PROLOGUE
+from rmtcompile.passes.grid.reroll import ClassRule, LiveIn
 from rmtcompile.report.names import inside, module_of, op_name, state_names, value_name, where_from
 from rmtcompile.schedule import Carry, Cell, Schedule
 from rmtcompile.viewer import CellView, OpView, ValueView

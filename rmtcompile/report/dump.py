@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
+from rmtcompile.compiler.stages import Log
 from rmtcompile.errors import RMTCompileError
 from rmtcompile.report import texts
 from rmtcompile.report.findings import inputs_of
 from rmtcompile.report.names import model_name
 from rmtcompile.report.stages import changes, programs
-from rmtcompile.stages import Log
 
 if TYPE_CHECKING:
     from rmtcompile.api import Optimized
@@ -98,7 +98,7 @@ def _cells(fast: Optimized) -> list[tuple[str, str]]:
 
 def _front(fast: Optimized) -> list[tuple[str, str]]:
     """The graph after capture and after each pass on it."""
-    from rmtcompile.unrolling import unrolled_forward
+    from rmtcompile.compiler.unrolling import unrolled_forward
 
     assert fast._last is not None
     entry, _ = fast._last
@@ -107,7 +107,7 @@ def _front(fast: Optimized) -> list[tuple[str, str]]:
     leaves = {target: leaf.name for target, leaf in base.leaves.items()}
     log = _Notes([call.path for call in base.calls], leaves)
     count = entry.compiled.rolled.base.count
-    unrolled_forward(fast.model, args, kwargs, entry.segmentation, count, fast._options, log)
+    unrolled_forward(fast.model, args, kwargs, entry.segmentation, count, fast.options, log)
     return log.found
 
 

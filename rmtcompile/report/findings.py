@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from rmtcompile.api import Optimized, optimize
+from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.errors import UnsupportedError
-from rmtcompile.passes.partition import CELL, INIT
-from rmtcompile.passes.wavefront import blocking, blocking_reason, skew, wavefront
-from rmtcompile.pipeline import Compiled
+from rmtcompile.passes.grid.partition import CELL, INIT
+from rmtcompile.passes.grid.wavefront import wavefront
 from rmtcompile.report.explanation import (
     Axis,
     Explanation,
@@ -28,49 +26,22 @@ from rmtcompile.report.names import input_labels, model_name, op_name, type_of
 from rmtcompile.report.plans import Measured, measured_plans
 from rmtcompile.report.scheduled import schedule_of
 from rmtcompile.report.stages import changes
-from rmtcompile.schedule import Schedule, short_type
+from rmtcompile.schedule import Schedule, blocking, blocking_reason, short_type, skew
+
+if TYPE_CHECKING:
+    from rmtcompile.api import Optimized
 
 
-def explain(model: Any, *args: Any, **kwargs: Any) -> Explanation:
-    """Say what the compiler finds in `model` when it is called as `model(*args, **kwargs)`; nothing is run.
-
-    A model that is refused is explained, too: the evidence, and what would help.
+def explain_refusal(
+    fast: Optimized, error: UnsupportedError, stage: str, args: Any, kwargs: Any
+) -> Explanation:
+    """The explanation of a model that is refused: the evidence, and what would help.
 
     Args:
-        model: an `nn.Module` or any callable on tensors, or what `optimize` gave for one.  Without
-            further arguments, the program of its last call is explained.
-
-    Raises:
-        RMTCompileError: without arguments, and nothing was captured yet.
+        stage: the last stage of the compiler that was reached.
     """
-    fast = model if isinstance(model, Optimized) else optimize(model)
-    if not args and not kwargs:
-        return explain_last(fast)
-    reached: list[str] = []
-    progress = fast._progress
-
-    def report(line: str) -> None:
-        reached.append(line)
-        if progress:
-            progress(line)
-
-    fast._progress = report
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they say is part of the explanation
-            fast.prepare(*args, **kwargs)
-    except UnsupportedError as error:
-        refusal = Refusal(
-            type(error).__name__,
-            error.what,
-            error.evidence,
-            error.remedy,
-            reached[-1] if reached else "probe",
-        )
-        return Explanation(model_name(fast.model), refusal, _types(fast.model, args, kwargs))
-    finally:
-        fast._progress = progress
-    return explain_last(fast)
+    refusal = Refusal(type(error).__name__, error.what, error.evidence, error.remedy, stage)
+    return Explanation(model_name(fast.model), refusal, _types(fast.model, args, kwargs))
 
 
 def _types(model: Any, args: Any, kwargs: Any) -> tuple[str, ...]:
@@ -222,7 +193,7 @@ def _shrunk_by(compiled: Compiled, name: str) -> int:
 def plan_of(fast: Optimized, compiled: Compiled, schedule: Schedule, measured: Measured) -> tuple[str, str]:
     """The plan that runs, and the reason for it."""
     offsets, n_layers = compiled.program.offsets, schedule.n_layers
-    if fast._options.plan == "sequential":
+    if fast.options.plan == "sequential":
         return "sequential", "asked for with plan='sequential'"
     if n_layers == 1:
         return "sequential", "there is one layer, and its segments follow each other"

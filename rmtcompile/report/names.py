@@ -10,15 +10,15 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from rmtcompile.capture import Call
-from rmtcompile.passes.partition import CELL, EPILOGUE, INIT, PROLOGUE
-from rmtcompile.program import Each, Source
-from rmtcompile.results import outs_of
+from rmtcompile.binding.captured import Call
+from rmtcompile.compiler.results import outs_of
+from rmtcompile.ir.program import Each, Source
+from rmtcompile.passes.grid.partition import CELL, EPILOGUE, INIT, PROLOGUE
 from rmtcompile.schedule import short_type
 
 if TYPE_CHECKING:
-    from rmtcompile.passes.reroll import LiveIn
-    from rmtcompile.pipeline import Compiled
+    from rmtcompile.compiler.pipeline import Compiled
+    from rmtcompile.passes.grid.reroll import LiveIn
 
 
 def op_name(node: fx.Node) -> str:

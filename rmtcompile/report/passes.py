@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from rmtcompile.passes.partition import EPILOGUE, INIT, PROLOGUE
-from rmtcompile.pipeline import Compiled
+from rmtcompile.compiler.pipeline import Compiled
+from rmtcompile.passes.grid.partition import EPILOGUE, INIT, PROLOGUE
 from rmtcompile.report.names import op_name
 from rmtcompile.report.stages import cell_counts, counts_of, programs
 from rmtcompile.viewer import PassView

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rmtcompile.passes.attention import KERNELS
+from rmtcompile.dispatch.verify import tensors_of
+from rmtcompile.passes.flat.attention import KERNELS
 from rmtcompile.runtime.base import Level, OnLevel
 from rmtcompile.schedule import Schedule
-from rmtcompile.verify import tensors_of
 from rmtcompile.viewer import ProfileView
 
 if TYPE_CHECKING:
     from rmtcompile.api import Optimized
-    from rmtcompile.families import Entry
+    from rmtcompile.dispatch.entries import Entry
 
 _KINDS = (
     ("attention", ("attention", "flash", "fmha", "sdpa")),
@@ -156,7 +156,7 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
         args, kwargs: of the call.
         repeats: timed calls of each.
     """
-    from rmtcompile.state import Contents, Snapshot, roots_of
+    from rmtcompile.binding.state import Contents, Snapshot, roots_of
 
     entry, count, tensors = _prepared(fast, args, kwargs)
     executor = entry.executor

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rmtcompile.passes.wavefront import wavefront
-from rmtcompile.pipeline import Compiled
+from rmtcompile.compiler.pipeline import Compiled
+from rmtcompile.passes.grid.wavefront import wavefront
 from rmtcompile.report.carries import carries_of, reads_of
 from rmtcompile.report.cells import operations_of
 from rmtcompile.schedule import Schedule

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from rmtcompile.passes.optimise import PASSES, optimise
-from rmtcompile.passes.route import route
-from rmtcompile.program import Program
+from rmtcompile.ir.program import Program
+from rmtcompile.passes.cell.optimise import PASSES, optimise
+from rmtcompile.passes.grid.lane_allocation import route
 from rmtcompile.report.names import op_name
 
 if TYPE_CHECKING:
-    from rmtcompile.pipeline import Compiled
+    from rmtcompile.compiler.pipeline import Compiled
 
 
 def programs(compiled: Compiled, switched_off: frozenset[str]) -> Iterator[tuple[str, Program]]:

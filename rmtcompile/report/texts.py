@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from rmtcompile.passes.partition import CELL
-from rmtcompile.program import Each, Source
+from rmtcompile.ir.program import Each, Source
+from rmtcompile.passes.grid.partition import CELL
 from rmtcompile.report.names import (
     lane_names,
     op_name,
@@ -29,9 +29,9 @@ from rmtcompile.report.names import (
 from rmtcompile.schedule import Schedule, short_type
 
 if TYPE_CHECKING:
-    from rmtcompile.passes.reroll import ClassRule
-    from rmtcompile.pipeline import Compiled
-    from rmtcompile.program import Group, Lane, LaneEntry, Program
+    from rmtcompile.compiler.pipeline import Compiled
+    from rmtcompile.ir.program import Group, Lane, LaneEntry, Program
+    from rmtcompile.passes.grid.reroll import ClassRule
 
 _CODE = 84  # column at which types and sources begin
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils import _pytree as pytree
 
-from rmtcompile.program import Lane, Program
+from rmtcompile.ir.program import Lane, Program
 from rmtcompile.runtime.storage import TapStore, Target, dense
 
 Outputs = dict[str, torch.Tensor]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rmtcompile.capture import Leaf
+from rmtcompile.binding.captured import Leaf
 from rmtcompile.runtime.graphs import Recordings, Started
 from rmtcompile.runtime.recorded import Device, RecordedBlocks
 from rmtcompile.runtime.workspaces import can_choose, no_workspaces, own_workspaces

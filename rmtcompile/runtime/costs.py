@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rmtcompile.program import Program
+from rmtcompile.ir.program import Program
 from rmtcompile.runtime.base import Level, OnLevel
 from rmtcompile.schedule import Grid
 

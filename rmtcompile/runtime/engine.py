@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rmtcompile.program import Group, Lane, Program
+from rmtcompile.ir.program import Group, Lane, Program
 from rmtcompile.runtime.storage import Target, dense, lane_buffers
 
 Marks = tuple[tuple[int, ...], ...]
@@ -236,7 +236,7 @@ def _passes(switched_off: frozenset[str]) -> Any:
     if inductor.post_grad_custom_post_pass is not None:
         return None
     try:
-        from rmtcompile.passes.inductor import Passes
+        from rmtcompile.passes.cell.inductor import Passes
     except ImportError:
         return None
     return Passes(switched_off)

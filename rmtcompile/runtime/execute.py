@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -13,9 +12,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rmtcompile.errors import RecordingWarning, UnsupportedError
-from rmtcompile.pipeline import Compiled
-from rmtcompile.probe import Segmentation
+from rmtcompile.compiler.pipeline import Compiled
+from rmtcompile.errors import RecordingWarning, UnsupportedError, warn
+from rmtcompile.ir.modes import autocast_as
+from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.runtime.base import OnLevel, OnValue
 from rmtcompile.runtime.block_recorder import BlockRecorder
 from rmtcompile.runtime.costs import Costs, measured
@@ -24,7 +24,6 @@ from rmtcompile.runtime.graphs import Recorder, Started
 from rmtcompile.runtime.recorded import Device, RecordedBlocks
 from rmtcompile.runtime.run import Run
 from rmtcompile.runtime.stacks import Stacks
-from rmtcompile.tracing import autocast_as
 
 _ATTENTION = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
@@ -170,7 +169,7 @@ class Executor:
             self._use_graphs, self._blocks = False, None
             said = str(error).partition("\n")[0]
             message = f"runs are not recorded as CUDA graphs: {said}"
-            warnings.warn(message, RecordingWarning, stacklevel=3)
+            warn(message, RecordingWarning)
 
     def _make_blocks(self, device: Device, leaves: Mapping[str, torch.Tensor]) -> RecordedBlocks:
         borders, functions = self.compiled.emitted.borders, self.compiled.namespace

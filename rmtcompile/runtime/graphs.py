@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from rmtcompile.capture import Leaf
+from rmtcompile.binding.captured import Leaf
 from rmtcompile.runtime.copies import copies_of, is_tensor
 from rmtcompile.runtime.workspaces import can_choose, no_workspaces, own_workspaces
 

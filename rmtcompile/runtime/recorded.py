@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils import _pytree as pytree
 
+from rmtcompile.ir.program import Program
 from rmtcompile.passes.emit.borders import Borders
-from rmtcompile.program import Program
 from rmtcompile.runtime.base import BaseRun, Engine
 from rmtcompile.runtime.blocks import LONGEST, Block, Key, blocks_of, steady_lengths
 from rmtcompile.runtime.copies import copies_of, copy_all, filled_from, is_tensor, paired, room_for

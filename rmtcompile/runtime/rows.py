@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from rmtcompile.pipeline import Compiled
-from rmtcompile.probe import Segmentation
-from rmtcompile.program import Feed, Lane, Program, Source
+from rmtcompile.compiler.pipeline import Compiled
+from rmtcompile.ir.program import Feed, Lane, Program, Source
+from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.runtime.base import BaseRun, OnLevel, OnValue, Outputs
 from rmtcompile.runtime.engine import Engine
 from rmtcompile.runtime.execute import Executor

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rmtcompile.program import Feed, Lane, Program
+from rmtcompile.ir.program import Feed, Lane, Program
 from rmtcompile.runtime.base import BaseRun, Engine, OnLevel, OnValue, Outputs
 from rmtcompile.runtime.storage import LaneStore, Target, as_slice
 

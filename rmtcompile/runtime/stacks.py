@@ -11,9 +11,9 @@ from weakref import WeakSet
 
 import torch
 
-from rmtcompile.capture import Leaf
+from rmtcompile.binding.captured import Leaf
 from rmtcompile.errors import UnsupportedError
-from rmtcompile.weights import Weight
+from rmtcompile.ir.weights import Weight
 
 _LARGE = 0.1
 """Share of all weights above which a stack is large."""

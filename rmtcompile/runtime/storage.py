@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch._prims_common import make_contiguous_strides_for
 
-from rmtcompile.program import Lane
+from rmtcompile.ir.program import Lane
 
 
 @dataclass(frozen=True)

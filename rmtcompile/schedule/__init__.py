@@ -1,6 +1,7 @@
 """The schedule: which cells run together, as data that prints, draws, exports and checks itself.
 
 paths.py    offsets, longest paths
+skew.py     skew, blocking offsets
 grid.py     Grid, Phases: the one definition of levels
 parts.py    Carry, Window
 data.py     Schedule
@@ -18,6 +19,7 @@ from rmtcompile.schedule.data import Schedule
 from rmtcompile.schedule.grid import Grid, Phases
 from rmtcompile.schedule.parts import Carry, Operation, Window, short_type
 from rmtcompile.schedule.paths import Cell, Offset, longest_path_levels
+from rmtcompile.schedule.skew import blocking, blocking_reason, skew
 
 __all__ = [
     "Carry",
@@ -28,6 +30,9 @@ __all__ = [
     "Phases",
     "Schedule",
     "Window",
+    "blocking",
+    "blocking_reason",
     "longest_path_levels",
     "short_type",
+    "skew",
 ]

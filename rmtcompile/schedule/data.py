@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rmtcompile.errors import InternalError
 from rmtcompile.schedule.grid import Grid, Phases
 from rmtcompile.schedule.parts import Carry, Operation, Window
-from rmtcompile.schedule.paths import (
-    Cell,
-    Offset,
-    check_offsets,
-    consumers,
-    longest_path_levels,
-    producers,
-)
+from rmtcompile.schedule.paths import Cell, Offset, check_offsets, consumers, longest_path_levels, producers
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -28,8 +21,8 @@ if TYPE_CHECKING:
 class Schedule:
     """Which cells run together, and in which order: level `alpha * s + l` for cell `(s, l)`.
 
-    Build one with `rmtcompile.passes.wavefront.wavefront`, which finds the smallest legal `alpha`.  `levels`
-    is what the runtime executes: the cells of one level run together, level after level.
+    Build one with `passes/grid/wavefront.py`, which finds the smallest legal `alpha`.  `levels` is
+    what the runtime executes: the cells of one level run together, level after level.
 
     Args:
         n_layers, n_segments: size of the grid.

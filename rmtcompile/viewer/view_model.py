@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rmtcompile.schedule import Schedule, short_type
+from rmtcompile.schedule import Schedule, blocking_reason, short_type
 
 PHASES = ("ramp_up", "steady", "ramp_down")
 
@@ -188,8 +188,6 @@ def to_dict(view: ViewModel) -> dict[str, Any]:
 
 
 def _schedule(schedule: Schedule) -> dict[str, Any]:
-    from rmtcompile.passes.wavefront import blocking_reason
-
     phases = schedule.phases
     return {
         "layers": schedule.n_layers,

@@ -1,0 +1,94 @@
+"""Partition: every node of the flat graph gets its place on the layer x segment grid.
+
+    slice, embedding, cat      ->  prologue(s)
+    layers.2 ... (2nd call)    ->  cell (1, 2)
+    norm, head                 ->  epilogue(s)
+    arange, cos, masks         ->  init (the same for all segments)
+
+The layers are found from the module calls: sibling modules that the forward calls in turn, once a segment
+(`repeats` finds them where there are no such modules).
+Nodes between calls are placed by their dependences, then moved next to the layer they belong to where the
+layers beside it show so.
+
+Requires: a functional, value-numbered graph with meta `scope`/`scopes`.  Ensures: the regions form an acyclic
+graph; where a node is placed changes only how much runs in parallel, never a value.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import networkx as nx
+from torch import fx
+
+from rmtcompile.errors import PartitionError
+from rmtcompile.passes.grid.partition.claim import claim
+from rmtcompile.passes.grid.partition.layers import call_sizes, feeding, find_layers, split_index
+from rmtcompile.passes.grid.partition.lists import complete_lists
+from rmtcompile.passes.grid.partition.place import cells_of, constant_nodes, place_dependent
+from rmtcompile.passes.grid.partition.regions import (
+    CELL,
+    EPILOGUE,
+    INIT,
+    PROLOGUE,
+    Layers,
+    NoLayersError,
+    Partition,
+    Region,
+)
+from rmtcompile.passes.grid.partition.sources import place_sources
+
+
+def partition(graph: fx.Graph, layers: Layers, n_segments: int) -> Partition:
+    """Place every node of `graph`; see the module docstring.
+
+    Raises:
+        PartitionError: the regions cannot be ordered.
+    """
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    region: dict[fx.Node, Region] = {}
+    constant = constant_nodes(nodes)
+    for node in nodes:
+        cells = cells_of(node, layers)
+        if len(cells) == 1 and node not in constant:
+            region[node] = Region(CELL, *next(iter(cells)))
+    scoped = set(region)
+    place_dependent(nodes, region, layers)
+    place_sources(nodes, region, n_segments)
+    claim(region, scoped, n_segments, len(layers.paths))
+    for node in nodes:  # what crosses a border is a tensor, no tuple of them
+        if node.target is operator.getitem and region[node.all_input_nodes[0]].kind == CELL:
+            region[node] = region[node.all_input_nodes[0]]
+    complete_lists(graph, region)
+    ordered = {node: region[node] for node in graph.nodes if node in region}
+    _check_acyclic(ordered)
+    return Partition(n_segments, layers, ordered)
+
+
+def _check_acyclic(region: dict[fx.Node, Region]) -> None:
+    grid: nx.DiGraph = nx.DiGraph()
+    witness: dict[tuple[Region, Region], tuple[fx.Node, fx.Node]] = {}
+    for node, place in region.items():
+        for operand in node.all_input_nodes:
+            if operand in region and region[operand] != place:
+                grid.add_edge(region[operand], place)
+                witness.setdefault((region[operand], place), (operand, node))
+    if nx.is_directed_acyclic_graph(grid):
+        return
+    cycle = nx.find_cycle(grid)
+    evidence = []
+    for a, b in cycle:
+        producer, consumer = witness[(a, b)]
+        evidence.append(
+            f"{a} -> {b}: {producer} ({producer.meta.get('source')}) feeds "
+            f"{consumer} ({consumer.meta.get('source')})"
+        )
+    raise PartitionError(
+        "the layers of one segment depend on each other in a circle, so there is no order of cells",
+        evidence,
+        "name the layers with layers='path.to.container' so that each layer's work lies in one call",
+    )
+
+
+__all__ = ["CELL", "EPILOGUE", "INIT", "PROLOGUE", "Layers", "NoLayersError", "Partition", "Region"]
+__all__ += ["call_sizes", "feeding", "find_layers", "partition", "split_index"]

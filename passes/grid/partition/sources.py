@@ -1,0 +1,91 @@
+"""Nodes that depend on no cell: inputs, constants, counts, and what is made of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import pairwise
+
+from torch import fx
+
+from rmtcompile.passes.grid.partition.regions import EPILOGUE, INIT, PROLOGUE, Region, site_of
+
+
+def place_sources(nodes: list[fx.Node], region: dict[fx.Node, Region], n_segments: int) -> None:
+    """Place nodes that depend on no cell: prologue of the segment they feed first, or init.
+
+    What a segment reads of its input may be read again one segment later (a cached embedding); only what all
+    segments read, or what depends on no input and serves several, is the same for all.
+    """
+    from_input: set[fx.Node] = set()
+    for node in nodes:
+        if any(operand.op == "placeholder" or operand in from_input for operand in node.all_input_nodes):
+            from_input.add(node)
+    leaving = _leaving(nodes, region, from_input)
+    region.update(_counters(nodes, region, from_input, n_segments))
+    for node in reversed(nodes):
+        if node in region or node in leaving:
+            continue
+        users = {region[user].segment for user in node.users if user in region}
+        several = len(users) > 1 and (node not in from_input or len(users) == n_segments)
+        if users and not several and min(users) >= 0:
+            region[node] = Region(PROLOGUE, min(users))
+        else:
+            region[node] = Region(INIT)
+    for node in leaving:
+        segment = max(region[op].segment if op in region else -1 for op in node.all_input_nodes)
+        region[node] = Region(INIT) if segment < 0 else Region(EPILOGUE, segment)
+
+
+def _counters(
+    nodes: list[fx.Node], region: dict[fx.Node, Region], from_input: set[fx.Node], n_segments: int
+) -> dict[fx.Node, Region]:
+    """What is counted from segment to segment, without reading any input: `n = n + 4`, once a segment.
+
+    All of it could be computed before the segments, but would be more with each one; the prologue of each
+    segment counts on instead, and computes what it makes of the count.
+    """
+    first_use: dict[fx.Node, int] = {}
+    by_site: dict[object, list[fx.Node]] = defaultdict(list)
+    for node in reversed(nodes):
+        if node not in region:
+            users = [region[u].segment if u in region else first_use.get(u, n_segments) for u in node.users]
+            first_use[node] = min(users, default=n_segments)
+    candidates = [node for node in nodes if node not in region and node not in from_input]
+    for node in candidates:
+        by_site[site_of(node)].append(node)
+    found: dict[fx.Node, Region] = {}
+    for chain in by_site.values():
+        once_each = all(first_use[node] in (s, s + 1, n_segments) for s, node in enumerate(chain))
+        if n_segments - 1 <= len(chain) <= n_segments and len(chain) > 1 and once_each:
+            if _is_chain(chain, set(candidates)):
+                found |= {node: Region(PROLOGUE, s) for s, node in enumerate(chain)}
+    for node in candidates:
+        counts = [found[op].segment for op in node.all_input_nodes if op in found]
+        if counts and node not in found:
+            found[node] = Region(PROLOGUE, max(counts))
+    return found
+
+
+def _is_chain(chain: list[fx.Node], among: set[fx.Node]) -> bool:
+    """Whether each node is computed from the one before."""
+    for before, node in pairwise(chain):
+        pending, seen = [node], set[fx.Node]()
+        while pending and before not in seen:
+            operands = [op for op in pending.pop().all_input_nodes if op in among and op not in seen]
+            seen.update(operands)
+            pending += operands
+        if before not in seen:
+            return False
+    return True
+
+
+def _leaving(
+    nodes: list[fx.Node], region: dict[fx.Node, Region], from_input: set[fx.Node]
+) -> dict[fx.Node, None]:
+    """What is made of the input for the result alone, in order: what is embedded, put together again."""
+    found: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if node not in region and node in from_input:
+            if all(user.op == "output" or user in found for user in node.users):
+                found.add(node)
+    return {node: None for node in nodes if node in found}

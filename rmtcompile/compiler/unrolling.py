@@ -1,0 +1,180 @@
+"""The front half: a forward and example inputs in, its regions for one number of segments out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from rmtcompile.binding.captured import Capture
+from rmtcompile.compiler.stages import Log
+from rmtcompile.errors import CaptureError
+from rmtcompile.frontend.capture import capture
+from rmtcompile.frontend.literals import literals, merge_literals
+from rmtcompile.ir.modes import autocast_as
+from rmtcompile.ir.segmentation import Segmentation
+from rmtcompile.options import Options
+from rmtcompile.passes.flat.decompose import decompose
+from rmtcompile.passes.flat.functionalise import alias_root, functionalise, is_mutating
+from rmtcompile.passes.flat.pieces import pieces
+from rmtcompile.passes.flat.spread import spread
+from rmtcompile.passes.flat.store_forwarding import forward
+from rmtcompile.passes.flat.stream import stream
+from rmtcompile.passes.flat.tiles import tiles
+from rmtcompile.passes.flat.value_numbering import is_random, number
+from rmtcompile.passes.grid.partition import partition
+from rmtcompile.passes.grid.repeats import inside_layers, layers_of
+from rmtcompile.passes.grid.reroll import Unrolled, unroll
+
+
+def capture_at(
+    fn: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    segmentation: Segmentation,
+    options: Options,
+    count: int,
+) -> tuple[Capture, Unrolled]:
+    """The functional capture of `count` segments, and its regions.
+
+    Raises:
+        UnsupportedError: as `compile_forward`.
+    """
+    captured, unrolled, _, _ = unrolled_forward(fn, args, kwargs, segmentation, count, options, Log(None))
+    return captured, unrolled
+
+
+def unrolled_forward(
+    fn: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    segmentation: Segmentation,
+    count: int,
+    options: Options,
+    log: Log,
+) -> tuple[Capture, Unrolled, tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """Capture `count` segments and give every operation its place.
+
+    Returns:
+        The functional capture; its regions; the layers' paths; ("leaf" | "input", name) of each tensor that
+        the forward writes in place, whose values are the last outputs.
+
+    Raises:
+        UnsupportedError: with the evidence and a remedy.
+    """
+    args, kwargs = resize(args, kwargs, segmentation, count)
+    with log.stage(f"capture, {count} segments") as box:
+        captured = capture(fn, args, kwargs)
+        box.append(captured.module)
+    return _placed(captured, count, options, log)
+
+
+@autocast_as()
+def _placed(
+    captured: Capture, count: int, options: Options, log: Log
+) -> tuple[Capture, Unrolled, tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """See `unrolled_forward`: from the capture on."""
+    _refuse_random(captured)
+    with log.stage("functionalise", captured.module) as box:
+        literal = literals(captured)
+        functional = functionalise(captured.module)
+        written = _flatten_writes(functional.module, tuple(functional.writes), captured, literal)
+        captured.module = pieces(functional.module)
+        merge_literals(captured, literal)
+        box.append(captured.module)
+    with log.stage("forward", captured.module) as box:
+        captured.module = forward(captured.module)
+        box.append(captured.module)
+    with log.stage("stream, spread", captured.module) as box:
+        inside = inside_layers(captured.graph, captured.calls, count, options.layers)
+        captured.module = spread(stream(captured.module, inside), inside)
+        box.append(captured.module)
+    with log.stage("decompose", captured.module) as box:
+        captured.module = decompose(captured.module)
+        box.append(captured.module)
+    with log.stage("number", captured.module) as box:
+        captured.module = number(captured.module, inside)
+        box.append(captured.module)
+    with log.stage("tiles", captured.module) as box:
+        captured.module = tiles(captured.module, inside)
+        box.append(captured.module)
+    with log.stage("drop", captured.module) as box:
+        captured.module.graph.eliminate_dead_code()
+        box.append(captured.module)
+    with log.stage("partition"):
+        graph = captured.module.graph
+        layers = layers_of(graph, captured.calls, count, options.layers)
+        parts = partition(graph, layers, count)
+        unrolled = unroll(graph, parts, {target: leaf.name for target, leaf in captured.leaves.items()})
+    return captured, unrolled, layers.paths, written
+
+
+def resize(args: Any, kwargs: Any, segmentation: Segmentation, count: int) -> tuple[Any, Any]:
+    """Inputs like the given ones, with another number of segments; values are not kept."""
+    flat = pytree.tree_leaves((args, kwargs))
+    shapes = [value.shape for value in flat if isinstance(value, torch.Tensor)]
+    return reshaped(args, kwargs, segmentation.shapes(shapes, count))
+
+
+def reshaped(args: Any, kwargs: Any, shapes: Sequence[Sequence[int]]) -> tuple[Any, Any]:
+    """Inputs like the given ones, with other shapes; values are not kept."""
+    values, spec = pytree.tree_flatten((args, kwargs))
+    positions = [i for i, value in enumerate(values) if isinstance(value, torch.Tensor)]
+    with FakeTensorMode():
+        for position, shape in zip(positions, shapes, strict=True):
+            old = values[position]
+            if tuple(old.shape) != tuple(shape):
+                values[position] = torch.empty(tuple(shape), dtype=old.dtype, device=old.device)
+    return pytree.tree_unflatten(values, spec)
+
+
+def _refuse_random(captured: Capture) -> None:
+    random = [node for node in captured.graph.nodes if node.op == "call_function" and is_random(node)]
+    if random:
+        raise CaptureError(
+            "the forward draws random numbers, and cells that run in another order would draw others",
+            [f"{node.target} at {node.meta.get('source')}" for node in random[:4]],
+            "switch dropout off (model.eval(), or dropout=0)",
+        )
+
+
+def _flatten_writes(
+    module: fx.GraphModule, names: tuple[str, ...], captured: Capture, literal: frozenset[str]
+) -> tuple[tuple[str, str], ...]:
+    """Turn (outputs, writes) into one flat tuple; return ("leaf" | "input", name) for each written tensor.
+    Writes into literals are dropped."""
+    if not names:
+        return ()
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    results, writes = output.args[0]
+    output.args = ((*results, *(w for name, w in zip(names, writes, strict=True) if name not in literal)),)
+    names = tuple(name for name in names if name not in literal)
+    placeholders = {str(node.target) for node in module.graph.nodes if node.op == "placeholder"}
+    found = []
+    for name in names:
+        leaf = captured.leaves.get(name)
+        if name in placeholders:
+            found.append(("input", name))
+        elif leaf is None:
+            found.append(("leaf", name))
+        elif isinstance(leaf.tensor, torch.nn.Parameter):
+            raise CaptureError(
+                "the forward writes into a parameter",
+                [f"{leaf.name} at {_written_at(captured.graph, name)}"],
+                "run the model once before optimizing it if this happens on the first call only",
+            )
+        else:
+            found.append(("leaf", leaf.name))
+    return tuple(found)
+
+
+def _written_at(graph: fx.Graph, name: str) -> str:
+    """The user's line that writes first into what `get_attr` calls `name`."""
+    for node in graph.nodes:
+        if is_mutating(node) and any(alias_root(op).target == name for op in node.all_input_nodes):
+            return str(node.meta.get("source"))
+    return "?"

@@ -1,0 +1,22 @@
+"""Calls: what a call says about the programs that may run it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rmtcompile.errors import UnsupportedError
+from rmtcompile.ir.segmentation import Segmentation
+
+
+class TooFewSegments(UnsupportedError):
+    """An input so short that the program does not cover it, and for which there is none of its own."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call's segmentation, number of segments, and the key of the programs that may run it."""
+
+    segmentation: Segmentation
+    count: int
+    key: Any

@@ -1,0 +1,138 @@
+"""Entries: a compiled program with what executes it, and what is known of the sizes that it is right for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rmtcompile.compiler.pipeline import Compiled
+from rmtcompile.dispatch.size_vectors import Columns, Vector
+from rmtcompile.ir.segmentation import Segmentation
+from rmtcompile.passes.sizes import Sizes
+from rmtcompile.runtime.costs import Costs
+from rmtcompile.runtime.execute import Executor
+
+
+@dataclass
+class Lengths:
+    """What comparisons with the model have shown of one code at different numbers of segments.
+
+    Attributes:
+        checked: short lengths that are right.
+        uncovered: short lengths that are not.
+        refused: why there is no program for some of these alone.
+        checked_to: the longest input that was compared because it is longer than the captures.
+        too_short: whether the captures were too short for longer inputs.
+        followed_to: the most segments for which the forward was seen to do what the rules say.
+        tried_to: the most segments for which that was tried.
+        unknown: why it could not be followed further.
+    """
+
+    checked: set[int] = field(default_factory=set)
+    uncovered: set[int] = field(default_factory=set)
+    refused: dict[int, str] = field(default_factory=dict)
+    checked_to: int = 0
+    too_short: bool = False
+    followed_to: int = 0
+    tried_to: int = 0
+    unknown: str = ""
+
+
+@dataclass
+class Entry:
+    """A compiled program and what executes it.
+
+    Attributes:
+        settled: whether hooks that the first forward registers are registered.
+        lengths: what is known about numbers of segments.
+        verified: lengths at which `verify=True` compared this very program with the model.
+        only: programs for single lengths that the rules do not give.
+        longer: what replaces it: rules from longer captures.
+        trial: for a program that rules for sizes gave, what would show that they are wrong.
+        is_edited: whether its module is one that the user has edited.
+    """
+
+    compiled: Compiled
+    executor: Executor
+    segmentation: Segmentation
+    example: Any = None  # (args, kwargs) with fake tensors
+    settled: bool = False
+    lengths: Lengths = field(default_factory=Lengths)
+    verified: set[int] = field(default_factory=set)
+    only: dict[int, Entry] = field(default_factory=dict)
+    longer: Entry | None = None
+    trial: Trial | None = None
+    is_edited: bool = False
+
+
+@dataclass
+class Trial:
+    """A use of rules.
+
+    Attributes:
+        at: the sizes.
+        ones: the free sizes that are 1 here and at no corner.
+        is_new: whether nothing has shown yet that the rules hold for these.
+        is_corner: whether the rules were read from a program of these sizes.
+    """
+
+    rules: Rules
+    at: Sizes
+    ones: frozenset[str]
+    is_new: bool
+    is_corner: bool
+
+
+@dataclass
+class Rules:
+    """A program of free sizes, and the sizes that it is for.
+
+    Attributes:
+        columns: where in the size vector each free size stands.
+        corners: the vectors that the rules were read from.
+        remainders: the free sizes that are lengths of a short segment.
+        samples: the programs at the corners.
+        shapes: shapes of the outputs.
+        executor: the first one; others share its compiled forms.
+        costs: measured, for the choice of the plan.
+        lengths, trusted, refuted: what comparisons with the model have shown, by which free sizes are 1.
+    """
+
+    columns: dict[str, Columns]
+    corners: tuple[Vector, ...]
+    remainders: frozenset[str]
+    samples: list[tuple[Sizes, Compiled]]
+    compiled: Compiled
+    shapes: Any
+    executor: Executor | None = None
+    costs: Costs | None = None
+    lengths: dict[frozenset[str], Lengths] = field(default_factory=dict)
+    trusted: set[frozenset[str]] = field(default_factory=set)
+    refuted: set[frozenset[str]] = field(default_factory=set)
+
+    def sizes(self, vector: Vector) -> Sizes | None:
+        """The free sizes in a vector, or None if it differs from the corners elsewhere too."""
+        mine = {i for columns in self.columns.values() for i in columns}
+        base = self.corners[0]
+        if len(vector) != len(base) or any(v != base[i] for i, v in enumerate(vector) if i not in mine):
+            return None
+        found = {}
+        for name, columns in self.columns.items():
+            values = {vector[i] for i in columns}
+            seen = {corner[columns[0]] for corner in self.corners}
+            if len(values) != 1 or min(values) < 1:
+                return None
+            found[name] = values.pop()
+            if found[name] == 1 and 1 not in seen and name not in self.remainders:
+                return None  # one row is often another program, and worth a capture of its own
+        return found
+
+    def ones(self, sizes: Sizes) -> frozenset[str]:
+        """The free sizes that are 1 and were not 1 at any corner."""
+        seen = {name for name, columns in self.columns.items() if 1 in {c[columns[0]] for c in self.corners}}
+        return frozenset(name for name, size in sizes.items() if size == 1 and name not in seen)
+
+
+def is_current(compiled: Compiled) -> bool:
+    """Whether the model still is in the state in which it was captured."""
+    return compiled.fits() and compiled.changed() is None

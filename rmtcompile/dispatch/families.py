@@ -1,0 +1,213 @@
+"""Families: the programs of calls that differ in sizes only, and the rules that give the program of a size
+that was not seen yet.
+
+    f(x[1, 20, D])   captured
+    f(x[2, 20, D])   captured, and made one with the first: B is a free size
+    f(x[3, 20, D])   the same code, loaded with B = 3; no capture
+    f(x[7, 23, D])   a rest of 3: captured ...
+
+Sizes that change together are one free size (`vectors.py`). Rules need the program at both values of a
+free size, at the four corners where there are two; corners that nobody called for are captured too. Where one
+of two sizes is 1 the programs may differ (broadcasting), and the next larger size is captured instead.
+
+A rule is proved at its corners. Elsewhere it is checked: every instance runs on fake tensors first, and the
+first one away from the corners, and the first of length one, are compared with the model itself.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rmtcompile.binding.guard import structure_key
+from rmtcompile.compiler.free_sizes import differ, instance, sized
+from rmtcompile.compiler.pipeline import Compiled, rescheduled
+from rmtcompile.compiler.unrolling import reshaped
+from rmtcompile.dispatch.entries import Entry, Lengths, Rules, Trial, is_current
+from rmtcompile.dispatch.size_vectors import (
+    Columns,
+    Vector,
+    boxes,
+    free_sizes,
+    lengths_of,
+    shapes_at,
+    sizes_of,
+    tensors_in,
+)
+from rmtcompile.errors import UnsupportedError
+from rmtcompile.ir.segmentation import Segmentation
+from rmtcompile.passes.sizes import Sizes, SizesDiffer
+from rmtcompile.passes.sizes import at as at_sizes
+from rmtcompile.runtime.costs import Costs
+from rmtcompile.runtime.execute import Executor
+
+_MAX_EXTRA = 3
+"""Captures that one call may cost beyond its own."""
+
+
+@dataclass
+class _Family:
+    """Programs by size vector, and the rules read from them."""
+
+    known: dict[Vector, Compiled] = field(default_factory=dict)
+    rules: list[Rules] = field(default_factory=list)
+    failed: set[frozenset[Vector]] = field(default_factory=set)
+    losses: int = 0  # captures made for rules that did not come about
+
+    def forget(self) -> None:
+        """Drop what the model's state or weights no longer fit, and the oldest programs."""
+        for vector in [v for v, compiled in self.known.items() if not is_current(compiled)]:
+            del self.known[vector]
+        self.rules = [rules for rules in self.rules if is_current(rules.compiled)]
+        for vector in list(self.known)[:-8]:
+            del self.known[vector]
+
+
+class Families:
+    """Finds or makes the program of a call.
+
+    Args:
+        compile_at: captures and compiles for arguments; the last two are a single number of segments or
+            None, and the fewest segments to capture.
+        execute: makes an executor, like another one.
+    """
+
+    def __init__(
+        self,
+        compile_at: Callable[[Any, Any, Segmentation, int | None, int], Compiled],
+        execute: Callable[[Compiled, Segmentation, Executor | None], Executor],
+    ) -> None:
+        self._compile_at = compile_at
+        self._execute = execute
+        self._families: dict[Any, _Family] = {}
+
+    def entry(
+        self, args: Any, kwargs: Any, segmentation: Segmentation, only: int | None = None, fewest: int = 2
+    ) -> Entry:
+        """A program for these arguments: of rules that apply, or captured now.
+
+        Raises:
+            UnsupportedError: the forward cannot be compiled.
+        """
+        key = (structure_key(args, kwargs, segmentation), only, fewest)
+        family = self._families.setdefault(key, _Family())
+        family.forget()
+        vector = sizes_of(args, kwargs, segmentation)
+        for rules in family.rules:
+            found = self._instance(rules, vector, args, kwargs, segmentation)
+            if found is not None:
+                return found
+        if vector not in family.known:
+            family.known[vector] = self._compile_at(args, kwargs, segmentation, only, fewest)
+
+            def captured(at: Vector) -> Compiled:
+                """A program for sizes that nobody has called for."""
+                there = reshaped(args, kwargs, shapes_at(at, args, kwargs, segmentation))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    return self._compile_at(*there, segmentation, only, fewest)
+
+            new = self._learn(family, vector, lengths_of(args, kwargs, segmentation), captured)
+            if new is not None and new.remainders:
+                found = self._instance(new, vector, args, kwargs, segmentation)
+                if found is not None:
+                    return found
+        compiled = family.known[vector]
+        return Entry(compiled, self._execute(compiled, segmentation, None), segmentation)
+
+    def settle(self, trial: Trial, is_right: bool) -> None:
+        """Note whether a use of rules gave what the model gives; where not, they are not used again."""
+        (trial.rules.trusted if is_right else trial.rules.refuted).add(trial.ones)
+
+    def run_in_order(self, entry: Entry, costs: Costs) -> None:
+        """Give a program one cell a level, and all later ones of the same rules, since that was measured to
+        be cheaper."""
+        if entry.trial is None:
+            entry.compiled = rescheduled(entry.compiled, entry.compiled.program.n_layers)
+            entry.executor = self._execute(entry.compiled, entry.segmentation, None)
+        else:
+            rules = entry.trial.rules
+            n_layers = entry.compiled.program.n_layers
+            rules.samples = [(sizes, rescheduled(compiled, n_layers)) for sizes, compiled in rules.samples]
+            rules.compiled, rules.shapes = sized(rules.samples)
+            rules.executor, rules.costs = None, costs
+            entry.compiled = instance(rules.compiled, entry.trial.at)
+            entry.executor = rules.executor = self._execute(entry.compiled, entry.segmentation, None)
+        entry.executor.costs = costs
+
+    def _instance(
+        self, rules: Rules, vector: Vector, args: Any, kwargs: Any, segmentation: Segmentation
+    ) -> Entry | None:
+        """The program of the rules at these sizes, or None where they do not apply or do not hold."""
+        sizes = rules.sizes(vector)
+        if sizes is None:
+            return None
+        ones = rules.ones(sizes)
+        if ones in rules.refuted:
+            return None
+        compiled = instance(rules.compiled, sizes)
+        executor = self._execute(compiled, segmentation, rules.executor)
+        if not self._holds(rules, sizes, executor, args, kwargs):
+            return None
+        rules.executor = rules.executor or executor
+        executor.costs = rules.costs
+        lengths = rules.lengths.setdefault(ones, Lengths())
+        trial = Trial(rules, sizes, ones, ones not in rules.trusted, vector in rules.corners)
+        return Entry(compiled, executor, segmentation, lengths=lengths, trial=trial)
+
+    def _holds(self, rules: Rules, sizes: Sizes, executor: Executor, args: Any, kwargs: Any) -> bool:
+        """Whether the program runs at these sizes, on fake tensors, and gives results of the right shapes."""
+        count, inputs = executor.compiled.rolled.base.count, tensors_in(args, kwargs)
+        shapes = executor.segmentation.shapes([x.shape for x in inputs], count)
+        try:
+            return executor.dry_run(count, shapes, inputs) == at_sizes(rules.shapes, sizes)
+        except Exception:  # whatever it is, the rules do not hold here
+            return False
+
+    # ---- learning ------------------------------------------------------------------------------------------
+
+    def _learn(
+        self,
+        family: _Family,
+        vector: Vector,
+        lengths: Sequence[int | None],
+        captured: Callable[[Vector], Compiled],
+    ) -> Rules | None:
+        """Rules that a new program makes possible, read from it and others, some captured for that."""
+        for corners in boxes(list(family.known), vector, lengths):
+            missing = [v for v in corners if v not in family.known]
+            free = free_sizes(corners, lengths)
+            if frozenset(corners) in family.failed or len(missing) > _MAX_EXTRA or free is None:
+                continue
+            if missing and family.losses >= _MAX_EXTRA:
+                continue
+            try:
+                present = [family.known[v] for v in corners if v in family.known]
+                for other in present[1:]:
+                    differ(present[0], other)
+                for v in missing:
+                    family.known[v] = captured(v)
+                    differ(present[0], family.known[v])
+                return self._read(family, corners, free, lengths)
+            except (SizesDiffer, UnsupportedError):
+                family.failed.add(frozenset(corners))
+                family.losses += len(missing)
+        return None
+
+    def _read(
+        self,
+        family: _Family,
+        corners: Sequence[Vector],
+        free: dict[str, Columns],
+        lengths: Sequence[int | None],
+    ) -> Rules:
+        remainders = frozenset(name for name, columns in free.items() if lengths[columns[0]] is not None)
+        samples: list[tuple[Sizes, Compiled]] = [
+            ({name: v[columns[0]] for name, columns in free.items()}, family.known[v]) for v in corners
+        ]
+        compiled, shapes = sized(samples)
+        rules = Rules(free, tuple(corners), remainders, samples, compiled, shapes)
+        family.rules = [rules, *family.rules[:7]]
+        return rules

@@ -1,0 +1,131 @@
+"""Followed: does the forward of a long input do what the rules say, from the shapes of its values alone?
+
+Outlines (`frontend/outline.py`) of the two captured lengths promise one for each longer length
+(`frontend/steady.py`). Where the forward departs from it, bisection finds the shortest length that does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rmtcompile.compiler.pipeline import Compiled
+from rmtcompile.compiler.unrolling import resize
+from rmtcompile.errors import RerollError, UnsupportedError
+from rmtcompile.frontend.outline import Outline, Outliner
+from rmtcompile.frontend.outline_arguments import OutlineError
+from rmtcompile.frontend.steady import departure
+from rmtcompile.ir.segmentation import Segmentation
+
+FOLLOWED = 200_000
+"""Operations that a forward may have to be followed, as calls of torch in its code: 10 s of a slow core."""
+
+CAPTURED = 12_000
+"""Nodes of a capture that is made to settle a doubt."""
+
+
+@dataclass(frozen=True)
+class Followed:
+    """How far the forward was seen to do what the rules say.
+
+    Attributes:
+        to: segments.
+        departs: what the forward of one segment more does else, and the user's line.
+        unknown: why it could not be followed further.
+    """
+
+    to: int
+    departs: str = ""
+    unknown: str = ""
+
+    def error(self, cause: UnsupportedError | None = None) -> RerollError:
+        """The refusal of rules that do not hold longer than this."""
+        evidence = [self.departs] if self.departs else []
+        if cause is not None:
+            evidence += [cause.what, *cause.evidence]
+        return RerollError(
+            f"what holds for up to {self.to} segments does not hold for {self.to + 1}",
+            evidence,
+            "let rules depend on the number of the segment in the first few at most; fallback='sequential' "
+            "runs the model as it is",
+        )
+
+
+def followed(
+    fn: Callable[..., Any],
+    compiled: Compiled,
+    args: Any,
+    kwargs: Any,
+    segmentation: Segmentation,
+    count: int,
+    known: int,
+) -> Followed:
+    """Follow a forward to `count` segments, or twice as many as are known where that is more and can be done.
+
+    Args:
+        fn: the forward; left as it was.
+        args, kwargs: inputs of any length, of which only shapes are read.
+        known: segments to which it was followed before.
+    """
+    reasons = []
+    for below in (False, True):
+        walk = _Walk(Outliner(fn, below), compiled.rolled.proved_on, args, kwargs, segmentation)
+        for length in dict.fromkeys((max(count, 2 * known), count)):
+            try:
+                return walk.to(length)
+            except OutlineError as error:
+                reasons.append(str(error))
+    return Followed(known, unknown=reasons[-1])
+
+
+class _Walk:
+    """Outlines of one forward at several lengths."""
+
+    def __init__(
+        self, outliner: Outliner, proved: tuple[int, ...], args: Any, kwargs: Any, segmentation: Segmentation
+    ) -> None:
+        self.outliner, self.proved = outliner, proved
+        self.inputs = args, kwargs, segmentation
+        self.known: dict[int, Outline] = {}
+
+    def to(self, length: int) -> Followed:
+        """See `followed`."""
+        small, large = (self.outline(count) for count in self.proved)
+        more = max(1, large.size - small.size)
+        reach = min(length, large.count + max(0, FOLLOWED - large.size) // more)
+        if reach <= large.count or self.departure(reach) is None:
+            unknown = f"{length} segments are more than {FOLLOWED:,} operations" if reach < length else ""
+            return Followed(max(reach, large.count), unknown=unknown)
+        good, bad = large.count, reach
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (middle, bad) if self.departure(middle) is None else (good, middle)
+        return Followed(good, self.words(bad))
+
+    def outline(self, count: int) -> Outline:
+        """The outline of `count` segments."""
+        if count not in self.known:
+            args, kwargs, segmentation = self.inputs
+            resized = resize(args, kwargs, segmentation, count)
+            self.known[count], _ = self.outliner.outline(*resized, count)
+        return self.known[count]
+
+    def departure(self, count: int) -> Any:
+        """Where the forward of this many segments departs from the rules."""
+        small, large = (self.outline(proved) for proved in self.proved)
+        return departure(small, large, self.outline(count))
+
+    def words(self, count: int) -> str:
+        """The same in words, with the user's line."""
+        place = self.departure(count)
+        args, kwargs, segmentation = self.inputs
+        resized = resize(args, kwargs, segmentation, count)
+        _, line = self.outliner.outline(*resized, count, (place.label, place.number))
+        return f"{count} segments: {self.outliner.name(place.label)} at {line} {place.what}"
+
+
+def is_affordable(compiled: Compiled, count: int) -> bool:
+    """Whether so many segments may be captured to settle a doubt."""
+    nodes, captured = len(compiled.captures[-1].graph.nodes), compiled.rolled.proved_on[-1]
+    return nodes * count <= CAPTURED * captured

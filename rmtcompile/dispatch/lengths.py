@@ -1,0 +1,177 @@
+"""Lengths: whether the rules of a program hold for a number of segments, and what runs it where they do not.
+
+Rules are read from two captures of a few segments. A carry that is read four segments later, an integer that
+only looks like a line, or another rule from the tenth segment on does not show there.
+
+    captured, 2 and 3 segments      proved
+    followed, 4 .. 24 segments      the same operations, integers, sizes and operands as the rules say
+    compared, 4 .. 8 segments       the same values
+    longer                          extrapolated, until such an input comes
+
+The first time that a program is to run more segments than were followed, the forward is followed on that
+many, or on twice as many as before where that is more (`followed.py`): no values are computed. Where it
+departs from the rules they are read again from longer captures, which settle it. And a program runs the first
+segments of its first longer input, uncompiled, and is compared with the model (`compared.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rmtcompile.dispatch.calls import Call, TooFewSegments
+from rmtcompile.dispatch.compared import LONGER, first_segments, length_to_check, rounding, unexplained
+from rmtcompile.dispatch.entries import Entry
+from rmtcompile.dispatch.followed import Followed, followed, is_affordable
+from rmtcompile.dispatch.verify import first_difference
+from rmtcompile.errors import RerollError, UnsupportedError, VerificationError
+
+if TYPE_CHECKING:
+    from rmtcompile.dispatch.programs import Programs
+
+DOUBTS = 4
+"""Longer captures in a row that one call may cost."""
+
+
+class Lengthening:
+    """Sees to it that a program is right for the number of segments of a call."""
+
+    def __init__(self, programs: Programs) -> None:
+        self._programs = programs
+
+    def entry(self, entry: Entry, call: Call, args: Any, kwargs: Any) -> Entry:
+        """The entry itself, or one compiled for just this length where its rules do not cover it."""
+        entry = self._followed(entry, call, args, kwargs)
+        entry = self._beyond(entry, call, args, kwargs)
+        entry = self._followed(entry, call, args, kwargs)
+        rolled, count, lengths = entry.compiled.rolled, call.count, entry.lengths
+        is_short = rolled.fixed is None and count < rolled.proved_on[0]
+        if is_short and count not in lengths.uncovered and count not in lengths.checked:
+            if count >= rolled.minimum and self._programs.difference(entry, count, args, kwargs) is None:
+                lengths.checked.add(count)
+            else:
+                lengths.uncovered.add(count)
+        chosen = self._for_just(entry, call, args, kwargs) if count in lengths.uncovered else entry
+        if self._programs.options.verify and count not in chosen.verified:
+            self._check(chosen, count, args, kwargs)
+            chosen.verified.add(count)
+        return chosen
+
+    def _check(self, entry: Entry, count: int, args: Any, kwargs: Any) -> None:
+        """Raise VerificationError if the program differs from the model; the message says where."""
+        found = self._programs.difference(entry, count, args, kwargs)
+        if found is not None:
+            raise self._located_difference(entry, count, found, args, kwargs)
+
+    def _located_difference(
+        self, entry: Entry, count: int, found: str, args: Any, kwargs: Any
+    ) -> VerificationError:
+        model, options = self._programs.model, self._programs.options
+        program = entry.compiled, entry.executor, entry.segmentation
+        where = first_difference(model, *program, options, count, args, kwargs)
+        return VerificationError("\n  ".join([found, *where]))
+
+    def _for_just(self, entry: Entry, call: Call, args: Any, kwargs: Any) -> Entry:
+        """The program for this number of segments alone."""
+        if call.count in entry.lengths.refused:
+            raise TooFewSegments(entry.lengths.refused[call.count])
+        if call.count not in entry.only:
+            try:
+                entry.only[call.count] = self._programs.made(call, args, kwargs, only=call.count)
+            except UnsupportedError as error:
+                if entry.compiled.rolled.fixed is not None:
+                    raise
+                why = f"{call.count} segments are less than the rules are for. {error}"
+                entry.lengths.refused[call.count] = why
+                raise TooFewSegments(why) from error
+        if self._programs.is_refuted(entry.only[call.count], call.count, args, kwargs):
+            entry.only[call.count] = self._programs.made(call, args, kwargs, only=call.count)
+        return entry.only[call.count]
+
+    def _followed(self, entry: Entry, call: Call, args: Any, kwargs: Any) -> Entry:
+        """The entry, its forward followed to the length of the call, or what replaces it."""
+        while entry.longer is not None:
+            entry = entry.longer
+        for _ in range(DOUBTS):
+            lengths, rolled = entry.lengths, entry.compiled.rolled
+            known = max(lengths.followed_to, rolled.proved_on[-1])
+            if rolled.fixed is not None or call.count <= max(known, lengths.tried_to):
+                return entry
+            model = self._programs.model
+            found = followed(model, entry.compiled, args, kwargs, entry.segmentation, call.count, known)
+            lengths.followed_to, lengths.unknown = found.to, found.unknown
+            if found.unknown:
+                lengths.tried_to = max(call.count, 2 * known)
+            if found.to < call.count:
+                entry = self._settled(entry, found, call, args, kwargs)
+        entry.lengths.unknown = "it does something else again and again that no result shows"
+        entry.lengths.tried_to = call.count
+        return entry
+
+    def _settled(self, entry: Entry, found: Followed, call: Call, args: Any, kwargs: Any) -> Entry:
+        """The entry, or rules of longer captures, where the forward departs from the rules, or cannot be
+        followed."""
+        fewest = found.to + 1 if found.departs else call.count - 1
+        if not is_affordable(entry.compiled, fewest + 1):
+            if found.departs:
+                raise found.error()
+            return entry
+        try:
+            longer = self._programs.made(call, args, kwargs, fewest=fewest)
+        except UnsupportedError as error:
+            if found.departs or isinstance(error, RerollError):
+                raise found.error(error) from error
+            return entry  # these lengths cannot be captured: it stays unknown
+        is_same = longer.compiled.rolled.is_like(entry.compiled.rolled)
+        if not is_same and fewest >= self._programs.options.max_segments_captured + LONGER:
+            raise found.error()
+        if is_same and not found.departs:
+            entry.lengths.followed_to, entry.lengths.unknown = longer.compiled.rolled.proved_on[-1], ""
+            return entry
+        entry.longer = longer
+        return longer
+
+    def _beyond(self, entry: Entry, call: Call, args: Any, kwargs: Any) -> Entry:
+        """The entry, compared with the model where it is to run longer inputs than it was proved on, or what
+        replaces it."""
+        longest = self._programs.options.max_segments_captured + LONGER
+        length = length_to_check(entry.compiled, call.count, entry.lengths.checked_to)
+        while length is not None:
+            proved = entry.compiled.rolled.proved_on[-1]
+            part = first_segments(args, kwargs, entry.segmentation, length)
+            if not entry.lengths.too_short:
+                with entry.executor.uncompiled(), torch.no_grad():
+                    tolerance = rounding(entry.compiled)
+                    found = self._programs.difference(entry, length, *part, tolerance=tolerance)
+                settled = proved >= longest or length <= proved
+                if found is None or (settled and self._is_rounding(entry, length, part)):
+                    entry.lengths.checked_to = length
+                    break
+                if length <= proved:
+                    raise self._located_difference(entry, length, found, *part)
+                if proved >= longest:
+                    raise RerollError(
+                        f"what holds for up to {proved} segments does not hold for {length}",
+                        [found],
+                        "a value must be read at most three segments later; fallback='sequential' runs the "
+                        "model as it is",
+                    )
+            entry.lengths.too_short = True
+            entry.longer = self._programs.made(call, args, kwargs, fewest=proved)
+            same = entry.longer.compiled.rolled.is_like(entry.compiled.rolled)
+            entry = entry.longer
+            if same and self._is_rounding(entry, length, part):
+                entry.lengths.checked_to = length
+                break
+            length = max(length, length_to_check(entry.compiled, call.count, 0) or 0)
+        return entry
+
+    def _is_rounding(self, entry: Entry, length: int, part: tuple[Any, Any]) -> bool:
+        """Whether a difference that the rules of longer captures do not explain is small enough."""
+        limit = unexplained(entry.compiled)
+        if limit in (0.0, math.inf):
+            return limit > 0
+        with entry.executor.uncompiled(), torch.no_grad():
+            return self._programs.difference(entry, length, *part, tolerance=limit) is None

@@ -1,0 +1,240 @@
+"""Programs: the program that serves a call, found among those that were made or compiled now.
+
+    call    -> segmentation, number of segments, key of its inputs and modes
+    key     -> entries, one for each state of the model in which it was captured (`entries.py`)
+    entry   -> rules for other sizes (`families.py`), and for other numbers of segments (`lengths.py`)
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from rmtcompile.binding.guard import call_key, program_key
+from rmtcompile.binding.kinds import refuse_model, refuse_odd_arguments
+from rmtcompile.compiler.pipeline import Compiled, compile_forward
+from rmtcompile.compiler.stages import Progress
+from rmtcompile.dispatch.calls import Call, TooFewSegments
+from rmtcompile.dispatch.compared import CHECKED, LONGER, first_segments, rounding
+from rmtcompile.dispatch.entries import Entry, is_current
+from rmtcompile.dispatch.families import Families
+from rmtcompile.dispatch.lengths import Lengthening
+from rmtcompile.dispatch.verify import difference, tensors_of
+from rmtcompile.errors import RecaptureWarning, SequentialScheduleWarning, UnsupportedError, warn
+from rmtcompile.frontend.probe import probe
+from rmtcompile.ir.segmentation import Segmentation
+from rmtcompile.options import Options
+from rmtcompile.passes.cell.optimise import FOR_COMPILED_CELLS
+from rmtcompile.runtime.execute import Executor, backend_for
+from rmtcompile.runtime.graphs import Started
+from rmtcompile.runtime.rows import executor_for
+from rmtcompile.schedule import blocking
+
+MAX_SIZES = 32
+"""Sizes of inputs whose programs are kept loaded."""
+
+CHANGES = 8
+"""Captures in a row for new states of the model after which the user is told."""
+
+
+class Programs:
+    """All programs of one model.
+
+    Attributes:
+        model: the callable, which may be exchanged.
+        captures: how many programs were captured.
+    """
+
+    def __init__(self, model: Callable[..., Any], options: Options, progress: Progress | None) -> None:
+        self.model = model
+        self.options = options
+        self.progress = progress
+        self.captures = 0
+        self._segmentations: dict[Any, Segmentation] = {}
+        self._entries: OrderedDict[Any, list[Entry]] = OrderedDict()
+        self._families = Families(self._compile, self._execute)
+        self._ready: dict[tuple[Any, int], Entry] = {}  # what ran the last call of a key and length
+        self._changes = 0  # captures in a row for states of the model that were new
+        self._lengths = Lengthening(self)
+
+    # ---- a call --------------------------------------------------------------------------------------------
+
+    def located(self, args: Any, kwargs: Any) -> Call:
+        """How this call is cut into segments, and the key of the programs that may run it.
+
+        Raises:
+            UnsupportedError: the input is empty, of a kind that no program can hold, or has no segments.
+        """
+        refuse_odd_arguments(args, kwargs)
+        key, tensors = call_key(args, kwargs), tensors_of(args, kwargs)
+        empty = UnsupportedError("the input is empty", remedy="pass at least one token of one sequence")
+        if tensors and not any(tensor.numel() for tensor in tensors):
+            raise empty
+        if key not in self._segmentations:
+            refuse_model(self.model)
+            self._segmentations[key] = probe(self.model, args, kwargs, self.options.segment_size)
+        segmentation = self._segmentations[key]
+        count, _ = segmentation.count([tensor.shape for tensor in tensors])
+        if count == 0:
+            raise empty
+        return Call(segmentation, count, program_key(args, kwargs, segmentation))
+
+    def start(self, call: Call, args: Any, kwargs: Any) -> tuple[Entry, Started] | None:
+        """Start what ran the last such call, if it is recorded; whether it still holds is seen afterwards."""
+        entry = self._ready.get((call.key, call.count))
+        started = entry.executor.start(call.count, tensors_of(args, kwargs)) if entry is not None else None
+        return (entry, started) if entry is not None and started is not None else None
+
+    def entry(self, call: Call, args: Any, kwargs: Any) -> tuple[Call, Entry]:
+        """The call and its program, compiled now if there is none.
+
+        Where it cannot be compiled the segments are looked for again: the model may cut its inputs in another
+        way by now, or this input may show what an earlier one has hidden.
+
+        Raises:
+            TooFewSegments: there is no program for so short an input.
+            UnsupportedError: the forward cannot be compiled.
+            VerificationError: with `verify`, the program differs from the model.
+        """
+        try:
+            return call, self._entry_of(call, args, kwargs)
+        except TooFewSegments:
+            raise
+        except UnsupportedError:
+            known = self._segmentations.pop(call_key(args, kwargs), call.segmentation)
+            again = self.located(args, kwargs)
+            if again.segmentation == known:
+                raise
+            return again, self._entry_of(again, args, kwargs)
+
+    def has_run(self, call: Call, entry: Entry) -> None:
+        """Note which program ran a call, so that the next such call may start it before it is checked."""
+        self._ready[call.key, call.count] = entry
+
+    # ---- programs ------------------------------------------------------------------------------------------
+
+    def _entry_of(self, call: Call, args: Any, kwargs: Any) -> Entry:
+        entries = self._entries.setdefault(call.key, [])
+        self._entries.move_to_end(call.key)
+        entry = next((e for e in entries if is_current(e.compiled)), None)
+        if entry is not None:
+            self._changes = 0
+        else:
+            self._count_changes(entries)
+            entry = self.made(call, args, kwargs)
+            entries.append(entry)
+            del entries[:-8]
+            while len(self._entries) > MAX_SIZES:
+                self._entries.popitem(last=False)
+            self._ready = {k: e for k, e in self._ready.items() if k[0] in self._entries}
+        if self.is_refuted(entry, call.count, args, kwargs):
+            entries[entries.index(entry)] = entry = self.made(call, args, kwargs)
+        return self._lengths.entry(entry, call, args, kwargs)
+
+    def _count_changes(self, entries: list[Entry]) -> None:
+        """Say so where the model's state was another one for each of the last captures."""
+        change = entries[-1].compiled.changed() if entries else None
+        self._changes += change is not None
+        if change is not None and self._changes == CHANGES:
+            warn(
+                f"captured anew at {self._changes} calls in a row, since what the forward reads has changed: "
+                f"{change}. Each such call costs a capture; a number that only counts calls can be a buffer "
+                "(a tensor), which is carried from call to call",
+                RecaptureWarning,
+            )
+
+    def made(self, call: Call, args: Any, kwargs: Any, only: int | None = None, fewest: int = 2) -> Entry:
+        """A program captured now, or given by rules for its sizes.
+
+        Args:
+            only: a number of segments, for a program of that length alone.
+            fewest: segments to capture at least.
+        """
+        entry = self._families.entry(args, kwargs, call.segmentation, only, fewest)
+        entry.example = _faked(args, kwargs)
+        return entry
+
+    def is_refuted(self, entry: Entry, count: int, args: Any, kwargs: Any) -> bool:
+        """Compare the first use of rules for sizes with the model, or each with `verify`; short lengths have
+        no say."""
+        rolled, trial = entry.compiled.rolled, entry.trial
+        is_short = rolled.fixed is None and count < rolled.proved_on[0]
+        if trial is None or trial.is_corner or is_short or not (trial.is_new or self.options.verify):
+            return False
+        length = count if self.options.verify else min(count, max(CHECKED, rolled.proved_on[0]))
+        part = first_segments(args, kwargs, entry.segmentation, length)
+        with entry.executor.uncompiled():
+            is_right = self.difference(entry, length, *part, tolerance=rounding(entry.compiled)) is None
+        self._families.settle(trial, is_right)
+        trial.is_new = False
+        return not is_right
+
+    def difference(
+        self, entry: Entry, count: int, args: Any, kwargs: Any, tolerance: float = 0.0
+    ) -> str | None:
+        """Run the program and the model and compare; the model is left as it was. Returns the difference in
+        words, or None; relative differences up to `tolerance` are none."""
+        return difference(self.model, entry.compiled, entry.executor, count, args, kwargs, tolerance)
+
+    def choose_plan(self, entry: Entry, args: Any, kwargs: Any) -> None:
+        """Once a program has run on CUDA: keep its wavefronts only if they are measured to pay."""
+        if self.options.plan != "auto" or entry.executor.costs is not None:
+            return
+        costs = entry.executor.measure(tensors_of(args, kwargs))
+        if costs is not None and not costs.wavefront_pays:
+            self._families.run_in_order(entry, costs)
+        elif costs is not None and entry.trial is not None:
+            entry.trial.rules.costs = costs
+
+    # ---- compiling -----------------------------------------------------------------------------------------
+
+    def _compile_options(self, args: Any, kwargs: Any) -> Options:
+        """The options, less the passes that pay for compiled cells alone where the cells are not compiled."""
+        device = next((tensor.device for tensor in tensors_of(args, kwargs)), torch.device("cpu"))
+        if backend_for(self.options.backend, device) != "eager":
+            return self.options
+        return replace(self.options, passes_off=self.options.passes_off | FOR_COMPILED_CELLS)
+
+    def _compile(
+        self, args: Any, kwargs: Any, segmentation: Segmentation, only: int | None, fewest: int
+    ) -> Compiled:
+        options = self._compile_options(args, kwargs)
+        if fewest > options.min_segments_captured:
+            longest = max(options.max_segments_captured + LONGER, fewest + 2)
+            options = replace(options, min_segments_captured=fewest, max_segments_captured=longest)
+        compiled = compile_forward(self.model, args, kwargs, segmentation, options, self.progress, only)
+        self.captures += 1
+        n_layers, offsets = compiled.program.n_layers, compiled.program.offsets
+        blocked = blocking(offsets, n_layers)
+        if blocked and self.options.plan != "sequential":
+            witness = "; ".join(
+                compiled.dependences[offset].described(compiled.layer_paths) for offset in blocked
+            )
+            message = (
+                f"no two cells can run together, the {n_layers} layers run one after the other: {witness}"
+            )
+            if self.options.plan == "diagonal":
+                raise UnsupportedError(
+                    message, remedy="use plan='auto' to run it as a compiled sequential program"
+                )
+            warn(message, SequentialScheduleWarning)
+        return compiled
+
+    def _execute(self, compiled: Compiled, segmentation: Segmentation, like: Executor | None) -> Executor:
+        return executor_for(compiled, segmentation, self.options.backend, self.options.cuda_graphs, like)
+
+
+def _faked(args: Any, kwargs: Any) -> Any:
+    """The arguments without the memory of their tensors."""
+
+    def fake(value: Any) -> Any:
+        return torch.empty_like(value) if isinstance(value, torch.Tensor) else value
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return pytree.tree_map(fake, (args, kwargs))

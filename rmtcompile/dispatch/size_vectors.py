@@ -1,0 +1,123 @@
+"""Size vectors: the sizes of a call, and from which calls the program of another one could be read.
+
+A vector lists every dim of every input; along axes that are cut into segments it holds what is left over by
+whole segments. Sizes that change together are one free size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from rmtcompile.ir.segmentation import Segmentation
+
+Vector = tuple[int, ...]
+Columns = tuple[int, ...]
+
+
+def tensors_in(args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The tensors of a call, in pytree order."""
+    return [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+
+
+def _shapes(args: Any, kwargs: Any) -> list[torch.Size]:
+    return [value.shape for value in tensors_in(args, kwargs)]
+
+
+def sizes_of(args: Any, kwargs: Any, segmentation: Segmentation) -> Vector:
+    """Every dim of every input; along an axis that is cut, what whole segments leave over."""
+    shapes, rests = _shapes(args, kwargs), _rests(args, kwargs, segmentation)
+    return tuple(rests.get((i, d), n) for i, shape in enumerate(shapes) for d, n in enumerate(shape))
+
+
+def _rests(args: Any, kwargs: Any, segmentation: Segmentation) -> dict[tuple[int, int], int]:
+    shapes = _shapes(args, kwargs)
+    count, rest = segmentation.count(shapes)
+    whole = count - (rest > 0)
+    return {(a.leaf, a.dim): shapes[a.leaf][a.dim] - whole * a.length for a in segmentation.axes}
+
+
+def lengths_of(args: Any, kwargs: Any, segmentation: Segmentation) -> list[int | None]:
+    """For each place of the size vector, the length of a whole segment; None where nothing is cut."""
+    cut = {(axis.leaf, axis.dim): axis.length for axis in segmentation.axes}
+    shapes = _shapes(args, kwargs)
+    return [cut.get((i, d)) for i, shape in enumerate(shapes) for d in range(len(shape))]
+
+
+def shapes_at(vector: Vector, args: Any, kwargs: Any, segmentation: Segmentation) -> list[list[int]]:
+    """Shapes of the inputs at another size vector, with as many segments."""
+    rests, values = _rests(args, kwargs, segmentation), iter(vector)
+    return [
+        [next(values) + (n - rests[i, d] if (i, d) in rests else 0) for d, n in enumerate(shape)]
+        for i, shape in enumerate(_shapes(args, kwargs))
+    ]
+
+
+def moved(a: Vector, b: Vector) -> list[Columns]:
+    """The free sizes between two vectors: places that change from one value to one other, together."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for i, pair in enumerate(zip(a, b, strict=True)):
+        if pair[0] != pair[1]:
+            found.setdefault(pair, []).append(i)
+    return [tuple(columns) for columns in found.values()]
+
+
+def _with(vector: Vector, other: Vector, columns: Columns) -> Vector:
+    """A vector with some places as in another one."""
+    return tuple(other[i] if i in columns else v for i, v in enumerate(vector))
+
+
+def boxes(known: list[Vector], new: Vector, lengths: Sequence[int | None]) -> Iterator[list[Vector]]:
+    """Corners from which rules could be read that hold at `new`, in the order in which to try them."""
+    near = sorted((v for v in known if v != new), key=lambda v: len(moved(v, new)))
+    for other in near[:3]:
+        free = moved(other, new)
+        if len(free) == 1:
+            for third in near:
+                side = moved(other, third)
+                if len(side) == 1 and not set(side[0]) & set(free[0]):
+                    yield [other, new, third, _with(new, third, side[0])]
+            yield [other, new]
+        elif len(free) == 2:
+            yield [other, new, _with(other, new, free[0]), _with(other, new, free[1])]
+    for other in near[:1]:
+        free = moved(other, new)
+        ones = [columns for columns in free if 1 in (other[columns[0]], new[columns[0]])]
+        ones = [columns for columns in ones if lengths[columns[0]] is None] or ones  # batches first
+        if len(ones) != 1 or len(free) > 2:
+            continue
+        base = new if other[ones[0][0]] == 1 else other
+        up = _larger(base, ones[0], lengths)
+        if up is not None and len(free) == 1:
+            yield [base, up]
+        elif up is not None:
+            rest = next(columns for columns in free if columns is not ones[0])
+            there = other if base is new else new
+            yield [base, up, _with(base, there, rest), _with(up, there, rest)]
+
+
+def _larger(vector: Vector, columns: Columns, lengths: Sequence[int | None]) -> Vector | None:
+    """The vector with one free size made larger by one, or smaller where a segment ends."""
+    size, length = vector[columns[0]], lengths[columns[0]]
+    size = size + 1 if length is None or size + 1 < length else size - 1
+    return tuple(size if i in columns else v for i, v in enumerate(vector)) if size > 1 else None
+
+
+def free_sizes(corners: Sequence[Vector], lengths: Sequence[int | None]) -> dict[str, Columns] | None:
+    """Names of the free sizes and where they stand: R for what is left over, B for the first axis of an
+    input."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, values in enumerate(zip(*corners, strict=True)):
+        if len(set(values)) > 1:
+            groups.setdefault(values, []).append(i)
+    if 2 ** len(groups) != len(set(corners)):
+        return None
+    found: dict[str, Columns] = {}
+    for columns in groups.values():
+        letter = "R" if lengths[columns[0]] is not None else "B"
+        name = letter if letter not in found else f"{letter}{len(found)}"
+        found[name] = tuple(columns)
+    return found

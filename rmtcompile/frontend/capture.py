@@ -1,0 +1,387 @@
+"""Capture: any callable on tensors -> one flat, functional FX graph, and what is needed to stand in for the
+callable.
+
+    forward(ids):                       placeholder ids
+      for s in segments:                get_attr embed                 scope ()
+        h = embed(ids[s])         ->    aten.embedding(embed, slice)   scope ()
+        for layer in layers:            aten.linear(h, w_0)            scope (layers.0 #0,)
+          h = layer(h)                  aten.linear(h, w_1)            scope (layers.1 #0,)
+
+The forward runs once on fake tensors under `make_fx(pre_dispatch=True)`, so operations such as `linear`,
+`einsum` and `scaled_dot_product_attention` stay whole, Python control flow disappears, and no memory is used
+beyond the weights. Where it takes gradients itself, or uses other transforms of `torch.func` (a memory that
+is updated by an inner gradient), it is traced once more below autograd, where `linear` is what it is made of.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental import proxy_tensor
+from torch.utils import _pytree as pytree
+
+from rmtcompile.binding.captured import Call, Capture, Effect, Leaf, Out
+from rmtcompile.binding.guard import ReadTracker
+from rmtcompile.binding.kinds import held_oddly, is_plain, kind_name
+from rmtcompile.binding.objects import contains_tensor
+from rmtcompile.binding.state import Contents, Held, Snapshot, roots_of
+from rmtcompile.binding.surroundings import Surroundings
+from rmtcompile.binding.trees import Flattener, Kept
+from rmtcompile.binding.watch import ModuleGuard
+from rmtcompile.errors import CaptureError
+from rmtcompile.frontend.blame import refusal, user_places
+from rmtcompile.frontend.known import NUMBERS, Known, Reads
+from rmtcompile.frontend.tracing import SharedData, refused_functions, uncompiled_callables
+from rmtcompile.ir.modes import autocast_state, lazy_code, uncached_autocast
+from rmtcompile.passes.flat.attention import attention
+from rmtcompile.passes.flat.autocast import explicit_autocast
+
+_SET_GRAD = torch._C._set_grad_enabled
+_ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+_EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+
+
+class _Recorder:
+    """Follows module calls while the forward runs and labels each node that is traced."""
+
+    def __init__(self, names: dict[int, str], snapshot: Snapshot, whole: bool) -> None:
+        self.whole = whole  # traced above autograd and transforms
+        self.has_gradients = torch.is_grad_enabled()
+        self.transforms = False  # whether a transform of torch.func was at work
+        self.calls: list[Call] = []
+        self.stack: list[int] = []
+        self.names = names
+        self.snapshot = snapshot
+        self.roots: dict[str, nn.Module] = {}
+        self.unseen: set[tuple[int, str]] = set()  # what such modules may have read
+
+    def enter(self, module: nn.Module, _: Any) -> None:
+        if id(module) not in self.names:  # reached by a way that `roots_of` does not see
+            name = f"module{len(self.roots)}"
+            self.roots[name] = module
+            self.snapshot.add(name, module)
+            self.unseen |= {(id(child), key) for child in module.modules() for key in child.__dict__}
+            for path, child in module.named_modules(remove_duplicate=False):
+                self.names.setdefault(id(child), f"{name}.{path}" if path else name)
+        parent = self.stack[-1] if self.stack else None
+        self.calls.append(Call(len(self.calls), self.names[id(module)], id(module), parent))
+        self.stack.append(self.calls[-1].index)
+
+    def leave(self, module: nn.Module, *_: Any) -> None:
+        if self.stack and self.calls[self.stack[-1]].module == id(module):
+            self.stack.pop()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        hooks = (
+            nn.modules.module.register_module_forward_pre_hook(self.enter),
+            nn.modules.module.register_module_forward_hook(self.leave, always_call=True),
+        )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def label_nodes(self) -> None:
+        """Make the running tracer note the scope and the place in the user's code on each node it creates."""
+        mode = proxy_tensor.get_proxy_mode()
+        assert mode is not None
+        tracer = mode.tracer
+        create = tracer.create_node
+
+        def create_node(*args: Any, **kwargs: Any) -> fx.Node:
+            if not self.whole:
+                self._refuse_regions()
+            elif torch._C._functorch.peek_interpreter_stack() is not None:
+                self.transforms = True
+            node = create(*args, **kwargs)
+            node.meta["scope"] = tuple(self.stack)
+            node.meta["site"] = places = tuple(islice(user_places(sys._getframe(1)), 2))
+            node.meta["source"] = places[0][0] if places else "?"
+            node.meta["autocast"] = autocast_state()
+            return node
+
+        tracer.create_node = create_node  # type: ignore[method-assign]
+
+    def _refuse_regions(self) -> None:
+        """Below autograd it does not show where a region without gradients begins."""
+        if self.has_gradients and not torch.is_grad_enabled():
+            places = list(islice(user_places(sys._getframe(2)), 1))
+            raise CaptureError(
+                "the forward takes gradients itself, and has a region without them",
+                [f"at {place[0]}" for place in places],
+                "run it under torch.no_grad(), or write the gradient out",
+            )
+
+
+class _BelowError(Exception):
+    """Above autograd this forward cannot be traced: it takes gradients itself."""
+
+
+def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+    """Trace `fn(*args, **kwargs)` on fake tensors; the modules it runs are left as they were, also when
+    tracing fails.
+
+    Args:
+        fn: a module or any callable on tensors. Not modified.
+        args, kwargs: example inputs; tensors may be real or meta-like, only shape, dtype and device are read.
+
+    Raises:
+        CaptureError: the forward branches on values, or uses what cannot be traced; the message names the
+            user's line.
+    """
+    try:
+        return _captured(fn, args, kwargs, whole=True)
+    except _BelowError:
+        captured = _captured(fn, args, kwargs, whole=False)
+    captured.module = attention(captured.module)
+    return captured
+
+
+def _captured(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool
+) -> Capture:
+    """See `capture`.
+
+    Args:
+        whole: trace above autograd and transforms, where operations are whole.
+    """
+    roots = roots_of(fn)
+    names: dict[int, str] = {}
+    for name, root in roots.items():
+        for path, child in root.named_modules(remove_duplicate=False):
+            names.setdefault(id(child), f"{name}.{path}" if name and path else name or path)
+    _refuse_backward_hooks(roots)
+    snapshot = Snapshot(roots)
+    recorder = _Recorder(names, snapshot, whole)
+    flat, in_spec = pytree.tree_flatten((args, kwargs))
+    positions = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
+    produced: dict[str, Any] = {}
+
+    def traced(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        recorder.label_nodes()
+        values = list(flat)
+        for position, tensor in zip(positions, tensors, strict=True):
+            values[position] = tensor
+        call_args, call_kwargs = pytree.tree_unflatten(values, in_spec)
+        result = fn(*call_args, **call_kwargs)
+        outputs: list[torch.Tensor] = []
+        result_leaves, result_spec = pytree.tree_flatten(result)
+        _refuse_objects(result_leaves)
+        produced["result"] = (_refer(result_leaves, outputs), result_spec)
+        produced["effects"] = list(_effects(snapshot, tracker.written, outputs))
+        return outputs
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [_fake(mode, flat[i]) for i in positions]
+    trace = proxy_tensor.make_fx(traced, tracing_mode="fake", pre_dispatch=whole, _allow_non_fake_inputs=True)
+    grad = torch.is_grad_enabled()
+    tracker, known = ReadTracker(), Known()
+    contents, around, shared = Contents(snapshot), Surroundings(fn, roots), SharedData()
+    try:
+        with (
+            recorder.watching(),
+            tracker.watching(roots),
+            torch.inference_mode(False),
+            torch.set_grad_enabled(grad),
+            uncached_autocast(),
+            shared,
+            Reads(known),
+            known,
+            lazy_code(),
+            uncompiled_callables(),
+            refused_functions(),
+        ):
+            module = trace(*fakes)
+        shared.refuse_swallowed()
+        known.refuse_swallowed()
+    except CaptureError:
+        raise
+    except Exception as error:
+        if whole and recorder.transforms:
+            raise _BelowError from error
+        raise refusal(error, held_oddly(fn)) from error
+    finally:
+        snapshot.restore()
+        known.restore()
+        lost, outside = contents.restore(), [*around.restore(), *tracker.outside]
+    if whole and recorder.transforms:
+        raise _BelowError
+    if outside:
+        raise CaptureError(
+            "the forward keeps state outside of its modules",
+            outside,
+            "keep it in an attribute of an nn.Module, or pass it in and return it",
+        )
+    if lost:
+        raise CaptureError(
+            "the forward writes into a parameter",
+            lost,
+            "run the model once before optimizing it if this happens on the first call only",
+        )
+    roots = {**roots, **recorder.roots}
+    _drop_reads(module.graph)
+    _name_contexts(module.graph)
+    owners: dict[int, list[Held]] = {}
+    for held in snapshot.tensors():
+        owners.setdefault(id(held.tensor), []).append(held)
+    leaves = _leaves(module, owners, whole)
+    changes = [effect.change for effect in produced["effects"] if effect.change is not None]
+    changed = frozenset((id(change.record.target), change.step[1]) for change in changes)
+    left = [leaf for effect in produced["effects"] for leaf in effect.leaves]
+    kept = frozenset(id(leaf.value) for leaf in left if isinstance(leaf, Kept) and leaf.is_exact)
+    guard = ModuleGuard(snapshot, tracker.reads | recorder.unseen, roots, changed, around, kept)
+    module = explicit_autocast(module)
+    read = [_leaf(tensor, f"read{i}", owners) for i, tensor in enumerate(known.read)]
+    return Capture(
+        module, leaves, recorder.calls, produced["result"], produced["effects"], roots, guard, read
+    )
+
+
+def _refuse_backward_hooks(roots: dict[str, nn.Module]) -> None:
+    """A compiled program has no modules around which such hooks could run."""
+    if not torch.is_grad_enabled():
+        return
+    hooked = [
+        f"{name}.{path}".strip(".") or type(module).__name__
+        for name, root in roots.items()
+        for path, module in root.named_modules()
+        if module._backward_hooks or module._backward_pre_hooks
+    ]
+    if hooked:
+        raise CaptureError(
+            "a module has backward hooks, which a compiled program would not run",
+            hooked,
+            "remove them, or put hooks on parameters (`parameter.register_hook`), which do run",
+        )
+
+
+def _fake(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
+    if isinstance(value, FakeTensor):
+        with mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    fake = mode.from_tensor(value.detach(), static_shapes=True)
+    return fake.requires_grad_(value.requires_grad) if value.requires_grad else fake
+
+
+def _refuse_objects(values: list[Any]) -> None:
+    """Refuse results that are objects with tensors inside: those would be the tensors of the capture."""
+    for value in values:
+        if not isinstance(value, torch.Tensor) and contains_tensor(value):
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise CaptureError(
+                "the result holds tensors inside an object",
+                [kind],
+                "return tensors in tuples, lists, dicts or a ModelOutput, or register the class: "
+                f"torch.export.register_dataclass({type(value).__name__}) for a dataclass, "
+                "torch.utils._pytree.register_pytree_node for others",
+            )
+
+
+def _refer(values: list[Any], outputs: list[torch.Tensor]) -> tuple[Any, ...]:
+    """Replace tensors by `Out(i)`, appending them to the outputs of the graph."""
+    refs: list[Any] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            outputs.append(value)
+            refs.append(Out(len(outputs) - 1))
+        else:
+            refs.append(value)
+    return tuple(refs)
+
+
+def _effects(
+    snapshot: Snapshot, written: set[tuple[int, str]], outputs: list[torch.Tensor]
+) -> Iterator[Effect]:
+    changes = snapshot.changes(written)
+    flatten = Flattener([change.value for change in changes], snapshot.knows)
+    for change in changes:
+        leaves, spec = flatten(change.value, change.name)
+        yield Effect(change, change.name, spec, _refer(leaves, outputs))
+
+
+def _name_contexts(graph: fx.Graph) -> None:
+    """Turn order markers of no-grad regions into meta `context` of the nodes between them; drop these and
+    those of autocast, which each node knows already."""
+    no_grad = False
+    ambient = torch.is_grad_enabled()
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is _SET_GRAD:
+            no_grad = ambient and not node.args[0]
+        else:
+            node.meta["context"] = ("torch.no_grad()",) * no_grad
+    markers = [n for n in graph.nodes if n.target in (_SET_GRAD, _ENTER_AUTOCAST, _EXIT_AUTOCAST)]
+    for node in reversed(markers):
+        node.replace_all_uses_with(None)
+        graph.erase_node(node)
+
+
+def _first_use(node: fx.Node) -> str:
+    return next((str(user.meta.get("source", "?")) for user in node.users), "?")
+
+
+def _refused_object(node: fx.Node, value: Any) -> CaptureError:
+    """An operator that takes a function or an object with a state of its own, which cells cannot share."""
+    names = dict.fromkeys(str(getattr(user.target, "__name__", user.target)) for user in node.users)
+    kind = "a function" if isinstance(value, nn.Module) or callable(value) else f"a {type(value).__name__}"
+    return CaptureError(
+        f"an operator takes {kind}: {', '.join(names)}",
+        [f"at {_first_use(node)}"],
+        "use operators on tensors alone (scaled_dot_product_attention for flex_attention, torch.where for "
+        "torch.cond)",
+    )
+
+
+def _drop_reads(graph: fx.Graph) -> None:
+    """Drop what gave numbers: they stand in the graph themselves."""
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and node.target in NUMBERS:
+            graph.erase_node(node)
+
+
+def _leaf(tensor: torch.Tensor, name: str, owners: dict[int, list[Held]]) -> Leaf:
+    """Where the model keeps a tensor; a constant of this name if it does not."""
+    held, *ties = owners.get(id(tensor)) or [Held(tensor, name, None, None, ())]
+    others = tuple(Leaf(tie.name, tensor, tie.holder, tie.key, tie.way) for tie in ties)
+    return Leaf(held.name, tensor, held.holder, held.key, held.way, others)
+
+
+def _leaves(module: fx.GraphModule, owners: dict[int, list[Held]], whole: bool) -> dict[str, Leaf]:
+    """Find where the model keeps each tensor that the graph reads; one `get_attr` name a tensor."""
+    leaves: dict[str, Leaf] = {}
+    named: dict[int, str] = {}
+    for node in module.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        tensor = getattr(module, node.target)
+        if not isinstance(tensor, torch.Tensor):
+            raise _refused_object(node, tensor)
+        if id(tensor) in named:
+            node.target = named[id(tensor)]
+            continue
+        named[id(tensor)] = node.target
+        leaf = _leaf(tensor, f"constant{len(leaves)}", owners)
+        if leaf.is_constant and isinstance(tensor, FakeTensor):
+            if whole:
+                raise _BelowError
+            raise CaptureError(
+                "the forward reads a tensor that tracing cannot follow: `.data` of a parameter or a buffer",
+                [f"at {_first_use(node)}"],
+                "use `.detach()` instead of `.data`; to update weights, do so outside the forward",
+            )
+        if not is_plain(tensor):
+            raise CaptureError(
+                "the forward reads a tensor that is not a plain one",
+                [f"{leaf.name}: {kind_name(tensor)}", f"at {_first_use(node)}"],
+                "optimize the model with plain parameters, or run it as it is with fallback='sequential'",
+            )
+        leaves[node.target] = leaf
+    return leaves

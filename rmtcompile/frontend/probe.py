@@ -1,0 +1,283 @@
+"""Probe: along which axis of which input the forward walks, and how long a segment is.
+
+The forward runs on fake tensors until it has taken two segments; every view that it takes of an input is
+located in the input by offset and strides, so slicing, splitting, unbinding, reshaping into segments or
+indexing all look alike. Tensors as long as an input are followed like the input, and some of them are cut for
+other reasons: a layer walks the tokens of the only segment, halves of a feature axis are swapped. Such cuts
+do not stay when the input grows, so other lengths are looked at, too.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rmtcompile.binding.kinds import held_oddly
+from rmtcompile.binding.state import Contents, Snapshot, roots_of
+from rmtcompile.binding.surroundings import Surroundings
+from rmtcompile.errors import PartitionError, UnsupportedError
+from rmtcompile.frontend.blame import refusal
+from rmtcompile.frontend.known import Known, Reads
+from rmtcompile.frontend.tracing import SharedData, uncompiled_callables
+from rmtcompile.ir.modes import uncached_autocast
+from rmtcompile.ir.segmentation import Axis, Segmentation
+
+Boxes = dict[tuple[int, int], list[tuple[int, int]]]
+"""Start and length of views, in the order in which they were taken, by (leaf, dim)."""
+
+
+class _Enough(BaseException):
+    """Two segments have been seen, or so many operations without them that there are none to see."""
+
+
+_MOST = 50_000
+"""Operations of a forward after which no cut is expected any more: two segments of a deep model are fewer."""
+
+
+class _Views(TorchDispatchMode):
+    """Collects the boxes (start and length by dimension) that views of the inputs cover, in the order they
+    are taken."""
+
+    def __init__(self, leaves: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.bases: dict[int, tuple[torch.Tensor, dict[int, tuple[int, int]]]] = {}
+        self.axis_of_size: dict[int, tuple[int, int]] = {}
+        for i, leaf in enumerate(leaves):
+            self.bases[leaf.untyped_storage()._cdata] = (leaf, {d: (i, d) for d in range(leaf.dim())})
+            for d, size in enumerate(leaf.shape):
+                if size > 2:
+                    self.axis_of_size.setdefault(size, (i, d))
+        self.operations = 0
+        self.taken: Boxes = defaultdict(list)
+        self.tokens: Boxes = defaultdict(list)  # those taken of integers, which no layer cuts
+        self.integers = {x.untyped_storage()._cdata for x in leaves if not x.dtype.is_floating_point}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        if self.operations > _MOST:
+            raise _Enough
+        for value in result if isinstance(result, (list, tuple)) else (result,):
+            if isinstance(value, torch.Tensor):
+                self._note(value)
+        return result
+
+    def _note(self, value: torch.Tensor) -> None:
+        """Locate a view in what it views; a new tensor as long as an input's axis is followed like the
+        input."""
+        found = self.bases.get(value.untyped_storage()._cdata)
+        like_inputs = {d: self.axis_of_size[n] for d, n in enumerate(value.shape) if n in self.axis_of_size}
+        if found is None:
+            if like_inputs and value.is_contiguous():
+                self.bases[value.untyped_storage()._cdata] = (value, like_inputs)
+            return
+        base, axes = found
+        is_token = value.untyped_storage()._cdata in self.integers
+        if value.numel() == base.numel() and value.is_contiguous() and len(like_inputs) > len(axes):
+            # The rows [B * T, D] of a product, seen as [B, T, D]
+            self.bases[value.untyped_storage()._cdata] = (value, like_inputs)
+            return
+        if not value.numel():
+            return
+        for dim, (start, length) in enumerate(_box(value, base.shape, base.stride())):
+            if dim not in axes or length >= base.shape[dim]:
+                continue
+            seen = self.taken[axes[dim]]
+            if is_token and (start, length) not in self.tokens[axes[dim]]:
+                self.tokens[axes[dim]].append((start, length))
+            if (start, length) not in seen:
+                seen.append((start, length))
+                tiles = _tiles(seen)
+                if len(tiles) >= 3 or (len(tiles) == 2 and tiles[0][1] == tiles[1][1]):
+                    raise _Enough
+
+
+def _box(value: torch.Tensor, shape: torch.Size, strides: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Start and length of a view along each dimension of the tensor it views."""
+    order = sorted(range(len(shape)), key=lambda d: -strides[d])
+    offset, starts = int(value.storage_offset()), [0] * len(shape)
+    for dim in order:
+        if shape[dim] > 1 and strides[dim]:
+            starts[dim], offset = divmod(offset, strides[dim])
+    extents = [0] * len(shape)
+    for size, stride in zip(value.shape, value.stride(), strict=True):
+        if size == 1 or not stride:
+            continue
+        for dim in order:
+            if shape[dim] > 1 and strides[dim] and stride >= strides[dim]:
+                extents[dim] += (size - 1) * stride // strides[dim]
+                break
+    return [
+        (start, min(extent + 1, shape[d]))
+        for d, (start, extent) in enumerate(zip(starts, extents, strict=True))
+    ]
+
+
+def _tiles(seen: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The longest run of boxes from 0 on in which each starts where the one before ends. A rest that is cut
+    again (`x = x[:, n:]`) is no piece: its first part continues the run as well, and further."""
+    runs: dict[int, list[tuple[int, int]]] = {0: []}  # the longest one up to an element
+    for start, length in seen:
+        run = [*runs[start], (start, length)] if start in runs else []
+        if len(run) > len(runs.get(start + length, [])):
+            runs[start + length] = run
+    return max(runs.values(), key=len)
+
+
+def probe(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], length: int | None = None
+) -> Segmentation:
+    """Find the segment axis of a forward from the views that it takes of its inputs.
+
+    Args:
+        fn: the forward; left as it was.
+        args, kwargs: inputs; only their shapes and types are read.
+        length: override: the segment length along the walked axis.
+
+    Raises:
+        PartitionError: no input is cut into pieces.
+        CaptureError: the forward failed before it did; the message names the user's line.
+    """
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    positions = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
+    shapes = [flat[i].shape for i in positions]
+    if length is not None:
+        for dim in (1, 0, 2):
+            leaf = next(
+                (i for i, shape in enumerate(shapes) if len(shape) > dim and shape[dim] >= min(length, 2)),
+                None,
+            )
+            if leaf is not None:
+                return _with_partners(Axis(leaf, dim, length), {}, shapes)
+    grown = [tuple(shape) for shape in shapes]
+    first: Exception | None = None
+    operations = 0  # of the last attempt
+    for attempt in range(7):
+        views, failure = _attempt(fn, flat, positions, spec, grown)
+        first = failure if attempt == 0 else first
+        axes, of_tokens = _axes(views.taken, grown), _axes(views.tokens, grown)
+        if axes and not of_tokens:
+            axes = _confirmed(axes, lambda sizes: _attempt(fn, flat, positions, spec, sizes)[0], grown)
+        elif axes:
+            known = {(axis.leaf, axis.dim) for axis in of_tokens}
+            axes = [*of_tokens, *(axis for axis in axes if (axis.leaf, axis.dim) not in known)]
+        if axes:
+            return _with_partners(axes[0], {(a.leaf, a.dim): a for a in axes}, shapes)
+        candidates = [(i, d) for i, shape in enumerate(grown) for d in (1, 0) if len(shape) > d]
+        walks = attempt > 0 and views.operations > 3 * operations > 0  # more of them for more tokens
+        if not candidates or views.operations > _MOST or (walks and failure is None):
+            break
+        operations = views.operations if failure is None else 0
+        grown = _longer(grown, *candidates[0], 4)
+    if first is not None:
+        raise refusal(first, held_oddly(fn)) from first
+    raise PartitionError(
+        "the forward does not cut any of its inputs into segments",
+        [f"input {i}: shape {tuple(shape)}" for i, shape in enumerate(shapes)],
+        "give segment_size=, or check that the forward walks its input segment by segment",
+    )
+
+
+def _longer(shapes: list[Any], leaf: int, dim: int, factor: int) -> list[Any]:
+    """The shapes with one dim, and those of other inputs that are as long, `factor` times as long."""
+    size = shapes[leaf][dim]
+    return [
+        tuple(n * factor if d == dim and n == size else n for d, n in enumerate(shape)) for shape in shapes
+    ]
+
+
+def _confirmed(axes: list[Axis], views_at: Callable[[list[Any]], _Views], shapes: list[Any]) -> list[Axis]:
+    """The cut that two of three lengths of the input agree on, or that of the input as it is."""
+    found = [axes]
+    for factor in (4, 3):
+        sizes = _longer(shapes, axes[0].leaf, axes[0].dim, factor)
+        again = _axes(views_at(sizes).taken, sizes)
+        if any(again[:1] == other[:1] for other in found):
+            return again
+        found.append(again or axes)
+    return axes
+
+
+def _attempt(
+    fn: Callable[..., Any], flat: list[Any], positions: list[int], spec: pytree.TreeSpec, shapes: list[Any]
+) -> tuple[_Views, Exception | None]:
+    """Run the forward on fake inputs of the given shapes until two segments were seen; gives the views of
+    them, and what it raised."""
+    roots = roots_of(fn)
+    snapshot = Snapshot(roots)
+    contents, around = Contents(snapshot), Surroundings(fn, roots)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    values = list(flat)
+    fakes = []
+    with mode:
+        for position, shape in zip(positions, shapes, strict=True):
+            old = flat[position]
+            values[position] = torch.empty(shape, dtype=old.dtype, device=old.device)
+            fakes.append(values[position])
+    try:
+        views = _Views(fakes)
+    except NotImplementedError as error:  # tensors of `vmap` and `grad` have no storage
+        raise UnsupportedError(
+            "the first call is inside a transform of torch.func",
+            [str(error).splitlines()[0]],
+            "transform the model itself",
+        ) from error
+    args, kwargs = pytree.tree_unflatten(values, spec)
+    failure, known = None, Known()
+    try:
+        with (
+            torch.no_grad(),
+            uncached_autocast(),
+            uncompiled_callables(),
+            SharedData(),
+            Reads(known),
+            mode,
+            known,
+            views,
+        ):
+            fn(*args, **kwargs)
+    except _Enough:
+        pass
+    except UnsupportedError:
+        raise
+    except Exception as error:  # where some cut was seen, capture runs the same code and reports it
+        failure = error
+    finally:
+        snapshot.restore()
+        known.restore()
+        contents.restore()
+        around.restore()
+    return views, failure
+
+
+def _axes(taken: Boxes, shapes: list[Any]) -> list[Axis]:
+    axes = []
+    for (leaf, dim), seen in taken.items():
+        tiles = _tiles(seen)
+        if len(tiles) >= 2:
+            lengths = [length for _, length in tiles]
+            axes.append(Axis(leaf, dim, lengths[1] if len(tiles) > 2 else max(lengths)))
+        elif len(tiles) == 1 and tiles[0][1] * 2 > shapes[leaf][dim]:
+            continue
+    return sorted(axes, key=lambda axis: (axis.leaf, axis.dim))
+
+
+def _with_partners(first: Axis, cut: dict[tuple[int, int], Axis], shapes: list[torch.Size]) -> Segmentation:
+    """Add the axes that grow with the first one: those that are cut too, and those of equal size."""
+    axes = [first]
+    size = shapes[first.leaf][first.dim]
+    for leaf, shape in enumerate(shapes):
+        for dim, n in enumerate(shape):
+            if (leaf, dim) == (first.leaf, first.dim):
+                continue
+            if (leaf, dim) in cut:
+                axes.append(cut[(leaf, dim)])
+            elif n == size and dim == first.dim and size > 1:
+                axes.append(Axis(leaf, dim, first.length))
+    return Segmentation(tuple(axes))

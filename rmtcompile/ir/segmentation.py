@@ -1,0 +1,43 @@
+"""Segmentation: along which axes of its inputs a forward is cut into segments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of one input that grows with the number of segments.
+
+    Attributes:
+        leaf: index among the tensor leaves of (args, kwargs).
+        dim: the dimension.
+        length: elements of one segment along it.
+    """
+
+    leaf: int
+    dim: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The axes along which inputs are cut; the first one counts the segments."""
+
+    axes: tuple[Axis, ...]
+
+    def count(self, shapes: list[torch.Size]) -> tuple[int, int]:
+        """(segments, elements in an incomplete one) for inputs of these shapes."""
+        axis = self.axes[0]
+        whole, rest = divmod(shapes[axis.leaf][axis.dim], axis.length)
+        return whole + (rest > 0), rest
+
+    def shapes(self, shapes: list[torch.Size], segments: int) -> list[torch.Size]:
+        """Shapes of inputs with another number of segments, the incomplete one kept."""
+        count, _ = self.count(shapes)
+        resized = [list(shape) for shape in shapes]
+        for axis in self.axes:
+            resized[axis.leaf][axis.dim] += (segments - count) * axis.length
+        return [torch.Size(shape) for shape in resized]
