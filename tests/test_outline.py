@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from toys import SEGMENT, WIDTH, AttributeState, Toy, features, made
 
 from rmtcompile.frontend.outline import Outline, Outliner
@@ -172,6 +173,23 @@ def test_numbers_read_of_weights_are_followed_and_those_of_values_are_not() -> N
     for build in (weight, value):
         with pytest.raises(OutlineError, match=r"test_outline\.py:\d+"):
             departs(made(build))
+
+
+class Keyless(dict[str, Any]):
+    """A result whose class does not say its keys, as those of transformers before 5."""
+
+
+pytree._private_register_pytree_node(
+    Keyless, lambda x: (list(x.values()), list(x)), lambda values, keys: Keyless(zip(keys, values))
+)
+
+
+def test_results_without_keys_are_followed() -> None:
+    class Named(Toy):
+        def forward(self, x: Tensor) -> Any:
+            return Keyless(out=super().forward(x))
+
+    assert departs(made(Named)) is None
 
 
 def test_calls_that_are_alike_are_computed_once() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from rmtcompile.binding.objects import (
@@ -250,3 +251,12 @@ def fill(made: Any, kind: type, keys: Keys, values: Sequence[Any]) -> Any:
         if step[0] in ("attr", "slot"):
             put(made, step, value)
     return made
+
+
+def leaves_with_paths(value: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """The leaves of a pytree, each with its path; numbered where a class does not say its keys, as results of
+    transformers before 5 do not."""
+    try:
+        return pytree.tree_flatten_with_path(value)[0]
+    except ValueError:
+        return [((pytree.SequenceKey(i),), leaf) for i, leaf in enumerate(pytree.tree_leaves(value))]

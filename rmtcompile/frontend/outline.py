@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rmtcompile.binding.objects import ATOMS, held
 from rmtcompile.binding.state import Contents, Snapshot, roots_of
 from rmtcompile.binding.surroundings import Surroundings
+from rmtcompile.binding.trees import leaves_with_paths
 from rmtcompile.frontend.blame import raised_at, user_source
 from rmtcompile.frontend.outline_arguments import (
     Arguments,
@@ -205,7 +206,7 @@ class _Recorder:
 
     def leave(self, name: str, value: Any) -> None:
         """Note what is returned or left behind."""
-        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+        for path, leaf in leaves_with_paths(value):
             place = name + pytree.keystr(path)
             ints = [int(digits) for digits in re.findall(r"\d+", place)]
             place = re.sub(r"\d+", "#", place)

@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from rmtcompile.binding.captured import Call
+from rmtcompile.binding.trees import leaves_with_paths
 from rmtcompile.compiler.results import outs_of
 from rmtcompile.ir.program import Each, Source
 from rmtcompile.passes.grid.partition import CELL, EPILOGUE, INIT, PROLOGUE
@@ -54,7 +55,7 @@ def input_labels(fn: Any, spec: pytree.TreeSpec) -> list[str]:
     except (TypeError, ValueError):
         bound = {f"input {i}": arg for i, arg in enumerate(args)} | kwargs
     labels = [f"input {i}" for i in range(spec.num_leaves)]
-    for path, index in pytree.tree_flatten_with_path(dict(bound))[0]:
+    for path, index in leaves_with_paths(dict(bound)):
         if isinstance(index, int) and 0 <= index < len(labels):
             labels[index] = str(getattr(path[0], "key", path[0])) + pytree.keystr(path[1:])
     return labels
