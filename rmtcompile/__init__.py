@@ -27,10 +27,12 @@ from rmtcompile.errors import (  # noqa: E402
     RerollError,
     RMTCompileError,
     SequentialScheduleWarning,
+    StateError,
     UnsupportedError,
     VerificationError,
 )
 from rmtcompile.report import Explanation, Profile  # noqa: E402
+from rmtcompile.runtime.state import RunState  # noqa: E402
 from rmtcompile.schedule import Schedule  # noqa: E402
 
 __version__ = "0.1.0"
@@ -38,6 +40,6 @@ __version__ = "0.1.0"
 __all__ = [
     "CaptureError", "DependenceError", "Explanation", "FallbackWarning", "InternalError", "LiftError",
     "Optimized", "PartitionError", "Profile", "RMTCompileError", "RecaptureWarning", "RecordingWarning",
-    "RerollError", "Schedule", "SequentialScheduleWarning", "UnsupportedError", "VerificationError",
-    "explain", "optimize",
+    "RerollError", "RunState", "Schedule", "SequentialScheduleWarning", "StateError",
+    "UnsupportedError", "VerificationError", "explain", "optimize",
 ]  # fmt: skip

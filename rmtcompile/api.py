@@ -18,6 +18,7 @@ from rmtcompile.binding.objects import Opaque
 from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.compiler.results import value_of
 from rmtcompile.compiler.stages import Progress
+from rmtcompile.dispatch.advancing import left, prepared
 from rmtcompile.dispatch.boundary import explained
 from rmtcompile.dispatch.calls import TooFewSegments
 from rmtcompile.dispatch.entries import Entry
@@ -34,6 +35,7 @@ from rmtcompile.errors import (
 )
 from rmtcompile.options import Options, check_options
 from rmtcompile.runtime.graphs import Started
+from rmtcompile.runtime.state import RunState
 from rmtcompile.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -206,6 +208,38 @@ class Optimized(Opaque):
                 entry.executor.record(tensors_of(args, kwargs))
             self._programs.has_run(call, entry)
             return result
+
+    def run(self, *args: Any, state: RunState | None = None, **kwargs: Any) -> tuple[Any, RunState]:
+        """Run the model on the next part of a text; gives its outputs and the state to go on from.
+
+        A border between calls may lie anywhere. What no border between segments can come after is read again
+        by the next call: an incomplete segment, and segments that the model treats in another way where they
+        are the last. `state.pending_tokens` says how many positions that is: the outputs of the next call
+        begin with them. Outputs that gather all segments gather those of this call and those read again.
+
+        Args:
+            args, kwargs: of the forward, the same in each call but for the part of the text.
+            state: where an earlier call has stopped; None starts as the forward does. It is not changed.
+
+        Returns:
+            (outputs, state).  With gradients, both have a history; `state.detach()` ends it.
+
+        Raises:
+            StateError: the state belongs to another model, plan, dtype or batch size.
+            UnsupportedError: the forward cannot be compiled, or cannot be run in parts.
+        """
+        with self._lock:
+            with explained(self.model, args, kwargs):
+                advance = prepared(self._programs, state, args, kwargs)
+            entry, inputs = advance.entry, tensors_of(advance.args, advance.kwargs)
+            self._last = entry, advance.call.count
+            values = state.values if state is not None else {}
+            with explained(self.model, args, kwargs, running=True):
+                given = advance.first, advance.border, values
+                outputs, found = entry.executor.advance(advance.total, inputs, *given)
+            after = left(advance, state, found)
+            leave_effects(entry.compiled, advance.total, outputs)
+            return value_of(entry.compiled.result, outputs, advance.call.count), after
 
     def _kind(self, args: Any, kwargs: Any) -> Any:
         """Calls of one kind are refused alike, so that one of them is tried."""

@@ -55,6 +55,10 @@ class LiftError(UnsupportedError):
     """An operation cannot be computed for several cells at once."""
 
 
+class StateError(UnsupportedError):
+    """A run state does not belong to this model, plan, dtype or batch size, or cannot be split or joined."""
+
+
 class VerificationError(RMTCompileError):
     """`verify=True` found a difference from the sequential forward."""
 

@@ -22,25 +22,26 @@ def grids(draw: st.DrawFn, smallest: int = 0) -> Grid:
     n_layers = draw(layers)
     skew = draw(st.integers(smallest, n_layers))
     block = draw(st.integers(0, 5)) if skew == 0 else 0
-    return Grid(n_layers, draw(segments), skew, block)
+    n_segments = draw(segments)
+    return Grid(n_layers, n_segments, skew, block, draw(st.integers(0, n_segments - 1)))
 
 
 @given(grids())
 def test_each_cell_has_one_level(grid: Grid) -> None:
-    found = [(cell, t) for t in range(grid.n_levels) for cell in grid.cells(t)]
+    found = [(cell, t) for t in grid.levels for cell in grid.cells(t)]
     assert sorted(cell for cell, _ in found) == [
-        (s, layer) for s in range(grid.n_segments) for layer in range(grid.n_layers)
+        (s, layer) for s in range(grid.first, grid.n_segments) for layer in range(grid.n_layers)
     ]
     assert all(grid.level_of(cell) == t for cell, t in found)
-    assert all(grid.cells(t) for t in range(grid.n_levels))
+    assert all(grid.cells(t) for t in grid.levels)
 
 
 @given(grids(smallest=1))
 def test_levels_are_affine_and_segments_enter_and_leave_once(grid: Grid) -> None:
-    assert all(grid.level_of((s, 0)) == grid.skew * s for s in range(grid.n_segments))
-    order = list(range(grid.n_segments))
-    assert [s for t in range(grid.n_levels) if (s := grid.entering(t)) is not None] == order
-    assert [s for t in range(grid.n_levels) if (s := grid.leaving(t)) is not None] == order
+    order = list(range(grid.first, grid.n_segments))
+    assert all(grid.level_of((s, 0)) == grid.skew * s for s in order)
+    assert [s for t in grid.levels if (s := grid.entering(t)) is not None] == order
+    assert [s for t in grid.levels if (s := grid.leaving(t)) is not None] == order
     for s in order:
         assert grid.entering(grid.level_of((s, 0))) == s
         assert grid.leaving(grid.level_of((s, grid.n_layers - 1))) == s
@@ -49,8 +50,8 @@ def test_levels_are_affine_and_segments_enter_and_leave_once(grid: Grid) -> None
 @given(grids())
 def test_phases_cover_the_levels(grid: Grid) -> None:
     up, steady, down = grid.phases
-    assert [*up, *steady, *down] == list(range(grid.n_levels))
-    alive = [{layer for _, layer in grid.cells(t)} for t in range(grid.n_levels)]
+    assert [*up, *steady, *down] == list(grid.levels)
+    alive = {t: {layer for _, layer in grid.cells(t)} for t in grid.levels}
     for t in steady:
         assert t + grid.period not in steady or alive[t] == alive[t + grid.period]
 

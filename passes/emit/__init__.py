@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from rmtcompile.ir.program import Lane, Opened, Program
 from rmtcompile.passes.emit.borders import Borders, borders
 from rmtcompile.passes.emit.calls import Calls
+from rmtcompile.passes.emit.carried import NOTHING, Carried, carried
 from rmtcompile.passes.emit.cells import CellFunction, cell_functions, opened, uses_vmapped, write_cell
 from rmtcompile.passes.emit.levels import level_formula, write_forward, write_level
 from rmtcompile.passes.emit.regions import Regions
@@ -41,6 +42,7 @@ class Emitted:
     phases: dict[str, tuple[int, int]]  # name -> first and last line, counted from 1
     opened: dict[str, Opened]  # functions of a program of free sizes that show them
     borders: Borders = NO_BORDERS
+    carried: Carried = NOTHING
 
 
 def emit(program: Program, title: str = "", sized: Sized | None = None) -> Emitted:
@@ -85,7 +87,8 @@ def emit(program: Program, title: str = "", sized: Sized | None = None) -> Emitt
         phases = write_rows(writer, regions, cells, enter, leave)
     openings = regions.openings | {cell.name: one for cell in cells if (one := opened(cell)) is not None}
     shown = {name: one.opened for name, one in openings.items()} if sized else {}
-    return Emitted(writer.text(), tuple(cells), phases, shown, found)
+    crossing = carried(program, regions, enter, leave)
+    return Emitted(writer.text(), tuple(cells), phases, shown, found, crossing)
 
 
 def _describe(program: Program) -> str:

@@ -11,15 +11,17 @@ what is before and after it is work of the host.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from rmtcompile.ir.program import Affine
 from rmtcompile.passes.emit.text import Named, Writer, literal, plain_name, source_comment, target_name
 from rmtcompile.passes.grid.reroll import ClassRule
+
+SEGMENT, COUNT = "i", "n"
+"""Names of a segment and of how many there are, counted from the start of the input (`counted.py`)."""
 
 _WORTH = 2
 """Operations that compute something, from which on a body is compiled."""
@@ -97,27 +99,37 @@ def parts_of(rule: ClassRule, results: list[fx.Node], whole: bool = False) -> Pa
         if node not in before and (node in sized or reads_list or follows):
             after.add(node)
     body = tuple(node for node in nodes if node not in before and node not in after)
-    is_worth = sum(not _is_view(node) for node in body) >= _WORTH
+    is_worth = sum(not is_view(node) for node in body) >= _WORTH
     read = {x for node in (*body, *after) for x in node.all_input_nodes}
     in_order = lambda chosen: tuple(node for node in nodes if node in chosen)  # noqa: E731
     return Parts(in_order(before), body, in_order(after), is_worth, frozenset(read | set(results)))
 
 
 def write_operations(
-    writer: Writer, nodes: tuple[fx.Node, ...], rule: ClassRule, names: Mapping[Any, str]
+    writer: Writer,
+    nodes: tuple[fx.Node, ...],
+    rule: ClassRule,
+    names: Mapping[Any, str],
+    inner: Collection[fx.Node] = (),
 ) -> None:
-    """One line an operation; `names` gives the source of what they read."""
+    """One line an operation.
+
+    Args:
+        names: the source of what the operations read.
+        inner: those that count segments from the start of the input.
+    """
     ints = rule.integers()
     for node in nodes:
         context = node.meta.get("context", ())
         if context:
             writer.line(f"with {', '.join(context)}:")
-        text = _operation(node, ints[node], names, rule)
+        variables = (SEGMENT, COUNT) if node in inner else ("s", "S")
+        text = _operation(node, [a.text(*variables) for a in ints[node]], names, rule)
         writer.line("    " * bool(context) + f"{node.name} = {text}" + source_comment(node))
 
 
 def _operation(
-    node: fx.Node, ints: tuple[Affine, ...], names: Mapping[Any, str], rule: ClassRule
+    node: fx.Node, ints: Sequence[str], names: Mapping[Any, str], rule: ClassRule
 ) -> str:
     remaining = iter(ints)
 
@@ -130,7 +142,7 @@ def _operation(
             return type(value)(show(item) for item in value)
         if isinstance(value, dict):
             return {k: show(v) for k, v in value.items()}
-        return Named(str(next(remaining))) if type(value) is int else value
+        return Named(next(remaining)) if type(value) is int else value
 
     args, kwargs = show(node.args), show(dict(node.kwargs))
     if node.target is operator.getitem:
@@ -162,7 +174,7 @@ def _views_of_live_ins(nodes: tuple[fx.Node, ...], rule: ClassRule) -> set[fx.No
     """Views of single live-ins, ranges that read nothing, and views of those."""
     found = {live_in for live_in in rule.body.live_ins if isinstance(live_in, fx.Node)}
     for node in nodes:
-        if not node.all_input_nodes or (_is_view(node) and found.issuperset(node.all_input_nodes)):
+        if not node.all_input_nodes or (is_view(node) and found.issuperset(node.all_input_nodes)):
             found.add(node)
     return found & set(nodes)
 
@@ -172,9 +184,10 @@ def _reads_varying(node: fx.Node, rule: ClassRule) -> bool:
     return any(rule.varying.get(x) for x in node.all_input_nodes)
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
+    """Whether an operation gives another view of what it reads."""
     if node.target is operator.getitem:
-        return _is_view(node.all_input_nodes[0])
+        return is_view(node.all_input_nodes[0])
     schema = getattr(node.target, "_schema", None)
     returns = schema.returns if schema is not None else ()
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from rmtcompile.passes.emit.bodies import Parts, parts_of, write_operations
+from rmtcompile.passes.emit.bodies import COUNT, SEGMENT, Parts, parts_of, write_operations
+from rmtcompile.passes.emit.counted import inner
 from rmtcompile.passes.emit.regions import Regions
 from rmtcompile.passes.emit.text import Writer, values
 from rmtcompile.passes.grid.partition import EPILOGUE, PROLOGUE
@@ -64,6 +65,8 @@ class Calls:
             "leave": (EPILOGUE, "Segment s leaves the last layer: its epilogue."),
         }[name]
         self.cases = self._cases()
+        known = regions.program.segmented, regions.inner_init
+        self._inner = {case.function: inner(case.rule, *known) for case in self.cases}
 
     def _cases(self) -> list[Case]:
         """The classes, those from the end first, then the first segments, then all others."""
@@ -91,11 +94,11 @@ class Calls:
         """The functions, as many as are needed."""
         if self.has_parts:
             doc = "What segment s reads of values that hold all segments."
-            self._function(writer, f"{self.name}_parts", doc, self._parts)
+            self._function(writer, f"{self.name}_parts", doc, self._parts, lambda case: case.parts.before)
         self._function(writer, self.name, self.doc, self._body)
         if self.has_rest:
             doc = "What depends on the number of segments, or reads all of them."
-            self._function(writer, f"{self.name}_rest", doc, self._rest)
+            self._function(writer, f"{self.name}_rest", doc, self._rest, lambda case: case.parts.after)
 
     def write_call(self, writer: Writer) -> None:
         """Code that runs them for segment s."""
@@ -103,9 +106,19 @@ class Calls:
         if self.has_rest:
             writer.line(f"run.rest({self.name}_rest, s)")
 
-    def _function(self, writer: Writer, name: str, doc: str, body: Callable[[Writer, Case], None]) -> None:
+    def _function(
+        self,
+        writer: Writer,
+        name: str,
+        doc: str,
+        body: Callable[[Writer, Case], None],
+        nodes: Callable[[Case], tuple[fx.Node, ...]] = lambda _: (),
+    ) -> None:
+        """One function; `nodes` are the operations of a case that it shows."""
         writer.function(name, ["run", "s"], doc)
         writer.line("S = run.segments")
+        if any(self._counts(case, nodes(case)) for case in self.cases):
+            writer.line(f"{SEGMENT}, {COUNT} = s - run.first, S - run.first")
         for i, case in enumerate(self.cases):
             if len(self.cases) > 1:
                 is_last = i == len(self.cases) - 1
@@ -118,12 +131,20 @@ class Calls:
             writer.depth -= len(self.cases) > 1
         writer.end()
 
+    def _counts(self, case: Case, nodes: tuple[fx.Node, ...]) -> bool:
+        """Whether an operation counts segments from the start of the input."""
+        ints, found = case.rule.integers(), self._inner[case.function]
+        return any(node in found and not all(a.is_constant for a in ints[node]) for node in nodes)
+
     def _names(self, case: Case) -> dict[object, str]:
         return dict(zip(case.rule.body.live_ins, self.regions.arguments(case.rule), strict=True))
 
     def _parts(self, writer: Writer, case: Case) -> None:
-        write_operations(writer, case.parts.before, case.rule, self._names(case))
+        self._operations(writer, case.parts.before, case)
         writer.line(f"return ({values(case.parts.views)})")
+
+    def _operations(self, writer: Writer, nodes: tuple[fx.Node, ...], case: Case) -> None:
+        write_operations(writer, nodes, case.rule, self._names(case), self._inner[case.function])
 
     def _take_parts(self, writer: Writer, case: Case, nodes: set[fx.Node]) -> None:
         if nodes.intersection(case.parts.views):
@@ -150,7 +171,7 @@ class Calls:
         self._take_parts(writer, case, set(parts.rest_inputs))
         if case.handed:
             writer.line(f"{values(case.handed)} = run.handed({self.name!r}, s)")
-        write_operations(writer, parts.after, case.rule, self._names(case))
+        self._operations(writer, parts.after, case)
         if kept:
             taps = [tap for _, tap in kept]
             writer.line(f"run.keep({taps!r}, s, ({values([node for node, _ in kept])}))")

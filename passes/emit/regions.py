@@ -8,7 +8,8 @@ from typing import Any
 from torch import fx
 
 from rmtcompile.ir.program import Each, LaneEntry, Program, Source
-from rmtcompile.passes.emit.bodies import parts_of, write_operations
+from rmtcompile.passes.emit.bodies import COUNT, parts_of, write_operations
+from rmtcompile.passes.emit.counted import inner_places
 from rmtcompile.passes.emit.sizes import Opening, Shape, opening
 from rmtcompile.passes.emit.text import Writer, outside, segment_of, write_return
 from rmtcompile.passes.grid.if_conversion import class_name
@@ -25,6 +26,7 @@ class Regions:
         self.openings: dict[str, Opening] = {}
         self.rolled = program.rolled
         self.init_nodes = sorted(self._init_reads())
+        self.inner_init = inner_places(self.rolled.rules[(INIT, -1)][0], program.segmented)
         self.taps = {(t.value.kind, t.value.layer, t.value.nodes): t for t in program.taps}
 
     def _sources(self) -> Iterator[Source]:
@@ -140,8 +142,10 @@ class Regions:
         rule = self.rolled.rules[(INIT, -1)][0]
         results = [rule.body.nodes[i] for i in self.init_nodes]
         names = {live_in: f"x{j}" for j, live_in in enumerate(rule.body.live_ins)}
-        writer.function("init", ["S", *names.values()], "What is the same for all segments.")
-        write_operations(writer, parts_of(rule, results, whole=True).body, rule, names)
+        counted = {rule.body.nodes[i] for i in self.inner_init}
+        sizes = ["S", COUNT] if counted else ["S"]
+        writer.function("init", [*sizes, *names.values()], "What is the same for all segments.")
+        write_operations(writer, parts_of(rule, results, whole=True).body, rule, names, counted)
         write_return(writer, results)
         writer.end()
 
@@ -203,7 +207,8 @@ class Regions:
         lines = []
         if self.init_nodes:
             given = "".join(f", {argument}" for argument in self.arguments(rule))
-            lines.append(f"run.set_init({self.init_nodes!r}, init(run.segments{given}))")
+            sizes = "run.segments, run.segments - run.first" if self.inner_init else "run.segments"
+            lines.append(f"run.set_init({self.init_nodes!r}, init({sizes}{given}))")
         for group in self.program.groups:
             for port in group.ports:
                 if port.role == "stacked":

@@ -119,10 +119,11 @@ def compile_forward(
         alpha = n_layers if options.plan == "sequential" else skew(found, n_layers)
         if rolled.fixed is not None:  # too few segments to be worth running layer by layer
             alpha = max(alpha, 1)
-    program, emitted = _scheduled(rolled, frozenset(found), alpha, options.passes_off, log)
+    names = tuple(str(n.target) for n in captures[0].graph.nodes if n.op == "placeholder")
+    segmented = frozenset(names[axis.leaf] for axis in segmentation.axes)
+    program, emitted = _scheduled(rolled, frozenset(found), alpha, options.passes_off, segmented, log)
     leaves = {leaf.name: leaf for one in captures for leaf in one.leaves.values()}
     read = {leaf.name: leaf for one in captures for leaf in one.read}
-    names = tuple(str(n.target) for n in captures[0].graph.nodes if n.op == "placeholder")
     module = load(emitted.source)
     compiled = Compiled(
         program,
@@ -147,11 +148,16 @@ def compile_forward(
 
 @autocast_as()
 def _scheduled(
-    rolled: Rolled, offsets: frozenset[tuple[int, int]], alpha: int, passes_off: frozenset[str], log: Log
+    rolled: Rolled,
+    offsets: frozenset[tuple[int, int]],
+    alpha: int,
+    passes_off: frozenset[str],
+    segmented: frozenset[str],
+    log: Log,
 ) -> tuple[Program, Emitted]:
     """From rules to a program on levels alpha * s + l, and its source."""
     with log.stage("route, align"):
-        program = route(rolled, offsets, alpha)
+        program = replace(route(rolled, offsets, alpha), segmented=segmented)
     with log.stage("optimise"):
         program = optimise(program, passes_off)
     with log.stage("lift, emit"):
@@ -161,7 +167,8 @@ def _scheduled(
 def rescheduled(compiled: Compiled, alpha: int) -> Compiled:
     """The same forward on other levels: nothing is captured again."""
     found = frozenset(compiled.dependences)
-    program, emitted = _scheduled(compiled.rolled, found, alpha, compiled.passes_off, Log(None))
+    segmented = compiled.program.segmented
+    program, emitted = _scheduled(compiled.rolled, found, alpha, compiled.passes_off, segmented, Log(None))
     module = load(emitted.source)
     other = replace(compiled, program=program, emitted=emitted, namespace=vars(module))
     weakref.finalize(other, unload, module.__name__)

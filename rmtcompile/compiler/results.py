@@ -156,6 +156,11 @@ def outs_of(rule: Any) -> list[Out]:
     return [rule] if isinstance(rule, Out) else []
 
 
+def has_family(rule: Any) -> bool:
+    """Whether a rule holds something that there is one of for each segment."""
+    return isinstance(rule, Family) or (isinstance(rule, Node) and any(map(has_family, rule.children)))
+
+
 @dataclass(frozen=True)
 class _Members:
     """What stands at one place in the members of a family."""

@@ -15,8 +15,13 @@ class TooFewSegments(UnsupportedError):
 
 @dataclass(frozen=True)
 class Call:
-    """One call's segmentation, number of segments, and the key of the programs that may run it."""
+    """One call's segmentation, number of segments, and the key of the programs that may run it.
+
+    Attributes:
+        first: segments that were read by earlier calls.
+    """
 
     segmentation: Segmentation
     count: int
     key: Any
+    first: int = 0

@@ -47,14 +47,15 @@ class Lengthening:
         entry = self._beyond(entry, call, args, kwargs)
         entry = self._followed(entry, call, args, kwargs)
         rolled, count, lengths = entry.compiled.rolled, call.count, entry.lengths
-        is_short = rolled.fixed is None and count < rolled.proved_on[0]
+        is_short = rolled.fixed is None and call.first + count < rolled.proved_on[0]
         if is_short and count not in lengths.uncovered and count not in lengths.checked:
             if count >= rolled.minimum and self._programs.difference(entry, count, args, kwargs) is None:
                 lengths.checked.add(count)
             else:
                 lengths.uncovered.add(count)
-        chosen = self._for_just(entry, call, args, kwargs) if count in lengths.uncovered else entry
-        if self._programs.options.verify and count not in chosen.verified:
+        is_uncovered = not call.first and count in lengths.uncovered
+        chosen = self._for_just(entry, call, args, kwargs) if is_uncovered else entry
+        if self._programs.options.verify and count not in chosen.verified and not call.first:
             self._check(chosen, count, args, kwargs)
             chosen.verified.add(count)
         return chosen
@@ -97,23 +98,24 @@ class Lengthening:
         for _ in range(DOUBTS):
             lengths, rolled = entry.lengths, entry.compiled.rolled
             known = max(lengths.followed_to, rolled.proved_on[-1])
-            if rolled.fixed is not None or call.count <= max(known, lengths.tried_to):
+            total = call.first + call.count
+            if rolled.fixed is not None or total <= max(known, lengths.tried_to):
                 return entry
             model = self._programs.model
-            found = followed(model, entry.compiled, args, kwargs, entry.segmentation, call.count, known)
+            found = followed(model, entry.compiled, args, kwargs, entry.segmentation, total, known)
             lengths.followed_to, lengths.unknown = found.to, found.unknown
             if found.unknown:
-                lengths.tried_to = max(call.count, 2 * known)
-            if found.to < call.count:
+                lengths.tried_to = max(total, 2 * known)
+            if found.to < total:
                 entry = self._settled(entry, found, call, args, kwargs)
         entry.lengths.unknown = "it does something else again and again that no result shows"
-        entry.lengths.tried_to = call.count
+        entry.lengths.tried_to = call.first + call.count
         return entry
 
     def _settled(self, entry: Entry, found: Followed, call: Call, args: Any, kwargs: Any) -> Entry:
         """The entry, or rules of longer captures, where the forward departs from the rules, or cannot be
         followed."""
-        fewest = found.to + 1 if found.departs else call.count - 1
+        fewest = found.to + 1 if found.departs else call.first + call.count - 1
         if not is_affordable(entry.compiled, fewest + 1):
             if found.departs:
                 raise found.error()

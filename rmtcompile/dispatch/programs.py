@@ -71,19 +71,22 @@ class Programs:
         Raises:
             UnsupportedError: the input is empty, of a kind that no program can hold, or has no segments.
         """
+        segmentation = self.segmentation(args, kwargs)
+        count, _ = segmentation.count([tensor.shape for tensor in tensors_of(args, kwargs)])
+        if count == 0:
+            raise _empty()
+        return Call(segmentation, count, program_key(args, kwargs, segmentation))
+
+    def segmentation(self, args: Any, kwargs: Any) -> Segmentation:
+        """Along which axes these arguments are cut."""
         refuse_odd_arguments(args, kwargs)
         key, tensors = call_key(args, kwargs), tensors_of(args, kwargs)
-        empty = UnsupportedError("the input is empty", remedy="pass at least one token of one sequence")
         if tensors and not any(tensor.numel() for tensor in tensors):
-            raise empty
+            raise _empty()
         if key not in self._segmentations:
             refuse_model(self.model)
             self._segmentations[key] = probe(self.model, args, kwargs, self.options.segment_size)
-        segmentation = self._segmentations[key]
-        count, _ = segmentation.count([tensor.shape for tensor in tensors])
-        if count == 0:
-            raise empty
-        return Call(segmentation, count, program_key(args, kwargs, segmentation))
+        return self._segmentations[key]
 
     def start(self, call: Call, args: Any, kwargs: Any) -> tuple[Entry, Started] | None:
         """Start what ran the last such call, if it is recorded; whether it still holds is seen afterwards."""
@@ -108,7 +111,7 @@ class Programs:
             raise
         except UnsupportedError:
             known = self._segmentations.pop(call_key(args, kwargs), call.segmentation)
-            again = self.located(args, kwargs)
+            again = replace(self.located(args, kwargs), first=call.first)
             if again.segmentation == known:
                 raise
             return again, self._entry_of(again, args, kwargs)
@@ -228,6 +231,10 @@ class Programs:
 
     def _execute(self, compiled: Compiled, segmentation: Segmentation, like: Executor | None) -> Executor:
         return executor_for(compiled, segmentation, self.options.backend, self.options.cuda_graphs, like)
+
+
+def _empty() -> UnsupportedError:
+    return UnsupportedError("the input is empty", remedy="pass at least one token of one sequence")
 
 
 def _faked(args: Any, kwargs: Any) -> Any:

@@ -84,7 +84,11 @@ class Affine:
         return not (self.by_segment or self.by_count)
 
     def __str__(self) -> str:
-        terms = [("s", self.by_segment), ("S", self.by_count)]
+        return self.text("s", "S")
+
+    def text(self, segment: str, count: str) -> str:
+        """The same as an expression of variables of these names."""
+        terms = [(segment, self.by_segment), (count, self.by_count)]
         text = " + ".join(_times(k, name) for name, k in terms if k)
         if not text:
             return str(self.const)
@@ -360,6 +364,7 @@ class Program:
         rolled: the rules of init, prologue and epilogue.
         opened: functions of the emitted module that are the same for all free sizes, and what depends on
             those; empty where no size is free.
+        segmented: inputs of the forward that hold segments, by name.
     """
 
     n_layers: int
@@ -371,7 +376,9 @@ class Program:
     rolled: Any
     block: int = 0
     opened: Mapping[str, Opened] = field(default_factory=dict)
+    segmented: frozenset[str] = frozenset()
 
-    def grid(self, segments: int) -> Grid:
-        """Which cell of a run of so many segments runs on which level."""
-        return Grid(self.n_layers, segments, self.alpha, self.block)
+    def grid(self, segments: int, first: int = 0) -> Grid:
+        """Which cell of a run of so many segments, of which those before `first` have run, runs on which
+        level."""
+        return Grid(self.n_layers, segments, self.alpha, self.block, first)

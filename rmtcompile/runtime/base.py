@@ -9,6 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from rmtcompile.ir.program import Lane, Program
+from rmtcompile.runtime.crossing import Crossing
 from rmtcompile.runtime.storage import TapStore, Target, dense
 
 Outputs = dict[str, torch.Tensor]
@@ -48,6 +49,7 @@ class BaseRun:
 
     Attributes:
         segments: S.
+        first: the first segment that runs; earlier ones have run before, and this run's inputs begin with it.
         grid: its cells and their levels.
         inputs: tensor arguments of the forward, by placeholder name.
         leaves: parameters, buffers and constants by name.
@@ -57,6 +59,7 @@ class BaseRun:
         taps: values that are read outside the cells.
         on_level: called with (run, level, step) in place of step(run, level), if set.
         on_value: called with each value that leaves a region, in the order of the run, if set.
+        crossing: what an earlier run has left, and what this one is to leave; None where neither is wanted.
     """
 
     def __init__(
@@ -68,10 +71,13 @@ class BaseRun:
         engine: Engine,
         on_level: OnLevel | None = None,
         on_value: OnValue | None = None,
+        crossing: Crossing | None = None,
     ) -> None:
         self.program = program
         self.segments = segments
-        self.grid = program.grid(segments)
+        self.first = crossing.first if crossing is not None else 0
+        self.grid = program.grid(segments, self.first)
+        self.crossing = crossing
         self.inputs = inputs
         self.leaves = leaves
         self.engine = engine
@@ -79,16 +85,23 @@ class BaseRun:
         self.on_value = on_value
         self.init: dict[int, Any] = {}
         self.stacked: dict[str, torch.Tensor] = {}
-        self.taps = {tap.name: TapStore(tap.keep) for tap in program.taps}
+        self.taps = {tap.name: TapStore(tap.keep, self.first) for tap in program.taps}
         self._cell_taps = [tap for tap in program.taps if tap.value.kind == "cell"]
         self._handed: dict[tuple[str, int], tuple[Any, ...]] = {}
+        for name, segment, value in crossing.taps() if crossing is not None else ():
+            self.taps[name].put(segment, value)
 
     def level(self, level: int, step: Level) -> None:
         """Run one level by the emitted function `step`."""
+        if self.crossing is not None:
+            self.resume(level, self.crossing)
         if self.on_level is None:
             step(self, level)
         else:
             self.on_level(self, level, step)
+
+    def resume(self, level: int, crossing: Crossing) -> None:
+        """Put what an earlier run has left where the cells of a level read it."""
 
     def class_of(self, layer: int, segment: int) -> int:
         """The class of a cell."""
@@ -118,7 +131,13 @@ class BaseRun:
         for name, value in zip(names, values, strict=True):
             if self.on_value is not None:
                 self._show_kept(name, segment, value)
-            self.taps[name].put(segment, value)
+            self.keep_tap(name, segment, value)
+
+    def keep_tap(self, name: str, segment: int, value: Any) -> None:
+        """Keep one value for its readers, those of a later run among them."""
+        self.taps[name].put(segment, value)
+        if self.crossing is not None:
+            self.crossing.keep_tap(name, segment, value)
 
     def _show_kept(self, name: str, segment: int, value: Any) -> None:
         kept = next(tap.value for tap in self.program.taps if tap.name == name)

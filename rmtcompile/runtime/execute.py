@@ -19,6 +19,7 @@ from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.runtime.base import OnLevel, OnValue
 from rmtcompile.runtime.block_recorder import BlockRecorder
 from rmtcompile.runtime.costs import Costs, measured
+from rmtcompile.runtime.crossing import Crossing, Key
 from rmtcompile.runtime.engine import Engine
 from rmtcompile.runtime.graphs import Recorder, Started
 from rmtcompile.runtime.recorded import Device, RecordedBlocks
@@ -209,6 +210,34 @@ class Executor:
             self.compile_seconds = time.perf_counter() - started
         return outputs
 
+    def advance(
+        self,
+        segments: int,
+        inputs: list[torch.Tensor],
+        first: int,
+        border: int,
+        values: Mapping[Key, torch.Tensor],
+    ) -> tuple[tuple[Any, ...], dict[Key, torch.Tensor]]:
+        """Run segments `first` .. `segments` - 1 after what earlier ones have left; nothing is recorded.
+
+        Args:
+            segments: all of them, those that have run before included.
+            inputs: tensor arguments of the forward, beginning with segment `first`.
+            border: the segment before which the next run will start.
+            values: what segments before `first` have left.
+
+        Returns:
+            The captured graph's outputs, with lists over these segments only, and what segments before the
+            border leave to later ones.
+        """
+        self._compile_forms(segments - first, inputs)
+        is_functional = self._records_gradients([*inputs, *values.values()])
+        crossing = Crossing(self.compiled.emitted.carried, first, border, values, is_functional)
+        alone = self._blocks.alone() if self._blocks is not None else nullcontext()
+        with alone, nullcontext() if is_functional else _plain_tensors():
+            outputs = self._run(segments, inputs, self._leaves(), is_functional, crossing=crossing)
+        return outputs, crossing.left()
+
     def _run_once(
         self,
         segments: int,
@@ -335,10 +364,12 @@ class Executor:
         functional: bool,
         on_level: OnLevel | None = None,
         on_value: OnValue | None = None,
+        crossing: Crossing | None = None,
     ) -> tuple[Any, ...]:
         weights, named = self.stacks.current(leaves), self._named(inputs)
+        looking = on_level, on_value
         run = Run(
-            self.program, segments, named, leaves, weights, self.engine, functional, on_level, on_value
+            self.program, segments, named, leaves, weights, self.engine, functional, *looking, crossing
         )
         return self._execute(run)
 

@@ -17,6 +17,7 @@ from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.ir.program import Feed, Lane, Program, Source
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.runtime.base import BaseRun, OnLevel, OnValue, Outputs
+from rmtcompile.runtime.crossing import Crossing
 from rmtcompile.runtime.engine import Engine
 from rmtcompile.runtime.execute import Executor
 from rmtcompile.runtime.storage import Target
@@ -162,10 +163,13 @@ class RowRun(BaseRun):
         engine: RowEngine,
         on_level: OnLevel | None = None,
         on_value: OnValue | None = None,
+        crossing: Crossing | None = None,
     ) -> None:
-        super().__init__(program, segments, inputs, leaves, engine, on_level, on_value)
+        super().__init__(program, segments, inputs, leaves, engine, on_level, on_value, crossing)
         self.block = range(0)
         self.store = RowStore(program.lanes)
+        for group, output, layer, segment, value in crossing.rows() if crossing is not None else ():
+            self.store.rows.setdefault((group, output, layer), {})[segment] = (value[None], 0)
         self.lanes = {lane.name: RowLane(lane, self.store) for lane in program.lanes}
         self._own = {
             f"{group.name}.{port.name}": dict(zip(group.layers, port.source, strict=True))
@@ -236,6 +240,9 @@ class RowRun(BaseRun):
             cells = zip([window.layer] * len(window.segments), window.segments, window.classes, strict=True)
             self.show_cells(window.group, cells, outputs)
             self.store.put(window, outputs)
+            if self.crossing is not None:
+                layers = [window.layer] * len(window.segments)
+                self.crossing.keep_cells(window.group, layers, window.segments, outputs)
             for tap in self._cell_taps:
                 for group, output in tap.group_outputs:
                     if (group, tap.value.layer) == (window.group, window.layer):
@@ -247,9 +254,9 @@ class RowRun(BaseRun):
     def _keep(self, name: str, when: tuple[Any, ...], window: RowWindow, values: torch.Tensor) -> None:
         for row, segment in enumerate(window.segments):
             if when[0] == "each":
-                self.taps[name].put(segment, values[row])
+                self.keep_tap(name, segment, values[row])
             elif segment == (when[1] if when[0] == "at" else self.segments - 1 - when[1]):
-                self.taps[name].put(segment, values[row].clone())  # without the rest of the block
+                self.keep_tap(name, segment, values[row].clone())  # without the rest of the block
 
 
 class RowExecutor(Executor):
@@ -271,10 +278,12 @@ class RowExecutor(Executor):
         functional: bool,
         on_level: OnLevel | None = None,
         on_value: OnValue | None = None,
+        crossing: Crossing | None = None,
     ) -> tuple[Any, ...]:
         named = dict(zip(self.compiled.input_names, inputs, strict=True))
         assert isinstance(self.engine, RowEngine)
-        return self._execute(RowRun(self.program, segments, named, leaves, self.engine, on_level, on_value))
+        run = RowRun(self.program, segments, named, leaves, self.engine, on_level, on_value, crossing)
+        return self._execute(run)
 
 
 def executor_for(

@@ -11,6 +11,7 @@ import torch
 
 from rmtcompile.ir.program import Feed, Lane, Program
 from rmtcompile.runtime.base import BaseRun, Engine, OnLevel, OnValue, Outputs
+from rmtcompile.runtime.crossing import Crossing
 from rmtcompile.runtime.storage import LaneStore, Target, as_slice
 
 
@@ -50,8 +51,9 @@ class Run(BaseRun):
         functional: bool,
         on_level: OnLevel | None = None,
         on_value: OnValue | None = None,
+        crossing: Crossing | None = None,
     ) -> None:
-        super().__init__(program, segments, inputs, leaves, engine, on_level, on_value)
+        super().__init__(program, segments, inputs, leaves, engine, on_level, on_value, crossing)
         self.weights = weights
         self.lanes = {
             lane.name: LaneStore(lane, functional, None if functional else engine.buffers(lane))
@@ -68,6 +70,12 @@ class Run(BaseRun):
         }
 
     # ---- levels --------------------------------------------------------------------------------------------
+
+    def resume(self, level: int, crossing: Crossing) -> None:
+        """See `BaseRun`."""
+        for segment, layer in self.grid.alive(level, range(self.grid.n_layers)):
+            for lane, value in crossing.refills(segment, layer):
+                self.lanes[lane].fill(layer, value)
 
     @property
     def ramp_up(self) -> range:
@@ -190,6 +198,8 @@ class Run(BaseRun):
                     values = _rows(values, [window.layers.index(layer) for layer in layers])
                 self.lanes[lane.name].write([layer + feed.offset[1] for layer in layers], values)
             self._tap(window, outputs)
+            if self.crossing is not None:
+                self.crossing.keep_cells(window.group, window.layers, window.segments, outputs)
         for store in self.lanes.values():
             store.turn()
         self._stored.clear()
@@ -212,7 +222,7 @@ class Run(BaseRun):
 
     def keep_cell(self, name: str, segment: int, value: torch.Tensor) -> None:
         """Keep a cell's result for its readers outside the cells."""
-        self.taps[name].put(segment, value)
+        self.keep_tap(name, segment, value)
 
 
 def move(moved: list[tuple[LaneStore, list[int], torch.Tensor]]) -> None:

@@ -132,10 +132,16 @@ def lane_buffers(lane: Lane) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class TapStore:
-    """One value a segment, kept until its last reader has run."""
+    """One value a segment, kept until its last reader has run.
 
-    def __init__(self, keep: int | None) -> None:
+    Args:
+        keep: how many segments back it is read, or None if all segments are collected.
+        first: the first segment of the run; lists over segments begin with it.
+    """
+
+    def __init__(self, keep: int | None, first: int = 0) -> None:
         self.keep = keep
+        self.first = first
         self.values: dict[int, torch.Tensor] = {}
 
     def put(self, segment: int, value: torch.Tensor) -> None:
@@ -152,5 +158,5 @@ class TapStore:
         return self.values[segment]
 
     def between(self, first: int, last: int) -> list[torch.Tensor]:
-        """Values of segments first .. last."""
-        return [self.values[s] for s in range(first, last + 1)]
+        """Values of segments first .. last, as far as they belong to the run."""
+        return [self.values[s] for s in range(max(first, self.first), last + 1)]

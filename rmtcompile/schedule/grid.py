@@ -47,19 +47,26 @@ class Grid:
             segments of a layer run together.
         block: with skew 0, how many segments run together at most; 0: all of them. Blocks run one after the
             other, each through all layers.
+        first: the first segment that runs; earlier ones have run before.
     """
 
     n_layers: int
     n_segments: int
     skew: int
     block: int = 0
+    first: int = 0
+
+    @property
+    def levels(self) -> range:
+        """The steps that run one after the other."""
+        if self.skew:
+            return range(self.skew * self.first, self.skew * (self.n_segments - 1) + self.n_layers)
+        return range(self.n_layers * -(-(self.n_segments - self.first) // self._together))
 
     @property
     def n_levels(self) -> int:
-        """Steps that run one after the other."""
-        if self.skew:
-            return self.skew * (self.n_segments - 1) + self.n_layers
-        return self.n_layers * -(-self.n_segments // self._together)
+        """How many there are."""
+        return len(self.levels)
 
     @property
     def period(self) -> int:
@@ -69,29 +76,31 @@ class Grid:
     @property
     def phases(self) -> Phases:
         """Ramp-up, steady state and ramp-down as ranges of levels."""
-        n = self.n_levels
+        start, n = self.levels.start, self.levels.stop
         if not self.skew:
             return Phases(range(0), range(n), range(n, n))
         # Layers up to `full` have a cell on each level that is theirs; from `drained` on no segment enters.
-        full, drained = self.n_layers - self.skew, self.skew * self.n_segments
+        full, drained = start + self.n_layers - self.skew, self.skew * self.n_segments
         if full >= drained:
-            return Phases(range(drained), range(drained, drained), range(drained, n))
-        return Phases(range(full), range(full, drained), range(drained, n))
+            return Phases(range(start, drained), range(drained, drained), range(drained, n))
+        return Phases(range(start, full), range(full, drained), range(drained, n))
 
     @property
     def blocks(self) -> tuple[range, ...]:
         """With skew 0: the segments, as many at a time as run together."""
-        starts = range(0, self.n_segments, self._together)
+        starts = range(self.first, self.n_segments, self._together)
         return tuple(range(s, min(s + self._together, self.n_segments)) for s in starts)
 
     @property
     def _together(self) -> int:
-        return min(self.block or self.n_segments, self.n_segments)
+        return min(self.block or self.n_segments, self.n_segments - self.first)
 
     def level_of(self, cell: Cell) -> int:
         """The level on which a cell runs."""
         s, layer = cell
-        return self.skew * s + layer if self.skew else s // self._together * self.n_layers + layer
+        if self.skew:
+            return self.skew * s + layer
+        return (s - self.first) // self._together * self.n_layers + layer
 
     def cells(self, level: int) -> tuple[Cell, ...]:
         """The cells of a level, segments ascending."""
@@ -105,7 +114,7 @@ class Grid:
         found = []
         for layer in layers:
             segment, rest = divmod(level - layer, self.skew)
-            if not rest and 0 <= segment < self.n_segments:
+            if not rest and self.first <= segment < self.n_segments:
                 found.append((segment, layer))
         return tuple(found)
 
@@ -119,4 +128,4 @@ class Grid:
 
     def _segment(self, distance: int) -> int | None:
         segment, rest = divmod(distance, self.skew)
-        return segment if not rest and 0 <= segment < self.n_segments else None
+        return segment if not rest and self.first <= segment < self.n_segments else None

@@ -1,0 +1,200 @@
+"""Advancing: a call that goes on where an earlier one has stopped.
+
+    tokens    0 ........ 8 ........ 16 ........ 24 ... 27
+    run 1     |--------------------------|  read: 2 segments, pending: 4 tokens
+    run 2                        |~~~~------------------|  begins with what was pending
+
+What is pending is read again: an incomplete segment, and segments that the model treats in another way where
+they are the last (`Carried.tail`). So any way of cutting a text into calls leaves the state of one call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from rmtcompile.compiler.pipeline import Compiled
+from rmtcompile.compiler.results import has_family
+from rmtcompile.dispatch.calls import Call
+from rmtcompile.dispatch.entries import Entry
+from rmtcompile.dispatch.programs import Programs
+from rmtcompile.dispatch.verify import tensors_of
+from rmtcompile.errors import StateError, UnsupportedError
+from rmtcompile.ir.program import Program
+from rmtcompile.ir.segmentation import Segmentation
+from rmtcompile.runtime.crossing import Key
+from rmtcompile.runtime.state import RunState
+
+_HELP = "call the model on the whole text"
+
+
+@dataclass(frozen=True)
+class Advance:
+    """A call and how it goes on.
+
+    Attributes:
+        call: with the segments of this call's own input.
+        args, kwargs: of the forward, with what was pending before them.
+        first: the segment with which they begin.
+        border: the segment before which the next call will start.
+    """
+
+    call: Call
+    entry: Entry
+    args: Any
+    kwargs: Any
+    first: int
+    border: int
+
+    @property
+    def total(self) -> int:
+        """Segments, those that were read before included."""
+        return self.first + self.call.count
+
+
+def prepared(programs: Programs, state: RunState | None, args: Any, kwargs: Any) -> Advance:
+    """Find the program of a call that goes on from a state, and check that it can.
+
+    Raises:
+        StateError: the state belongs to another model, plan, dtype or batch size.
+        UnsupportedError: the forward cannot be run in parts; the message names the operation.
+    """
+    first = 0
+    if state is not None:
+        args, kwargs = joined(programs, state, args, kwargs)
+        first = state.segments
+    call = replace(programs.located(args, kwargs), first=first)
+    call, entry = programs.entry(call, args, kwargs)
+    compiled = entry.compiled
+    carried, rolled, total = compiled.emitted.carried, compiled.rolled, first + call.count
+    obstacle = carried.obstacle
+    if any(has_family(rule) for _, rule in compiled.effects):
+        obstacle = obstacle or "the forward leaves a list over all segments in its modules"
+    if obstacle:
+        raise UnsupportedError(f"this forward cannot be run in parts: {obstacle}", remedy=_HELP)
+    is_short = rolled.fixed is not None or total < rolled.proved_on[0]
+    if is_short and first:
+        raise UnsupportedError(
+            f"no rules go on from segment {first}: the program holds for {total} segments alone", remedy=_HELP
+        )
+    border = 0 if is_short else max(total - carried.tail, first)
+    if state is not None:
+        _check(state, compiled, call.segmentation)
+    return Advance(call, entry, args, kwargs, first, border)
+
+
+def joined(programs: Programs, state: RunState, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments, with what was pending in front of each that holds segments."""
+    segmentation = programs.segmentation(args, kwargs)
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    positions = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
+    if state.dims != tuple(axis.dim for axis in segmentation.axes):
+        raise StateError("the state was made by calls with other arguments", remedy=_SAME)
+    for axis, pending in zip(segmentation.axes, state.pending, strict=True):
+        position = positions[axis.leaf]
+        value = flat[position]
+        others = [size for dim, size in enumerate(value.shape) if dim != axis.dim]
+        if others != [size for dim, size in enumerate(pending.shape) if dim != axis.dim]:
+            raise StateError(
+                "the state was made by inputs of another shape",
+                [f"{list(pending.shape)} pending, {list(value.shape)} given"],
+                "split or join states where the batch changes",
+            )
+        if pending.dtype != value.dtype or pending.device != value.device:
+            raise StateError(
+                "the state was made by inputs of another kind",
+                [f"{pending.dtype} on {pending.device}, now {value.dtype} on {value.device}"],
+                "state.to(device) moves a state",
+            )
+        flat[position] = torch.cat([pending, value], axis.dim)
+    again: tuple[Any, Any] = pytree.tree_unflatten(flat, spec)
+    return again
+
+
+_SAME = "pass the same arguments in each call"
+
+
+def left(advance: Advance, state: RunState | None, values: Mapping[Key, torch.Tensor]) -> RunState:
+    """The state after a call."""
+    compiled, segmentation = advance.entry.compiled, advance.call.segmentation
+    if advance.border == advance.first:
+        values = state.values if state is not None else {}
+    inputs = tensors_of(advance.args, advance.kwargs)
+    pending = []
+    for axis in segmentation.axes:
+        start = (advance.border - advance.first) * axis.length
+        value = inputs[axis.leaf]
+        pending.append(value.narrow(axis.dim, start, value.shape[axis.dim] - start).clone())
+    return RunState(
+        advance.border,
+        dict(values),
+        tuple(pending),
+        fingerprint(compiled.program, compiled, segmentation),
+        dims=tuple(axis.dim for axis in segmentation.axes),
+        _weigh=lambda: weighed(compiled),
+    )
+
+
+def fingerprint(program: Program, compiled: Compiled, segmentation: Segmentation) -> str:
+    """Equal for programs that can go on from each other's states, whatever the schedule or the sizes."""
+    carried = compiled.emitted.carried
+    said = [
+        program.n_layers,
+        [(axis.dim, axis.length) for axis in segmentation.axes],
+        sorted((one.name, one.back) for one in (*carried.cells, *carried.taps)),
+    ]
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+
+
+_SAMPLES = 64
+"""Elements of each parameter that tell weights apart: training changes all of them."""
+
+
+def weighed(compiled: Compiled) -> str:
+    """Equal for models with the same weights, as far as evenly spaced samples of each parameter show."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(compiled.leaves.items()):
+        if not isinstance(leaf.fetch(), torch.nn.Parameter):
+            continue
+        flat = leaf.fetch().detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // _SAMPLES)].to("cpu", torch.float64)
+        digest.update(f"{name} {tuple(leaf.fetch().shape)} {leaf.fetch().dtype}".encode())
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _check(state: RunState, compiled: Compiled, segmentation: Segmentation) -> None:
+    plan = fingerprint(compiled.program, compiled, segmentation)
+    if state.plan != plan:
+        raise StateError(
+            "the state belongs to another plan: another model, other segments, or other arguments",
+            [f"plan {state.plan} of the state, {plan} of this call"],
+            _SAME,
+        )
+    if state.weights and state.weights != (now := weighed(compiled)):
+        raise StateError(
+            "the state was made with other weights", [f"{state.weights} then, {now} now"],
+            "start again with state=None",
+        )  # fmt: skip
+    lanes = {lane.name: lane for lane in compiled.program.lanes}
+    for refill in compiled.emitted.carried.refills:
+        lane = lanes[refill.lane]
+        for (name, segment), value in state.values.items():
+            kind = tuple(value.shape), value.dtype, value.device
+            if name == refill.name and kind != (tuple(lane.shape), lane.dtype, torch.device(lane.device)):
+                raise StateError(
+                    "the state holds a value of another kind than the program carries",
+                    [
+                        f"{name}, segment {segment}: {value.dtype}{list(value.shape)} on {value.device}",
+                        f"the program: {lane.dtype}{list(lane.shape)} on {lane.device}",
+                    ],
+                    "the model's dtype, device and batch size must be those that made the state",
+                )
+
+
+__all__ = ["Advance", "fingerprint", "joined", "left", "prepared", "weighed"]

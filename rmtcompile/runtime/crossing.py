@@ -1,0 +1,113 @@
+"""Crossing: what a run finds of the run before it, and what it leaves to the run after it.
+
+    run of segments 0 .. 2              run of segments 3 .. 5
+    cells (2, l) give A(2, l)  ->  state  ->  lanes hold A(2, l) when cells (3, l) are about to run
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rmtcompile.passes.emit.carried import Carried, CarriedCell, CarriedTap
+
+Key = tuple[str, int]
+"""Name of a carried value, and the segment that made it."""
+
+
+class Crossing:
+    """The values that cross the two borders of a run.
+
+    Args:
+        carried: what the program carries.
+        first: the first segment that runs.
+        border: the segment before which the next run starts; what its cells read is kept.
+        values: what earlier segments have left.
+        owned: whether values that are kept are memory of their own already (runs with gradients).
+    """
+
+    def __init__(
+        self,
+        carried: Carried,
+        first: int,
+        border: int,
+        values: Mapping[Key, torch.Tensor],
+        owned: bool,
+    ) -> None:
+        self.carried = carried
+        self.first = first
+        self.border = border
+        self.values = values
+        self._owned = owned
+        self._found: dict[Key, torch.Tensor] = {}
+        self._cells: dict[tuple[str, int], list[tuple[str, CarriedCell]]] = {}
+        for cell in carried.cells:
+            for group, output in cell.outputs:
+                self._cells.setdefault((group, cell.layer), []).append((output, cell))
+        self._taps = {tap.tap: tap for tap in carried.taps}
+
+    # ---- leaving -------------------------------------------------------------------------------------------
+
+    def keep_cells(
+        self, group: str, layers: Sequence[int], segments: Sequence[int], outputs: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Keep what a group's cells have given for segments after the border.
+
+        Args:
+            layers, segments: of the rows of the outputs.
+        """
+        for row, (layer, segment) in enumerate(zip(layers, segments, strict=True)):
+            for output, cell in self._cells.get((group, layer), ()):
+                if self.border - cell.back <= segment < self.border:
+                    self._keep((cell.name, segment), outputs[output][row])
+
+    def keep_tap(self, tap: str, segment: int, value: Any) -> None:
+        """Keep a value that is read outside the cells, if segments after the border read it."""
+        known = self._taps.get(tap)
+        if known is not None and segment < self.border and isinstance(value, torch.Tensor):
+            if self.border - known.back <= segment or segment in known.at:
+                self._keep((known.name, segment), value)
+
+    def _keep(self, key: Key, value: torch.Tensor) -> None:
+        self._found[key] = value if self._owned else value.clone()
+
+    def left(self) -> dict[Key, torch.Tensor]:
+        """What segments after the border read of those before it."""
+        wanted: set[Key] = set()
+        for one in (*self.carried.cells, *self.carried.taps):
+            wanted |= {(one.name, s) for s in range(self.border - one.back, self.border)}
+            if isinstance(one, CarriedTap):
+                wanted |= {(one.name, s) for s in one.at if s < self.border}
+        known = {**self.values, **self._found}
+        return {key: known[key] for key in sorted(wanted) if key in known}
+
+    # ---- going on ------------------------------------------------------------------------------------------
+
+    def taps(self) -> list[tuple[str, int, torch.Tensor]]:
+        """(tap, segment, value) of what earlier segments have left outside the cells."""
+        found = []
+        for tap in self.carried.taps:
+            found += [(tap.tap, s, value) for (name, s), value in self.values.items() if name == tap.name]
+        return found
+
+    def refills(self, segment: int, layer: int) -> list[tuple[str, torch.Tensor]]:
+        """(lane, value) of what a cell reads that was made before the run."""
+        found = []
+        for refill in self.carried.refills:
+            if refill.layer == layer and segment - self.first < refill.reach:
+                value = self.values.get((refill.name, segment - refill.back))
+                if value is not None:
+                    found.append((refill.lane, value))
+        return found
+
+    def rows(self) -> list[tuple[str, str, int, int, torch.Tensor]]:
+        """(group, output, layer, segment, value) of what earlier cells have left."""
+        found = []
+        for cell in self.carried.cells:
+            group, output = cell.outputs[0]
+            for (name, s), value in self.values.items():
+                if name == cell.name:
+                    found.append((group, output, cell.layer, s, value))
+        return found

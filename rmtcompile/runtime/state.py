@@ -1,0 +1,192 @@
+"""Run states: what a run has left at a border between segments, as a value.
+
+    outputs, state = fast.run(tokens[:, :5000])
+    outputs, state = fast.run(tokens[:, 5000:9000], state=state)      as in one call of 9000 tokens
+
+A state holds the values that later segments read, how many segments have been read for good, and the part
+of the input that is to be read again with what follows: an incomplete segment, and segments that the model
+treats in another way since they were the last ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmtcompile.errors import StateError
+from rmtcompile.runtime.crossing import Key
+
+FORMAT = "rmtcompile.state/1"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run has stopped; made by `Optimized.run`, never changed.
+
+    Attributes:
+        segments: segments that were read and will not be read again.
+        values: by name of the value and the segment that made it; each as one cell, prologue or epilogue gave
+            it, with whatever dtype, device and shape it has there.
+        pending: parts of the segmented inputs that the next run reads again before its own: one tensor for
+            each axis of the segmentation, in order.
+        plan: what a program has to carry to go on from here.
+        weights: tells whether a model has the weights that made the state; empty where that is not known.
+    """
+
+    segments: int
+    values: Mapping[Key, Tensor]
+    pending: tuple[Tensor, ...]
+    plan: str
+    weights: str = ""
+    dims: tuple[int, ...] = ()
+    _weigh: Callable[[], str] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def pending_tokens(self) -> int:
+        """Elements along the first segmented axis that will be read again."""
+        return self.pending[0].shape[self.dims[0]] if self.pending else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(tensor.nbytes for tensor in (*self.values.values(), *self.pending))
+
+    # ---- copies --------------------------------------------------------------------------------------------
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> RunState:
+        """The same state with each of its tensors replaced by what `function` gives for it."""
+        values = {key: function(value) for key, value in self.values.items()}
+        return replace(self, values=values, pending=tuple(map(function, self.pending)))
+
+    def clone(self) -> RunState:
+        """A copy in memory of its own."""
+        return self.map(torch.clone)
+
+    def detach(self) -> RunState:
+        """The same values without their history: gradients end here (truncated backpropagation)."""
+        return self.map(Tensor.detach)
+
+    def to(self, device: torch.device | str) -> RunState:
+        """The same values on another device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    # ---- batch ---------------------------------------------------------------------------------------------
+
+    def split(self, sizes: int | Sequence[int] = 1) -> list[RunState]:
+        """One state for each part of the batch.
+
+        Args:
+            sizes: rows of each part, or of every part.
+
+        Raises:
+            StateError: which dim of a value is the batch does not show from its shape.
+        """
+        batch = self._batch()
+        dims = {key: self._dim(key, value, batch) for key, value in self.values.items()}
+        wanted = [sizes] * (batch // sizes) if isinstance(sizes, int) else list(sizes)
+        if sum(wanted) != batch:
+            raise StateError(f"a batch of {batch} has no parts of {wanted} rows")
+        starts = [sum(wanted[:i]) for i in range(len(wanted))]
+        return [
+            replace(
+                self,
+                values={key: value.narrow(dims[key], at, n) for key, value in self.values.items()},
+                pending=tuple(tensor.narrow(0, at, n) for tensor in self.pending),
+            )
+            for at, n in zip(starts, wanted, strict=True)
+        ]
+
+    @staticmethod
+    def join(states: Sequence[RunState]) -> RunState:
+        """One state for a batch of several, in their order.
+
+        Raises:
+            StateError: they stand at different segments, belong to different plans, or a value's batch dim
+                does not show from its shape.
+        """
+        first = states[0]
+        for other in states[1:]:
+            if (other.segments, other.plan, other.values.keys()) != (
+                first.segments, first.plan, first.values.keys()
+            ):  # fmt: skip
+                raise StateError(
+                    "only states of one plan that stand at the same segment can be joined",
+                    [f"{one.segments} segments, plan {one.plan}" for one in (first, other)],
+                )
+            if other.pending_tokens != first.pending_tokens:
+                raise StateError(
+                    "only states with equally long incomplete segments can be joined",
+                    [f"{one.pending_tokens} tokens" for one in (first, other)],
+                )
+        values = {
+            key: torch.cat([one.values[key] for one in states], first._dim(key, value, first._batch()))
+            for key, value in first.values.items()
+        }
+        pending = tuple(torch.cat(parts, 0) for parts in zip(*(one.pending for one in states), strict=True))
+        return replace(first, values=values, pending=pending)
+
+    def _batch(self) -> int:
+        return self.pending[0].shape[0] if self.pending and self.dims[0] != 0 else 1
+
+    def _dim(self, key: Key, value: Tensor, batch: int) -> int:
+        """The dim of a value that counts the batch: the first, or the only one of that size."""
+        if value.dim() and value.shape[0] == batch:
+            return 0
+        found = [dim for dim, size in enumerate(value.shape) if size == batch]
+        if len(found) != 1:
+            raise StateError(
+                f"it does not show which dim of a value is the batch of {batch}",
+                [f"{key[0]}, segment {key[1]}: {list(value.shape)}"],
+                "split or join the tensors in `values` yourself",
+            )
+        return found[0]
+
+    # ---- files ---------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the state as one safetensors file, with the fingerprint of the plan and of the weights."""
+        from safetensors.torch import save_file
+
+        header = {
+            "format": FORMAT,
+            "segments": self.segments,
+            "plan": self.plan,
+            "weights": self.weights or (self._weigh() if self._weigh is not None else ""),
+            "dims": list(self.dims),
+        }
+        tensors = {f"{name}@{segment}": value for (name, segment), value in self.values.items()}
+        tensors |= {f"pending {i}": tensor for i, tensor in enumerate(self.pending)}
+        plain = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(plain, str(path), metadata={"rmtcompile": json.dumps(header)})
+
+    @staticmethod
+    def load(path: str | Path, device: torch.device | str = "cpu") -> RunState:
+        """Read a state that `save` has written.
+
+        Raises:
+            StateError: the file holds no state.
+        """
+        from safetensors import safe_open
+
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
+            header: dict[str, Any] = json.loads((file.metadata() or {}).get("rmtcompile", "{}"))
+            if header.get("format") != FORMAT:
+                raise StateError(f"{path} holds no state of this version", [f"format {header.get('format')}"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        count = sum(name.startswith("pending ") for name in tensors)
+        pending = tuple(tensors.pop(f"pending {i}") for i in range(count))
+        values = {}
+        for text, tensor in tensors.items():
+            name, _, segment = text.rpartition("@")
+            values[name, int(segment)] = tensor
+        dims = tuple(header["dims"])
+        return RunState(header["segments"], values, pending, header["plan"], header["weights"], dims)
+
+
+__all__ = ["RunState"]
