@@ -71,20 +71,17 @@ def prepared(programs: Programs, state: RunState | None, args: Any, kwargs: Any)
     call = replace(programs.located(args, kwargs), first=first)
     call, entry = programs.entry(call, args, kwargs)
     compiled = entry.compiled
-    carried, rolled, total = compiled.emitted.carried, compiled.rolled, first + call.count
+    if compiled.rolled.fixed is not None:  # a text so short is read again with what follows
+        return Advance(call, entry, args, kwargs, first, first)
+    carried = compiled.emitted.carried
     obstacle = carried.obstacle
     if any(has_family(rule) for _, rule in compiled.effects):
         obstacle = obstacle or "the forward leaves a list over all segments in its modules"
     if obstacle:
         raise UnsupportedError(f"this forward cannot be run in parts: {obstacle}", remedy=_HELP)
-    is_short = rolled.fixed is not None or total < rolled.proved_on[0]
-    if is_short and first:
-        raise UnsupportedError(
-            f"no rules go on from segment {first}: the program holds for {total} segments alone", remedy=_HELP
-        )
-    border = 0 if is_short else max(total - carried.tail, first)
     if state is not None:
         _check(state, compiled, call.segmentation)
+    border = max(first + call.count - carried.tail, first)
     return Advance(call, entry, args, kwargs, first, border)
 
 

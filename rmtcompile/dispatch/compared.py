@@ -45,6 +45,24 @@ def first_segments(args: Any, kwargs: Any, segmentation: Segmentation, count: in
     return cut
 
 
+ENOUGH = 16
+"""Segments that are enough for every comparison."""
+
+
+def repeated(args: Any, kwargs: Any, segmentation: Segmentation, count: int) -> tuple[Any, Any]:
+    """The arguments with `count` segments, the given ones repeated, or cut; as copies."""
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    positions = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
+    shapes = segmentation.shapes([flat[i].shape for i in positions], count)
+    for position, shape in zip(positions, shapes, strict=True):
+        value = flat[position].detach()
+        for dim, size in enumerate(shape):
+            value = value.index_select(dim, torch.arange(size, device=value.device) % value.shape[dim])
+        flat[position] = value
+    again: tuple[Any, Any] = pytree.tree_unflatten(flat, spec)
+    return again
+
+
 GROSS = 0.5
 """Relative difference that is more than rounding in 16 bits: a recurrence may amplify rounding from segment
 to segment, an ARMT of random weights in bfloat16 to 7e-2 after eight."""

@@ -17,12 +17,21 @@ segments of its first longer input, uncompiled, and is compared with the model (
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rmtcompile.dispatch.calls import Call, TooFewSegments
-from rmtcompile.dispatch.compared import LONGER, first_segments, length_to_check, rounding, unexplained
+from rmtcompile.dispatch.compared import (
+    ENOUGH,
+    LONGER,
+    first_segments,
+    length_to_check,
+    repeated,
+    rounding,
+    unexplained,
+)
 from rmtcompile.dispatch.entries import Entry
 from rmtcompile.dispatch.followed import Followed, followed, is_affordable
 from rmtcompile.dispatch.verify import first_difference
@@ -42,20 +51,32 @@ class Lengthening:
         self._programs = programs
 
     def entry(self, entry: Entry, call: Call, args: Any, kwargs: Any) -> Entry:
-        """The entry itself, or one compiled for just this length where its rules do not cover it."""
+        """The entry itself, or one compiled for just this length where its rules do not cover it.
+
+        For a call that goes on from a state, the rules are looked at on a whole text of as many segments, its
+        own repeated: what is compared is the program, not the text.
+        """
+        goes_on = call.first > 0
+        if goes_on:
+            call = replace(call, first=0, count=call.first + call.count)
+            args, kwargs = repeated(args, kwargs, entry.segmentation, min(call.count, ENOUGH))
         entry = self._followed(entry, call, args, kwargs)
         entry = self._beyond(entry, call, args, kwargs)
         entry = self._followed(entry, call, args, kwargs)
         rolled, count, lengths = entry.compiled.rolled, call.count, entry.lengths
-        is_short = rolled.fixed is None and call.first + count < rolled.proved_on[0]
+        is_short = rolled.fixed is None and count < rolled.proved_on[0]
         if is_short and count not in lengths.uncovered and count not in lengths.checked:
             if count >= rolled.minimum and self._programs.difference(entry, count, args, kwargs) is None:
                 lengths.checked.add(count)
             else:
                 lengths.uncovered.add(count)
-        is_uncovered = not call.first and count in lengths.uncovered
-        chosen = self._for_just(entry, call, args, kwargs) if is_uncovered else entry
-        if self._programs.options.verify and count not in chosen.verified and not call.first:
+        if goes_on and count in lengths.uncovered:
+            raise UnsupportedError(
+                f"no rules go on to {count} segments: the program of so few is one of its own",
+                remedy="call the model on the whole text",
+            )
+        chosen = self._for_just(entry, call, args, kwargs) if count in lengths.uncovered else entry
+        if self._programs.options.verify and count not in chosen.verified and not goes_on:
             self._check(chosen, count, args, kwargs)
             chosen.verified.add(count)
         return chosen
@@ -98,24 +119,23 @@ class Lengthening:
         for _ in range(DOUBTS):
             lengths, rolled = entry.lengths, entry.compiled.rolled
             known = max(lengths.followed_to, rolled.proved_on[-1])
-            total = call.first + call.count
-            if rolled.fixed is not None or total <= max(known, lengths.tried_to):
+            if rolled.fixed is not None or call.count <= max(known, lengths.tried_to):
                 return entry
             model = self._programs.model
-            found = followed(model, entry.compiled, args, kwargs, entry.segmentation, total, known)
+            found = followed(model, entry.compiled, args, kwargs, entry.segmentation, call.count, known)
             lengths.followed_to, lengths.unknown = found.to, found.unknown
             if found.unknown:
-                lengths.tried_to = max(total, 2 * known)
-            if found.to < total:
+                lengths.tried_to = max(call.count, 2 * known)
+            if found.to < call.count:
                 entry = self._settled(entry, found, call, args, kwargs)
         entry.lengths.unknown = "it does something else again and again that no result shows"
-        entry.lengths.tried_to = call.first + call.count
+        entry.lengths.tried_to = call.count
         return entry
 
     def _settled(self, entry: Entry, found: Followed, call: Call, args: Any, kwargs: Any) -> Entry:
         """The entry, or rules of longer captures, where the forward departs from the rules, or cannot be
         followed."""
-        fewest = found.to + 1 if found.departs else call.first + call.count - 1
+        fewest = found.to + 1 if found.departs else call.count - 1
         if not is_affordable(entry.compiled, fewest + 1):
             if found.departs:
                 raise found.error()
