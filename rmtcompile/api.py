@@ -20,7 +20,7 @@ from rmtcompile.compiler.results import value_of
 from rmtcompile.compiler.stages import Progress
 from rmtcompile.dispatch.advancing import left, prepared
 from rmtcompile.dispatch.boundary import explained
-from rmtcompile.dispatch.calls import TooFewSegments
+from rmtcompile.dispatch.calls import Call, TooFewSegments
 from rmtcompile.dispatch.entries import Entry
 from rmtcompile.dispatch.leaving import leave_effects, write_back
 from rmtcompile.dispatch.programs import Programs
@@ -190,7 +190,7 @@ class Optimized(Opaque):
                     call, entry = self._programs.entry(call, args, kwargs)  # the device is at work meanwhile
                 running = started[1] if started is not None and started[0] is entry else None
                 with nullcontext() if entry.is_edited else explained(self.model, args, kwargs, running=True):
-                    outputs = self._outputs(entry, call.count, args, kwargs, running)
+                    entry, outputs = self._outputs(call, entry, args, kwargs, running)
             except TooFewSegments as short:
                 return self._as_it_is(str(short), args, kwargs)
             except RMTCompileError as error:
@@ -237,7 +237,7 @@ class Optimized(Opaque):
             with explained(self.model, args, kwargs, running=True):
                 given = advance.first, advance.border, values
                 outputs, found = entry.executor.advance(advance.total, inputs, *given)
-            after = left(advance, state, found)
+            after = left(self._programs, advance, state, found)
             leave_effects(entry.compiled, advance.total, outputs)
             return value_of(entry.compiled.result, outputs, advance.call.count), after
 
@@ -260,17 +260,22 @@ class Optimized(Opaque):
         return self
 
     def _outputs(
-        self, entry: Entry, count: int, args: Any, kwargs: Any, running: Started | None
-    ) -> tuple[Any, ...]:
-        """What the program gives; the model and the arguments are as they were.  Where it stops, either the
-        model does so too, with its own error, or the rules do not hold for this length."""
+        self, call: Call, entry: Entry, args: Any, kwargs: Any, running: Started | None
+    ) -> tuple[Entry, tuple[Any, ...]]:
+        """The program that has run, and what it gives; the model and the arguments are as they were.  Where
+        it stops, either the model does so too, with its own error, or the rules do not hold for these
+        sizes."""
+        count = call.count
         self._last = (entry, count)
         outputs = entry.executor.finish(running) if running is not None else None
         if outputs is not None:
-            return outputs
+            return entry, outputs
         try:
-            return entry.executor.run(count, tensors_of(args, kwargs))
+            return entry, entry.executor.run(count, tensors_of(args, kwargs))
         except STOPS as error:
+            instead = None if is_no_fault(error) else self._programs.instead(call, entry, args, kwargs)
+            if instead is not None:
+                return self._outputs(*instead, args, kwargs, None)
             proved = entry.compiled.rolled.proved_on
             is_proved = count in range(min(proved, default=count), max(proved, default=count) + 1)
             if is_proved or entry.is_edited or is_no_fault(error):

@@ -304,6 +304,8 @@ def test_states_of_others_are_refused() -> None:
     ):
         with pytest.raises(StateError, match=what):
             rmtcompile.optimize(other).run(part, state=state)
+    with pytest.raises(StateError, match="made with other weights"):
+        rmtcompile.optimize(made(Toy, seed=1)).run(x, state=state)
     halves = replace(state, values={key: value[:1] for key, value in state.values.items()})
     low = replace(state, values={key: value.float() for key, value in state.values.items()})
     for broken in (halves, low):

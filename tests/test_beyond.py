@@ -16,6 +16,7 @@ from toys import SEGMENT, WIDTH, Toy, assert_equal_runs, features, made
 import rmtcompile
 import rmtcompile.dispatch.followed
 from rmtcompile.dispatch.compared import CHECKED, first_segments
+from rmtcompile.dispatch.programs import Programs
 from rmtcompile.dispatch.verify import TOLERANCE
 from rmtcompile.errors import RerollError
 from rmtcompile.frontend.outline import Outliner
@@ -153,7 +154,7 @@ def test_longer_captures_settle_what_may_be_rounding(
     build: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Results in 16 bits that differ altogether: captured once more, and that gives the same rules."""
-    monkeypatch.setattr(rmtcompile.Optimized, "_difference", lambda *_, **__: "the result differs")
+    monkeypatch.setattr(Programs, "difference", lambda *_, **__: "the result differs")
     fast = rmtcompile.optimize(made(build, torch.bfloat16))
     for _ in range(2):
         fast(features(9, dtype=torch.bfloat16))
@@ -174,7 +175,7 @@ def test_slight_differences_in_float32_are_settled_by_longer_captures(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @torch.no_grad()
 def test_other_differences_are_not(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rmtcompile.Optimized, "_difference", lambda *_, **__: "the result differs")
+    monkeypatch.setattr(Programs, "difference", lambda *_, **__: "the result differs")
     fast = rmtcompile.optimize(made(Toy, dtype))
     with pytest.raises(RerollError, match=r"does not hold for 9\n.*the result differs"):
         fast(features(9, dtype=dtype))

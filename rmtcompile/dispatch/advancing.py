@@ -25,10 +25,9 @@ from rmtcompile.dispatch.entries import Entry
 from rmtcompile.dispatch.programs import Programs
 from rmtcompile.dispatch.verify import tensors_of
 from rmtcompile.errors import StateError, UnsupportedError
-from rmtcompile.ir.program import Program
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.runtime.crossing import Key
-from rmtcompile.runtime.state import RunState
+from rmtcompile.runtime.state import Origin, RunState
 
 _HELP = "call the model on the whole text"
 
@@ -71,16 +70,16 @@ def prepared(programs: Programs, state: RunState | None, args: Any, kwargs: Any)
     call = replace(programs.located(args, kwargs), first=first)
     call, entry = programs.entry(call, args, kwargs)
     compiled = entry.compiled
-    if compiled.rolled.fixed is not None:  # a text so short is read again with what follows
-        return Advance(call, entry, args, kwargs, first, first)
+    if compiled.rolled.fixed is not None and not first:  # a text so short is read again with what follows
+        return Advance(call, entry, args, kwargs, 0, 0)
     carried = compiled.emitted.carried
     obstacle = carried.obstacle
     if any(has_family(rule) for _, rule in compiled.effects):
         obstacle = obstacle or "the forward leaves a list over all segments in its modules"
     if obstacle:
         raise UnsupportedError(f"this forward cannot be run in parts: {obstacle}", remedy=_HELP)
-    if state is not None:
-        _check(state, compiled, call.segmentation)
+    if state is not None and first:
+        _check(programs, state, compiled, call.segmentation)
     border = max(first + call.count - carried.tail, first)
     return Advance(call, entry, args, kwargs, first, border)
 
@@ -116,7 +115,9 @@ def joined(programs: Programs, state: RunState, args: Any, kwargs: Any) -> tuple
 _SAME = "pass the same arguments in each call"
 
 
-def left(advance: Advance, state: RunState | None, values: Mapping[Key, torch.Tensor]) -> RunState:
+def left(
+    programs: Programs, advance: Advance, state: RunState | None, values: Mapping[Key, torch.Tensor]
+) -> RunState:
     """The state after a call."""
     compiled, segmentation = advance.entry.compiled, advance.call.segmentation
     if advance.border == advance.first:
@@ -131,17 +132,17 @@ def left(advance: Advance, state: RunState | None, values: Mapping[Key, torch.Te
         advance.border,
         dict(values),
         tuple(pending),
-        fingerprint(compiled.program, compiled, segmentation),
+        fingerprint(compiled, segmentation) if advance.border else "",
         dims=tuple(axis.dim for axis in segmentation.axes),
-        _weigh=lambda: weighed(compiled),
+        origin=Origin(programs.model, lambda: weighed(compiled)),
     )
 
 
-def fingerprint(program: Program, compiled: Compiled, segmentation: Segmentation) -> str:
+def fingerprint(compiled: Compiled, segmentation: Segmentation) -> str:
     """Equal for programs that can go on from each other's states, whatever the schedule or the sizes."""
     carried = compiled.emitted.carried
     said = [
-        program.n_layers,
+        compiled.program.n_layers,
         [(axis.dim, axis.length) for axis in segmentation.axes],
         sorted((one.name, one.back) for one in (*carried.cells, *carried.taps)),
     ]
@@ -165,19 +166,18 @@ def weighed(compiled: Compiled) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check(state: RunState, compiled: Compiled, segmentation: Segmentation) -> None:
-    plan = fingerprint(compiled.program, compiled, segmentation)
+def _check(programs: Programs, state: RunState, compiled: Compiled, segmentation: Segmentation) -> None:
+    plan = fingerprint(compiled, segmentation)
     if state.plan != plan:
         raise StateError(
             "the state belongs to another plan: another model, other segments, or other arguments",
             [f"plan {state.plan} of the state, {plan} of this call"],
             _SAME,
         )
-    if state.weights and state.weights != (now := weighed(compiled)):
-        raise StateError(
-            "the state was made with other weights", [f"{state.weights} then, {now} now"],
-            "start again with state=None",
-        )  # fmt: skip
+    is_ours = state.origin is not None and state.origin.model is programs.model
+    if not is_ours and (then := state.weighed()) != (now := weighed(compiled)):
+        evidence = [f"{then} then, {now} now"]
+        raise StateError("the state was made with other weights", evidence, "start again with state=None")
     lanes = {lane.name: lane for lane in compiled.program.lanes}
     for refill in compiled.emitted.carried.refills:
         lane = lanes[refill.lane]

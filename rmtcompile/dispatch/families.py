@@ -10,8 +10,9 @@ Sizes that change together are one free size (`vectors.py`). Rules need the prog
 free size, at the four corners where there are two; corners that nobody called for are captured too. Where one
 of two sizes is 1 the programs may differ (broadcasting), and the next larger size is captured instead.
 
-A rule is proved at its corners. Elsewhere it is checked: every instance runs on fake tensors first, and the
-first one away from the corners, and the first of length one, are compared with the model itself.
+A rule is proved at its corners. The first use away from the corners, and the first of length one, are
+checked: they run on fake tensors first, and are compared with the model itself. A later instance that stops
+where it runs is given up for a capture.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class _Family:
     rules: list[Rules] = field(default_factory=list)
     failed: set[frozenset[Vector]] = field(default_factory=set)
     losses: int = 0  # captures made for rules that did not come about
+    lengths: dict[Vector, Lengths] = field(default_factory=dict)  # of the programs
 
     def forget(self) -> None:
         """Drop what the model's state or weights no longer fit, and the oldest programs."""
@@ -96,7 +98,7 @@ class Families:
         family.forget()
         vector = sizes_of(args, kwargs, segmentation)
         for rules in family.rules:
-            found = self._instance(rules, vector, args, kwargs, segmentation)
+            found = self._instance(family, rules, vector, args, kwargs, segmentation)
             if found is not None:
                 return found
         if vector not in family.known:
@@ -111,11 +113,12 @@ class Families:
 
             new = self._learn(family, vector, lengths_of(args, kwargs, segmentation), captured)
             if new is not None and new.remainders:
-                found = self._instance(new, vector, args, kwargs, segmentation)
+                found = self._instance(family, new, vector, args, kwargs, segmentation)
                 if found is not None:
                     return found
         compiled = family.known[vector]
-        return Entry(compiled, self._execute(compiled, segmentation, None), segmentation)
+        lengths = family.lengths[vector] = Lengths()
+        return Entry(compiled, self._execute(compiled, segmentation, None), segmentation, lengths=lengths)
 
     def settle(self, trial: Trial, is_right: bool) -> None:
         """Note whether a use of rules gave what the model gives; where not, they are not used again."""
@@ -138,7 +141,13 @@ class Families:
         entry.executor.costs = costs
 
     def _instance(
-        self, rules: Rules, vector: Vector, args: Any, kwargs: Any, segmentation: Segmentation
+        self,
+        family: _Family,
+        rules: Rules,
+        vector: Vector,
+        args: Any,
+        kwargs: Any,
+        segmentation: Segmentation,
     ) -> Entry | None:
         """The program of the rules at these sizes, or None where they do not apply or do not hold."""
         sizes = rules.sizes(vector)
@@ -149,11 +158,14 @@ class Families:
             return None
         compiled = instance(rules.compiled, sizes)
         executor = self._execute(compiled, segmentation, rules.executor)
-        if not self._holds(rules, sizes, executor, args, kwargs):
+        if ones not in rules.trusted and not self._holds(rules, sizes, executor, args, kwargs):
             return None
         rules.executor = rules.executor or executor
         executor.costs = rules.costs
-        lengths = rules.lengths.setdefault(ones, Lengths())
+        if ones not in rules.lengths:  # what was followed at the corners need not be followed again
+            followed = [family.lengths[v].followed_to for v in rules.corners if v in family.lengths]
+            rules.lengths[ones] = Lengths(followed_to=min(followed, default=0))
+        lengths = rules.lengths[ones]
         trial = Trial(rules, sizes, ones, ones not in rules.trusted, vector in rules.corners)
         return Entry(compiled, executor, segmentation, lengths=lengths, trial=trial)
 

@@ -18,6 +18,10 @@ from rmtcompile.frontend.outline_arguments import OutlineError
 from rmtcompile.frontend.steady import departure
 from rmtcompile.ir.segmentation import Segmentation
 
+FAR = 64
+"""Segments to which a forward whose cells are compiled is followed at its first call, which takes long: later
+calls need not be, up to there."""
+
 FOLLOWED = 200_000
 """Operations that a forward may have to be followed, as calls of torch in its code: 10 s of a slow core."""
 
@@ -60,6 +64,7 @@ def followed(
     segmentation: Segmentation,
     count: int,
     known: int,
+    far: int = 0,
 ) -> Followed:
     """Follow a forward to `count` segments, or twice as many as are known where that is more and can be done.
 
@@ -67,11 +72,12 @@ def followed(
         fn: the forward; left as it was.
         args, kwargs: inputs of any length, of which only shapes are read.
         known: segments to which it was followed before.
+        far: segments to follow it to where that can be done.
     """
     reasons = []
     for below in (False, True):
         walk = _Walk(Outliner(fn, below), compiled.rolled.proved_on, args, kwargs, segmentation)
-        for length in dict.fromkeys((max(count, 2 * known), count)):
+        for length in dict.fromkeys((max(count, 2 * known, far), max(count, 2 * known), count)):
             try:
                 return walk.to(length)
             except OutlineError as error:

@@ -33,7 +33,7 @@ from rmtcompile.dispatch.compared import (
     unexplained,
 )
 from rmtcompile.dispatch.entries import Entry
-from rmtcompile.dispatch.followed import Followed, followed, is_affordable
+from rmtcompile.dispatch.followed import FAR, Followed, followed, is_affordable
 from rmtcompile.dispatch.verify import first_difference
 from rmtcompile.errors import RerollError, UnsupportedError, VerificationError
 
@@ -119,10 +119,12 @@ class Lengthening:
         for _ in range(DOUBTS):
             lengths, rolled = entry.lengths, entry.compiled.rolled
             known = max(lengths.followed_to, rolled.proved_on[-1])
-            if rolled.fixed is not None or call.count <= max(known, lengths.tried_to):
+            is_first = not lengths.followed_to and not lengths.tried_to
+            far = FAR if is_first and entry.executor.engine.is_compiled else 0
+            if rolled.fixed is not None or max(call.count, far) <= max(known, lengths.tried_to):
                 return entry
-            model = self._programs.model
-            found = followed(model, entry.compiled, args, kwargs, entry.segmentation, call.count, known)
+            model, wanted = self._programs.model, (call.count, known, far)
+            found = followed(model, entry.compiled, args, kwargs, entry.segmentation, *wanted)
             lengths.followed_to, lengths.unknown = found.to, found.unknown
             if found.unknown:
                 lengths.tried_to = max(call.count, 2 * known)

@@ -116,6 +116,15 @@ class Programs:
                 raise
             return again, self._entry_of(again, args, kwargs)
 
+    def instead(self, call: Call, entry: Entry, args: Any, kwargs: Any) -> tuple[Call, Entry] | None:
+        """What to run instead of a program that rules for sizes gave and that has stopped, if this is one."""
+        if entry.trial is None or entry.trial.is_corner:
+            return None
+        self._families.settle(entry.trial, False)
+        entries = self._entries.get(call.key, [])
+        self._entries[call.key] = [one for one in entries if one is not entry]
+        return self.entry(call, args, kwargs)
+
     def has_run(self, call: Call, entry: Entry) -> None:
         """Note which program ran a call, so that the next such call may start it before it is checked."""
         self._ready[call.key, call.count] = entry

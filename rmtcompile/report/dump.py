@@ -70,7 +70,7 @@ def use(fast: Optimized, path: str | Path) -> None:
     if fast._last is None:
         raise RMTCompileError("nothing is captured yet: call the optimized model once")
     entry, _ = fast._last
-    if fast._cuda_graphs is not False and entry.executor.device.type == "cuda":
+    if fast.options.cuda_graphs is not False and entry.executor.device.type == "cuda":
         raise RMTCompileError(
             "recorded CUDA graphs do not see edited code: optimize(model, cuda_graphs=False)"
         )

@@ -26,6 +26,19 @@ FORMAT = "rmtcompile.state/1"
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Who made a state in this process.
+
+    Attributes:
+        model: the callable.
+        weigh: tells its weights of now.
+    """
+
+    model: Any
+    weigh: Callable[[], str]
+
+
+@dataclass(frozen=True)
 class RunState:
     """Where a run has stopped; made by `Optimized.run`, never changed.
 
@@ -35,8 +48,10 @@ class RunState:
             it, with whatever dtype, device and shape it has there.
         pending: parts of the segmented inputs that the next run reads again before its own: one tensor for
             each axis of the segmentation, in order.
-        plan: what a program has to carry to go on from here.
-        weights: tells whether a model has the weights that made the state; empty where that is not known.
+        plan: what a program has to carry to go on from here; empty where no segment was read for good.
+        weights: of a state that was read from a file: tells whether a model has the weights that made it.
+        dims: the dim along which each of `pending` is cut.
+        origin: None for a state that was read from a file.
     """
 
     segments: int
@@ -45,7 +60,7 @@ class RunState:
     plan: str
     weights: str = ""
     dims: tuple[int, ...] = ()
-    _weigh: Callable[[], str] | None = field(default=None, repr=False, compare=False)
+    origin: Origin | None = field(default=None, repr=False, compare=False)
 
     @property
     def pending_tokens(self) -> int:
@@ -56,6 +71,10 @@ class RunState:
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
         return sum(tensor.nbytes for tensor in (*self.values.values(), *self.pending))
+
+    def weighed(self) -> str:
+        """What tells the weights that made the state: those of now, if the model is in this process."""
+        return self.origin.weigh() if self.origin is not None else self.weights
 
     # ---- copies --------------------------------------------------------------------------------------------
 
@@ -157,7 +176,7 @@ class RunState:
             "format": FORMAT,
             "segments": self.segments,
             "plan": self.plan,
-            "weights": self.weights or (self._weigh() if self._weigh is not None else ""),
+            "weights": self.weighed(),
             "dims": list(self.dims),
         }
         tensors = {f"{name}@{segment}": value for (name, segment), value in self.values.items()}
@@ -189,4 +208,4 @@ class RunState:
         return RunState(header["segments"], values, pending, header["plan"], header["weights"], dims)
 
 
-__all__ = ["RunState"]
+__all__ = ["Origin", "RunState"]
