@@ -1,4 +1,4 @@
-"""passes/grid/if_conversion.py: classes share one graph, and each still computes what its body computes."""
+"""passes/grid/if_conversion/: classes share one graph, and each still computes what its body computes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from test_reroll import FirstDiffers, Kept, rules
 from torch import Tensor, fx
 from toys import Toy
 
-from rmtcompile.passes.grid.if_conversion import Merged, align, class_name
+from rmtcompile.passes.grid.if_conversion import Merged, class_name, if_convert
 from rmtcompile.passes.grid.partition import CELL
 from rmtcompile.passes.grid.reroll import ClassRule
 
@@ -56,21 +56,21 @@ def assert_computes(merged: Merged, found: dict[int, ClassRule]) -> None:
 def test_each_class_computes_what_it_did(build: Any, layer: int) -> None:
     rolled = rules(build)
     found = rolled.rules[(CELL, layer)]
-    merged = align(found, rolled.classes[(CELL, layer)].head)
+    merged = if_convert(found, rolled.classes[(CELL, layer)].head)
     assert sorted(c for one in merged for c in one.classes) == sorted(found)
     for one in merged:
         assert_computes(one, found)
 
 
 def test_one_class_needs_no_mask() -> None:
-    (merged,) = align(rules(Kept).rules[(CELL, 1)], 0)
+    (merged,) = if_convert(rules(Kept).rules[(CELL, 1)], 0)
     assert merged.masks == {} and merged.classes == (0,)
     assert not any("where" in node.name for node in merged.graph.nodes)
 
 
 def test_a_first_segment_that_does_less_shares_the_rest() -> None:
     found = rules(FirstDiffers).rules[(CELL, 1)]
-    (merged,) = align(found, 1)
+    (merged,) = if_convert(found, 1)
     operations = [node for node in merged.graph.nodes if node.op == "call_function"]
     selections = [node for node in operations if node.target is torch.ops.aten.where.self]
     assert set(merged.masks) == {0} and merged.masks[0].name == "is_first"
@@ -82,8 +82,8 @@ def test_a_first_segment_that_does_less_shares_the_rest() -> None:
 
 def test_deterministic() -> None:
     found = rules(FirstDiffers).rules[(CELL, 1)]
-    assert [str(m.graph) for m in align(found, 1)] == [
-        str(m.graph) for m in align(dict(reversed(found.items())), 1)
+    assert [str(m.graph) for m in if_convert(found, 1)] == [
+        str(m.graph) for m in if_convert(dict(reversed(found.items())), 1)
     ]
 
 

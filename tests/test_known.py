@@ -1,4 +1,4 @@
-"""known.py: numbers that a forward reads out of tensors are those of the real ones, or refused."""
+"""frontend/known/: numbers that a forward reads out of tensors are those of the real ones, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""passes/grid/lane_allocation.py: every value that crosses cells has a way that arrives in time."""
+"""passes/grid/lane_allocation/: every value that crosses cells has a way that arrives in time."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from toys import Toy
 from rmtcompile.errors import DependenceError
 from rmtcompile.ir.program import Program
 from rmtcompile.passes.grid.dependence import dependences
-from rmtcompile.passes.grid.lane_allocation import hops, route
+from rmtcompile.passes.grid.lane_allocation import allocate_lanes, hops
 from rmtcompile.passes.grid.wavefront import skew
 
 
 def program(build: Any, segments: int = 3) -> Program:
     rolled = rules(build, segments)
     found = dependences(rolled)
-    return route(rolled, frozenset(found), max(1, skew(found, rolled.n_layers)))
+    return allocate_lanes(rolled, frozenset(found), max(1, skew(found, rolled.n_layers)))
 
 
 def assert_in_time(found: Program) -> None:

@@ -14,7 +14,7 @@ from rmtcompile.binding.captured import Call
 from rmtcompile.errors import PartitionError
 from rmtcompile.frontend.capture import capture
 from rmtcompile.passes.flat.functionalise import functionalise
-from rmtcompile.passes.flat.value_numbering import number
+from rmtcompile.passes.flat.value_numbering import number_values
 from rmtcompile.passes.grid.partition import (
     CELL,
     EPILOGUE,
@@ -32,7 +32,7 @@ from rmtcompile.passes.grid.partition import (
 @torch.no_grad()
 def parts(build: Callable[[], nn.Module], segments: int = 3, layers: str | None = None) -> Partition:
     captured = capture(made(build), (features(segments),), {})
-    module = number(functionalise(captured.module).module)
+    module = number_values(functionalise(captured.module).module)
     module.graph.eliminate_dead_code()
     found = find_layers(captured.calls, call_sizes(module.graph, captured.calls), segments, layers)
     return partition(module.graph, found, segments)

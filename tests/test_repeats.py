@@ -17,7 +17,7 @@ import rmtcompile
 from rmtcompile.errors import PartitionError
 from rmtcompile.frontend.capture import capture
 from rmtcompile.passes.flat.functionalise import functionalise
-from rmtcompile.passes.flat.value_numbering import number
+from rmtcompile.passes.flat.value_numbering import number_values
 from rmtcompile.passes.grid.repeats import find_repeats
 
 N_LAYERS = 3
@@ -287,7 +287,7 @@ def test_a_function_with_a_state_that_all_segments_ignore_runs_a_layer_at_once()
 
 def graph_of(model: Any, segments: int) -> torch.fx.Graph:
     captured = capture(model, (features(segments),), {})
-    module = number(functionalise(captured.module).module)
+    module = number_values(functionalise(captured.module).module)
     module.graph.eliminate_dead_code()
     return module.graph
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from rmtcompile.errors import UnsupportedError
 from rmtcompile.passes.flat.functionalise import functionalise, overload_name, same_strides
-from rmtcompile.passes.flat.store_forwarding import _blocks, forward
+from rmtcompile.passes.flat.store_forwarding import _blocks, forward_stores
 
 torch.manual_seed(0)
 
@@ -43,7 +43,7 @@ def run(f: Callable[..., Any], *args: torch.Tensor) -> fx.GraphModule:
     """Both passes on a capture, compared with the callable itself, bit by bit."""
     functional = functionalise(capture(f, *args))
     text = str(functional.module.graph)
-    result = forward(functional.module)
+    result = forward_stores(functional.module)
     assert str(functional.module.graph) == text
     result.graph.lint()
     expected = copy.deepcopy(f)(*[a.clone() for a in args])
@@ -52,7 +52,7 @@ def run(f: Callable[..., Any], *args: torch.Tensor) -> fx.GraphModule:
         actual = actual[0]
     for mine, theirs in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
         assert mine is theirs or torch.equal(mine, theirs)
-    assert forward(result) is result, "one walk reaches the fixed point"
+    assert forward_stores(result) is result, "one walk reaches the fixed point"
     return result
 
 
@@ -103,7 +103,7 @@ def test_fires() -> None:
 
 def test_leaves_other_graphs_alone() -> None:
     gm = capture(lambda x, y: (x[0] + y.t()[1:], torch.stack([x, y]).sum()), rand(4, 4), rand(4, 4))
-    assert forward(gm) is gm
+    assert forward_stores(gm) is gm
 
 
 def test_several_users() -> None:
@@ -234,7 +234,7 @@ def test_gradients_stay_cut() -> None:
         return (kept[0] * a + torch.stack([a, b]).detach()[0] * a + torch.stack([a, b])[0]).sum()
 
     a, b = rand(3).requires_grad_(), rand(3)
-    result = forward(functionalise(capture(f, a, b)).module)
+    result = forward_stores(functionalise(capture(f, a, b)).module)
     (mine,) = torch.autograd.grad(result(a, b), a)
     (theirs,) = torch.autograd.grad(f(a, b), a)
     assert torch.equal(mine, theirs)
@@ -321,14 +321,14 @@ def test_scope_of_loads_is_the_readers() -> None:
     gm = capture(lambda a: (torch.cat([a, a])[1:3] * 2, torch.cat([a, a])[1:3] * 3), rand(2))
     for node in gm.graph.nodes:
         node.meta["scope"] = node.name
-    for node in forward(gm).graph.nodes:
+    for node in forward_stores(gm).graph.nodes:
         assert node.meta["scope"]
 
 
 def test_refuses_graphs_that_write() -> None:
     gm = capture(lambda x: (x * 2).add_(1), rand(2))
     with pytest.raises(UnsupportedError) as caught:
-        forward(gm)
+        forward_stores(gm)
     lines = str(caught.value).splitlines()
     assert lines[0] == "forward needs a functional graph"
     assert "add_" in lines[1]
@@ -345,7 +345,7 @@ def test_deep_chains() -> None:
         return state[0] + 0, state[:, 0][1] + 0
 
     gm = capture(f, rand(2))
-    result = forward(gm)
+    result = forward_stores(gm)
     assert names(result).count("select_scatter") == 0
     assert torch.equal(result(torch.ones(2, dtype=torch.float64))[0], torch.ones(2, dtype=torch.float64))
 

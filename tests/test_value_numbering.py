@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from rmtcompile.passes.flat.value_numbering import is_numberable, is_random, key_of, number
+from rmtcompile.passes.flat.value_numbering import is_numberable, is_random, key_of, number_values
 
 
 def traced(fn: Callable[..., object], *args: Tensor) -> fx.GraphModule:
@@ -25,7 +25,7 @@ X = torch.randn(2, 3)
 
 
 def test_fires() -> None:
-    module = number(traced(lambda x: x.sin() + x.sin(), X))
+    module = number_values(traced(lambda x: x.sin() + x.sin(), X))
     assert names(module) == ["sin", "add"]
 
 
@@ -41,7 +41,7 @@ def test_fires() -> None:
 def test_leaves_other_values_alone(fn: Callable[[Tensor], Tensor]) -> None:
     module = traced(fn, X)
     before = len(set(names(module)))
-    again = number(number(module))
+    again = number_values(number_values(module))
     assert torch.equal(again(X), fn(X))
     assert len(set(names(again))) == before
 
@@ -49,7 +49,7 @@ def test_leaves_other_values_alone(fn: Callable[[Tensor], Tensor]) -> None:
 def test_nothing_to_do_gives_the_same_graph() -> None:
     module = traced(lambda x: x.sin().cos(), X)
     before = str(module.graph)
-    assert number(module) is module and str(module.graph) == before
+    assert number_values(module) is module and str(module.graph) == before
 
 
 def test_keeps_bits() -> None:
@@ -59,7 +59,7 @@ def test_keeps_bits() -> None:
         return a + b, torch.full((2,), float("nan")), x.to(torch.float64), x.to(torch.float32)
 
     expected = fn(X)
-    module = number(traced(fn, X))
+    module = number_values(traced(fn, X))
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(expected, module(X), strict=True))
     assert names(module).count("softmax") == 1
 
@@ -73,7 +73,7 @@ def test_several_users_and_chains() -> None:
             total = total + F.gelu(x.sin().cos() * 2)
         return total
 
-    assert sorted(names(number(traced(fn, X)))) == ["add"] * 4 + ["cos", "gelu", "mul", "sin"]
+    assert sorted(names(number_values(traced(fn, X)))) == ["add"] * 4 + ["cos", "gelu", "mul", "sin"]
 
 
 def test_scopes_of_all_that_were_merged() -> None:
@@ -81,7 +81,7 @@ def test_scopes_of_all_that_were_merged() -> None:
     sines = [node for node in module.graph.nodes if "sin" in node.name]
     for i, node in enumerate(sines):
         node.meta["scope"] = (i,)
-    number(module)
+    number_values(module)
     assert sines[0].meta["scopes"] == {(0,), (1,), (2,)}
 
 
@@ -90,19 +90,19 @@ def test_contexts_keep_values_apart() -> None:
     module = traced(lambda x: x.sin() + x.sin(), X)
     first = next(node for node in module.graph.nodes if "sin" in node.name)
     first.meta["context"] = ("torch.autocast('cpu')",)
-    assert names(number(module)).count("sin") == 2
+    assert names(number_values(module)).count("sin") == 2
 
 
 def test_random_numbers_are_never_merged() -> None:
     module = traced(lambda x: F.dropout(x, 0.5, True) + F.dropout(x, 0.5, True), X)
     drops = [node for node in module.graph.nodes if "dropout" in node.name]
     assert len(drops) == 2 and all(is_random(node) and not is_numberable(node) for node in drops)
-    assert names(number(module)).count("dropout") == 2
+    assert names(number_values(module)).count("dropout") == 2
 
 
 def test_dropout_that_drops_nothing_is_a_value() -> None:
     module = traced(lambda x: F.dropout(x, 0.5, False) + F.dropout(x, 0.5, False), X)
-    assert names(number(module)).count("dropout") <= 1
+    assert names(number_values(module)).count("dropout") <= 1
     assert not any(is_random(node) for node in module.graph.nodes if node.op == "call_function")
 
 
@@ -111,7 +111,7 @@ def test_attention_without_dropout_is_a_value() -> None:
     module = traced(
         lambda q: F.scaled_dot_product_attention(q, q, q) + F.scaled_dot_product_attention(q, q, q), q
     )
-    assert names(number(module)).count("scaled_dot_product_attention") == 1
+    assert names(number_values(module)).count("scaled_dot_product_attention") == 1
 
 
 @pytest.mark.parametrize(

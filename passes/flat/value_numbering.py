@@ -69,7 +69,9 @@ def key_of(value: Any) -> Any:
     return (type(value).__name__, value)
 
 
-def number(module: fx.GraphModule, inside: Callable[[fx.Node], bool] = lambda node: False) -> fx.GraphModule:
+def number_values(
+    module: fx.GraphModule, inside: Callable[[fx.Node], bool] = lambda node: False
+) -> fx.GraphModule:
     """Merge equal nodes of a functional graph, in place of the given module's graph; see the module
     docstring.
 

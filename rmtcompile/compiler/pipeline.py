@@ -26,7 +26,7 @@ from rmtcompile.options import Options
 from rmtcompile.passes.cell.optimise import optimise
 from rmtcompile.passes.emit import Emitted, emit
 from rmtcompile.passes.grid.dependence import Dependence, dependences
-from rmtcompile.passes.grid.lane_allocation import route
+from rmtcompile.passes.grid.lane_allocation import allocate_lanes
 from rmtcompile.passes.grid.reroll import Rolled, Unrolled, fixed, reroll
 from rmtcompile.schedule import skew
 
@@ -157,7 +157,7 @@ def _scheduled(
 ) -> tuple[Program, Emitted]:
     """From rules to a program on levels alpha * s + l, and its source."""
     with log.stage("route, align"):
-        program = replace(route(rolled, offsets, alpha), segmented=segmented)
+        program = replace(allocate_lanes(rolled, offsets, alpha), segmented=segmented)
     with log.stage("optimise"):
         program = optimise(program, passes_off)
     with log.stage("lift, emit"):

@@ -22,10 +22,10 @@ from rmtcompile.passes.flat.decompose import decompose
 from rmtcompile.passes.flat.functionalise import alias_root, functionalise, is_mutating
 from rmtcompile.passes.flat.pieces import pieces
 from rmtcompile.passes.flat.spread import spread
-from rmtcompile.passes.flat.store_forwarding import forward
+from rmtcompile.passes.flat.store_forwarding import forward_stores
 from rmtcompile.passes.flat.stream import stream
 from rmtcompile.passes.flat.tiles import tiles
-from rmtcompile.passes.flat.value_numbering import is_random, number
+from rmtcompile.passes.flat.value_numbering import is_random, number_values
 from rmtcompile.passes.grid.partition import partition
 from rmtcompile.passes.grid.repeats import inside_layers, layers_of
 from rmtcompile.passes.grid.reroll import Unrolled, unroll
@@ -87,7 +87,7 @@ def _placed(
         merge_literals(captured, literal)
         box.append(captured.module)
     with log.stage("forward", captured.module) as box:
-        captured.module = forward(captured.module)
+        captured.module = forward_stores(captured.module)
         box.append(captured.module)
     with log.stage("stream, spread", captured.module) as box:
         inside = inside_layers(captured.graph, captured.calls, count, options.layers)
@@ -97,7 +97,7 @@ def _placed(
         captured.module = decompose(captured.module)
         box.append(captured.module)
     with log.stage("number", captured.module) as box:
-        captured.module = number(captured.module, inside)
+        captured.module = number_values(captured.module, inside)
         box.append(captured.module)
     with log.stage("tiles", captured.module) as box:
         captured.module = tiles(captured.module, inside)

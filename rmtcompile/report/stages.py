@@ -15,7 +15,7 @@ from torch import fx
 
 from rmtcompile.ir.program import Program
 from rmtcompile.passes.cell.optimise import PASSES, optimise
-from rmtcompile.passes.grid.lane_allocation import route
+from rmtcompile.passes.grid.lane_allocation import allocate_lanes
 from rmtcompile.report.names import op_name
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def programs(compiled: Compiled, switched_off: frozenset[str]) -> Iterator[tuple[str, Program]]:
     """("route", the program as it was routed), then the program after each pass that was on."""
-    program = route(compiled.rolled, compiled.program.offsets, compiled.program.alpha)
+    program = allocate_lanes(compiled.rolled, compiled.program.offsets, compiled.program.alpha)
     yield "route, align", program
     for name in PASSES:
         if name not in switched_off:

@@ -1,4 +1,4 @@
-"""forward: let every load read the value that was stored, past the glue that keeps values together.
+"""Store forwarding: let every load read the value that was stored, past the glue that keeps values together.
 
     st1 = select_scatter(st0, a, 0, 0)       st1 = select_scatter(st0, a, 0, 0)
     st2 = select_scatter(st1, b, 0, 1)  =>   st2 = select_scatter(st1, b, 0, 1)
@@ -23,6 +23,6 @@ layouts.py   strides after the rewrite;  rewrite.py  the walk
 from __future__ import annotations
 
 from rmtcompile.passes.flat.store_forwarding.ranges import blocks as _blocks
-from rmtcompile.passes.flat.store_forwarding.rewrite import forward
+from rmtcompile.passes.flat.store_forwarding.rewrite import forward_stores
 
-__all__ = ["_blocks", "forward"]
+__all__ = ["_blocks", "forward_stores"]

@@ -130,7 +130,7 @@ class Forwarder(Loads):
         node.replace_all_uses_with(found)
 
 
-def forward(gm: fx.GraphModule) -> fx.GraphModule:
+def forward_stores(gm: fx.GraphModule) -> fx.GraphModule:
     """Rewrites loads of stored values into the values; the same module object if there is nothing to do."""
     with deep_recursion():
         return Forwarder(gm).run()
