@@ -73,6 +73,7 @@ def test_memory_does_not_grow_with_the_segments(name: str) -> None:
     assert peak_bytes(last, tokens(LONG)) > 4 * peak_bytes(last, tokens(SHORT)), "what is measured grows"
 
 
+@torch.no_grad()
 def test_logits_are_not_held_where_tokens_are_returned() -> None:
     model = made(WholeInput)
     fast = rmtcompile.optimize(lambda ids: model(ids).argmax(-1))
@@ -85,14 +86,17 @@ def test_logits_are_not_held_where_tokens_are_returned() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
 def test_only_what_is_returned_grows(name: str) -> None:
-    """All logits: they, and once more their pieces while they are put together."""
+    """All logits, and what they are made of at the end: their pieces while they are put together, or, where
+    the head reads the whole input, its hidden states in pieces, joined, and normalised."""
     model = MODELS[name]()
+    beside = 1 if name == "authors" else 3 * WIDTH / WORDS
     fast = rmtcompile.optimize(lambda ids: logits(model(ids)))
     held = {}
     for segments in (SHORT, LONG):
         out = fast(tokens(segments))
-        held[segments] = peak_bytes(fast, tokens(segments)) - 2 * out.nbytes
+        held[segments] = peak_bytes(fast, tokens(segments)) - (1 + beside) * out.nbytes
     assert held[LONG] <= 1.05 * held[SHORT], held
 
 

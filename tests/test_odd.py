@@ -464,7 +464,7 @@ def broken(*_: Any, **__: Any) -> Any:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "place", ["rmtcompile.compiler.pipeline.route", "rmtcompile.runtime.execute.Executor.run"]
+    "place", ["rmtcompile.compiler.pipeline.allocate_lanes", "rmtcompile.runtime.execute.Executor.run"]
 )
 def test_a_bug_is_told_from_a_refusal(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = made(Walk)
