@@ -83,7 +83,7 @@ def test_half_precision_sums_in_float32() -> None:
 def test_only_for_compiled_cells() -> None:
     fast = rmtcompile.optimize(made(AttributeState))
     assert_equal_runs(made(AttributeState), fast, [features(3)])
-    assert "thin_products" in fast._compile_options((features(3),), {}).passes_off
+    assert "thin_products" in fast._programs._compile_options((features(3),), {}).passes_off
     compiled = rmtcompile.optimize(made(AttributeState), backend="aot_eager")
     assert_equal_runs(made(AttributeState), compiled, [features(3)])
-    assert "thin_products" not in compiled._compile_options((features(3),), {}).passes_off
+    assert "thin_products" not in compiled._programs._compile_options((features(3),), {}).passes_off
