@@ -22,7 +22,7 @@ from rmtcompile.dispatch.advancing import left, prepared
 from rmtcompile.dispatch.boundary import explained
 from rmtcompile.dispatch.calls import Call, TooFewSegments
 from rmtcompile.dispatch.entries import Entry
-from rmtcompile.dispatch.leaving import leave_effects, write_back
+from rmtcompile.dispatch.leaving import leave
 from rmtcompile.dispatch.programs import Programs
 from rmtcompile.dispatch.verify import STOPS, is_no_fault, tensors_of
 from rmtcompile.errors import (
@@ -202,7 +202,8 @@ class Optimized(Opaque):
                     while len(self._refusals) > self.REFUSALS:
                         self._refusals.popitem(last=False)
                 return self._as_it_is(str(error), args, kwargs)
-            result = self._left(entry, call.count, outputs, args, kwargs)
+            leave(entry, call.count, outputs, tensors_of(args, kwargs))
+            result = value_of(entry.compiled.result, outputs, call.count)
             if running is None:
                 self._programs.choose_plan(entry, args, kwargs)
                 entry.executor.record(tensors_of(args, kwargs))
@@ -238,7 +239,7 @@ class Optimized(Opaque):
                 given = advance.first, advance.border, values
                 outputs, found = entry.executor.advance(advance.total, inputs, *given)
             after = left(self._programs, advance, state, found)
-            leave_effects(entry.compiled, advance.total, outputs)
+            leave(entry, advance.total, outputs, inputs)
             return value_of(entry.compiled.result, outputs, advance.call.count), after
 
     def _kind(self, args: Any, kwargs: Any) -> Any:
@@ -288,18 +289,6 @@ class Optimized(Opaque):
                 [found],
                 "fallback='sequential' runs the model as it is",
             ) from error
-
-    def _left(self, entry: Entry, count: int, outputs: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
-        """The result, once the model is left as its forward would leave it."""
-        leave_effects(entry.compiled, count, outputs)
-        if not entry.settled:
-            entry.settled = True
-            if any(
-                effect.change is not None and effect.change.is_hook for effect, _ in entry.compiled.effects
-            ):
-                entry.compiled.captures[0].guard.settle()
-        write_back(entry.compiled, outputs, tensors_of(args, kwargs))
-        return value_of(entry.compiled.result, outputs, count)
 
     # ---- looking -------------------------------------------------------------------------------------------
 

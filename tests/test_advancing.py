@@ -378,6 +378,45 @@ def test_forwards_that_need_the_whole_input_are_refused(enter: Any, what: str) -
         fast.run(features(5))
 
 
+class Counting(Toy):
+    """Goes on from where its last call has stopped, by a number of its own."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.read, self.kept = 0, {"read": 0}
+        self.where = where
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = self.read if self.where == "number" else self.kept["read"]
+        out = super().forward(x + start / 8)
+        if self.where == "number":
+            self.read = start + x.shape[1]
+        else:
+            self.kept = {"read": start + x.shape[1]}
+        return out
+
+
+@pytest.mark.parametrize("where", ["number", "dict"])
+@torch.no_grad()
+def test_forwards_that_go_on_by_themselves_are_refused(where: str) -> None:
+    model = made(lambda: Counting(where))
+    with pytest.raises(UnsupportedError, match=r"goes on by itself from a number .* Counting\.(read|kept)"):
+        rmtcompile.optimize(model).run(features(5))
+
+
+class Writing(Toy):
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        x.mul_(0.5)
+        return out
+
+
+@torch.no_grad()
+def test_forwards_that_write_into_their_input_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="it writes into its input"):
+        rmtcompile.optimize(made(Writing)).run(features(5))
+
+
 @torch.no_grad()
 def test_row_wise_work_on_the_whole_input_is_done_on_the_part() -> None:
     model = made(lambda: Whole(lambda x, h, s: cut(2 * x + 1, s).tanh()))

@@ -77,7 +77,7 @@ class Refill:
 
 @dataclass(frozen=True)
 class Carried:
-    """What goes over a border between segments.
+    """What goes over a border between segments: results of cells, and values that are read outside of cells.
 
     Attributes:
         obstacle: why no run can go on where another one has stopped; empty if it can.
@@ -90,6 +90,11 @@ class Carried:
     taps: tuple[CarriedTap, ...] = ()
     refills: tuple[Refill, ...] = ()
     tail: int = 0
+
+    @property
+    def kept(self) -> tuple[CarriedCell | CarriedTap, ...]:
+        """All carried values."""
+        return (*self.cells, *self.taps)
 
 
 def carried(program: Program, regions: Regions, enter: Calls, leave: Calls) -> Carried:
@@ -164,11 +169,11 @@ def _taps(program: Program, regions: Regions, enter: Calls, leave: Calls) -> tup
     at: dict[str, set[int]] = defaultdict(set)
     for source in _reads(program, enter, leave):
         if source.kind in GRID:
-            tap = regions.tap_name(source)
+            kept = regions.tap_name(source)
             if source.relative:
-                back[tap] = max(back[tap], source.segment)
+                back[kept] = max(back[kept], source.segment)
             else:
-                at[tap].add(source.segment)
+                at[kept].add(source.segment)
     found = []
     for tap in program.taps:
         if back[tap.name] or at[tap.name]:
@@ -250,8 +255,8 @@ def _case_obstacle(program: Program, regions: Regions, calls: Calls, case: Case)
     for node in case.parts.before:
         if node in found and not is_own_part(node, ints[node]):
             return f"{_said(node)} reads more of the input than its own segment"
-    for node, live_in in zip(rule.body.live_ins, rule.sources, strict=True):
-        whole = [x for x in (node if isinstance(node, tuple) else (node,)) if x in case.parts.inputs]
+    for value, live_in in zip(rule.body.live_ins, rule.sources, strict=True):
+        whole = [x for x in (value if isinstance(value, tuple) else (value,)) if x in case.parts.inputs]
         if whole and any(_is_inner(program, regions, source) for source in sources_of(live_in)):
             return f"the {calls.kind} reads the whole input"
         if isinstance(live_in.steady, Each) and not is_last:

@@ -63,6 +63,10 @@ class ModuleGuard:
         around: what a callable that is no module refers to.
         kept: identities of objects that the forward leaves somewhere as they are.
 
+    Attributes:
+        counters: names of the slots whose numbers the forward reads and leaves different: it goes on from them
+            at its next call.
+
     Raises:
         CaptureError: the forward has read what cannot be watched.
     """
@@ -79,6 +83,7 @@ class ModuleGuard:
         self._slots: list[Slot] = list(around.slots) if around is not None else []
         self._cells = list(around.cells) if around is not None else []
         self._refilled: list[Slot] = []
+        self._counting: list[Slot] = []  # numbers that the forward leaves different
         self._tensors: list[tuple[Slot, torch.Size | None]] = []  # None where the forward leaves another one
         self._closed: list[tuple[Any, str]] = []  # containers whose number of entries is fixed
         self._open: list[tuple[Any, set[str], str]] = []  # namespaces in which these names are missing
@@ -102,6 +107,9 @@ class ModuleGuard:
         self._classes([m for root in roots.values() for m in root.modules()], names)
         del self._copies
         self._structure = template([slot.value for slot in self._refilled])
+        self.counters = tuple(slot.name for slot in self._counting) + tuple(
+            slot.name for slot in self._refilled if any(map(_is_number, template(slot.value)))
+        )
         self._freeze()
 
     # ---- what is watched -----------------------------------------------------------------------------------
@@ -148,6 +156,8 @@ class ModuleGuard:
             if not isinstance(slot.owner, (tuple, *SETS)):
                 self._tensors.append((slot, None if is_changed else value.shape))
             return False
+        if is_changed and type(value) in (int, float):
+            self._counting.append(slot)
         is_free = not isinstance(value, ATOMS) and is_changed
         if base_of(type(value)) in SETS or (is_free and id(value) not in self._kept):
             self._refilled.append(slot)
@@ -305,6 +315,11 @@ def spaces_of(value: Any) -> list[Any]:
     if base_of(type(value)) is not object:
         kinds["item"] = None
     return [space_of(value, kind) for kind in kinds]
+
+
+def _is_number(entry: Any) -> bool:
+    """Whether an entry of a template is a number that may count something."""
+    return isinstance(entry, tuple) and entry[0] in (int, float)
 
 
 def _lie_together(ways: Sequence[tuple[nn.Module, Path]]) -> bool:

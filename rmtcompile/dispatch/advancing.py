@@ -73,15 +73,25 @@ def prepared(programs: Programs, state: RunState | None, args: Any, kwargs: Any)
     if compiled.rolled.fixed is not None and not first:  # a text so short is read again with what follows
         return Advance(call, entry, args, kwargs, 0, 0)
     carried = compiled.emitted.carried
-    obstacle = carried.obstacle
-    if any(has_family(rule) for _, rule in compiled.effects):
-        obstacle = obstacle or "the forward leaves a list over all segments in its modules"
+    obstacle = carried.obstacle or _obstacle(compiled)
     if obstacle:
         raise UnsupportedError(f"this forward cannot be run in parts: {obstacle}", remedy=_HELP)
     if state is not None and first:
         _check(programs, state, compiled, call.segmentation)
     border = max(first + call.count - carried.tail, first)
     return Advance(call, entry, args, kwargs, first, border)
+
+
+def _obstacle(compiled: Compiled) -> str:
+    """Why what a forward leaves behind does not let it be run in parts."""
+    if any(has_family(rule) for _, rule in compiled.effects):
+        return "it leaves a list over all segments in its modules"
+    if any(kind == "input" for kind, _ in compiled.written):
+        return "it writes into its input"
+    counters = compiled.captures[0].guard.counters
+    if counters:
+        return f"it goes on by itself from a number that it has left in {counters[0]}"
+    return ""
 
 
 def joined(programs: Programs, state: RunState, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -140,11 +150,10 @@ def left(
 
 def fingerprint(compiled: Compiled, segmentation: Segmentation) -> str:
     """Equal for programs that can go on from each other's states, whatever the schedule or the sizes."""
-    carried = compiled.emitted.carried
     said = [
         compiled.program.n_layers,
         [(axis.dim, axis.length) for axis in segmentation.axes],
-        sorted((one.name, one.back) for one in (*carried.cells, *carried.taps)),
+        sorted((one.name, one.back) for one in compiled.emitted.carried.kept),
     ]
     return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 

@@ -8,6 +8,23 @@ import torch
 
 from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.compiler.results import value_of
+from rmtcompile.dispatch.entries import Entry
+
+
+def leave(entry: Entry, count: int, outputs: tuple[Any, ...], inputs: list[torch.Tensor]) -> None:
+    """Leave the model and the arguments of a call as the forward would leave them.
+
+    Args:
+        count: segments of the text.
+        outputs: of the captured graph.
+        inputs: tensor arguments.
+    """
+    leave_effects(entry.compiled, count, outputs)
+    if not entry.settled:
+        entry.settled = True
+        if any(effect.change is not None and effect.change.is_hook for effect, _ in entry.compiled.effects):
+            entry.compiled.captures[0].guard.settle()
+    write_back(entry.compiled, outputs, inputs)
 
 
 def leave_effects(compiled: Compiled, count: int, outputs: tuple[Any, ...]) -> None:

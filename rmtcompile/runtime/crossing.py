@@ -76,7 +76,7 @@ class Crossing:
     def left(self) -> dict[Key, torch.Tensor]:
         """What segments after the border read of those before it."""
         wanted: set[Key] = set()
-        for one in (*self.carried.cells, *self.carried.taps):
+        for one in self.carried.kept:
             wanted |= {(one.name, s) for s in range(self.border - one.back, self.border)}
             if isinstance(one, CarriedTap):
                 wanted |= {(one.name, s) for s in one.at if s < self.border}
