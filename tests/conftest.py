@@ -1,4 +1,4 @@
-"""What every test has: one thread, fixed seeds, no network, a compile cache of its own, and `golden`."""
+"""What every test has: one thread, fixed seeds, no network, and a compile cache of its own."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
-from pathlib import Path
 
 # Read by torch and transformers when they are imported; pytest-xdist's workers inherit them.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
@@ -23,7 +21,6 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-GOLDEN = Path(__file__).parent / "golden"
 USES_TRANSFORMERS = re.compile(r"\b(transformers|rmtcompile\.models|zoo)\b")
 
 torch.set_num_threads(1)
@@ -35,10 +32,6 @@ except ImportError:
 else:
     settings.register_profile("rmtcompile", deadline=None, derandomize=True, print_blob=True)
     settings.load_profile("rmtcompile")
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden from this run")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,19 +58,9 @@ def _fresh() -> None:
         torch.compiler.reset()
 
 
-@pytest.fixture
-def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """`golden(name, text)`: the text equals tests/golden/<name>.txt, which --update-golden rewrites."""
+@pytest.fixture(autouse=True)
+def _checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs are checked between passes (`rmtcompile/compiler/checks.py`)."""
+    from rmtcompile.compiler.stages import Log
 
-    def check(name: str, text: str) -> None:
-        path = GOLDEN / f"{name}.txt"
-        text = text.rstrip("\n") + "\n"
-        if request.config.getoption("--update-golden"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        elif not path.exists():
-            pytest.fail(f"{path} does not exist: look at what you get, then run pytest with --update-golden")
-        else:
-            assert text == path.read_text(encoding="utf-8"), f"differs from {path} (see --update-golden)"
-
-    return check
+    monkeypatch.setattr(Log, "always_checks", True)

@@ -64,8 +64,8 @@ class ModuleGuard:
         kept: identities of objects that the forward leaves somewhere as they are.
 
     Attributes:
-        counters: names of the slots whose numbers the forward reads and leaves different: it goes on from them
-            at its next call.
+        counters: names of the slots whose numbers the forward reads and leaves different: its next call goes
+            on from them.
 
     Raises:
         CaptureError: the forward has read what cannot be watched.

@@ -13,6 +13,7 @@ from torch import fx
 
 from rmtcompile.binding.captured import Capture, Effect, Leaf
 from rmtcompile.binding.values import Values
+from rmtcompile.compiler.checks import check_program
 from rmtcompile.compiler.loading import load, unload
 from rmtcompile.compiler.results import Aligner, Pairs
 from rmtcompile.compiler.stages import Log, Progress, Stage
@@ -103,7 +104,7 @@ def compile_forward(
     Raises:
         UnsupportedError: with the evidence and a remedy.
     """
-    log = Log(progress)
+    log = Log(progress, options.verify)
     captures: tuple[Capture, ...]
     if only is not None:
         single, small, paths, written = unrolled_forward(fn, args, kwargs, segmentation, only, options, log)
@@ -158,8 +159,12 @@ def _scheduled(
     """From rules to a program on levels alpha * s + l, and its source."""
     with log.stage("route, align"):
         program = replace(allocate_lanes(rolled, offsets, alpha), segmented=segmented)
+    if log.checks:
+        check_program(program, "lane allocation")
     with log.stage("optimise"):
         program = optimise(program, passes_off)
+    if log.checks:
+        check_program(program, "optimise")
     with log.stage("lift, emit"):
         return program, emit(program, TITLE)
 

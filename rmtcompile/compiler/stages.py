@@ -33,9 +33,18 @@ class Stage:
 
 
 class Log:
-    """Times stages, counts operations and reports progress."""
+    """Times stages, counts operations and reports progress.
 
-    def __init__(self, progress: Progress | None) -> None:
+    Args:
+        progress: called with the name of each stage.
+        checks: whether programs are checked between passes (`checks.py`).
+    """
+
+    always_checks = False
+    """Check in any case, as the tests do."""
+
+    def __init__(self, progress: Progress | None, checks: bool = False) -> None:
+        self.checks = checks or self.always_checks
         self.stages: list[Stage] = []
         self.progress = progress
 

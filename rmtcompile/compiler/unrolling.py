@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from rmtcompile.binding.captured import Capture
+from rmtcompile.compiler.checks import check_flat
 from rmtcompile.compiler.stages import Log
 from rmtcompile.errors import CaptureError
 from rmtcompile.frontend.capture import capture
@@ -73,44 +76,81 @@ def unrolled_forward(
     return _placed(captured, count, options, log)
 
 
+@dataclass
+class Flat:
+    """What the passes on the flat graph work on.
+
+    Attributes:
+        captured: its module is the graph; each pass replaces it.
+        count: segments.
+        layers: the user's path of the layers, if there is one.
+        written: ("leaf" | "input", name) of each tensor that the forward writes in place.
+    """
+
+    captured: Capture
+    count: int
+    layers: str | None
+    written: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def module(self) -> fx.GraphModule:
+        """The graph as it is now."""
+        return self.captured.module
+
+    @cached_property
+    def inside(self) -> Callable[[fx.Node], bool]:
+        """Whether an operation lies inside a layer."""
+        return inside_layers(self.captured.graph, self.captured.calls, self.count, self.layers)
+
+
+def _functional(flat: Flat) -> fx.GraphModule:
+    """No writes in place; splits by one length; literals of equal contents are one."""
+    captured = flat.captured
+    literal = literals(captured)
+    functional = functionalise(captured.module)
+    flat.written = _flatten_writes(functional.module, tuple(functional.writes), captured, literal)
+    captured.module = pieces(functional.module)
+    merge_literals(captured, literal)
+    return captured.module
+
+
+def _alive(flat: Flat) -> fx.GraphModule:
+    """Nothing that nobody reads."""
+    flat.module.graph.eliminate_dead_code()
+    return flat.module
+
+
+PASSES: tuple[tuple[str, Callable[[Flat], fx.GraphModule]], ...] = (
+    ("functionalise", _functional),
+    ("forward", lambda flat: forward_stores(flat.module)),
+    ("stream, spread", lambda flat: spread(stream(flat.module, flat.inside), flat.inside)),
+    ("decompose", lambda flat: decompose(flat.module)),
+    ("number", lambda flat: number_values(flat.module, flat.inside)),
+    ("tiles", lambda flat: tiles(flat.module, flat.inside)),
+    ("drop", _alive),
+)
+"""The passes on the flat graph, in order."""
+
+
 @autocast_as()
 def _placed(
     captured: Capture, count: int, options: Options, log: Log
 ) -> tuple[Capture, Unrolled, tuple[str, ...], tuple[tuple[str, str], ...]]:
     """See `unrolled_forward`: from the capture on."""
     _refuse_random(captured)
-    with log.stage("functionalise", captured.module) as box:
-        literal = literals(captured)
-        functional = functionalise(captured.module)
-        written = _flatten_writes(functional.module, tuple(functional.writes), captured, literal)
-        captured.module = pieces(functional.module)
-        merge_literals(captured, literal)
-        box.append(captured.module)
-    with log.stage("forward", captured.module) as box:
-        captured.module = forward_stores(captured.module)
-        box.append(captured.module)
-    with log.stage("stream, spread", captured.module) as box:
-        inside = inside_layers(captured.graph, captured.calls, count, options.layers)
-        captured.module = spread(stream(captured.module, inside), inside)
-        box.append(captured.module)
-    with log.stage("decompose", captured.module) as box:
-        captured.module = decompose(captured.module)
-        box.append(captured.module)
-    with log.stage("number", captured.module) as box:
-        captured.module = number_values(captured.module, inside)
-        box.append(captured.module)
-    with log.stage("tiles", captured.module) as box:
-        captured.module = tiles(captured.module, inside)
-        box.append(captured.module)
-    with log.stage("drop", captured.module) as box:
-        captured.module.graph.eliminate_dead_code()
-        box.append(captured.module)
+    flat = Flat(captured, count, options.layers)
+    for name, run in PASSES:
+        with log.stage(name, captured.module) as box:
+            captured.module = run(flat)
+            box.append(captured.module)
+        if log.checks:
+            check_flat(captured.graph, name, captured.leaves, functional=True)
     with log.stage("partition"):
         graph = captured.module.graph
         layers = layers_of(graph, captured.calls, count, options.layers)
         parts = partition(graph, layers, count)
         unrolled = unroll(graph, parts, {target: leaf.name for target, leaf in captured.leaves.items()})
-    return captured, unrolled, layers.paths, written
+    return captured, unrolled, layers.paths, flat.written
 
 
 def resize(args: Any, kwargs: Any, segmentation: Segmentation, count: int) -> tuple[Any, Any]:
