@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 from rmtcompile.passes.flat.functionalise import functionalise, overload_name, same_strides
-from rmtcompile.passes.flat.store_forwarding import forward
+from rmtcompile.passes.flat.store_forwarding import forward_stores
 from rmtcompile.passes.flat.stream import row_wise, stream
 
 S, T, D, V = 4, 5, 6, 10
@@ -37,7 +37,7 @@ def captured(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
     traced = make_fx(f, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(*args)
     for node in traced.graph.nodes:
         node.meta["source"] = overload_name(node)
-    return forward(functionalise(traced).module)
+    return forward_stores(functionalise(traced).module)
 
 
 def run(
