@@ -236,10 +236,10 @@ class Optimized(Opaque):
             self._last = entry, advance.call.count
             values = state.values if state is not None else {}
             with explained(self.model, args, kwargs, running=True):
-                given = advance.first, advance.border, values
-                outputs, found = entry.executor.advance(advance.total, inputs, *given)
+                given = advance.call.first, advance.border, values
+                outputs, found = entry.executor.advance(advance.call.total, inputs, *given)
             after = left(self._programs, advance, state, found)
-            leave(entry, advance.total, outputs, inputs)
+            leave(entry, advance.call.total, outputs, inputs)
             return value_of(entry.compiled.result, outputs, advance.call.count), after
 
     def _kind(self, args: Any, kwargs: Any) -> Any:

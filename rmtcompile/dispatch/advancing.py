@@ -37,9 +37,8 @@ class Advance:
     """A call and how it goes on.
 
     Attributes:
-        call: with the segments of this call's own input.
+        call: its segments, and how many were read before.
         args, kwargs: of the forward, with what was pending before them.
-        first: the segment with which they begin.
         border: the segment before which the next call will start.
     """
 
@@ -47,13 +46,7 @@ class Advance:
     entry: Entry
     args: Any
     kwargs: Any
-    first: int
     border: int
-
-    @property
-    def total(self) -> int:
-        """Segments, those that were read before included."""
-        return self.first + self.call.count
 
 
 def prepared(programs: Programs, state: RunState | None, args: Any, kwargs: Any) -> Advance:
@@ -71,15 +64,14 @@ def prepared(programs: Programs, state: RunState | None, args: Any, kwargs: Any)
     call, entry = programs.entry(call, args, kwargs)
     compiled = entry.compiled
     if compiled.rolled.fixed is not None and not first:  # a text so short is read again with what follows
-        return Advance(call, entry, args, kwargs, 0, 0)
+        return Advance(call, entry, args, kwargs, 0)
     carried = compiled.emitted.carried
     obstacle = carried.obstacle or _obstacle(compiled)
     if obstacle:
         raise UnsupportedError(f"this forward cannot be run in parts: {obstacle}", remedy=_HELP)
     if state is not None and first:
         _check(programs, state, compiled, call.segmentation)
-    border = max(first + call.count - carried.tail, first)
-    return Advance(call, entry, args, kwargs, first, border)
+    return Advance(call, entry, args, kwargs, max(call.total - carried.tail, first))
 
 
 def _obstacle(compiled: Compiled) -> str:
@@ -130,12 +122,13 @@ def left(
 ) -> RunState:
     """The state after a call."""
     compiled, segmentation = advance.entry.compiled, advance.call.segmentation
-    if advance.border == advance.first:
+    first = advance.call.first
+    if advance.border == first:
         values = state.values if state is not None else {}
     inputs = tensors_of(advance.args, advance.kwargs)
     pending = []
     for axis in segmentation.axes:
-        start = (advance.border - advance.first) * axis.length
+        start = (advance.border - first) * axis.length
         value = inputs[axis.leaf]
         pending.append(value.narrow(axis.dim, start, value.shape[axis.dim] - start).clone())
     return RunState(

@@ -25,3 +25,8 @@ class Call:
     count: int
     key: Any
     first: int = 0
+
+    @property
+    def total(self) -> int:
+        """Segments of the text so far."""
+        return self.first + self.count

@@ -24,11 +24,9 @@ import torch
 
 from rmtcompile.dispatch.calls import Call, TooFewSegments
 from rmtcompile.dispatch.compared import (
-    ENOUGH,
     LONGER,
     first_segments,
     length_to_check,
-    repeated,
     rounding,
     unexplained,
 )
@@ -50,16 +48,27 @@ class Lengthening:
     def __init__(self, programs: Programs) -> None:
         self._programs = programs
 
+    def is_settled(self, entry: Entry, count: int) -> bool:
+        """Whether nothing is left to be looked at before a program runs so many segments."""
+        rolled, lengths = entry.compiled.rolled, entry.lengths
+        known = max(lengths.followed_to, lengths.tried_to, rolled.proved_on[-1])
+        is_trusted = entry.trial is None or entry.trial.is_corner or not entry.trial.is_new
+        return (
+            rolled.fixed is None
+            and rolled.proved_on[0] <= count <= known
+            and entry.longer is None
+            and is_trusted
+            and length_to_check(entry.compiled, count, lengths.checked_to) is None
+        )
+
     def entry(self, entry: Entry, call: Call, args: Any, kwargs: Any) -> Entry:
         """The entry itself, or one compiled for just this length where its rules do not cover it.
 
-        For a call that goes on from a state, the rules are looked at on a whole text of as many segments, its
-        own repeated: what is compared is the program, not the text.
+        Args:
+            args, kwargs: a whole text of as many segments, or the first 16 of it.
         """
         goes_on = call.first > 0
-        if goes_on:
-            call = replace(call, first=0, count=call.first + call.count)
-            args, kwargs = repeated(args, kwargs, entry.segmentation, min(call.count, ENOUGH))
+        call = replace(call, first=0, count=call.total)
         entry = self._followed(entry, call, args, kwargs)
         entry = self._beyond(entry, call, args, kwargs)
         entry = self._followed(entry, call, args, kwargs)

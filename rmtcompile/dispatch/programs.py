@@ -21,7 +21,7 @@ from rmtcompile.binding.kinds import refuse_model, refuse_odd_arguments
 from rmtcompile.compiler.pipeline import Compiled, compile_forward
 from rmtcompile.compiler.stages import Progress
 from rmtcompile.dispatch.calls import Call, TooFewSegments
-from rmtcompile.dispatch.compared import CHECKED, LONGER, first_segments, rounding
+from rmtcompile.dispatch.compared import CHECKED, ENOUGH, LONGER, first_segments, repeated, rounding
 from rmtcompile.dispatch.entries import Entry, is_current
 from rmtcompile.dispatch.families import Families
 from rmtcompile.dispatch.lengths import Lengthening
@@ -132,9 +132,15 @@ class Programs:
     # ---- programs ------------------------------------------------------------------------------------------
 
     def _entry_of(self, call: Call, args: Any, kwargs: Any) -> Entry:
+        """See `entry`. The rules of a call that goes on from a state are looked at on a whole text of as many
+        segments, its own repeated: what is compared there is the program, not the text."""
         entries = self._entries.setdefault(call.key, [])
         self._entries.move_to_end(call.key)
         entry = next((e for e in entries if is_current(e.compiled)), None)
+        if call.first and entry is not None and self._lengths.is_settled(entry, call.total):
+            return entry
+        if call.first:
+            args, kwargs = repeated(args, kwargs, call.segmentation, min(call.total, ENOUGH))
         if entry is not None:
             self._changes = 0
         else:
@@ -145,7 +151,7 @@ class Programs:
             while len(self._entries) > MAX_SIZES:
                 self._entries.popitem(last=False)
             self._ready = {k: e for k, e in self._ready.items() if k[0] in self._entries}
-        if self.is_refuted(entry, call.count, args, kwargs):
+        if self.is_refuted(entry, call.total, args, kwargs):
             entries[entries.index(entry)] = entry = self.made(call, args, kwargs)
         return self._lengths.entry(entry, call, args, kwargs)
 
