@@ -285,8 +285,10 @@ def test_files_that_hold_no_state_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, str(tmp_path / "a"))
-    with pytest.raises(StateError, match="holds no state"):
-        RunState.load(tmp_path / "a")
+    (tmp_path / "b").write_text("no tensors")
+    for name in "ab":
+        with pytest.raises(StateError, match="holds no state"):
+            RunState.load(tmp_path / name)
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------
@@ -325,8 +327,15 @@ def test_states_that_do_not_fit_each_other_are_not_joined() -> None:
         RunState.join([a, b])
     with pytest.raises(StateError, match="equally long"):
         RunState.join([c, d])
-    with pytest.raises(StateError, match="no parts of"):
-        a.split([1, 2])
+    for sizes in ([1, 2], [0, 2], 3):
+        with pytest.raises(StateError, match="no parts of"):
+            a.split(sizes)
+    with pytest.raises(StateError, match="no states to join"):
+        RunState.join([])
+    other: Any = {"a": 1}
+    with pytest.raises(StateError, match="must be a RunState"):
+        fast.run(x, state=other)
+    assert repr(d) == "RunState(4 segments, 2 pending; 3 values, 320 bytes)"
     square = replace(a, values={key: value[:, :2].T.expand(2, 2)[None] for key, value in a.values.items()})
     with pytest.raises(StateError, match="does not show which dim"):
         square.split()

@@ -88,6 +88,9 @@ def _obstacle(compiled: Compiled) -> str:
 
 def joined(programs: Programs, state: RunState, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The arguments, with what was pending in front of each that holds segments."""
+    if not isinstance(state, RunState):
+        kind = type(state).__name__
+        raise StateError(f"state must be a RunState, as an earlier run gives it, not a {kind}")
     segmentation = programs.segmentation(args, kwargs)
     flat, spec = pytree.tree_flatten((args, kwargs))
     positions = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
@@ -107,7 +110,7 @@ def joined(programs: Programs, state: RunState, args: Any, kwargs: Any) -> tuple
             raise StateError(
                 "the state was made by inputs of another kind",
                 [f"{pending.dtype} on {pending.device}, now {value.dtype} on {value.device}"],
-                "state.to(device) moves a state",
+                "pass the text in the same dtype; state.to(device) moves a state",
             )
         flat[position] = torch.cat([pending, value], axis.dim)
     again: tuple[Any, Any] = pytree.tree_unflatten(flat, spec)

@@ -72,6 +72,11 @@ class RunState:
         """Bytes of all its tensors."""
         return sum(tensor.nbytes for tensor in (*self.values.values(), *self.pending))
 
+    def __repr__(self) -> str:
+        pending = f", {self.pending_tokens} pending" if self.pending_tokens else ""
+        size = f"{len(self.values)} values, {self.nbytes:,} bytes"
+        return f"RunState({self.segments} segments{pending}; {size})"
+
     def weighed(self) -> str:
         """What tells the weights that made the state: those of now, if the model is in this process."""
         return self.origin.weigh() if self.origin is not None else self.weights
@@ -101,15 +106,15 @@ class RunState:
         """One state for each part of the batch.
 
         Args:
-            sizes: rows of each part, or of every part.
+            sizes: rows of each part; a number, of every part.
 
         Raises:
             StateError: which dim of a value is the batch does not show from its shape.
         """
         batch = self._batch()
         dims = {key: self._dim(key, value, batch) for key, value in self.values.items()}
-        wanted = [sizes] * (batch // sizes) if isinstance(sizes, int) else list(sizes)
-        if sum(wanted) != batch:
+        wanted = [sizes] * (batch // max(sizes, 1)) if isinstance(sizes, int) else list(sizes)
+        if sum(wanted) != batch or min(wanted) < 1:
             raise StateError(f"a batch of {batch} has no parts of {wanted} rows")
         starts = [sum(wanted[:i]) for i in range(len(wanted))]
         return [
@@ -129,6 +134,8 @@ class RunState:
             StateError: they stand at different segments, belong to different plans, or a value's batch dim
                 does not show from its shape.
         """
+        if not states:
+            raise StateError("there are no states to join")
         first = states[0]
         for other in states[1:]:
             if (other.segments, other.plan, other.values.keys()) != (
@@ -169,7 +176,8 @@ class RunState:
     # ---- files ---------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write the state as one safetensors file, with the fingerprint of the plan and of the weights."""
+        """Write the state as one safetensors file, with the fingerprint of the plan and of the weights that
+        the model has now."""
         from safetensors.torch import save_file
 
         header = {
@@ -191,13 +199,16 @@ class RunState:
         Raises:
             StateError: the file holds no state.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            header: dict[str, Any] = json.loads((file.metadata() or {}).get("rmtcompile", "{}"))
-            if header.get("format") != FORMAT:
-                raise StateError(f"{path} holds no state of this version", [f"format {header.get('format')}"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(str(path), framework="pt", device=str(device)) as file:
+                header: dict[str, Any] = json.loads((file.metadata() or {}).get("rmtcompile", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise StateError(f"{path} holds no state", [str(error)]) from error
+        if header.get("format") != FORMAT:
+            raise StateError(f"{path} holds no state of this version", [f"format {header.get('format')}"])
         count = sum(name.startswith("pending ") for name in tensors)
         pending = tuple(tensors.pop(f"pending {i}") for i in range(count))
         values = {}
