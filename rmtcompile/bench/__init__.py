@@ -6,9 +6,9 @@ opponents  what is timed: full attention, sequential, sequential in CUDA graphs,
 graphed    the honest opponent, put together by hand
 measure    clocks, memory, ceilings
 session    one run: build, check, time
+documents  inputs of random lengths, one at a time: what the first call of a length costs
 numerics   errors against a reference, and how they accumulate
 kernels    the profile of one steady step
-own        a model of yours, as it is and on diagonals
 report     tables, JSON          plots     pictures
 ```
 """

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from rmtcompile.bench import documents
     from rmtcompile.bench.session import Settings
+    from rmtcompile.bench.shapes import Case
 
 OPPONENTS = ("full", "sequential", "graphed", "diagonal")
 SMALL = {"segment": [32], "memory": 4, "d_mem": 8, "tokens": [128, 256], "dtype": "f32"}
@@ -32,6 +34,7 @@ examples
   rmtcompile bench --tokens 4096 131072 --json run.json     the 1B shape, on a GPU
   rmtcompile bench --segment 128 256 512 --opponents graphed diagonal
   rmtcompile bench --layers 32 --hidden 4096 --errors --profile --plots plots
+  rmtcompile bench --documents 60 --json run.json           60 inputs of random lengths, one at a time
 
 exit status
   0  every piece worked      1  one failed, the rest was measured      2  the command line makes no sense
@@ -44,30 +47,36 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         import torch
 
-        from rmtcompile.bench import plots, report
+        from rmtcompile.bench import documents, plots, report
         from rmtcompile.bench.session import Session
     except ImportError as error:
         print(f"the benchmark needs {error.name}: pip install 'rmtcompile[models]'", file=sys.stderr)
         return 2
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        given = tuple(sys.argv[1:] if argv is None else argv)
-        settings = dataclasses.replace(settings_of(args), flags=given)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
     def save(record: dict[str, Any]) -> None:
         if args.json:
             report.save(record, args.json)
 
-    session = Session(settings, device, save)
+    given = tuple(sys.argv[1:] if argv is None else argv)
+    session: documents.Session | Session
+    try:
+        if args.documents is not None:
+            session = documents.Session(documents_of(args, given), device, save)
+        else:
+            session = Session(dataclasses.replace(settings_of(args), flags=given), device, save)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         session.run()
     except KeyboardInterrupt:
         session.failed.append("interrupted")
         session.record["failed"] = session.failed
         save(session.record)
+    if args.documents is not None:
+        report.show(session.record, documents.tables(session.record))
+        return 1 if session.failed else 0
     report.show(session.record)
     if args.plots:
         try:
@@ -99,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--d-mem", type=int, help="size of memory keys before the feature map")
     model.add_argument("--head", action=argparse.BooleanOptionalAction, default=False, help="language head")
     model.add_argument("--dtype", choices=("bf16", "f16", "f32", "f64"))
-    model.add_argument("--seed", type=int, default=0)
+    model.add_argument("--seed", type=int, default=0, help="of the weights, and of the documents' lengths")
     inputs = top.add_argument_group("inputs")
     inputs.add_argument("--tokens", type=int, nargs="+", help="lengths, multiples of the segments")
     inputs.add_argument("--batch", type=int, default=1)
@@ -138,6 +147,17 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--budget", type=float, default=float("inf"), help="begin nothing after so many seconds"
     )
+    many = top.add_argument_group(
+        "documents of random lengths",
+        "Instead of all else: what the first call of a length costs, in one process. Of the flags above, "
+        "those of the model, --batch, --device, --option and --budget apply.",
+    )
+    many.add_argument(
+        "--documents", type=int, metavar="N", help="N inputs, one at a time: whole segments and a random rest"
+    )
+    many.add_argument(
+        "--max-segments", type=int, default=40, metavar="N", help="whole segments at most; default: 40"
+    )
     out = top.add_argument_group("output")
     out.add_argument("--json", type=Path, metavar="FILE", help="everything, written after each piece")
     out.add_argument("--plots", type=Path, metavar="DIR", help="pictures")
@@ -151,18 +171,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         ValueError: they do not fit together.
     """
     from rmtcompile.bench.session import Settings
-    from rmtcompile.bench.shapes import DTYPES, SHAPES, Case
 
-    defaults = SMALL if args.preset == "tiny" else LARGE
-    given = {name: value for name in defaults if (value := getattr(args, name)) is not None}
-    chosen: dict[str, Any] = {**defaults, **given}
-    changed = {name: value for name in SHAPE_FLAGS if (value := getattr(args, name)) is not None}
-    shape = dataclasses.replace(SHAPES[args.preset], **changed)
-    dtype: torch.dtype = DTYPES[chosen["dtype"]]
-    cases = tuple(
-        Case(shape, segment, chosen["memory"], chosen["d_mem"], args.batch, dtype, args.head, args.seed)
-        for segment in chosen["segment"]
-    )
+    chosen, cases = _cases_of(args)
     for case in cases:
         for tokens in chosen["tokens"]:
             if tokens < 1 or tokens % case.segment:
@@ -184,6 +194,42 @@ def settings_of(args: argparse.Namespace) -> Settings:
         wavefronts=args.wavefronts,
         budget=args.budget,
     )
+
+
+def documents_of(args: argparse.Namespace, flags: tuple[str, ...]) -> documents.Settings:
+    """What the flags ask for, where they ask for documents.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    from rmtcompile.bench.documents import WARM, Settings
+
+    _, cases = _cases_of(args)
+    if len(cases) != 1:
+        raise ValueError("documents have segments of one length, not of several")
+    if args.documents <= WARM:
+        raise ValueError(f"documents must be more than {WARM}, which do not count; not {args.documents}")
+    if args.max_segments < 1:
+        raise ValueError(f"max-segments must be at least 1, not {args.max_segments}")
+    options = options_of(args.option)
+    return Settings(cases[0], args.documents, args.max_segments, options, args.budget, flags)
+
+
+def _cases_of(args: argparse.Namespace) -> tuple[dict[str, Any], tuple[Case, ...]]:
+    """What was chosen for the preset, and the models: one for each length of a segment."""
+    from rmtcompile.bench.shapes import DTYPES, SHAPES, Case
+
+    defaults = SMALL if args.preset == "tiny" else LARGE
+    given = {name: value for name in defaults if (value := getattr(args, name)) is not None}
+    chosen: dict[str, Any] = {**defaults, **given}
+    changed = {name: value for name in SHAPE_FLAGS if (value := getattr(args, name)) is not None}
+    shape = dataclasses.replace(SHAPES[args.preset], **changed)
+    dtype: torch.dtype = DTYPES[chosen["dtype"]]
+    cases = tuple(
+        Case(shape, segment, chosen["memory"], chosen["d_mem"], args.batch, dtype, args.head, args.seed)
+        for segment in chosen["segment"]
+    )
+    return chosen, cases
 
 
 def options_of(texts: Sequence[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,9 @@ def _pad(cell: str, width: int, column: int) -> str:
     return cell.rjust(width) if column else cell.ljust(width)
 
 
-def show(record: dict[str, Any]) -> None:
-    """Print all tables; with `rich` where it is there and stdout is a terminal."""
-    for table in tables(record):
+def show(record: dict[str, Any], found: Iterable[Table] | None = None) -> None:
+    """Print all tables, or those that are given; with `rich` where it is there and stdout is a terminal."""
+    for table in tables(record) if found is None else found:
         print()
         if not (sys.stdout.isatty() and _show_rich(table)):
             print(table)
@@ -86,7 +86,7 @@ def tables(record: dict[str, Any]) -> Iterator[Table]:
             yield _wavefronts(model, peak)
         if "accumulation" in model:
             yield _accumulation(model["accumulation"])
-    yield _environment(record)
+    yield environment_table(record["environment"], record["ceilings"])
     for model in record["models"]:
         yield _built(model)
         if model["rows"]:
@@ -98,11 +98,11 @@ def tables(record: dict[str, Any]) -> Iterator[Table]:
             yield ratios
 
 
-def _environment(record: dict[str, Any]) -> Table:
-    env = {k: v for k, v in record["environment"].items() if k != "command"}
-    rows = [(key, str(value)) for key, value in env.items()]
-    rows.append(("command", " ".join(record["environment"]["command"])))
-    for when, ceiling in zip(("before", "after"), record["ceilings"], strict=False):
+def environment_table(environment: dict[str, Any], ceilings: Sequence[dict[str, float]] = ()) -> Table:
+    """Versions, date, device and command line."""
+    rows = [(key, str(value)) for key, value in environment.items() if key != "command"]
+    rows.append(("command", " ".join(environment["command"])))
+    for when, ceiling in zip(("before", "after"), ceilings, strict=False):
         product, copy = ceiling["flops_per_s"] / 1e12, ceiling["bytes_per_s"] / 1e12
         rows.append((f"ceilings {when}", f"products {product:.4g} TFLOP/s, copy {copy:.4g} TB/s"))
     width = max(len(value) for _, value in rows)

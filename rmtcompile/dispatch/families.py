@@ -6,7 +6,7 @@ that was not seen yet.
     f(x[3, 20, D])   the same code, loaded with B = 3; no capture
     f(x[7, 23, D])   a rest of 3: captured ...
 
-Sizes that change together are one free size (`vectors.py`). Rules need the program at both values of a
+Sizes that change together are one free size (`size_vectors.py`). Rules need the program at both values of a
 free size, at the four corners where there are two; corners that nobody called for are captured too. Where one
 of two sizes is 1 the programs may differ (broadcasting), and the next larger size is captured instead.
 
