@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import SEGMENT, WIDTH, Toy, assert_equal_runs, assert_same, features, made
+from toys import SEGMENT, WIDTH, assert_equal_runs, assert_same, features, made
 
 import rmtcompile
 from rmtcompile.errors import RerollError
@@ -143,29 +143,3 @@ def test_a_type_that_alternates_is_refused() -> None:
     assert "float64[2, 3, 4], float64[2, 1, 4]" in message
     assert "float64[2, 3, 4], float32[2, 1, 4]" in message
     assert "test_starts.py" in message
-
-
-class StatesByLayer(nn.Module):
-    """Takes the first states of all layers in one tensor, and reads them one by one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = Toy(3)
-
-    def forward(self, x: Tensor, first: Tensor) -> Tensor:
-        states = [first[:, l] for l in range(3)]
-        out = []
-        for h in x.split(SEGMENT, 1):
-            for l, layer in enumerate(self.inner.layers):
-                h, states[l] = layer(h, states[l])
-            out.append(h)
-        return torch.cat(out, 1)
-
-
-@torch.no_grad()
-def test_an_axis_of_layers_is_none_of_segments() -> None:
-    model = made(StatesByLayer)
-    fast = rmtcompile.optimize(model)
-    for segments in (5, 2, 7):
-        x, first = features(segments), features(1)
-        assert_same(model(x, first), fast(x, first))

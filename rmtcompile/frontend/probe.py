@@ -269,18 +269,15 @@ def _axes(taken: Boxes, shapes: list[Any]) -> list[Axis]:
 
 
 def _with_partners(first: Axis, cut: dict[tuple[int, int], Axis], shapes: list[torch.Size]) -> Segmentation:
-    """Add the axes that grow with the first one: those that are cut too, into as many parts, and those of
-    equal size."""
+    """Add the axes that grow with the first one: those that are cut too, and those of equal size."""
     axes = [first]
     size = shapes[first.leaf][first.dim]
-    count = -(-size // first.length)
     for leaf, shape in enumerate(shapes):
         for dim, n in enumerate(shape):
             if (leaf, dim) == (first.leaf, first.dim):
                 continue
             if (leaf, dim) in cut:
-                if -(-n // cut[leaf, dim].length) == count:
-                    axes.append(cut[leaf, dim])
+                axes.append(cut[(leaf, dim)])
             elif n == size and dim == first.dim and size > 1:
                 axes.append(Axis(leaf, dim, first.length))
     return Segmentation(tuple(axes))
