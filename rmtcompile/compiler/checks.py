@@ -50,7 +50,8 @@ def _broken(node: fx.Node, leaves: Collection[str], functional: bool) -> str:
         return "a tensor is read that the capture does not know"
     if node.op != "call_function":
         return ""
-    if "val" not in node.meta:
+    schema = getattr(node.target, "_schema", None)
+    if "val" not in node.meta and (schema is None or schema.returns):
         return "an operation does not say what type its result has"
     if "source" not in node.meta:
         return "an operation does not say which line it comes from"
