@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.errors import RecordingWarning, UnsupportedError, warn
@@ -18,6 +17,7 @@ from rmtcompile.ir.modes import autocast_as
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.runtime.base import OnLevel, OnValue
 from rmtcompile.runtime.block_recorder import BlockRecorder
+from rmtcompile.runtime.contexts import own_modes, plain_tensors
 from rmtcompile.runtime.costs import Costs, measured
 from rmtcompile.runtime.crossing import Crossing, Key
 from rmtcompile.runtime.engine import Engine
@@ -25,10 +25,6 @@ from rmtcompile.runtime.graphs import Recorder, Started
 from rmtcompile.runtime.recorded import Device, RecordedBlocks
 from rmtcompile.runtime.run import Run
 from rmtcompile.runtime.stacks import Stacks
-
-_ATTENTION = [
-    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-]  # fmt: skip
 
 
 def backend_for(backend: str | Callable[..., Any], device: torch.device) -> str | Callable[..., Any]:
@@ -101,7 +97,7 @@ class Executor:
     def engine(self) -> Engine:
         """What runs the cells; made when it is first needed."""
         if self._engine is None:
-            with _plain_tensors():
+            with plain_tensors():
                 self._engine = self.new_engine(self.backend, keeps_buffers=self._use_graphs)
                 if self._like is not None:
                     self._engine.share(self._like.engine)
@@ -127,7 +123,7 @@ class Executor:
         then checks that the program still holds while the device is at work."""
         if not self._use_graphs or self._records_gradients(inputs):
             return None
-        with _plain_tensors():
+        with plain_tensors():
             return self._replayed(segments, inputs)
 
     def _replayed(self, segments: int, inputs: list[torch.Tensor]) -> Started | None:
@@ -147,7 +143,7 @@ class Executor:
                 if recorder is not None:
                     recorder.forget()
             return None
-        with _plain_tensors():
+        with plain_tensors():
             return started.results()
 
     def record(self, inputs: list[torch.Tensor]) -> None:
@@ -164,7 +160,7 @@ class Executor:
         if not self._blocks.wants:
             return
         try:
-            with _plain_tensors(), _own_modes():
+            with plain_tensors(), own_modes():
                 self._blocks.prepare(lambda n: self._named(self._resized(n, inputs)))
         except RuntimeError as error:  # the run itself was right: what follows runs as it did
             self._use_graphs, self._blocks = False, None
@@ -233,8 +229,11 @@ class Executor:
         self._compile_forms(segments - first, inputs)
         is_functional = self._records_gradients([*inputs, *values.values()])
         crossing = Crossing(self.compiled.emitted.carried, first, border, values, is_functional)
-        alone = self._blocks.alone() if self._blocks is not None else nullcontext()
-        with alone, nullcontext() if is_functional else _plain_tensors():
+        with ExitStack() as stack:
+            for recorded in (self._blocks, self._recorder):
+                if recorded is not None:
+                    stack.enter_context(recorded.alone())
+            stack.enter_context(nullcontext() if is_functional else plain_tensors())
             outputs = self._run(segments, inputs, self._leaves(), is_functional, crossing=crossing)
         return outputs, crossing.left()
 
@@ -247,7 +246,7 @@ class Executor:
     ) -> tuple[Any, ...]:
         if self._records_gradients(inputs):
             return self._run(segments, inputs, self._leaves(), True, on_level)
-        with _plain_tensors():
+        with plain_tensors():
             if not (graphs and self._use_graphs):
                 return self._run(segments, inputs, self._leaves(), False, on_level)
             return self._graphed(segments, inputs)
@@ -258,7 +257,7 @@ class Executor:
         can_choose = can_choose and self.compiled.rolled.fixed is None
         if self.costs is None and self._use_graphs and self.engine.is_compiled and can_choose:
             enough = self.program.n_layers + 1
-            with _plain_tensors():
+            with plain_tensors():
                 inputs = self._resized(enough, inputs)
                 self.costs = measured(
                     self.program,
@@ -306,7 +305,7 @@ class Executor:
         with self._blocks.alone():
             outputs = self._run_once(segments, inputs)
         if not self._records_gradients(inputs):
-            with _plain_tensors(), _own_modes():
+            with plain_tensors(), own_modes():
                 self._blocks.record_again(segments)
         return outputs
 
@@ -338,7 +337,7 @@ class Executor:
 
     def dry_run(self, segments: int, shapes: Sequence[Sequence[int]], like: list[torch.Tensor]) -> Any:
         """Run on fake tensors of these shapes, typed like `like`; the shapes of the outputs."""
-        with _plain_tensors():
+        with plain_tensors():
             self.stacks.current(self._leaves())  # weights are stacked for real
         with self.uncompiled(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             inputs = [
@@ -374,25 +373,10 @@ class Executor:
         return self._execute(run)
 
     def _execute(self, run: Any) -> tuple[Any, ...]:
-        with _own_modes():
+        with own_modes():
             return self.compiled.namespace["forward"](run)
 
     def observe(self, segments: int, inputs: list[torch.Tensor], on_value: OnValue) -> None:
         """Run without CUDA graphs and gradients; `on_value` is called with what leaves each region."""
-        with _plain_tensors():
+        with plain_tensors():
             self._run(segments, inputs, self._leaves(), False, on_value=on_value)
-
-
-@contextmanager
-def _own_modes() -> Iterator[None]:
-    """The kernels of attention in the order that programs want, and no autocast."""
-    with sdpa_kernel(_ATTENTION, set_priority=True), autocast_as():
-        yield
-
-
-@contextmanager
-def _plain_tensors() -> Iterator[None]:
-    """No gradients, and tensors that both inference mode and normal mode may write: one set of compiled forms
-    and one storage serve both."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield

@@ -1,0 +1,30 @@
+"""Contexts: the modes of torch in which programs run, whatever the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from rmtcompile.ir.modes import autocast_as
+
+_ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+]  # fmt: skip
+
+
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """The kernels of attention in the order that programs want, and no autocast."""
+    with sdpa_kernel(_ATTENTION, set_priority=True), autocast_as():
+        yield
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """No gradients, and tensors that both inference mode and normal mode may write: one set of compiled forms
+    and one storage serve both."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
