@@ -217,6 +217,7 @@ class Optimized(Opaque):
         by the next call: an incomplete segment, and segments that the model treats in another way where they
         are the last. `state.pending_tokens` says how many positions that is: the outputs of the next call
         begin with them. Outputs that gather all segments gather those of this call and those read again.
+        `verify` compares the first call of a text with the model; there is no fallback.
 
         Args:
             args, kwargs: of the forward, the same in each call but for the part of the text.

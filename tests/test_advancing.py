@@ -103,6 +103,16 @@ def in_parts(fast: Any, x: Tensor, cuts: Sequence[int]) -> tuple[Tensor, RunStat
     return rows, state
 
 
+def assert_equal_in_parts(name: str, length: int, cuts: Sequence[int]) -> RunState:
+    """Read in parts, a text gives what one call of the model gives; the last state."""
+    model, fast = pair(name)
+    x = MODELS[name][1](length)
+    got, state = in_parts(fast, x, cuts)
+    assert_same(whole(model(x)), got)
+    assert state.segments * T + state.pending_tokens == length
+    return state
+
+
 @st.composite
 def texts(draw: st.DrawFn, ragged: bool) -> tuple[int, list[int]]:
     """A length, and where it is cut; in the middle of segments, too, where the model can."""
@@ -116,18 +126,13 @@ def texts(draw: st.DrawFn, ragged: bool) -> tuple[int, list[int]]:
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_any_cut_at_segments_equals_one_call(name: str) -> None:
-    model, fast = pair(name)
-
     @settings(max_examples=10)
     @example((6 * T, [T, 2 * T]))
     @example((7 * T, [4 * T]))
     @given(texts(ragged=False))
     def check(text: tuple[int, list[int]]) -> None:
         length, cuts = text
-        x = MODELS[name][1](length)
-        got, state = in_parts(fast, x, cuts)
-        assert_same(whole(model(x)), got)
-        assert state.segments * T + state.pending_tokens == length
+        assert_equal_in_parts(name, length, cuts)
 
     check()
 
@@ -135,19 +140,14 @@ def test_any_cut_at_segments_equals_one_call(name: str) -> None:
 @pytest.mark.parametrize("name", ["reference armt", "skewed", "rows", "the last segment is another"])
 @torch.no_grad()
 def test_any_cut_inside_segments_equals_one_call(name: str) -> None:
-    model, fast = pair(name)
-
     @settings(max_examples=6)
     @example((5 * T + 3, [2 * T + 1, 2 * T + 2]))
     @example((2 * T, [1]))
     @given(texts(ragged=True))
     def check(text: tuple[int, list[int]]) -> None:
         length, cuts = text
-        x = MODELS[name][1](length)
-        got, state = in_parts(fast, x, cuts)
-        assert_same(whole(model(x)), got)
-        assert state.segments * T + state.pending_tokens == length
-        _, once = fast.run(x)
+        state = assert_equal_in_parts(name, length, cuts)
+        _, once = pair(name)[1].run(MODELS[name][1](length))
         assert state.segments == once.segments
         assert_same(dict(once.values), dict(state.values))
 
@@ -308,6 +308,9 @@ def test_states_of_others_are_refused() -> None:
             rmtcompile.optimize(other).run(part, state=state)
     with pytest.raises(StateError, match="made with other weights"):
         rmtcompile.optimize(made(Toy, seed=1)).run(x, state=state)
+    lacking = replace(state, values=dict(list(state.values.items())[1:]))
+    with pytest.raises(StateError, match=r"lacks values .*\n  cell 0: .*, segment 4"):
+        rmtcompile.optimize(made(Toy)).run(x, state=replace(lacking, origin=None, weights=state.weighed()))
     halves = replace(state, values={key: value[:1] for key, value in state.values.items()})
     low = replace(state, values={key: value.float() for key, value in state.values.items()})
     for broken in (halves, low):
@@ -375,8 +378,12 @@ def shifted(x: Tensor, h: Tensor, s: int) -> Tensor:
         (lambda x, h, s: cut(x.cumsum(1), s), "aten.cumsum.*needs the whole input"),
         (lambda x, h, s: h + cut(x.flip(1), s), "aten.flip"),
         (shifted, "reads more of the input than its own segment"),
+        (lambda x, h, s: h + x[:, :1], "aten.slice.*needs the whole input"),
+        (lambda x, h, s: h + cut(x[:, 1:], s).mean(1, keepdim=True), "reads more of the input than"),
+        (lambda x, h, s: cut(x / x.shape[1], s), "aten.div.*depends on how long the text becomes"),
+        (lambda x, h, s: h + torch.linspace(0, 1, x.shape[1])[s * SEGMENT], "linspace.*how long the text"),
     ],
-    ids=["mean", "cumsum", "flip", "the segment before"],
+    ids=["mean", "cumsum", "flip", "before", "first token", "behind", "length", "scale of positions"],
 )
 @torch.no_grad()
 def test_forwards_that_need_the_whole_input_are_refused(enter: Any, what: str) -> None:
@@ -431,6 +438,45 @@ def test_row_wise_work_on_the_whole_input_is_done_on_the_part() -> None:
     model = made(lambda: Whole(lambda x, h, s: cut(2 * x + 1, s).tanh()))
     got, _ = in_parts(rmtcompile.optimize(model), features(7), [2 * SEGMENT, 5 * SEGMENT])
     assert_same(model(features(7)), got)
+
+
+@torch.no_grad()
+def test_tables_of_positions_may_be_as_long_as_the_text() -> None:
+    def enter(x: Tensor, h: Tensor, s: int) -> Tensor:
+        angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None] / 7
+        return h + angles.sin()[s * SEGMENT : (s + 1) * SEGMENT]
+
+    model = made(lambda: Whole(enter))
+    got, _ = in_parts(rmtcompile.optimize(model), features(7), [2 * SEGMENT, 5 * SEGMENT])
+    assert_same(model(features(7)), got)
+
+
+class TimeFirst(Toy):
+    """f[T, B, D] -> f[T, B, D]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = [x.new_zeros(x.shape[1], x.shape[2]) for _ in self.layers]
+        out = []
+        for h in x.split(SEGMENT, 0):
+            h = h.transpose(0, 1)
+            for l, layer in enumerate(self.layers):
+                h, states[l] = layer(h, states[l])
+            out.append(h.transpose(0, 1))
+        return torch.cat(out, 0)
+
+
+@torch.no_grad()
+def test_batches_of_time_first_texts() -> None:
+    model, x = made(TimeFirst), features(6).transpose(0, 1).contiguous()
+    fast = rmtcompile.optimize(model)
+    at = 3 * SEGMENT + 1
+    _, state = fast.run(x[:at])
+    parts = state.split()
+    rows = [whole(fast.run(x[at:, i : i + 1], state=one)[0]) for i, one in enumerate(parts)]
+    assert_same(model(x)[3 * SEGMENT :], torch.cat(rows, 1))
+    joined = RunState.join(parts)
+    assert_same(dict(state.values), dict(joined.values), 0.0)
+    assert_same(state.pending, joined.pending, 0.0)
 
 
 @torch.no_grad()

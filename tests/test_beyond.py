@@ -15,7 +15,7 @@ from toys import SEGMENT, WIDTH, Toy, assert_equal_runs, features, made
 
 import rmtcompile
 import rmtcompile.dispatch.followed
-from rmtcompile.dispatch.compared import CHECKED, first_segments
+from rmtcompile.dispatch.compared import CHECKED, of_segments
 from rmtcompile.dispatch.programs import Programs
 from rmtcompile.dispatch.verify import TOLERANCE
 from rmtcompile.errors import RerollError
@@ -115,14 +115,14 @@ def test_it_is_compared_once() -> None:
     assert [n for n in calls if n > 3] == [5, CHECKED]
 
 
-def test_the_first_segments_of_an_input() -> None:
+def test_the_of_segments_of_an_input() -> None:
     def forward(x: Tensor, mask: Tensor, scale: float) -> Tensor:
         return torch.cat([h * m * scale for h, m in zip(x.split(SEGMENT, 1), mask.split(SEGMENT, 1))], 1)
 
     x, mask = features(6)[:, :-1], torch.rand(1, 6 * SEGMENT - 1, 1).double()
     args: tuple[Any, ...] = (x, mask, 2.0)
     segmentation = probe(forward, args, {}, SEGMENT)
-    (a, b, scale), _ = first_segments(args, {}, segmentation, 4)
+    (a, b, scale), _ = of_segments(args, {}, segmentation, 4)
     assert a.shape[1] == b.shape[1] == 4 * SEGMENT - 1 and scale == 2.0
     assert torch.equal(a, x[:, : a.shape[1]]) and a.data_ptr() != x.data_ptr()
 

@@ -13,15 +13,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import fx
-
-from rmtcompile.ir.program import Affine, Each, Lane, Program, Source
-from rmtcompile.passes.emit.bodies import is_view
-from rmtcompile.passes.emit.calls import Calls, Case
-from rmtcompile.passes.emit.counted import inner, is_row_wise, mixed, sources_of
+from rmtcompile.ir.program import Lane, Program, Source
+from rmtcompile.passes.emit.calls import Calls
+from rmtcompile.passes.emit.counted import sources_of
+from rmtcompile.passes.emit.obstacles import obstacle
 from rmtcompile.passes.emit.regions import Regions
 from rmtcompile.passes.emit.text import target_name
-from rmtcompile.passes.grid.partition import CELL, EPILOGUE, INIT, PROLOGUE
+from rmtcompile.passes.grid.if_conversion import class_name
+from rmtcompile.passes.grid.partition import CELL, EPILOGUE, PROLOGUE
 
 GRID = (PROLOGUE, CELL, EPILOGUE)
 
@@ -64,6 +63,7 @@ class Refill:
     """What a place of a lane holds for the first segments after a border.
 
     Attributes:
+        since: the first segment whose cell gives the value: those before are of classes that do not.
         reach: for how many of these segments no cell after the border fills the place.
         name, back: the carried value, and how many segments before its reader it was made.
     """
@@ -73,6 +73,7 @@ class Refill:
     reach: int
     name: str
     back: int
+    since: int
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,11 @@ def carried(program: Program, regions: Regions, enter: Calls, leave: Calls) -> C
                 outputs = tuple(dict.fromkeys((*known.outputs, *cell.outputs)))
                 back = max(known.back, cell.back)
                 cells[cell.name] = CarriedCell(cell.name, cell.layer, outputs, back)
-                refills.append(Refill(lane.name, layer, reach, cell.name, cell.back))
+                head = program.rolled.classes[(CELL, cell.layer)].head
+                refills.append(Refill(lane.name, layer, reach, cell.name, cell.back, head))
     taps = _taps(program, regions, enter, leave)
-    obstacle = _obstacle(program, regions, enter, leave)
     found = tuple(cells.values()), taps, tuple(dict.fromkeys(refills))
-    return Carried(obstacle, *found, _tail(program, taps))
+    return Carried(obstacle(regions, enter, leave), *found, _tail(program, taps))
 
 
 # ---- cells -------------------------------------------------------------------------------------------------
@@ -158,7 +159,8 @@ def _name(program: Program, kind: str, layer: int, nodes: dict[int, int]) -> str
     number = steady if steady in nodes else min(nodes)
     node = program.rolled.rules[(kind, layer)][number].body.nodes[nodes[number]]
     where = f"{kind} {layer}" if kind == CELL else kind
-    return f"{where}: {target_name(node.target)} {nodes[number]}"
+    which = "" if number == steady else f" of {class_name(number)}"
+    return f"{where}: {target_name(node.target)} {nodes[number]}{which}"
 
 
 # ---- taps --------------------------------------------------------------------------------------------------
@@ -205,84 +207,6 @@ def _tail(program: Program, taps: tuple[CarriedTap, ...]) -> int:
     }  # fmt: skip
     tails = [classes.tail for (kind, _), classes in program.rolled.classes.items() if kind in kinds]
     return max(tails, default=0)
-
-
-# ---- obstacles ---------------------------------------------------------------------------------------------
-
-
-def _obstacle(program: Program, regions: Regions, enter: Calls, leave: Calls) -> str:
-    """Why a part of an input cannot be read by itself."""
-    reasons = [_init_obstacle(program, regions)]
-    for group in program.groups:
-        read = (source for port in group.ports for source in port.sources)
-        whole = (source for source in read if _is_inner(program, regions, source))
-        reasons += [f"each cell reads all segments of {source.name or 'an input'}" for source in whole]
-    for calls in (enter, leave):
-        reasons += [_case_obstacle(program, regions, calls, case) for case in calls.cases]
-    return next(filter(None, reasons), "")
-
-
-def _is_inner(program: Program, regions: Regions, source: Source | Each) -> bool:
-    return isinstance(source, Source) and (
-        (source.kind == "input" and source.name in program.segmented)
-        or (source.kind == INIT and source.node in regions.inner_init)
-    )
-
-
-def _init_obstacle(program: Program, regions: Regions) -> str:
-    rule = program.rolled.rules[(INIT, -1)][0]
-    found = inner(rule, program.segmented)
-    needed = _needed(rule.body.nodes, [rule.body.nodes[i] for i in regions.init_nodes])
-    for node in rule.body.nodes:
-        if node in found and node in needed and not is_row_wise(node):
-            return f"{_said(node)} needs the whole input"
-    node = mixed(rule.body.nodes, rule, found & needed)
-    return f"{_said(node)} joins the whole input with what depends on its length" if node else ""
-
-
-def _needed(nodes: tuple[fx.Node, ...], results: list[fx.Node]) -> set[fx.Node]:
-    inside, found = set(nodes), set(results)
-    for node in reversed(nodes):
-        if node in found:
-            found |= inside.intersection(node.all_input_nodes)
-    return found
-
-
-def _case_obstacle(program: Program, regions: Regions, calls: Calls, case: Case) -> str:
-    rule, is_last = case.rule, case.test.startswith("s == S")
-    found = inner(rule, program.segmented, regions.inner_init)
-    ints = rule.integers()
-    for node in case.parts.before:
-        if node in found and not is_own_part(node, ints[node]):
-            return f"{_said(node)} reads more of the input than its own segment"
-    for value, live_in in zip(rule.body.live_ins, rule.sources, strict=True):
-        whole = [x for x in (value if isinstance(value, tuple) else (value,)) if x in case.parts.inputs]
-        if whole and any(_is_inner(program, regions, source) for source in sources_of(live_in)):
-            return f"the {calls.kind} reads the whole input"
-        if isinstance(live_in.steady, Each) and not is_last:
-            return f"the {calls.kind} of each segment reads all segments before it"
-    met = mixed(case.parts.after, rule, found)
-    return f"{_said(met)} joins all segments with what depends on their number" if met is not None else ""
-
-
-def is_own_part(node: fx.Node, ints: tuple[Affine, ...]) -> bool:
-    """Whether a view of an input reads nothing outside of its reader's segment."""
-    if any(a.by_count for a in ints) and not is_view(node):
-        return False
-    moving = [a for a in ints if a.by_segment]
-    if not moving:
-        return True
-    if any(a.by_count for a in moving) or len(moving) > 2:
-        return False
-    start = moving[0]
-    if start.const < 0 or (len(moving) == 1 and start.const):
-        return False
-    end = moving[-1]
-    return start.by_segment == end.by_segment and end.const <= end.by_segment
-
-
-def _said(node: fx.Node) -> str:
-    return f"{target_name(node.target)} at {node.meta.get('source', '?')}"
 
 
 NOTHING = Carried()

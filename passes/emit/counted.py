@@ -13,11 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
-import torch
 from torch import fx
 
 from rmtcompile.ir.program import Each, Source
-from rmtcompile.passes.emit.bodies import is_view
 from rmtcompile.passes.grid.partition import INIT
 from rmtcompile.passes.grid.reroll import ClassRule, LiveIn
 
@@ -74,21 +72,4 @@ def mixed(nodes: Sequence[fx.Node], rule: ClassRule, counted: Collection[fx.Node
     return None
 
 
-def is_row_wise(node: fx.Node) -> bool:
-    """Whether an operation treats each element, or each row of a view, by itself."""
-    tags = getattr(node.target, "tags", ())
-    return is_view(node) or torch.Tag.pointwise in tags or node.target in _COPIES
-
-
-_COPIES = (
-    torch.ops.aten.to.dtype,
-    torch.ops.aten.to.device,
-    torch.ops.aten.to.dtype_layout,
-    torch.ops.aten._to_copy.default,
-    torch.ops.aten.clone.default,
-    torch.ops.aten.contiguous.default,
-    torch.ops.aten.embedding.default,
-)
-
-
-__all__ = ["inner", "inner_places", "is_row_wise", "mixed", "sources_of"]
+__all__ = ["inner", "inner_places", "mixed", "sources_of"]

@@ -11,7 +11,8 @@ they are the last (`Carried.tail`). So any way of cutting a text into calls leav
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from rmtcompile.dispatch.programs import Programs
 from rmtcompile.dispatch.verify import tensors_of
 from rmtcompile.errors import StateError, UnsupportedError
 from rmtcompile.ir.segmentation import Segmentation
+from rmtcompile.passes.emit.carried import Refill
 from rmtcompile.runtime.crossing import Key
 from rmtcompile.runtime.state import Origin, RunState
 
@@ -183,6 +185,9 @@ def _check(programs: Programs, state: RunState, compiled: Compiled, segmentation
     if not is_ours and (then := state.weighed()) != (now := weighed(compiled)):
         evidence = [f"{then} then, {now} now"]
         raise StateError("the state was made with other weights", evidence, "start again with state=None")
+    lost = list(_lost(state, compiled))
+    if lost:
+        raise StateError("the state lacks values that the program carries", lost)
     lanes = {lane.name: lane for lane in compiled.program.lanes}
     for refill in compiled.emitted.carried.refills:
         lane = lanes[refill.lane]
@@ -199,4 +204,17 @@ def _check(programs: Programs, state: RunState, compiled: Compiled, segmentation
                 )
 
 
-__all__ = ["Advance", "fingerprint", "joined", "left", "prepared", "weighed"]
+def _lost(state: RunState, compiled: Compiled) -> Iterator[str]:
+    """What a place of a lane is to hold and no value of the state gives, of the cells of any class."""
+    places: dict[tuple[str, int, int], list[Refill]] = defaultdict(list)
+    for refill in compiled.emitted.carried.refills:
+        places[refill.lane, refill.layer, refill.back].append(refill)
+    for refills in places.values():
+        one = refills[-1]
+        made = range(state.segments - one.back, state.segments - one.back + one.reach)
+        for s in made:
+            if s >= one.since and not any((refill.name, s) in state.values for refill in refills):
+                yield f"{one.name}, segment {s}"
+
+
+__all__ = ["Advance", "left", "prepared"]

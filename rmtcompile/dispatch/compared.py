@@ -31,34 +31,17 @@ def length_to_check(compiled: Compiled, count: int, checked: int) -> int | None:
     return wanted if compiled.rolled.fixed is None and wanted > known else None
 
 
-def first_segments(args: Any, kwargs: Any, segmentation: Segmentation, count: int) -> tuple[Any, Any]:
-    """The arguments cut to their first `count` segments, as copies."""
-    flat, spec = pytree.tree_flatten((args, kwargs))
-    positions = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
-    shapes = segmentation.shapes([flat[i].shape for i in positions], count)
-    for position, shape in zip(positions, shapes, strict=True):
-        value = flat[position].detach()
-        for dim, size in enumerate(shape):
-            value = value.narrow(dim, 0, size)
-        flat[position] = value.clone()
-    cut: tuple[Any, Any] = pytree.tree_unflatten(flat, spec)
-    return cut
-
-
 ENOUGH = 16
 """Segments that are enough for every comparison."""
 
 
-def repeated(args: Any, kwargs: Any, segmentation: Segmentation, count: int) -> tuple[Any, Any]:
-    """The arguments with `count` segments, the given ones repeated, or cut; as copies."""
+def of_segments(args: Any, kwargs: Any, segmentation: Segmentation, count: int) -> tuple[Any, Any]:
+    """The arguments with `count` segments, the given ones cut, or repeated; as copies."""
     flat, spec = pytree.tree_flatten((args, kwargs))
     positions = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
-    shapes = segmentation.shapes([flat[i].shape for i in positions], count)
-    for position, shape in zip(positions, shapes, strict=True):
-        value = flat[position].detach()
-        for dim, size in enumerate(shape):
-            value = value.index_select(dim, torch.arange(size, device=value.device) % value.shape[dim])
-        flat[position] = value
+    given = [flat[i].detach() for i in positions]
+    for position, old, new in zip(positions, given, segmentation.resized(given, count), strict=True):
+        flat[position] = new.clone() if new is old else new
     again: tuple[Any, Any] = pytree.tree_unflatten(flat, spec)
     return again
 

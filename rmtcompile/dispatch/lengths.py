@@ -25,8 +25,8 @@ import torch
 from rmtcompile.dispatch.calls import Call, TooFewSegments
 from rmtcompile.dispatch.compared import (
     LONGER,
-    first_segments,
     length_to_check,
+    of_segments,
     rounding,
     unexplained,
 )
@@ -173,7 +173,7 @@ class Lengthening:
         length = length_to_check(entry.compiled, call.count, entry.lengths.checked_to)
         while length is not None:
             proved = entry.compiled.rolled.proved_on[-1]
-            part = first_segments(args, kwargs, entry.segmentation, length)
+            part = of_segments(args, kwargs, entry.segmentation, length)
             if not entry.lengths.too_short:
                 with entry.executor.uncompiled(), torch.no_grad():
                     tolerance = rounding(entry.compiled)

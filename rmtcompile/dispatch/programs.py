@@ -21,7 +21,7 @@ from rmtcompile.binding.kinds import refuse_model, refuse_odd_arguments
 from rmtcompile.compiler.pipeline import Compiled, compile_forward
 from rmtcompile.compiler.stages import Progress
 from rmtcompile.dispatch.calls import Call, TooFewSegments
-from rmtcompile.dispatch.compared import CHECKED, ENOUGH, LONGER, first_segments, repeated, rounding
+from rmtcompile.dispatch.compared import CHECKED, ENOUGH, LONGER, of_segments, rounding
 from rmtcompile.dispatch.entries import Entry, is_current
 from rmtcompile.dispatch.families import Families
 from rmtcompile.dispatch.lengths import Lengthening
@@ -140,7 +140,7 @@ class Programs:
         if call.first and entry is not None and self._lengths.is_settled(entry, call.total):
             return entry
         if call.first:
-            args, kwargs = repeated(args, kwargs, call.segmentation, min(call.total, ENOUGH))
+            args, kwargs = of_segments(args, kwargs, call.segmentation, min(call.total, ENOUGH))
         if entry is not None:
             self._changes = 0
         else:
@@ -186,7 +186,7 @@ class Programs:
         if trial is None or trial.is_corner or is_short or not (trial.is_new or self.options.verify):
             return False
         length = count if self.options.verify else min(count, max(CHECKED, rolled.proved_on[0]))
-        part = first_segments(args, kwargs, entry.segmentation, length)
+        part = of_segments(args, kwargs, entry.segmentation, length)
         with entry.executor.uncompiled():
             is_right = self.difference(entry, length, *part, tolerance=rounding(entry.compiled)) is None
         self._families.settle(trial, is_right)

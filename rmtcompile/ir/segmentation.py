@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,3 +42,13 @@ class Segmentation:
         for axis in self.axes:
             resized[axis.leaf][axis.dim] += (segments - count) * axis.length
         return [torch.Size(shape) for shape in resized]
+
+    def resized(self, tensors: Sequence[torch.Tensor], segments: int) -> list[torch.Tensor]:
+        """Inputs with another number of segments: the given ones repeated or cut, or themselves."""
+        found = []
+        for x, shape in zip(tensors, self.shapes([x.shape for x in tensors], segments), strict=True):
+            for dim, size in enumerate(shape):
+                if size != x.shape[dim]:
+                    x = x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
+            found.append(x)
+        return found

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rmtcompile.passes.emit.carried import Carried, CarriedCell, CarriedTap
+from rmtcompile.passes.emit.carried import Carried, CarriedCell, CarriedTap, Refill
 
 Key = tuple[str, int]
 """Name of a carried value, and the segment that made it."""
@@ -47,6 +47,11 @@ class Crossing:
             for group, output in cell.outputs:
                 self._cells.setdefault((group, cell.layer), []).append((output, cell))
         self._taps = {tap.tap: tap for tap in carried.taps}
+        self._oldest = border - max((cell.back for cell in carried.cells), default=0)
+        self._refills: dict[int, list[Refill]] = {}
+        for refill in carried.refills:
+            self._refills.setdefault(refill.layer, []).append(refill)
+        self._reach = first + max((refill.reach for refill in carried.refills), default=0)
 
     # ---- leaving -------------------------------------------------------------------------------------------
 
@@ -59,6 +64,8 @@ class Crossing:
             layers, segments: of the rows of the outputs.
         """
         for row, (layer, segment) in enumerate(zip(layers, segments, strict=True)):
+            if not self._oldest <= segment < self.border:
+                continue
             for output, cell in self._cells.get((group, layer), ()):
                 if self.border - cell.back <= segment < self.border:
                     self._keep((cell.name, segment), outputs[output][row])
@@ -94,9 +101,11 @@ class Crossing:
 
     def refills(self, segment: int, layer: int) -> list[tuple[str, torch.Tensor]]:
         """(lane, value) of what a cell reads that was made before the run."""
-        found = []
-        for refill in self.carried.refills:
-            if refill.layer == layer and segment - self.first < refill.reach:
+        found: list[tuple[str, torch.Tensor]] = []
+        if segment >= self._reach:
+            return found
+        for refill in self._refills.get(layer, ()):
+            if segment - self.first < refill.reach:
                 value = self.values.get((refill.name, segment - refill.back))
                 if value is not None:
                     found.append((refill.lane, value))
@@ -106,8 +115,7 @@ class Crossing:
         """(group, output, layer, segment, value) of what earlier cells have left."""
         found = []
         for cell in self.carried.cells:
-            group, output = cell.outputs[0]
-            for (name, s), value in self.values.items():
-                if name == cell.name:
-                    found.append((group, output, cell.layer, s, value))
+            mine = [(s, value) for (name, s), value in self.values.items() if name == cell.name]
+            for group, output in cell.outputs:
+                found += [(group, output, cell.layer, s, value) for s, value in mine]
         return found

@@ -326,14 +326,7 @@ class Executor:
 
     def _resized(self, wanted: int, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Inputs of `wanted` segments, the given ones repeated or cut."""
-        shapes = self.segmentation.shapes([tensor.shape for tensor in inputs], wanted)
-        resized = []
-        for x, shape in zip(inputs, shapes, strict=True):
-            for dim, size in enumerate(shape):
-                if size != x.shape[dim]:
-                    x = x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
-            resized.append(x)
-        return resized
+        return self.segmentation.resized(inputs, wanted)
 
     def dry_run(self, segments: int, shapes: Sequence[Sequence[int]], like: list[torch.Tensor]) -> Any:
         """Run on fake tensors of these shapes, typed like `like`; the shapes of the outputs."""

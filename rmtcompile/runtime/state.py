@@ -65,7 +65,7 @@ class RunState:
     @property
     def pending_tokens(self) -> int:
         """Elements along the first segmented axis that will be read again."""
-        return self.pending[0].shape[self.dims[0]] if self.pending else 0
+        return self.pending[0].shape[self.dims[0]]
 
     @property
     def nbytes(self) -> int:
@@ -121,7 +121,10 @@ class RunState:
             replace(
                 self,
                 values={key: value.narrow(dims[key], at, n) for key, value in self.values.items()},
-                pending=tuple(tensor.narrow(0, at, n) for tensor in self.pending),
+                pending=tuple(
+                    tensor.narrow(_batch_dim(dim), at, n)
+                    for tensor, dim in zip(self.pending, self.dims, strict=True)
+                ),
             )
             for at, n in zip(starts, wanted, strict=True)
         ]
@@ -154,14 +157,17 @@ class RunState:
             key: torch.cat([one.values[key] for one in states], first._dim(key, value, first._batch()))
             for key, value in first.values.items()
         }
-        pending = tuple(torch.cat(parts, 0) for parts in zip(*(one.pending for one in states), strict=True))
+        parts = zip(*(one.pending for one in states), strict=True)
+        pending = tuple(
+            torch.cat(same, _batch_dim(dim)) for same, dim in zip(parts, first.dims, strict=True)
+        )
         return replace(first, values=values, pending=pending)
 
     def _batch(self) -> int:
-        return self.pending[0].shape[0] if self.pending and self.dims[0] != 0 else 1
+        return self.pending[0].shape[_batch_dim(self.dims[0])]
 
     def _dim(self, key: Key, value: Tensor, batch: int) -> int:
-        """The dim of a value that counts the batch: the first, or the only one of that size."""
+        """The dim of a value that counts the batch: the only one of that size, or the first if it is one."""
         if value.dim() and value.shape[0] == batch:
             return 0
         found = [dim for dim, size in enumerate(value.shape) if size == batch]
@@ -217,6 +223,11 @@ class RunState:
             values[name, int(segment)] = tensor
         dims = tuple(header["dims"])
         return RunState(header["segments"], values, pending, header["plan"], header["weights"], dims)
+
+
+def _batch_dim(segmented: int) -> int:
+    """Which dim of an input is the batch, where this one holds the segments: the first other one."""
+    return 0 if segmented else 1
 
 
 __all__ = ["Origin", "RunState"]
