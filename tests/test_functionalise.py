@@ -11,8 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
+from traced import StrictRun, capture
 
 from rmtcompile.errors import UnsupportedError
 from rmtcompile.passes.flat.functionalise import (
@@ -20,29 +20,9 @@ from rmtcompile.passes.flat.functionalise import (
     functionalise,
     is_mutating,
     overload_name,
-    same_strides,
 )
 
 torch.manual_seed(0)
-
-
-class _StrictRun(fx.Interpreter):
-    """Runs a graph and checks what its metadata promises."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        result, val = super().run_node(n), n.meta.get("val")
-        if isinstance(val, torch.Tensor) and n.op != "output":
-            assert result.shape == val.shape, n.format_node()
-            assert result.dtype == val.dtype, n.format_node()
-            assert same_strides(result, val), (n.format_node(), result.stride(), val.stride())
-        return result
-
-
-def capture(f: Callable[..., Any], *args: torch.Tensor) -> fx.GraphModule:
-    """The graph of a callable, which is left as it was."""
-    return make_fx(
-        copy.deepcopy(f), tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True
-    )(*[a.detach().clone() for a in args])  # fmt: skip
 
 
 def attribute(gm: fx.GraphModule, name: str) -> Any:
@@ -64,7 +44,7 @@ def check(f: Callable[..., Any], *args: torch.Tensor) -> Functional:
     eager, inputs = copy.deepcopy(gm), [a.clone() for a in args]
     expected = fx.Interpreter(eager).run(*inputs)
     ours = [a.clone() for a in args]
-    actual, written = _StrictRun(result.module).run(*ours), []
+    actual, written = StrictRun(result.module).run(*ours), []
     if result.writes:
         actual, written = actual
     for mine, theirs in zip(tree_leaves(actual), tree_leaves(expected), strict=True):

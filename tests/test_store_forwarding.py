@@ -11,32 +11,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
+from traced import StrictRun, capture
 
 from rmtcompile.errors import UnsupportedError
-from rmtcompile.passes.flat.functionalise import functionalise, overload_name, same_strides
+from rmtcompile.passes.flat.functionalise import functionalise, overload_name
 from rmtcompile.passes.flat.store_forwarding import _blocks, forward_stores
 
 torch.manual_seed(0)
-
-
-class _StrictRun(fx.Interpreter):
-    """Runs a graph and checks what its metadata promises."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        result, val = super().run_node(n), n.meta.get("val")
-        if isinstance(val, torch.Tensor) and n.op != "output":
-            assert result.shape == val.shape, n.format_node()
-            assert result.dtype == val.dtype, n.format_node()
-            assert same_strides(result, val), (n.format_node(), result.stride(), val.stride())
-        return result
-
-
-def capture(f: Callable[..., Any], *args: torch.Tensor) -> fx.GraphModule:
-    return make_fx(
-        copy.deepcopy(f), tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True
-    )(*[a.detach().clone() for a in args])  # fmt: skip
 
 
 def run(f: Callable[..., Any], *args: torch.Tensor) -> fx.GraphModule:
@@ -47,7 +29,7 @@ def run(f: Callable[..., Any], *args: torch.Tensor) -> fx.GraphModule:
     assert str(functional.module.graph) == text
     result.graph.lint()
     expected = copy.deepcopy(f)(*[a.clone() for a in args])
-    actual = _StrictRun(result).run(*[a.clone() for a in args])
+    actual = StrictRun(result).run(*[a.clone() for a in args])
     if functional.writes:
         actual = actual[0]
     for mine, theirs in zip(tree_leaves(actual), tree_leaves(expected), strict=True):

@@ -12,24 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
+from traced import StrictRun
 
-from rmtcompile.passes.flat.functionalise import functionalise, overload_name, same_strides
+from rmtcompile.passes.flat.functionalise import functionalise, overload_name
 from rmtcompile.passes.flat.store_forwarding import forward_stores
 from rmtcompile.passes.flat.stream import row_wise, stream
 
 S, T, D, V = 4, 5, 6, 10
 """Segments, positions in one, features, words."""
-
-
-class _StrictRun(fx.Interpreter):
-    """Runs a graph and checks what its metadata promises."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        result, val = super().run_node(n), n.meta.get("val")
-        if isinstance(val, Tensor) and n.op != "output":
-            assert (result.shape, result.dtype) == (val.shape, val.dtype), n.format_node()
-            assert same_strides(result, val), (n.format_node(), result.stride(), val.stride())
-        return result
 
 
 def captured(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
@@ -47,7 +37,7 @@ def run(
     before = captured(copy.deepcopy(f), *args)
     after = stream(before, inside)
     after.graph.lint()
-    for mine, theirs in zip(tree_leaves(_StrictRun(after).run(*args)), tree_leaves(f(*args)), strict=True):
+    for mine, theirs in zip(tree_leaves(StrictRun(after).run(*args)), tree_leaves(f(*args)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
     assert stream(after, inside) is after
     return after

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from torch._dynamo.utils import counters
 import rmtcompile
 from rmtcompile.api import Optimized
 from rmtcompile.bench import measure
+from rmtcompile.bench.recording import Recording
 from rmtcompile.bench.report import Table, environment_table
 from rmtcompile.bench.session import environment
 from rmtcompile.bench.shapes import Case
@@ -56,21 +56,16 @@ def lengths_of(case: Case, documents: int, max_segments: int) -> list[int]:
     ]
 
 
-class Session:
-    """Fills `record`, which is what the JSON file holds.
-
-    Attributes:
-        failed: what failed, in words.
-    """
+class Session(Recording):
+    """Reads documents one at a time, each length again, and the same with the model as it is."""
 
     def __init__(
         self, settings: Settings, device: torch.device, save: Callable[[dict[str, Any]], None]
     ) -> None:
-        self.settings, self.device, self.save = settings, device, save
-        self.started = time.monotonic()
-        self.failed: list[str] = []
+        super().__init__(device, settings.budget, save)
+        self.settings = settings
         case = settings.case
-        self.record: dict[str, Any] = {
+        self.record = {
             "environment": environment(device, settings.flags),
             "shape": asdict(case.shape),
             "case": {k: str(v) for k, v in asdict(case).items() if k != "shape"},
@@ -103,17 +98,17 @@ class Session:
     def _part(self, what: str, lengths: Sequence[int], one: Callable[[int, int], None]) -> None:
         """Measure one length after the other; one that fails is noted, and the others go on."""
         for i, tokens in enumerate(lengths):
-            if time.monotonic() - self.started >= self.settings.budget:
-                self._note(f"{what}: {len(lengths) - i} of {len(lengths)} not begun, the time is up")
+            if self.is_late:
+                self.note(f"{what}: {len(lengths) - i} of {len(lengths)} not begun, the time is up")
                 break
             try:
                 one(i, tokens)
             except torch.OutOfMemoryError:
                 measure.release(self.device)
-                self._note(f"{what}, {tokens} tokens: out of memory")
+                self.note(f"{what}, {tokens} tokens: out of memory")
             except Exception as error:  # the lengths that are left are measured all the same
                 traceback.print_exc()
-                self._note(f"{what}, {tokens} tokens: {type(error).__name__}: {error}".splitlines()[0][:300])
+                self.note(f"{what}, {tokens} tokens: {type(error).__name__}: {error}".splitlines()[0][:300])
         self.save(self.record)
 
     # ---- one length ----
@@ -161,14 +156,6 @@ class Session:
         self.say(f"eager {i + 1} of {of}: {tokens} tokens, {seconds * 1e3:.1f} ms")
 
     # ---- telling ----
-
-    def say(self, line: str) -> None:
-        """A line of progress on stderr."""
-        print(f"[{time.monotonic() - self.started:6.1f} s] {line}", file=sys.stderr, flush=True)
-
-    def _note(self, line: str) -> None:
-        self.failed.append(line)
-        self.say(line)
 
 
 def compiled_graphs() -> int:

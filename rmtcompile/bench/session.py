@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import platform
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ import torch
 import rmtcompile
 from rmtcompile.bench import kernels, measure, numerics
 from rmtcompile.bench.opponents import Diagonal, Full, Graphed, Handwritten, Opponent, Sequential, Skipped
+from rmtcompile.bench.recording import Recording
 from rmtcompile.bench.shapes import Case, parameter_bytes
 from rmtcompile.models import ARMT
 
@@ -46,20 +46,15 @@ class Settings:
     flags: tuple[str, ...] = ()
 
 
-class Session:
-    """Fills `record`, which is what the JSON file holds; pieces that fail are noted and the rest goes on.
-
-    Attributes:
-        failed: what failed, in words.
-    """
+class Session(Recording):
+    """Times the ways of running a model; pieces that fail are noted and the rest goes on."""
 
     def __init__(
         self, settings: Settings, device: torch.device, save: Callable[[dict[str, Any]], None]
     ) -> None:
-        self.settings, self.device, self.save = settings, device, save
-        self.started = time.monotonic()
-        self.failed: list[str] = []
-        self.record: dict[str, Any] = {
+        super().__init__(device, settings.budget, save)
+        self.settings = settings
+        self.record = {
             "environment": environment(device, settings.flags),
             "models": [],
             "ceilings": [],
@@ -268,15 +263,10 @@ class Session:
 
     # ---- telling ----
 
-    def say(self, line: str) -> None:
-        """A line of progress on stderr."""
-        print(f"[{time.monotonic() - self.started:6.1f} s] {line}", file=sys.stderr, flush=True)
-
     def _in_time(self, what: str) -> bool:
-        if time.monotonic() - self.started < self.settings.budget:
+        if not self.is_late:
             return True
-        self.failed.append(f"{what}: not begun, the time is up")
-        self.say(self.failed[-1])
+        self.note(f"{what}: not begun, the time is up")
         return False
 
     @contextlib.contextmanager
