@@ -14,7 +14,7 @@ if not (Path(__file__).parent / "passes").exists() and (_beside / "passes" / "__
         str(_beside)
     )  # a checkout that is not installed: `rmtcompile.passes` is the folder beside this one
 
-from rmtcompile.api import Optimized, explain, optimize  # noqa: E402
+from rmtcompile.api import explain, optimize  # noqa: E402
 from rmtcompile.errors import (  # noqa: E402
     CaptureError,
     DependenceError,
@@ -31,6 +31,7 @@ from rmtcompile.errors import (  # noqa: E402
     UnsupportedError,
     VerificationError,
 )
+from rmtcompile.optimized import Optimized  # noqa: E402
 from rmtcompile.report import Explanation, Profile  # noqa: E402
 from rmtcompile.runtime.state import RunState  # noqa: E402
 from rmtcompile.schedule import Schedule  # noqa: E402

@@ -18,6 +18,7 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_architectures import Chunked
+from test_sizes import Table
 from torch import Tensor, nn
 from toys import SEGMENT, WIDTH, AttributeState, Toy, assert_same, features, made
 from zoo.authors import authors_armt
@@ -191,6 +192,17 @@ def test_only_some_states_of_a_batch_go_on() -> None:
     joined = RunState.join([one, two])
     assert_same(dict(state.values), dict(joined.values), 0.0)
     assert_same(whole(model(x))[:, 3 * T :], whole(fast.run(x[:, 3 * T + 1 :], state=joined)[0]))
+
+
+@torch.no_grad()
+def test_a_trusted_rule_that_stops_is_given_up_for_a_capture() -> None:
+    model = made(lambda: Table(2))
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    for size, captures in ((2, 1), (3, 2), (4, 2), (7, 3)):
+        x = features(5, batch=size)
+        got, _ = in_parts(fast, x, [2 * SEGMENT])
+        assert_same(model(x), got)
+        assert fast.captures == captures
 
 
 class Explicit(nn.Module):

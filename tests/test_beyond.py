@@ -284,6 +284,23 @@ def test_it_is_followed_at_each_doubling(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @torch.no_grad()
+def test_compiled_cells_are_followed_far_at_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that later calls, rests among them, need not be."""
+    lengths: list[int] = []
+    outline = Outliner.outline
+    monkeypatch.setattr(
+        Outliner, "outline", lambda self, *args: lengths.append(args[2]) or outline(self, *args)
+    )
+    fast = rmtcompile.optimize(made(Toy), backend="aot_eager")
+    fast(features(3))
+    assert max(lengths) == fast.explain().followed_to == 64
+    lengths.clear()
+    for segments in (5, 40, 64):
+        fast(features(segments))
+    assert not lengths
+
+
+@torch.no_grad()
 def test_a_table_may_end_where_the_input_does() -> None:
     """Twice as long as the last check, the model itself fails."""
 

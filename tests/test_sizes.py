@@ -30,6 +30,7 @@ from rmtcompile.passes.emit.sizes import opening
 from rmtcompile.passes.sizes import Sample, SizesDiffer, _Fit, at, unify
 from rmtcompile.report.dump import use
 from rmtcompile.runtime.costs import Costs
+from rmtcompile.runtime.execute import Executor
 
 TOKENS = 8  # in a segment of the transformers
 
@@ -243,6 +244,39 @@ class Clamped(Toy):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + min(x.shape[0], 5)
+
+
+class Table(Toy):
+    """Has rows of its own for the first five of a batch."""
+
+    def __init__(self, n_layers: int) -> None:
+        super().__init__(n_layers)
+        self.rows = nn.Parameter(torch.randn(5, 1, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = min(x.shape[0], 5)
+        return super().forward(torch.cat([x[:n] + self.rows[:n], x[n:]]))
+
+
+@torch.no_grad()
+def test_a_trusted_rule_that_stops_is_given_up_for_a_capture() -> None:
+    model = made(lambda: Table(2))
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    assert_equal_runs(model, fast, [batch(size, 12) for size in (2, 3, 4)])
+    assert fast.captures == 2
+    assert_equal_runs(model, fast, [batch(size, 12) for size in (7, 7)])
+    assert fast.captures == 3
+
+
+@torch.no_grad()
+def test_only_the_first_use_of_a_rule_is_tried_without_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    dry_run = Executor.dry_run
+    monkeypatch.setattr(Executor, "dry_run", lambda self, *args: tried.append(1) or dry_run(self, *args))
+    model = made(lambda: Toy(2))
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    assert_equal_runs(model, fast, [batch(size, 12) for size in (2, 3, 4, 5, 6)])
+    assert fast.captures == 2 and len(tried) == 1
 
 
 @torch.no_grad()

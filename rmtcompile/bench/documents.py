@@ -18,12 +18,12 @@ import torch
 from torch._dynamo.utils import counters
 
 import rmtcompile
-from rmtcompile.api import Optimized
 from rmtcompile.bench import measure
 from rmtcompile.bench.recording import Recording
 from rmtcompile.bench.report import Table, environment_table
 from rmtcompile.bench.session import environment
 from rmtcompile.bench.shapes import Case
+from rmtcompile.optimized import Optimized
 
 WARM = 2
 """Documents at the start that do not count: the program is captured and compiled there."""

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from rmtcompile.api import Optimized, optimize
+from rmtcompile.api import optimize
 from rmtcompile.cli.options import add_sizes, add_target, positive
 from rmtcompile.cli.target import Sizes, Target, target_of
+from rmtcompile.optimized import Optimized
 
 _EXAMPLES = """\
 Time a model of yours as it is and as rmtcompile runs it, in turn, and compare the results.  Without a

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from rmtcompile.cli.options import USAGE, Command, build_parser
 
 if TYPE_CHECKING:
-    from rmtcompile.api import Optimized
     from rmtcompile.cli.target import Target
+    from rmtcompile.optimized import Optimized
 
 OK, REFUSED = 0, 1
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from rmtcompile.api import Optimized, optimize
+from rmtcompile.api import optimize
 from rmtcompile.cli.target import Sizes, Target, UsageError, small_armt
+from rmtcompile.optimized import Optimized
 from rmtcompile.schedule import short_type
 
 SHIPPED = "constitution.txt"

@@ -18,7 +18,7 @@ from rmtcompile.report.names import model_name
 from rmtcompile.report.stages import changes, programs
 
 if TYPE_CHECKING:
-    from rmtcompile.api import Optimized
+    from rmtcompile.optimized import Optimized
 
 
 def dump(fast: Optimized, folder: str | Path) -> list[Path]:

@@ -29,7 +29,7 @@ from rmtcompile.report.stages import changes
 from rmtcompile.schedule import Schedule, blocking, blocking_reason, short_type, skew
 
 if TYPE_CHECKING:
-    from rmtcompile.api import Optimized
+    from rmtcompile.optimized import Optimized
 
 
 def explain_refusal(

@@ -19,8 +19,8 @@ from rmtcompile.schedule import Schedule
 from rmtcompile.viewer import ProfileView
 
 if TYPE_CHECKING:
-    from rmtcompile.api import Optimized
     from rmtcompile.dispatch.entries import Entry
+    from rmtcompile.optimized import Optimized
 
 _KINDS = (
     ("attention", ("attention", "flash", "fmha", "sdpa")),

@@ -15,7 +15,7 @@ from rmtcompile.schedule import Cell
 from rmtcompile.viewer import ViewModel, WitnessView, render
 
 if TYPE_CHECKING:
-    from rmtcompile.api import Optimized
+    from rmtcompile.optimized import Optimized
     from rmtcompile.report.profiling import Profile
 
 

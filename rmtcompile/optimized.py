@@ -1,0 +1,315 @@
+"""What `optimize` gives: a model that runs on wavefronts, and what there is to look at in it."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from rmtcompile.binding.guard import call_key
+from rmtcompile.binding.kinds import refuse_odd_arguments
+from rmtcompile.binding.objects import Opaque
+from rmtcompile.compiler.pipeline import Compiled
+from rmtcompile.compiler.results import value_of
+from rmtcompile.compiler.stages import Progress
+from rmtcompile.dispatch.advancing import left, prepared
+from rmtcompile.dispatch.boundary import explained
+from rmtcompile.dispatch.calls import Call, TooFewSegments
+from rmtcompile.dispatch.entries import Entry
+from rmtcompile.dispatch.leaving import leave
+from rmtcompile.dispatch.programs import Programs
+from rmtcompile.dispatch.verify import STOPS, is_no_fault, tensors_of
+from rmtcompile.errors import (
+    FallbackWarning,
+    RerollError,
+    RMTCompileError,
+    UnsupportedError,
+    VerificationError,
+    warn,
+)
+from rmtcompile.options import Options
+from rmtcompile.runtime.graphs import Started
+from rmtcompile.runtime.state import RunState
+from rmtcompile.schedule import Schedule
+
+if TYPE_CHECKING:
+    from rmtcompile.report import Explanation, Profile
+
+
+class Optimized(Opaque):
+    """A model that runs on wavefronts; made by `optimize`.
+
+    Attributes of the model (parameters, `state_dict`, `config`, ...) are reached through it.
+    """
+
+    REFUSALS = 32
+    """Kinds of calls whose refusal is remembered."""
+
+    def __init__(self, model: Callable[..., Any], options: Options, progress: Progress | None) -> None:
+        self._programs = Programs(model, options, progress)
+        self._lock = threading.RLock()
+        self._last: tuple[Entry, int] | None = None
+        self._refused = ""  # why the model ran as it is
+        self._refusals: OrderedDict[Any, str] = OrderedDict()  # by kind of call
+        self.last_profile: Profile | None = None
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """The model, which is run where its program is compared with it."""
+        return self._programs.model
+
+    @property
+    def options(self) -> Options:
+        """What the user has chosen."""
+        return self._programs.options
+
+    @property
+    def captures(self) -> int:
+        """How many programs were captured."""
+        return self._programs.captures
+
+    @contextmanager
+    def reporting(self, report: Progress) -> Iterator[None]:
+        """Within it, lines of progress go to `report`, too."""
+        programs = self._programs
+        before = programs.progress
+
+        def both(line: str) -> None:
+            report(line)
+            if before:
+                before(line)
+
+        programs.progress = both
+        try:
+            yield
+        finally:
+            programs.progress = before
+
+    # ---- running -------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; same arguments, result and effects as `model(*args, **kwargs)`."""
+        with self._lock:
+            kind = None
+            try:
+                with explained(self.model, args, kwargs):
+                    if self.options.fallback == "sequential":
+                        kind = self._kind(args, kwargs)
+                        if kind in self._refusals:
+                            raise UnsupportedError(self._refusals[kind])
+                    call = self._programs.located(args, kwargs)
+                    started = self._programs.start(call, args, kwargs)
+                    call, entry = self._programs.entry(call, args, kwargs)  # the device is at work meanwhile
+                running = started[1] if started is not None and started[0] is entry else None
+                with nullcontext() if entry.is_edited else explained(self.model, args, kwargs, running=True):
+                    entry, outputs = self._outputs(call, entry, args, kwargs, running)
+            except TooFewSegments as short:
+                return self._as_it_is(str(short), args, kwargs)
+            except RMTCompileError as error:
+                asked = self.options.verify and isinstance(error, VerificationError)
+                if self.options.fallback != "sequential" or asked:
+                    raise
+                if kind is not None:
+                    self._refusals[kind] = str(error)
+                    while len(self._refusals) > self.REFUSALS:
+                        self._refusals.popitem(last=False)
+                return self._as_it_is(str(error), args, kwargs)
+            leave(entry, call.count, outputs, tensors_of(args, kwargs))
+            result = value_of(entry.compiled.result, outputs, call.count)
+            if running is None:
+                self._programs.choose_plan(entry, args, kwargs)
+                entry.executor.record(tensors_of(args, kwargs))
+            self._programs.has_run(call, entry)
+            return result
+
+    def run(self, *args: Any, state: RunState | None = None, **kwargs: Any) -> tuple[Any, RunState]:
+        """Run the model on the next part of a text; gives its outputs and the state to go on from.
+
+        A border between calls may lie anywhere. What no border between segments can come after is read again
+        by the next call: an incomplete segment, and segments that the model treats in another way where they
+        are the last. `state.pending_tokens` says how many positions that is: the outputs of the next call
+        begin with them. Outputs that gather all segments gather those of this call and those read again.
+        `verify` compares the first call of a text with the model; there is no fallback.
+
+        Args:
+            args, kwargs: of the forward, the same in each call but for the part of the text.
+            state: where an earlier call has stopped; None starts as the forward does. It is not changed.
+
+        Returns:
+            (outputs, state).  With gradients, both have a history; `state.detach()` ends it.
+
+        Raises:
+            StateError: the state belongs to another model, plan, dtype or batch size.
+            UnsupportedError: the forward cannot be compiled, or cannot be run in parts.
+        """
+        with self._lock:
+            with explained(self.model, args, kwargs):
+                advance = prepared(self._programs, state, args, kwargs)
+            entry, inputs = advance.entry, tensors_of(advance.args, advance.kwargs)
+            self._last = entry, advance.call.count
+            values = state.values if state is not None else {}
+            given = advance.call.first, advance.border, values
+            with explained(self.model, args, kwargs, running=True):
+                try:
+                    outputs, found = entry.executor.advance(advance.call.total, inputs, *given)
+                except STOPS as error:
+                    again = (advance.call, entry, advance.args, advance.kwargs)
+                    if is_no_fault(error) or self._programs.instead(*again) is None:
+                        raise
+                    return self.run(*args, state=state, **kwargs)
+            after = left(self._programs, advance, state, found)
+            leave(entry, advance.call.total, outputs, inputs)
+            return value_of(entry.compiled.result, outputs, advance.call.count), after
+
+    def _kind(self, args: Any, kwargs: Any) -> Any:
+        """Calls of one kind are refused alike, so that one of them is tried."""
+        refuse_odd_arguments(args, kwargs)
+        shapes = tuple(tensor.shape for tensor in tensors_of(args, kwargs))
+        return call_key(args, kwargs), shapes, getattr(self.model, "training", None)
+
+    def _as_it_is(self, why: str, args: Any, kwargs: Any) -> Any:
+        self._refused = why
+        warn(f"running the model as it is: {why}", FallbackWarning)
+        return self.model(*args, **kwargs)
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Optimized:
+        """Compile for these arguments without running the program; returns self."""
+        with self._lock, explained(self.model, args, kwargs):
+            call, entry = self._programs.entry(self._programs.located(args, kwargs), args, kwargs)
+            self._last = entry, call.count
+        return self
+
+    def _outputs(
+        self, call: Call, entry: Entry, args: Any, kwargs: Any, running: Started | None
+    ) -> tuple[Entry, tuple[Any, ...]]:
+        """The program that has run, and what it gives; the model and the arguments are as they were.  Where
+        it stops, either the model does so too, with its own error, or the rules do not hold for these
+        sizes."""
+        count = call.count
+        self._last = (entry, count)
+        outputs = entry.executor.finish(running) if running is not None else None
+        if outputs is not None:
+            return entry, outputs
+        try:
+            return entry, entry.executor.run(count, tensors_of(args, kwargs))
+        except STOPS as error:
+            instead = None if is_no_fault(error) else self._programs.instead(call, entry, args, kwargs)
+            if instead is not None:
+                return self._outputs(*instead, args, kwargs, None)
+            proved = entry.compiled.rolled.proved_on
+            is_proved = count in range(min(proved, default=count), max(proved, default=count) + 1)
+            if is_proved or entry.is_edited or is_no_fault(error):
+                raise
+            found = self._programs.difference(entry, count, args, kwargs)
+            if found is None:
+                raise
+            raise RerollError(
+                "the program stops where the model runs",
+                [found],
+                "fallback='sequential' runs the model as it is",
+            ) from error
+
+    # ---- looking -------------------------------------------------------------------------------------------
+
+    @property
+    def compiled(self) -> Compiled:
+        """The program of the last call."""
+        return self._ran[0].compiled
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the last call."""
+        from rmtcompile.report.scheduled import schedule_of
+
+        entry, count = self._ran
+        return schedule_of(entry.compiled, count)
+
+    @property
+    def _ran(self) -> tuple[Entry, int]:
+        """The program of the last call and its number of segments."""
+        if self._last is None and self._refused:
+            raise RMTCompileError(f"the model runs as it is, without a program: {self._refused}")
+        if self._last is None:
+            raise RMTCompileError("nothing is captured yet: call the optimized model once")
+        return self._last
+
+    @property
+    def code(self) -> str:
+        """The generated Python module that the last call ran."""
+        return self.compiled.emitted.source
+
+    def explain(self) -> Explanation:
+        """What was found in the model, and why it runs as it does, for the last call."""
+        from rmtcompile.report import explain_last
+
+        return explain_last(self)
+
+    def dump(self, folder: str | Path) -> list[Path]:
+        """Write one numbered file a pass; the last one is the module that runs."""
+        from rmtcompile.report import dump
+
+        return dump(self, folder)
+
+    def use(self, path: str | Path) -> None:
+        """Run a dumped, perhaps edited, module in place of the generated one, in the last call's program."""
+        from rmtcompile.report import use
+
+        use(self, path)
+
+    def view(self, path: str | Path) -> Path:
+        """Write the viewer of the last call's program as one HTML file."""
+        from rmtcompile.report import save_view
+
+        return save_view(self, path)
+
+    def profile(self, *args: Any, **kwargs: Any) -> Profile:
+        """Run the model and measure each level; later `view`s and `explain`s show the times."""
+        from rmtcompile.report import profile
+
+        return profile(self, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_programs":  # not yet: an object that is being unpickled
+            raise AttributeError(name)
+        value = getattr(self.model, name)
+        if callable(value) and name in _RETURN_SELF:
+            return lambda *args, **kwargs: self._same(value(*args, **kwargs))
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Attributes of the model are set there."""
+        if name in _OWN or name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.model, name, value)
+
+    def _same(self, result: Any) -> Any:
+        return self if result is self.model else result
+
+    def __repr__(self) -> str:
+        state = "not captured yet" if self._last is None else f"{self.captures} captured"
+        name = type(self.model).__name__ if isinstance(self.model, nn.Module) else repr(self.model)
+        return f"rmtcompile.Optimized({name}, {state})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimized:
+        import copy
+
+        programs = self._programs
+        return Optimized(copy.deepcopy(programs.model, memo), programs.options, programs.progress)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "options": self.options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["model"], state["options"], None)  # type: ignore[misc]
+
+
+_OWN = ("last_profile",)
+_RETURN_SELF = (
+    "to", "eval", "train", "cuda", "cpu", "half", "float", "double", "bfloat16", "requires_grad_", "apply"
+)  # fmt: skip
