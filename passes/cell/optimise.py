@@ -18,8 +18,8 @@ from rmtcompile.passes.cell.thin_products import thin_products
 
 PASSES = ("causal", "cast_weights", "grouped_query", "fuse_linears", "thin_products", "in_place")
 
-FOR_COMPILED_CELLS = frozenset({"thin_products"})
-"""Passes that pay only where cells are compiled."""
+FOR_COMPILED_CELLS = frozenset({"thin_products", "open_attention"})
+"""Passes that pay only where cells are compiled; `open_attention` is one on cells of free sizes."""
 
 
 def optimise(program: Program, switched_off: frozenset[str] = frozenset()) -> Program:

@@ -22,7 +22,14 @@ from rmtcompile.ir.program import Lane, Opened, Program
 from rmtcompile.passes.emit.borders import Borders, borders
 from rmtcompile.passes.emit.calls import Calls
 from rmtcompile.passes.emit.carried import NOTHING, Carried, carried
-from rmtcompile.passes.emit.cells import CellFunction, cell_functions, opened, uses_vmapped, write_cell
+from rmtcompile.passes.emit.cells import (
+    CellFunction,
+    cell_functions,
+    opened,
+    uses_own_attention,
+    uses_vmapped,
+    write_cell,
+)
 from rmtcompile.passes.emit.levels import level_formula, write_forward, write_level
 from rmtcompile.passes.emit.regions import Regions
 from rmtcompile.passes.emit.rows import write_rows
@@ -65,6 +72,8 @@ def emit(program: Program, title: str = "", sized: Sized | None = None) -> Emitt
         writer.line("from rmtcompile.runtime.run import move")
     if any(uses_vmapped(cell.graph) for cell in cells):
         writer.line("from rmtcompile.passes.cell.lift import vmapped")
+    if any(uses_own_attention(cell.graph) for cell in cells):
+        writer.line("from rmtcompile.passes.cell import open_attention  # torch.ops.rmtcompile.attention")
     writer.line()
     writer.line("aten = torch.ops.aten")
     if sized:
@@ -80,7 +89,7 @@ def emit(program: Program, title: str = "", sized: Sized | None = None) -> Emitt
         write_level(writer, program, cells)
         leave.write(writer)
         phases = write_forward(writer, regions, enter, leave)
-        found = borders(program, regions, enter, leave)
+        found = borders(program, regions, cells, enter, leave)
     else:
         found = NO_BORDERS
         leave.write(writer)

@@ -12,7 +12,7 @@ from torch import fx
 from rmtcompile.ir.program import Group
 from rmtcompile.passes.cell.lift import lift
 from rmtcompile.passes.emit.sizes import Opening, opening
-from rmtcompile.passes.emit.text import Writer, comment, plain_name, write_nodes
+from rmtcompile.passes.emit.text import Writer, comment, plain_name, target_name, write_nodes
 from rmtcompile.passes.grid.if_conversion import class_name
 
 
@@ -104,6 +104,11 @@ def _is_view_of_input(node: fx.Node) -> bool:
             return False
         node = node.all_input_nodes[0]
     return node.op == "placeholder"
+
+
+def uses_own_attention(graph: fx.Graph) -> bool:
+    """Whether a cell calls the operation of `passes/cell/open_attention.py`."""
+    return any(target_name(node.target) == "torch.ops.rmtcompile.attention" for node in graph.nodes)
 
 
 def uses_vmapped(graph: fx.Graph) -> bool:
