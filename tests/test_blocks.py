@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import toys
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from toys import assert_same, features, made
+from toys import Toy, assert_same, features, made
 from zoo.others import ZOO
 
 import rmtcompile
@@ -81,7 +82,7 @@ class Player:
 
 
 def blocks_for(
-    fast: Any, x: torch.Tensor, player: Player | None = None
+    fast: Any, x: torch.Tensor, player: Player | None = None, has_ends: bool = True
 ) -> tuple[Executor, RecordedBlocks]:
     """Blocks of the program that has run."""
     executor = fast._last[0].executor
@@ -96,8 +97,9 @@ def blocks_for(
         player or Player(),
         leaves,
         executor.stacks.current,
+        has_ends,
     )
-    inputs = executor._resized(blocks.example_segments, [x])
+    inputs = executor.resized(blocks.example_segments, [x])
     blocks.begin(dict(zip(compiled.input_names, inputs, strict=True)))
     blocks.record_all()
     return executor, blocks
@@ -127,6 +129,64 @@ def test_blocks_give_what_runs_give(name: str) -> None:
         assert outputs is not None
         expected = value_of(fast.compiled.result, executor.run(segments, [x]), segments)
         assert_same(expected, value_of(fast.compiled.result, outputs, segments))
+    assert blocks.device.recorded == before  # type: ignore[attr-defined]
+
+
+LONG = 6
+"""Positions of a segment of these models."""
+
+
+class Taught(Toy):
+    """A Toy whose segments also read what went into the one before, and how long they are; all layers read
+    the places of a segment's positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = [x.new_zeros(x.shape[0], x.shape[2])] * len(self.layers)
+        before, out = x.new_zeros(x.shape[0], x.shape[2]), []
+        for h in x.split(LONG, 1):
+            h, before = h + before[:, None], h.mean(1)
+            places = torch.arange(h.shape[1], dtype=h.dtype)[:, None] / 10
+            for l, layer in enumerate(self.layers):
+                h, states[l] = layer(h + places, states[l])
+            out.append(torch.softmax(h, 1) * h.shape[1])
+        return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("build", [Toy, Taught, lambda: Toy(3, up=-1), lambda: Toy(2, back=2)])
+@torch.no_grad()
+def test_blocks_serve_texts_that_end_within_a_segment(
+    build: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks of one rest, and the last levels of another one launched on their storage."""
+    monkeypatch.setattr(toys, "SEGMENT", LONG)
+    model = made(build)
+    fast = rmtcompile.optimize(model)
+    text = features(LONG * 14)
+
+    def input_of(segments: int, rest: int) -> Tensor:
+        return text[:, : segments * LONG + rest]
+
+    for rest in (3, 2):
+        fast(input_of(8, rest))
+    owner, blocks = blocks_for(fast, input_of(8, 2), has_ends=False)
+    assert not owner.compiled.emitted.borders.obstacle
+    assert owner.compiled.emitted.borders.sizes == frozenset() and owner.compiled.sizes == {"R": 2}
+    assert {kind for kind, _ in blocks._recordings} == {"head", "steady"}
+    before = blocks.device.recorded  # type: ignore[attr-defined]
+    for rest in (5, 4, 1):
+        fast(input_of(8, rest))
+        executor = fast._last[0].executor
+        assert executor.compiled.emitted is owner.compiled.emitted
+        engine = Engine(executor.program, "eager", keeps_buffers=False)
+        engine.share_buffers(blocks.engine)  # type: ignore[arg-type]
+        ending = recorded.Ending(executor.program, executor.compiled.namespace, engine)
+        shortest = blocks.example_segments
+        for segments in (1, shortest, shortest + 1, 19, 27):
+            x = input_of(segments, rest)
+            outputs = blocks.run(segments + 1, {fast.compiled.input_names[0]: x}, ending)
+            assert (outputs is None) == (segments == 1)  # no level of such a run is any other run's
+            if outputs is not None:
+                assert_same(model(x), value_of(fast.compiled.result, outputs, segments + 1))
     assert blocks.device.recorded == before  # type: ignore[attr-defined]
 
 

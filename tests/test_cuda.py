@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import toys
 import transformers
 from test_reroll import FirstDiffers, Kept
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from toys import Toy, assert_same, features, made
 from zoo.others import ZOO
 
@@ -216,7 +218,7 @@ def test_recordings_are_bounded() -> None:
     for segments in range(1, 24):
         for _ in range(2):
             fast(inputs(segments))
-    recorded = fast._last[0].executor._blocks._blocks._recordings
+    recorded = fast._last[0].executor.replays.blocks._blocks._recordings
     assert {kind for kind, _ in recorded} == {"head", "steady", "tail", "whole"}
     assert len(recorded) < 16
     assert_same(model(inputs(2)), fast(inputs(2)), TOLERANCE)
@@ -234,6 +236,48 @@ def test_a_new_length_records_nothing(build: Any, monkeypatch: pytest.MonkeyPatc
         x = inputs(segments, segments)
         assert_same(model(x), fast(x), TOLERANCE)
     assert fast.captures == 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("build", [Toy, lambda: Toy(2, back=2)])
+@torch.no_grad()
+def test_a_new_rest_records_nothing(build: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toys, "SEGMENT", 8)
+    model, twin = on_cuda(build)
+    fast = rmtcompile.optimize(twin, backend=backend)
+    text = inputs(40)
+
+    def run(segments: int, rest: int) -> None:
+        x = text[:, : 8 * segments + rest]
+        assert_same(model(x), fast(x), TOLERANCE)
+
+    for rest in (7, 5):
+        run(9, rest)
+    blocks = fast._last[0].executor.replays.blocks
+    assert {kind for kind, _ in blocks._blocks._recordings} == {"head", "steady"}
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", None)
+    captures, compiled = fast.captures, counters["stats"]["unique_graphs"]
+    for rest in (1, 2, 5, 6):
+        for segments in (2, 3, 12, 30):
+            run(segments, rest)
+    assert fast.captures == captures and fast._last[0].executor.replays.blocks is blocks
+    assert counters["stats"]["unique_graphs"] == compiled
+
+
+@torch.no_grad()
+def test_numbers_are_drawn_after_a_recording_has_failed() -> None:
+    model, twin = on_cuda(Toy)
+    fast = rmtcompile.optimize(twin, backend="eager")
+    fast(inputs(5))
+    recorder = fast._last[0].executor.replays.blocks
+
+    def body() -> None:
+        torch.cuda.synchronize()
+
+    with pytest.raises(RuntimeError):
+        recorder.captured(body, recorder._workspaces)
+    assert torch.rand(3, device="cuda").isfinite().all()
+    assert_same(model(inputs(7)), fast(inputs(7)), TOLERANCE)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from rmtcompile.binding.captured import Leaf
 from rmtcompile.errors import UnsupportedError
 from rmtcompile.ir.program import Affine, Lane
 from rmtcompile.ir.weights import Weight
-from rmtcompile.runtime import LaneStore, Stacks, TapStore, execute
+from rmtcompile.runtime import LaneStore, Stacks, TapStore, replays
 from rmtcompile.runtime.storage import as_slice
 
 
@@ -162,7 +162,7 @@ def test_what_cannot_be_recorded_runs_as_before(monkeypatch: pytest.MonkeyPatch)
 
         def __init__(self, *_: Any) -> None: ...
 
-        def prepare(self, _: Any) -> None:
+        def prepare(self, *_: Any) -> None:
             raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ...")
 
     model, x = made(Toy), features(4)
@@ -170,7 +170,7 @@ def test_what_cannot_be_recorded_runs_as_before(monkeypatch: pytest.MonkeyPatch)
     fast(x)
     executor = fast._last[0].executor  # type: ignore[index]
     executor._use_graphs = True
-    monkeypatch.setattr(execute, "BlockRecorder", Failing)
+    monkeypatch.setattr(replays, "BlockRecorder", Failing)
     with pytest.warns(rmtcompile.RecordingWarning, match="CUDA graphs: operation not permitted"):
         executor.record([x])
     assert_same(model(x), fast(x))

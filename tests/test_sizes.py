@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_end_to_end import armt
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from toys import SEGMENT, WIDTH, AttributeState, Toy, assert_equal_runs, assert_same, made
 from zoo.others import ZOO
 
@@ -25,6 +26,7 @@ from rmtcompile.dispatch.size_vectors import boxes, moved
 from rmtcompile.frontend.probe import probe
 from rmtcompile.ir.program import Affine, Size
 from rmtcompile.options import Options
+from rmtcompile.passes.cell.open_attention import attention
 from rmtcompile.passes.emit import emit
 from rmtcompile.passes.emit.sizes import opening
 from rmtcompile.passes.sizes import Sample, SizesDiffer, _Fit, at, unify
@@ -474,6 +476,80 @@ def test_batches_of_other_models(name: str) -> None:
 
 
 # --- torch.compile ------------------------------------------------------------------------------------------
+
+
+class Attending(nn.Module):
+    """Grouped attention with a mask that depends on how long a segment is; segments of 24."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, 2 * WIDTH, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, out = [x.new_zeros(x.shape[0], WIDTH)] * len(self.layers), []
+        for h in x.split(24, 1):
+            places = torch.arange(h.shape[1])
+            mask = (places[:, None] - places).abs() < 5
+            for l, layer in enumerate(self.layers):
+                q, k = layer(h + states[l][:, None]).unflatten(-1, (4, -1)).transpose(1, 2).split([2, 2], 1)
+                k = k[:, :1]
+                attended = scaled_dot_product_attention(q, k, k, mask, scale=0.7, enable_gqa=True)
+                h = h + attended.transpose(1, 2).flatten(2)
+                states[l] = torch.tanh(h.mean(1) + states[l])
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_attention_of_any_rest_is_compiled_once() -> None:
+    """Rests that are multiples of 16, too; gradients."""
+    from torch._dynamo.utils import counters
+
+    model = made(Attending)
+    fast = rmtcompile.optimize(copy.deepcopy(model), backend="inductor")
+
+    def run(rest: int) -> None:
+        x = batch(2, 3 * 24 + rest)
+        expected, got = model(x), fast(x)
+        assert_same(expected, got)
+        assert_same(
+            torch.autograd.grad(expected.square().sum(), list(model.parameters())),
+            torch.autograd.grad(got.square().sum(), list(fast.parameters())),
+            1e-9,
+        )
+
+    for rest in (7, 13):
+        run(rest)
+    assert "torch.ops.rmtcompile.attention" in fast.code
+    compiled = counters["stats"]["unique_graphs"]
+    for rest in (16, 9, 1, 23):
+        run(rest)
+    assert counters["stats"]["unique_graphs"] == compiled
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_causal"), [("none", False), ("none", True), ("bool", False), ("added", False)]
+)
+def test_own_attention_is_attention(kind: str, is_causal: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, 5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
+    mask = None if kind == "none" else torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    mask = mask > -1 if kind == "bool" and mask is not None else mask
+    operands = [q, k, v]
+    if kind == "added" and mask is not None:
+        operands.append(mask.requires_grad_())
+    expected, got = (
+        function(q, k, v, mask, 0.0, is_causal, scale=0.3, enable_gqa=True)
+        for function in (scaled_dot_product_attention, attention)
+    )
+    assert_same(expected, got)
+    weights = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    assert_same(torch.autograd.grad(expected, operands, weights), torch.autograd.grad(got, operands, weights))
 
 
 @pytest.mark.slow

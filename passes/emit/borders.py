@@ -9,13 +9,15 @@ the recordings serve inputs of any length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rmtcompile.ir.program import Each, Program, Source
 from rmtcompile.passes.emit.calls import Calls, Case
+from rmtcompile.passes.emit.cells import CellFunction
 from rmtcompile.passes.emit.regions import Regions
+from rmtcompile.passes.emit.sizes import names_in
 from rmtcompile.passes.grid.partition import CELL, EPILOGUE, INIT, PROLOGUE
 from rmtcompile.passes.grid.reroll import ClassRule, LiveIn
 
@@ -36,6 +38,7 @@ class Borders:
             on which the value is read.
         outer: taps that are read outside of levels: results, and lists over segments.
         head, tail: numbers of segments from the start and from the end that differ from all others.
+        sizes: the free sizes on which anything depends that runs before the last `tail` segments.
     """
 
     obstacle: str = ""
@@ -46,6 +49,7 @@ class Borders:
     outer: frozenset[str] = frozenset()
     head: int = 0
     tail: int = 0
+    sizes: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -59,7 +63,9 @@ class _Found:
     obstacle: str = ""
 
 
-def borders(program: Program, regions: Regions, enter: Calls, leave: Calls) -> Borders:
+def borders(
+    program: Program, regions: Regions, cells: Sequence[CellFunction], enter: Calls, leave: Calls
+) -> Borders:
     """Find the borders of a program with a skew above 0."""
     found, late = _Found(), _late_taps(enter, leave)
     for read in _reads_of_levels(program, enter, leave):
@@ -68,7 +74,8 @@ def borders(program: Program, regions: Regions, enter: Calls, leave: Calls) -> B
         for case in calls.cases:
             if not _views_are_outside(case):
                 found.obstacle = f"the {calls.kind} cuts what segments have made by s"
-            if any(case.rule.varying.get(x) for x in (*case.parts.views, *case.parts.inputs)):
+            taken = set(case.parts.before)  # whose shapes are looked at when a run is replayed
+            if any(case.rule.varying.get(x) for x in case.parts.inputs if x not in taken):
                 found.obstacle = f"the {calls.kind} reads a value whose shape depends on s or S"
     return Borders(
         found.obstacle,
@@ -79,6 +86,7 @@ def borders(program: Program, regions: Regions, enter: Calls, leave: Calls) -> B
         _outer_taps(regions, enter, leave),
         _head(program, regions) + found.back,
         _tail(program, regions),
+        _sizes(program, regions, cells),
     )
 
 
@@ -195,6 +203,24 @@ def _tail(program: Program, regions: Regions) -> int:
     kept = [tap.when[1] + 1 for tap in program.taps if tap.when[0] == "end"]
     tails = [classes.tail for (kind, _), classes in regions.rolled.classes.items() if kind != INIT]
     return max([*tails, *kept], default=0)
+
+
+def _sizes(program: Program, regions: Regions, cells: Sequence[CellFunction]) -> frozenset[str]:
+    """Free sizes that a class counted from the start has to do with: integers, shapes, lanes."""
+    found: list[Any] = [lane.shape for lane in program.lanes if _is_early(lane.classes)]
+    for by_class in regions.rolled.rules.values():
+        for rule in (rule for number, rule in by_class.items() if _is_early((number,))):
+            found.append(rule.ints)
+            found += [regions.shapes.get(node, ()) for node in rule.body.nodes]
+    for cell in cells:
+        if _is_early(cell.classes):
+            found += [(n.args, n.kwargs, n.meta.get("sizes", ())) for n in cell.graph.nodes]
+    return frozenset(names_in(found))
+
+
+def _is_early(classes: Sequence[int] | None) -> bool:
+    """Whether one of the classes is counted from the start: it is no class of the last segments alone."""
+    return classes is None or max(classes, default=-1) >= 0
 
 
 __all__ = ["Borders", "borders"]

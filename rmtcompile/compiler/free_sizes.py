@@ -14,7 +14,9 @@ from torch import fx
 
 from rmtcompile.compiler.loading import load, unload
 from rmtcompile.compiler.pipeline import TITLE, Compiled
+from rmtcompile.passes.cell.open_attention import open_attention
 from rmtcompile.passes.emit import emit
+from rmtcompile.passes.emit.sizes import names_in
 from rmtcompile.passes.sizes import Sample, Sizes, at, unify
 
 
@@ -28,8 +30,14 @@ def sized(samples: Sequence[tuple[Sizes, Compiled]]) -> tuple[Compiled, Any]:
     base = samples[0][1]
     found = unify([_sample(sizes, compiled) for sizes, compiled in samples])
     result, rules, input_names, written, shapes = found.extras
-    emitted = emit(found.program, TITLE, found.sized)
-    program = replace(found.program, opened=emitted.opened)
+    unified = found.sized
+    if "open_attention" not in base.passes_off:
+        cells = tuple(replace(cell, graph=open_attention(cell.graph)) for cell in unified.cells)
+        unified = replace(unified, cells=cells)
+    emitted = emit(found.program, TITLE, unified)
+    known = emitted.borders.sizes
+    open_lanes = frozenset(lane.name for lane in found.program.lanes if set(names_in(lane.shape)) - known)
+    program = replace(found.program, opened=emitted.opened, open_lanes=open_lanes)
     effects = [(effect, rule) for (effect, _), rule in zip(base.effects, rules, strict=True)]
     return replace(
         base,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,10 +38,22 @@ ENOUGH = 16
 
 def of_segments(args: Any, kwargs: Any, segmentation: Segmentation, count: int) -> tuple[Any, Any]:
     """The arguments with `count` segments, the given ones cut, or repeated; as copies."""
+    return _with(args, kwargs, lambda tensors: segmentation.resized(tensors, count))
+
+
+def of_rest(args: Any, kwargs: Any, segmentation: Segmentation, count: int, rest: int) -> tuple[Any, Any]:
+    """The same with `rest` elements in the last segment."""
+    return _with(args, kwargs, lambda tensors: segmentation.with_rest(tensors, count, rest))
+
+
+def _with(
+    args: Any, kwargs: Any, change: Callable[[list[torch.Tensor]], list[torch.Tensor]]
+) -> tuple[Any, Any]:
+    """The arguments with other tensors, none of which is the caller's."""
     flat, spec = pytree.tree_flatten((args, kwargs))
     positions = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
     given = [flat[i].detach() for i in positions]
-    for position, old, new in zip(positions, given, segmentation.resized(given, count), strict=True):
+    for position, old, new in zip(positions, given, change(given), strict=True):
         flat[position] = new.clone() if new is old else new
     again: tuple[Any, Any] = pytree.tree_unflatten(flat, spec)
     return again

@@ -11,7 +11,8 @@ free size, at the four corners where there are two; corners that nobody called f
 of two sizes is 1 the programs may differ (broadcasting), and the next larger size is captured instead.
 
 A rule is proved at its corners. The first use away from the corners, and the first of length one, are
-checked: they run on fake tensors first, and are compared with the model itself. A later instance that stops
+checked: they run on fake tensors first, and are compared with the model itself. For rests that is done as
+soon as there is a rule, on the input at hand, cut to a rest of another length. A later instance that stops
 where it runs is given up for a capture.
 """
 
@@ -26,6 +27,7 @@ from rmtcompile.binding.guard import structure_key
 from rmtcompile.compiler.free_sizes import differ, instance, sized
 from rmtcompile.compiler.pipeline import Compiled, rescheduled
 from rmtcompile.compiler.unrolling import reshaped
+from rmtcompile.dispatch.compared import CHECKED, of_rest
 from rmtcompile.dispatch.entries import Entry, Lengths, Rules, Trial, is_current
 from rmtcompile.dispatch.size_vectors import (
     Columns,
@@ -74,15 +76,18 @@ class Families:
         compile_at: captures and compiles for arguments; the last two are a single number of segments or
             None, and the fewest segments to capture.
         execute: makes an executor, like another one.
+        compare: compares the program of rules with the model for arguments, and settles the trial.
     """
 
     def __init__(
         self,
         compile_at: Callable[[Any, Any, Segmentation, int | None, int], Compiled],
         execute: Callable[[Compiled, Segmentation, Executor | None], Executor],
+        compare: Callable[[Entry, Any, Any], object],
     ) -> None:
         self._compile_at = compile_at
         self._execute = execute
+        self._compare = compare
         self._families: dict[Any, _Family] = {}
 
     def entry(
@@ -113,12 +118,32 @@ class Families:
 
             new = self._learn(family, vector, lengths_of(args, kwargs, segmentation), captured)
             if new is not None and new.remainders:
+                if only is None:
+                    self._try_rests(family, new, args, kwargs, segmentation)
                 found = self._instance(family, new, vector, args, kwargs, segmentation)
                 if found is not None:
                     return found
         compiled = family.known[vector]
         lengths = family.lengths[vector] = Lengths()
         return Entry(compiled, self._execute(compiled, segmentation, None), segmentation, lengths=lengths)
+
+    def _try_rests(
+        self, family: _Family, rules: Rules, args: Any, kwargs: Any, segmentation: Segmentation
+    ) -> None:
+        """Compare rules with the model for a rest that no call had, and for one of one position, so that no
+        later call has to."""
+        lengths = {axis.length for axis in segmentation.axes}
+        if len(rules.remainders) > 1 or len(lengths) > 1:
+            return
+        (name,), (length,) = rules.remainders, lengths
+        seen = {corner[rules.columns[name][0]] for corner in rules.corners}
+        unseen = sorted(set(range(2, length)) - seen, key=lambda rest: abs(2 * rest - length))
+        for rest in [*unseen[:1], *{1}.difference(seen)]:
+            there = of_rest(args, kwargs, segmentation, CHECKED, rest)
+            vector = sizes_of(*there, segmentation)
+            entry = self._instance(family, rules, vector, *there, segmentation)
+            if entry is not None:
+                self._compare(entry, *there)
 
     def settle(self, trial: Trial, is_right: bool) -> None:
         """Note whether a use of rules gave what the model gives; where not, they are not used again."""

@@ -72,13 +72,8 @@ class Lengthening:
         entry = self._followed(entry, call, args, kwargs)
         entry = self._beyond(entry, call, args, kwargs)
         entry = self._followed(entry, call, args, kwargs)
-        rolled, count, lengths = entry.compiled.rolled, call.count, entry.lengths
-        is_short = rolled.fixed is None and count < rolled.proved_on[0]
-        if is_short and count not in lengths.uncovered and count not in lengths.checked:
-            if count >= rolled.minimum and self._programs.difference(entry, count, args, kwargs) is None:
-                lengths.checked.add(count)
-            else:
-                lengths.uncovered.add(count)
+        count, lengths = call.count, entry.lengths
+        self.settle_short(entry, count, args, kwargs)
         if goes_on and count in lengths.uncovered:
             raise UnsupportedError(
                 f"no rules go on to {count} segments: the program of so few is one of its own",
@@ -89,6 +84,17 @@ class Lengthening:
             self._check(chosen, count, args, kwargs)
             chosen.verified.add(count)
         return chosen
+
+    def settle_short(self, entry: Entry, count: int, args: Any, kwargs: Any) -> None:
+        """Find out whether rules hold for fewer segments than they were read from, unless that is known."""
+        rolled, lengths = entry.compiled.rolled, entry.lengths
+        is_short = rolled.fixed is None and count < rolled.proved_on[0]
+        if not is_short or count in lengths.uncovered or count in lengths.checked:
+            return
+        if count >= rolled.minimum and self._programs.difference(entry, count, args, kwargs) is None:
+            lengths.checked.add(count)
+        else:
+            lengths.uncovered.add(count)
 
     def _check(self, entry: Entry, count: int, args: Any, kwargs: Any) -> None:
         """Raise VerificationError if the program differs from the model; the message says where."""

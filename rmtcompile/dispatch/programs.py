@@ -1,8 +1,8 @@
 """Programs: the program that serves a call, found among those that were made or compiled now.
 
-    call    -> segmentation, number of segments, key of its inputs and modes
-    key     -> entries, one for each state of the model in which it was captured (`entries.py`)
-    entry   -> rules for other sizes (`families.py`), and for other numbers of segments (`lengths.py`)
+call    -> segmentation, number of segments, key of its inputs and modes
+key     -> entries, one for each state of the model in which it was captured (`entries.py`)
+entry   -> rules for other sizes (`families.py`), and for other numbers of segments (`lengths.py`)
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Programs:
         self.captures = 0
         self._segmentations: dict[Any, Segmentation] = {}
         self._entries: OrderedDict[Any, list[Entry]] = OrderedDict()
-        self._families = Families(self._compile, self._execute)
+        self._families = Families(self._compile, self._execute, self._compare)
         self._ready: dict[tuple[Any, int], Entry] = {}  # what ran the last call of a key and length
         self._changes = 0  # captures in a row for states of the model that were new
         self._lengths = Lengthening(self)
@@ -191,7 +191,17 @@ class Programs:
             is_right = self.difference(entry, length, *part, tolerance=rounding(entry.compiled)) is None
         self._families.settle(trial, is_right)
         trial.is_new = False
+        if is_right and length > rolled.proved_on[-1]:
+            entry.lengths.checked_to = max(entry.lengths.checked_to, length)
         return not is_right
+
+    def _compare(self, entry: Entry, args: Any, kwargs: Any) -> None:
+        """Compare the program of rules with the model, short lengths too; see `Families`."""
+        rolled = entry.compiled.rolled
+        if rolled.fixed is not None or self.is_refuted(entry, CHECKED, args, kwargs):
+            return
+        for count in range(1, rolled.proved_on[0]):
+            self._lengths.settle_short(entry, count, *of_segments(args, kwargs, entry.segmentation, count))
 
     def difference(
         self, entry: Entry, count: int, args: Any, kwargs: Any, tolerance: float = 0.0

@@ -365,6 +365,7 @@ class Program:
         opened: functions of the emitted module that are the same for all free sizes, and what depends on
             those; empty where no size is free.
         segmented: inputs of the forward that hold segments, by name.
+        open_lanes: lanes whose shape depends on free sizes that only the last segments know.
     """
 
     n_layers: int
@@ -377,6 +378,7 @@ class Program:
     block: int = 0
     opened: Mapping[str, Opened] = field(default_factory=dict)
     segmented: frozenset[str] = frozenset()
+    open_lanes: frozenset[str] = frozenset()
 
     def grid(self, segments: int, first: int = 0) -> Grid:
         """Which cell of a run of so many segments, of which those before `first` have run, runs on which

@@ -45,10 +45,23 @@ class Segmentation:
 
     def resized(self, tensors: Sequence[torch.Tensor], segments: int) -> list[torch.Tensor]:
         """Inputs with another number of segments: the given ones repeated or cut, or themselves."""
-        found = []
-        for x, shape in zip(tensors, self.shapes([x.shape for x in tensors], segments), strict=True):
-            for dim, size in enumerate(shape):
-                if size != x.shape[dim]:
-                    x = x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
-            found.append(x)
-        return found
+        return _repeated(tensors, self.shapes([x.shape for x in tensors], segments))
+
+    def with_rest(self, tensors: Sequence[torch.Tensor], segments: int, rest: int) -> list[torch.Tensor]:
+        """Inputs of so many segments, the last of `rest` elements along each axis: the given ones repeated or
+        cut."""
+        shapes = [list(x.shape) for x in tensors]
+        for axis in self.axes:
+            shapes[axis.leaf][axis.dim] = (segments - 1) * axis.length + rest
+        return _repeated(tensors, shapes)
+
+
+def _repeated(tensors: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Tensors of these shapes, the given ones repeated or cut, or themselves."""
+    found = []
+    for x, shape in zip(tensors, shapes, strict=True):
+        for dim, size in enumerate(shape):
+            if size != x.shape[dim]:
+                x = x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
+        found.append(x)
+    return found

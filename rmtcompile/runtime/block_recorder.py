@@ -8,17 +8,14 @@ from typing import Any
 import torch
 
 from rmtcompile.binding.captured import Leaf
+from rmtcompile.runtime.block_run import Device
 from rmtcompile.runtime.graphs import Recordings, Started
-from rmtcompile.runtime.recorded import Device, RecordedBlocks
+from rmtcompile.runtime.recorded import Ending, RecordedBlocks
 from rmtcompile.runtime.workspaces import can_choose, no_workspaces, own_workspaces
 
 
 class BlockRecorder(Recordings):
-    """Records the blocks of a program, and replays runs of any length.
-
-    Args:
-        make: gives the blocks of the program for a device, and for the leaves as recordings read them.
-    """
+    """Records the blocks of a program, and replays runs of any length."""
 
     MOST = 3
     """Times that the blocks are recorded, the first one counted; a model whose weights move ever again is
@@ -28,12 +25,10 @@ class BlockRecorder(Recordings):
         self,
         leaves: Mapping[str, Leaf],
         replaced: frozenset[str],
-        make: Callable[[Device, Mapping[str, torch.Tensor]], RecordedBlocks],
     ) -> None:
         super().__init__(leaves, replaced)
         self.seconds: dict[str, float] = {}
         """Of a block of steady levels, "with" and "without" cuBLAS's workspace; empty if not measured."""
-        self._make = make
         self._times = 0
         self._blocks: RecordedBlocks | None = None
         self._state: dict[str, torch.Tensor] = {}
@@ -46,10 +41,15 @@ class BlockRecorder(Recordings):
         """Whether blocks are to be recorded now."""
         return self._blocks is None and self._times < self.MOST
 
-    def prepare(self, inputs: Callable[[int], Mapping[str, torch.Tensor]]) -> None:
+    def prepare(
+        self,
+        make: Callable[[Device, Mapping[str, torch.Tensor]], RecordedBlocks],
+        inputs: Callable[[int], Mapping[str, torch.Tensor]],
+    ) -> None:
         """Record all blocks, in the way that is measured to be the faster one; all forms are compiled.
 
         Args:
+            make: gives the blocks of the program for a device, and for the leaves as recordings read them.
             inputs: gives arguments of the forward of so many segments.
         """
         self._times += 1
@@ -57,7 +57,7 @@ class BlockRecorder(Recordings):
         self._state = {name: leaves[name].clone() for name in sorted(self.replaced)}
         self._addresses = {name: x.data_ptr() for name, x in leaves.items() if name not in self._state}
         self._kept = [x.detach() for x in leaves.values()]
-        blocks = self._make(self, {**leaves, **self._state})
+        blocks = make(self, {**leaves, **self._state})
         with self.alone():
             blocks.begin(inputs(blocks.example_segments))
         if can_choose() and not self.seconds:
@@ -86,15 +86,21 @@ class BlockRecorder(Recordings):
         """Drop all recordings: weights have moved."""
         self._blocks = None
 
-    def replay(self, segments: int, inputs: Mapping[str, torch.Tensor]) -> Started | None:
-        """Start a run; None where nothing is recorded, or where values have other shapes than recorded."""
+    def replay(
+        self, segments: int, inputs: Mapping[str, torch.Tensor], ending: Ending | None = None
+    ) -> Started | None:
+        """Start a run; None where nothing is recorded, or where values have other shapes than recorded.
+
+        Args:
+            ending: launches the last levels, where those are not recorded.
+        """
         state = self.state_like(self._state) if self._blocks is not None else None
         if self._blocks is None or state is None:
             return None
         with self.alone():
             for place, value in zip(self._state.values(), state, strict=True):
                 place.copy_(value)
-            outputs = self._blocks.run(segments, inputs)
+            outputs = self._blocks.run(segments, inputs, ending)
         if outputs is None:
             return None
         return Started(lambda: self.at_addresses(self._addresses), lambda: outputs)

@@ -28,8 +28,11 @@ class Engine:
     Args:
         program: whose cells are run.
         backend: "eager", or a `torch.compile` backend.
-        keeps_buffers: whether all runs use one set of lane buffers, whose addresses stay.
+        keeps_buffers: whether all runs use one set of lane buffers, whose addresses stay; open lanes have
+            none.
         passes_off: those of `passes/inductor` that Inductor does not run on graphs of cells; None for all.
+        has_one: whether a free size is one here. The compiler takes a size of one for a fixed one, wherever
+            it turns up, so that functions which depend on free sizes run as they are.
     """
 
     MAX_FIXED_WIDTHS = 2
@@ -40,8 +43,10 @@ class Engine:
         backend: str | Callable[..., Any],
         keeps_buffers: bool,
         passes_off: frozenset[str] | None = None,
+        has_one: bool = False,
     ) -> None:
         self.program = program
+        self.has_one = has_one
         self.backend = backend
         self.passes_off = passes_off if backend == "inductor" else None
         self.device = next((lane.device for lane in program.lanes), torch.device("cpu"))
@@ -52,15 +57,21 @@ class Engine:
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self._regions: dict[str, tuple[Any, Callable[..., Any]]] = {}
         self._masks: dict[tuple[bool, ...], torch.Tensor] = {}
-        self._kept = {lane.name: lane_buffers(lane) for lane in program.lanes} if keeps_buffers else {}
+        kept = [lane for lane in program.lanes if keeps_buffers and lane.name not in program.open_lanes]
+        self._kept = {lane.name: lane_buffers(lane) for lane in kept}
 
     @property
     def is_compiled(self) -> bool:
         return self.backend != "eager"
 
     def share(self, other: Engine) -> None:
-        """Use the compiled forms of an engine of the same code at other sizes."""
+        """Use the compiled forms and the masks of an engine of the same code at other sizes."""
         self.fixed_widths, self._compiled, self._regions = other.fixed_widths, other._compiled, other._regions
+        self._masks = other._masks
+
+    def share_buffers(self, other: Engine) -> None:
+        """Run on the lane buffers of an engine whose lanes are the same, but for open ones."""
+        self._kept = other._kept
 
     def can_fix(self, width: int) -> bool:
         """Whether a width has no compiled form of its own, and there is room for one."""
@@ -97,6 +108,8 @@ class Engine:
         if not self.is_compiled or (self.program.opened and opened is None):
             return function(*args)
         marks = opened.inputs if opened is not None else ()
+        if self.has_one and any(marks):
+            return function(*args)
         args = tuple(dense(arg) for arg in args)
         shapes = tuple(_fixed(arg.shape, marks[i] if marks else ()) for i, arg in enumerate(args))
         if function.__name__ not in self._regions:
@@ -137,6 +150,9 @@ class Engine:
     def _form(
         self, function: Callable[..., Any], width: int, modes: tuple[int | None, ...]
     ) -> Callable[..., Any]:
+        opened = self.program.opened.get(function.__name__)
+        if self.has_one and opened is not None and any(opened.inputs):
+            return storing(function, modes)
         size = width if self.is_compiled and self._is_fixed(function, width) else 0
         key = self._key(function, size, modes)
         if key not in self._compiled:
@@ -193,8 +209,7 @@ class Engine:
         places = [dims for dims, mode in zip(outputs, modes, strict=False) if mode == _PLACE]
         has_axis += [not size] * len(places)
         return tuple(
-            (*((0,) if axis else ()), *dims)
-            for axis, dims in zip(has_axis, (*inputs, *places), strict=True)
+            (*((0,) if axis else ()), *dims) for axis, dims in zip(has_axis, (*inputs, *places), strict=True)
         )
 
     def _options(self, size: int) -> dict[str, Any] | None:
@@ -243,19 +258,46 @@ def _passes(switched_off: frozenset[str]) -> Any:
 
 
 def _marked(form: Callable[..., Any], marks: Marks) -> Callable[..., Any]:
-    """A compiled form that leaves the dims in `marks` open."""
+    """A compiled form that leaves the dims in `marks` open.
+
+    Where a dim is open the compiler looks at where in its memory an argument starts, too: what it makes for
+    a part that starts later is for such parts only, what it makes for one that starts at 0 is for all. So the
+    form is made for copies that do.
+    """
     if not any(marks):
         return form
+    made: set[bool] = set()  # with and without gradients
 
     def call(*args: torch.Tensor) -> Any:
-        # A mark stays on its tensor object, so it goes on a view of this call.
-        views = [arg[:] if dims else arg for arg, dims in zip(args, marks, strict=True)]
-        for view, dims in zip(views, marks, strict=True):
-            for dim in dims:
-                torch._dynamo.mark_dynamic(view, dim)
-        return form(*views)
+        if (kind := torch.is_grad_enabled()) not in made:
+            made.add(kind)
+            if any(arg.storage_offset() for arg in args):
+                form(*_open([_from_start(arg) for arg in args], marks))
+        return form(*_open(args, marks))
 
     return call
+
+
+def _open(args: Sequence[torch.Tensor], marks: Marks) -> list[torch.Tensor]:
+    """The arguments with marks, which stay on their tensor objects, and so go on views of this call."""
+    views = [arg[:] if dims else arg for arg, dims in zip(args, marks, strict=True)]
+    for view, dims in zip(views, marks, strict=True):
+        for dim in dims:
+            torch._dynamo.mark_dynamic(view, dim)
+    return views
+
+
+def _from_start(value: torch.Tensor) -> torch.Tensor:
+    """A copy of the same kind and strides that starts where its memory does; parameters, which nothing
+    writes, are copied only where they do not."""
+    is_parameter = isinstance(value, torch.nn.Parameter)
+    if is_parameter and not value.storage_offset():
+        return value
+    if not value.numel():
+        return value.clone()
+    extent = sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True)) + 1
+    copy = value.as_strided((extent,), (1,)).clone().as_strided(value.shape, value.stride(), 0)
+    return torch.nn.Parameter(copy.detach(), value.requires_grad) if is_parameter else copy
 
 
 def _has_one(args: Sequence[torch.Tensor], marks: Marks) -> bool:

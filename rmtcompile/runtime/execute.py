@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,17 +12,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rmtcompile.compiler.pipeline import Compiled
-from rmtcompile.errors import RecordingWarning, UnsupportedError, warn
-from rmtcompile.ir.modes import autocast_as
+from rmtcompile.errors import UnsupportedError
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.runtime.base import OnLevel, OnValue
-from rmtcompile.runtime.block_recorder import BlockRecorder
 from rmtcompile.runtime.contexts import own_modes, plain_tensors
 from rmtcompile.runtime.costs import Costs, measured
 from rmtcompile.runtime.crossing import Crossing, Key
 from rmtcompile.runtime.engine import Engine
-from rmtcompile.runtime.graphs import Recorder, Started
-from rmtcompile.runtime.recorded import Device, RecordedBlocks
+from rmtcompile.runtime.graphs import Started
+from rmtcompile.runtime.replays import Replays
 from rmtcompile.runtime.run import Run
 from rmtcompile.runtime.stacks import Stacks
 
@@ -49,7 +47,8 @@ class Executor:
         backend: "eager", "inductor", another `torch.compile` backend, or "auto" (inductor on CUDA, eager
             elsewhere).
         cuda_graphs: "auto" (on CUDA, where no gradients are recorded), True or False.
-        like: an executor of the same code at other sizes; weights and compiled forms are shared with it.
+        like: an executor of the same code at other sizes; weights and compiled forms are shared with it, and
+            where these sizes are of the last segments alone, storage and recordings, too.
     """
 
     def __init__(
@@ -73,11 +72,11 @@ class Executor:
         }
         left = {effect.name for effect, _ in compiled.effects if effect.in_place is None}
         inside = tuple(name + end for name in left for end in ".[")  # what is in a container that is replaced
-        self._replaced = frozenset(
+        self.replaced = frozenset(
             name for name in compiled.leaves if name in left or name.startswith(inside)
         )
         self.stacks: Stacks = (
-            like.stacks if like is not None else Stacks(weights, compiled.leaves, self._replaced)
+            like.stacks if like is not None else Stacks(weights, compiled.leaves, self.replaced)
         )
         self.device = next((lane.device for lane in self.program.lanes), torch.device("cpu"))
         self.backend = backend_for(backend, self.device)
@@ -88,8 +87,7 @@ class Executor:
             )
         self._use_graphs = self.device.type == "cuda" and cuda_graphs is not False
         self._engine: Engine | None = None
-        self._recorder: Recorder | None = None
-        self._blocks: BlockRecorder | None = None
+        self.replays: Replays = Replays(self, like.replays if like is not None else None)
         self.costs: Costs | None = None
         self.compile_seconds: float | None = None  # of the first run, nearly all of it `torch.compile`
 
@@ -98,15 +96,19 @@ class Executor:
         """What runs the cells; made when it is first needed."""
         if self._engine is None:
             with plain_tensors():
-                self._engine = self.new_engine(self.backend, keeps_buffers=self._use_graphs)
+                keeps_buffers = self._use_graphs and not self.replays.are_shared
+                self._engine = self.new_engine(self.backend, keeps_buffers)
                 if self._like is not None:
                     self._engine.share(self._like.engine)
+                if self._like is not None and self.replays.are_shared:
+                    self._engine.share_buffers(self._like.engine)
         return self._engine
 
     def new_engine(self, backend: str | Callable[..., Any], keeps_buffers: bool) -> Engine:
         """An engine for the program; for the arguments see `Engine`."""
         passes_off = self.compiled.passes_off if self.device.type == "cuda" else None
-        return Engine(self.program, backend, keeps_buffers, passes_off)
+        has_one = 1 in self.compiled.sizes.values()
+        return Engine(self.program, backend, keeps_buffers, passes_off, has_one)
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
@@ -124,57 +126,23 @@ class Executor:
         if not self._use_graphs or self._records_gradients(inputs):
             return None
         with plain_tensors():
-            return self._replayed(segments, inputs)
-
-    def _replayed(self, segments: int, inputs: list[torch.Tensor]) -> Started | None:
-        started = None
-        if self._blocks is not None and not self._gets_form(segments):
-            self._seen.lengths.add(segments)
-            with autocast_as():
-                started = self._blocks.replay(segments, self._named(inputs))
-        if started is None and self._recorder is not None:
-            started = self._recorder.replay(segments, inputs)
-        return started
+            return self.replays.start(segments, inputs)
 
     def finish(self, started: Started) -> tuple[Any, ...] | None:
         """The outputs of a run that was started; None where weights have moved since it was recorded."""
         if not started.is_current():
-            for recorder in (self._blocks, self._recorder):
-                if recorder is not None:
-                    recorder.forget()
+            self.replays.forget()
             return None
         with plain_tensors():
             return started.results()
 
     def record(self, inputs: list[torch.Tensor]) -> None:
-        """Record what runs of any length need, once, where levels can be recorded apart from their numbers.
-
-        Runs of other sizes of one code (`like`) are recorded as a whole, when they come again.
-        """
-        borders, emitted_for_one = self.compiled.emitted.borders, self._like is None
-        can_record = self._use_graphs and emitted_for_one and not borders.obstacle
-        if not can_record or self.compiled.rolled.fixed is not None or self._records_gradients(inputs):
-            return
-        if self._blocks is None:
-            self._blocks = BlockRecorder(self.compiled.leaves, self._replaced, self._make_blocks)
-        if not self._blocks.wants:
-            return
-        try:
+        """Record what runs of any length need, once, where runs are recorded by blocks of levels."""
+        if self._use_graphs and not self._records_gradients(inputs):
             with plain_tensors(), own_modes():
-                self._blocks.prepare(lambda n: self._named(self._resized(n, inputs)))
-        except RuntimeError as error:  # the run itself was right: what follows runs as it did
-            self._use_graphs, self._blocks = False, None
-            said = str(error).partition("\n")[0]
-            message = f"runs are not recorded as CUDA graphs: {said}"
-            warn(message, RecordingWarning)
+                self.replays.record(inputs)
 
-    def _make_blocks(self, device: Device, leaves: Mapping[str, torch.Tensor]) -> RecordedBlocks:
-        borders, functions = self.compiled.emitted.borders, self.compiled.namespace
-        return RecordedBlocks(
-            self.program, borders, functions, self.engine, device, leaves, self.stacks.current
-        )
-
-    def _named(self, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def named(self, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         return dict(zip(self.compiled.input_names, inputs, strict=True))
 
     def run(
@@ -198,7 +166,7 @@ class Executor:
         """
         started = time.perf_counter()
         has_new_form = self._compile_forms(segments, inputs)
-        if has_new_form and self._blocks is not None and on_level is None:
+        if has_new_form and self.replays.blocks is not None and on_level is None:
             outputs = self._recorded_again(segments, inputs)
         else:
             outputs = self._run_once(segments, inputs, graphs and on_level is None, on_level)
@@ -229,11 +197,7 @@ class Executor:
         self._compile_forms(segments - first, inputs)
         is_functional = self._records_gradients([*inputs, *values.values()])
         crossing = Crossing(self.compiled.emitted.carried, first, border, values, is_functional)
-        with ExitStack() as stack:
-            for recorded in (self._blocks, self._recorder):
-                if recorded is not None:
-                    stack.enter_context(recorded.alone())
-            stack.enter_context(nullcontext() if is_functional else plain_tensors())
+        with self.replays.alone(), nullcontext() if is_functional else plain_tensors():
             outputs = self._run(segments, inputs, self._leaves(), is_functional, crossing=crossing)
         return outputs, crossing.left()
 
@@ -249,7 +213,7 @@ class Executor:
         with plain_tensors():
             if not (graphs and self._use_graphs):
                 return self._run(segments, inputs, self._leaves(), False, on_level)
-            return self._graphed(segments, inputs)
+            return self.replays.run(segments, inputs)
 
     def measure(self, inputs: list[torch.Tensor]) -> Costs | None:
         """Measure what levels cost, once, on CUDA with compiled cells; None elsewhere."""
@@ -258,7 +222,7 @@ class Executor:
         if self.costs is None and self._use_graphs and self.engine.is_compiled and can_choose:
             enough = self.program.n_layers + 1
             with plain_tensors():
-                inputs = self._resized(enough, inputs)
+                inputs = self.resized(enough, inputs)
                 self.costs = measured(
                     self.program,
                     self.compiled.namespace["level"],
@@ -277,54 +241,44 @@ class Executor:
     def workspace_seconds(self, segments: int) -> dict[str, float]:
         """Seconds of what was recorded "with" and "without" cuBLAS's workspace, a block of levels or a whole
         run; empty if that was not measured."""
-        if self._blocks is not None and self._blocks.seconds:
-            return self._blocks.seconds
-        return self._recorder.workspace_seconds(segments) if self._recorder is not None else {}
+        return self.replays.workspace_seconds(segments)
 
-    def _graphed(self, segments: int, inputs: list[torch.Tensor]) -> tuple[Any, ...]:
-        if self._recorder is None:
-            self._recorder = Recorder(self.compiled.leaves, self._replaced, self.program.n_layers)
-        started = self._replayed(segments, inputs)
-        if started is not None and started.is_current():
-            return started.results()
-        recorder = self._recorder
-        with recorder.alone(), self._blocks.alone() if self._blocks is not None else nullcontext():
-            outputs = self._run(segments, inputs, self._leaves(), False)
-        if recorder.wants(segments, self.program.grid(segments).n_levels):
-            recorder.record(segments, inputs, lambda ins, held: self._run(segments, ins, held, False))
-        return outputs
+    def has_seen(self, segments: int) -> None:
+        """Note that a run of this length is on its way."""
+        self._seen.lengths.add(segments)
 
-    def _gets_form(self, segments: int) -> bool:
-        """Whether this length is short and one of the first two, so that its width gets a form of its own."""
-        is_early = len(self._seen.lengths | {segments}) <= 2
+    def gets_form(self, segments: int) -> bool:
+        """Whether this length is short and one of the first two, so that its width gets a form of its own.
+        Where the last segments vary lengths do, too."""
+        is_early = len(self._seen.lengths | {segments}) <= 2 and not self.replays.ends_vary
         return is_early and self.engine.is_compiled and self.engine.can_fix(segments)
 
     def _recorded_again(self, segments: int, inputs: list[torch.Tensor]) -> tuple[Any, ...]:
         """Run a short length whose width has a form of its own now, and record it with that."""
-        assert self._blocks is not None
-        with self._blocks.alone():
+        with self.replays.alone():
             outputs = self._run_once(segments, inputs)
         if not self._records_gradients(inputs):
             with plain_tensors(), own_modes():
-                self._blocks.record_again(segments)
+                self.replays.record_again(segments)
         return outputs
 
     def _compile_forms(self, segments: int, inputs: list[torch.Tensor]) -> bool:
         """Make sure that all forms are compiled; whether this length's width has got one of its own."""
         if not self.engine.is_compiled:
             return False
-        has_new_form = self._gets_form(segments)
+        has_new_form = self.gets_form(segments)
         if has_new_form:
             self.engine.fix_width(segments)
-        self._seen.lengths.add(segments)
+        self.has_seen(segments)
         if not self._seen.prepared:
             self._seen.prepared = True
-            enough = self.program.n_layers + 1
+            borders = self.compiled.emitted.borders
+            enough = self.program.n_layers + 1 + borders.head + borders.tail
             if segments < enough and self.compiled.rolled.fixed is None:
-                self._run_once(enough, self._resized(enough, inputs))
+                self._run_once(enough, self.resized(enough, inputs))
         return has_new_form
 
-    def _resized(self, wanted: int, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    def resized(self, wanted: int, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Inputs of `wanted` segments, the given ones repeated or cut."""
         return self.segmentation.resized(inputs, wanted)
 
@@ -339,6 +293,12 @@ class Executor:
             ]
             outputs = self._run(segments, inputs, self._leaves(), False)
         return [[tuple(t.shape) for t in x] if isinstance(x, list) else tuple(x.shape) for x in outputs]
+
+    def launch(
+        self, segments: int, inputs: list[torch.Tensor], leaves: dict[str, torch.Tensor] | None = None
+    ) -> tuple[Any, ...]:
+        """Run without gradients, level by level; the leaves are the model's own where none are given."""
+        return self._run(segments, inputs, self._leaves() if leaves is None else leaves, False)
 
     def _leaves(self) -> dict[str, torch.Tensor]:
         return {name: leaf.fetch() for name, leaf in self.compiled.leaves.items()}
@@ -358,11 +318,9 @@ class Executor:
         on_value: OnValue | None = None,
         crossing: Crossing | None = None,
     ) -> tuple[Any, ...]:
-        weights, named = self.stacks.current(leaves), self._named(inputs)
+        weights, named = self.stacks.current(leaves), self.named(inputs)
         looking = on_level, on_value
-        run = Run(
-            self.program, segments, named, leaves, weights, self.engine, functional, *looking, crossing
-        )
+        run = Run(self.program, segments, named, leaves, weights, self.engine, functional, *looking, crossing)
         return self._execute(run)
 
     def _execute(self, run: Any) -> tuple[Any, ...]:

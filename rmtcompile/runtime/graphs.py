@@ -105,7 +105,23 @@ class Recordings:
         return values if fits else None
 
     def captured(self, body: Callable[[], Any], workspaces: Workspaces) -> tuple[torch.cuda.CUDAGraph, Any]:
-        """A recording of what `body` launches, and what it returns."""
+        """A recording of what `body` launches, and what it returns.
+
+        What is done at a first call only (compiling, tuning a kernel) cannot be recorded: where a recording
+        fails, `body` is run as it is, and recorded once more.
+        """
+        try:
+            return self._recorded(body, workspaces)
+        except RuntimeError:
+            _free_generators()
+            body()
+        try:
+            return self._recorded(body, workspaces)
+        except RuntimeError:
+            _free_generators()
+            raise
+
+    def _recorded(self, body: Callable[[], Any], workspaces: Workspaces) -> tuple[torch.cuda.CUDAGraph, Any]:
         with workspaces(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
             graph = torch.cuda.CUDAGraph()
@@ -220,6 +236,13 @@ class Recorder(Recordings):
         """Seconds of a run of the width of this one "with" and "without" cuBLAS's workspace; empty before it
         was measured."""
         return self._seconds.setdefault(min(segments, self.widest), {})
+
+
+def _free_generators() -> None:
+    """Let random numbers be drawn again after a recording that failed, which leaves the state of CUDA's
+    generators in the hands of its graph."""
+    for generator in torch.cuda.default_generators:
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 def _in_turn(graphs: dict[str, Any], rounds: int) -> dict[str, list[float]]:

@@ -4,13 +4,16 @@ What differs from segment to segment, or from length to length, is done by the h
 parts of the inputs that a block's segments read are copied to where the block reads them, and what the block
 leaves is copied out.  From block to block a run's state stays in the lanes, and in places for those values of
 taps that a later level reads.
+
+Where the last segments depend on sizes that change from input to input, a text's incomplete segment, the last
+block is launched instead of recorded (`Ending`): the host does so while the device is at work on the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -18,114 +21,24 @@ from torch.utils import _pytree as pytree
 from rmtcompile.ir.program import Program
 from rmtcompile.passes.emit.borders import Borders
 from rmtcompile.runtime.base import BaseRun, Engine
+from rmtcompile.runtime.block_run import BlockRun, Device, Graph, Parts, Recording
 from rmtcompile.runtime.blocks import LONGEST, Block, Key, blocks_of, steady_lengths
 from rmtcompile.runtime.copies import copies_of, copy_all, filled_from, is_tensor, paired, room_for
 from rmtcompile.runtime.run import Run
 
-Part = tuple[Callable[[Any, int], tuple[Any, ...]], int]
-"""An emitted function that gives parts of the inputs, and the segment, counted from a block's base."""
-
-Parts = dict[Part, tuple[Any, ...]]
-"""Where a block reads the results of these functions."""
-
-
-class Graph(Protocol):
-    """A recording."""
-
-    def replay(self) -> None: ...
-
-
-class Device(Protocol):
-    """What records: calls a function, notes what it launches, and gives the tensors that it returns, which a
-    replay fills anew and later replays of other recordings may overwrite."""
-
-    def record(self, body: Callable[[], list[torch.Tensor]]) -> tuple[Graph, list[torch.Tensor]]: ...
-
 
 @dataclass(frozen=True)
-class Event:
-    """What the host does after a block: keeps a value ("keep"), hands values on ("hand"), or runs an emitted
-    function ("rest").
+class Ending:
+    """What launches the last block of a run: a program of the same code at other sizes, which runs on the
+    lane buffers of the recordings.
 
     Attributes:
-        name: of the tap or of the handing function; for "rest" the function itself.
-        segment: counted from the block's base.
-        values: of "keep" and "hand"; as tensors of the recording.
+        functions: the emitted module's namespace.
     """
 
-    kind: str
-    name: Any
-    segment: int
-    values: Any = None
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A recorded block.
-
-    Attributes:
-        parts: emitted functions whose results the block reads, with the segment, counted from the base.
-        places: where it reads the tensors of these results.
-        events: what is left to the host, in order.
-        values: the tensors of the events.
-    """
-
-    graph: Graph
-    parts: tuple[Part, ...]
-    places: tuple[torch.Tensor, ...]
-    events: tuple[Event, ...]
-    values: tuple[torch.Tensor, ...]
-
-
-class _BlockRun(Run):
-    """The run of a block while it is recorded."""
-
-    def __init__(self, blocks: RecordedBlocks, block: Block, segments: int, parts: Parts) -> None:
-        super().__init__(
-            blocks.program, segments, blocks.inputs, blocks.leaves, blocks.weights, blocks.engine, False
-        )
-        self.init, self.stacked = blocks.init, blocks.stacked
-        self.blocks, self.base, self.places = blocks, block.base, parts
-        self.events: list[Event] = []
-        for name in blocks.borders.reach:
-            for segment in blocks.held(name, block.levels.start, segments):
-                self.taps[name].values[segment] = blocks.place(name, block.base - segment)
-
-    def parts(self, function: Callable[[Any, int], tuple[Any, ...]], segment: int) -> tuple[Any, ...]:
-        return self.places[function, segment - self.base]
-
-    def keep(self, names: Sequence[str], segment: int, values: Sequence[Any]) -> None:
-        super().keep(names, segment, values)
-        for name, value in zip(names, values, strict=True):
-            self._leave(name, segment, value)
-
-    def keep_cell(self, name: str, segment: int, value: torch.Tensor) -> None:
-        super().keep_cell(name, segment, value)
-        self._leave(name, segment, value)
-
-    def _leave(self, name: str, segment: int, value: Any) -> None:
-        if name in self.blocks.borders.outer:
-            self.events.append(Event("keep", name, segment - self.base, value))
-
-    def hand(self, name: str, segment: int, values: tuple[Any, ...]) -> None:
-        self.events.append(Event("hand", name, segment - self.base, values))
-
-    def rest(self, function: Callable[[Any, int], None], segment: int) -> None:
-        self.events.append(Event("rest", function, segment - self.base))
-
-    def close(self, level: int) -> None:
-        """Leave lanes and values where the next block, which starts at `level`, looks for them."""
-        for lane in self.lanes.values():
-            lane.settle()
-        base = -(-level // self.program.alpha)
-        for name in self.blocks.borders.reach:
-            held = self.blocks.held(name, level, self.segments)
-            for segment in held:  # the oldest first: its new place holds nothing that is still to be read
-                if segment not in self.taps[name]:
-                    continue
-                place, value = self.blocks.place(name, base - segment), self.taps[name][segment]
-                pairs = [(to, x) for to, x in paired(place, value) if to is not x]
-                copy_all([to for to, _ in pairs], [x for _, x in pairs])
+    program: Program
+    functions: Mapping[str, Any]
+    engine: Engine
 
 
 class RecordedBlocks:
@@ -137,6 +50,7 @@ class RecordedBlocks:
         device: what records.
         leaves: parameters, buffers, state and constants, where recordings read them.
         weights: gives the stacked weights of these leaves.
+        has_ends: whether the last blocks of runs are recorded, too, and runs that are a single block.
     """
 
     def __init__(
@@ -148,8 +62,10 @@ class RecordedBlocks:
         device: Device,
         leaves: Mapping[str, torch.Tensor],
         weights: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]],
+        has_ends: bool = True,
     ) -> None:
         self.program = program
+        self.has_ends = has_ends
         self.borders = borders
         self.functions = functions
         self.engine = engine
@@ -253,9 +169,13 @@ class RecordedBlocks:
         found: dict[Key, tuple[Block, int]] = {}
         shortest = min(self.program.rolled.proved_on, default=1)
         for segments in range(shortest, self.example_segments + 2 * LONGEST):
-            for block in self._cut(segments):
+            for block in self._recorded_part(segments):
                 found.setdefault(block.key, (block, segments))
         return found
+
+    def _recorded_part(self, segments: int) -> tuple[Block, ...]:
+        blocks = self._cut(segments)
+        return blocks if self.has_ends else blocks[:-1]
 
     def _make_places(self, example: Run) -> None:
         """Room for the values of taps that a level may read after the block that made them."""
@@ -299,12 +219,12 @@ class RecordedBlocks:
     def _recorded(self, block: Block, segments: int) -> Recording:
         """Record one block of a run of so many segments."""
         parts = self._make_parts(block, segments)
-        made: list[_BlockRun] = []
+        made: list[BlockRun] = []
 
         def body() -> list[torch.Tensor]:
             if block.key[0] in ("head", "whole"):
                 self._set_up()
-            run = _BlockRun(self, block, segments, parts)
+            run = BlockRun(self, block, segments, parts)
             made.append(run)
             for level in block.levels:
                 self.functions["step"](run, level)
@@ -318,22 +238,52 @@ class RecordedBlocks:
 
     # ---- running -------------------------------------------------------------------------------------------
 
-    def run(self, segments: int, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...] | None:
+    def run(
+        self, segments: int, inputs: Mapping[str, torch.Tensor], ending: Ending | None = None
+    ) -> tuple[Any, ...] | None:
         """Replay a run; gives what the emitted `forward` returns, in memory of its own. None where this
-        length is not recorded, or where the input's values have other shapes than those recorded."""
-        blocks = self._cut(segments)
-        if any(block.key not in self._recordings for block in blocks):
+        length is not recorded, or where the input's values have other shapes than those recorded.
+
+        Args:
+            ending: launches the last block, where ends are not recorded.
+        """
+        blocks = self._recorded_part(segments)
+        if not blocks or any(block.key not in self._recordings for block in blocks):
             return None
-        host = BaseRun(self.program, segments, inputs, self.leaves, self.engine)
+        functions = self.functions if ending is None else ending.functions
+        host = self._host(segments, inputs, ending)
         if self.borders.setup_is_fixed:
-            host.init = self.init
+            host.init, host.stacked = self.init, self.stacked
         else:
-            self.functions["setup"](host)
+            functions["setup"](host)
+        given: list[list[torch.Tensor]] = []
+        for block in blocks:
+            parts = self._given(block, host, functions)
+            if parts is None:
+                return None
+            given.append(parts)
         if not self._filled(host):
             return None
-        for block in blocks:
-            self._replay(self._recordings[block.key], block.base, host)
-        return self._own(self.functions["outputs"](host))
+        for block, parts in zip(blocks, given, strict=True):
+            self._replay(block, parts, host, functions)
+        if ending is not None:
+            self._launch(self._cut(segments)[-1], host, functions)
+        return self._own(functions["outputs"](host))
+
+    def _host(self, segments: int, inputs: Mapping[str, torch.Tensor], ending: Ending | None) -> BaseRun:
+        """The run, as far as the host has to do with it."""
+        if ending is None:
+            return BaseRun(self.program, segments, inputs, self.leaves, self.engine)
+        return Run(ending.program, segments, inputs, self.leaves, self.weights, ending.engine, False)
+
+    def _launch(self, block: Block, run: BaseRun, functions: Mapping[str, Any]) -> None:
+        """Run the levels of a block one by one, after what the recordings of earlier ones have left."""
+        for name in self.borders.reach:
+            for segment in self.held(name, block.levels.start, run.segments):
+                if segment not in run.taps[name]:
+                    run.taps[name].values[segment] = self.place(name, block.base - segment)
+        for level in block.levels:
+            functions["step"](run, level)
 
     def _filled(self, host: BaseRun) -> bool:
         """Copy what levels read of this input; whether it all has the recorded shapes."""
@@ -345,16 +295,28 @@ class RecordedBlocks:
         copy_all([place for place, _ in pairs], [value for _, value in pairs])
         return True
 
-    def _replay(self, recording: Recording, base: int, host: BaseRun) -> None:
+    def _given(
+        self, block: Block, host: BaseRun, functions: Mapping[str, Any]
+    ) -> list[torch.Tensor] | None:
+        """The parts of the inputs that a block reads; None if they have other shapes than those recorded."""
+        recording = self._recordings[block.key]
+        given = [functions[part.__name__](host, block.base + offset) for part, offset in recording.parts]
+        found = [x for x in pytree.tree_leaves(given) if is_tensor(x)]
+        shapes = [x.shape for x in found]
+        return found if shapes == [place.shape for place in recording.places] else None
+
+    def _replay(
+        self, block: Block, given: Sequence[torch.Tensor], host: BaseRun, functions: Mapping[str, Any]
+    ) -> None:
         """Fill what a block reads, replay it, and do what it leaves to the host."""
-        given = [function(host, base + offset) for function, offset in recording.parts]
-        copy_all(recording.places, [x for x in pytree.tree_leaves(given) if is_tensor(x)])
+        recording, base = self._recordings[block.key], block.base
+        copy_all(recording.places, given)
         recording.graph.replay()
         remaining = iter(copies_of(recording.values))
         for event in recording.events:
             segment = base + event.segment
             if event.kind == "rest":
-                host.rest(event.name, segment)
+                host.rest(functions[event.name.__name__], segment)
                 continue
             own = filled_from(remaining, event.values)
             if event.kind == "keep":
@@ -371,4 +333,4 @@ class RecordedBlocks:
         return pytree.tree_map_only(torch.Tensor, own, outputs)
 
 
-__all__ = ["Device", "Graph", "RecordedBlocks"]
+__all__ = ["Ending", "RecordedBlocks"]

@@ -1,0 +1,169 @@
+"""Replays: what an executor has recorded as CUDA graphs, and how a run is put together of it.
+
+    by blocks of levels     once, for runs of any length: head, steady blocks, tail       (recorded.py)
+      with a varying end    the head and the steady blocks; the last levels are launched, while the device is
+                            at work on the others
+    by whole runs           where levels cannot be recorded apart from their numbers: a length when it comes
+                            again                                                         (graphs.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rmtcompile.errors import RecordingWarning, warn
+from rmtcompile.ir.modes import autocast_as
+from rmtcompile.runtime.block_recorder import BlockRecorder
+from rmtcompile.runtime.block_run import Device
+from rmtcompile.runtime.contexts import own_modes
+from rmtcompile.runtime.graphs import Recorder, Started
+from rmtcompile.runtime.recorded import Ending, RecordedBlocks
+
+if TYPE_CHECKING:
+    from rmtcompile.runtime.execute import Executor
+
+
+@dataclass
+class _Shared:
+    """What executors of one code share whose programs differ in the last segments only."""
+
+    blocks: BlockRecorder | None = None
+    has_failed: bool = False
+
+
+class Replays:
+    """The recordings of one executor.
+
+    Args:
+        executor: whose runs they are.
+        like: those of an executor of the same code at other sizes. Blocks are shared with it where these
+            sizes are of the last segments alone; else these runs are recorded as whole ones.
+
+    Attributes:
+        are_shared: whether blocks, and the lanes that they work on, are those of `like`.
+        ends_vary: whether the last segments depend on sizes that vary from run to run.
+    """
+
+    def __init__(self, executor: Executor, like: Replays | None) -> None:
+        self._executor = executor
+        self._runs: Recorder | None = None
+        borders, sizes = executor.compiled.emitted.borders, executor.compiled.sizes
+        self.are_shared = like is not None and not borders.obstacle and like.are_of(sizes)
+        self.ends_vary = not borders.obstacle and not borders.sizes.issuperset(sizes)
+        self._shared: _Shared = like._shared if like is not None and self.are_shared else _Shared()
+        is_open = not borders.obstacle and executor.compiled.rolled.fixed is None
+        self._by_blocks = is_open and (like is None or self.are_shared)
+
+    def are_of(self, sizes: Mapping[str, int]) -> bool:
+        """Whether all but the last segments are the same at these sizes."""
+        compiled = self._executor.compiled
+        return all(sizes[name] == compiled.sizes[name] for name in compiled.emitted.borders.sizes)
+
+    @property
+    def blocks(self) -> BlockRecorder | None:
+        """The recordings of blocks of levels, if there are any."""
+        return self._shared.blocks
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """What is launched here runs after all that was launched on the same storage."""
+        with ExitStack() as stack:
+            for recorder in (self.blocks, self._runs):
+                if recorder is not None:
+                    stack.enter_context(recorder.alone())
+            yield
+
+    def start(self, segments: int, inputs: list[torch.Tensor]) -> Started | None:
+        """Start a run of this length, if what it needs is recorded."""
+        started, executor = None, self._executor
+        if self.blocks is not None and not executor.gets_form(segments):
+            executor.has_seen(segments)
+            ending = self._ending() if self.ends_vary else None
+            with own_modes() if ending else autocast_as():
+                started = self.blocks.replay(segments, executor.named(inputs), ending)
+        if started is None and self._runs is not None:
+            started = self._runs.replay(segments, inputs)
+        return started
+
+    def run(self, segments: int, inputs: list[torch.Tensor]) -> tuple[Any, ...]:
+        """Run, from recordings as far as there are any; a length that is recorded as a whole is so when it
+        comes again."""
+        started = self.start(segments, inputs)
+        if started is not None and started.is_current():
+            outputs: tuple[Any, ...] = started.results()
+            return outputs
+        executor = self._executor
+        is_launched = self._shared.has_failed or (self._by_blocks and self.ends_vary)
+        if self._by_blocks and not self._shared.has_failed:
+            self._block_recorder()  # its storage is theirs: they wait for each other
+        if self._runs is None and not is_launched:
+            program = executor.program
+            self._runs = Recorder(executor.compiled.leaves, executor.replaced, program.n_layers)
+        with self.alone():
+            outputs = executor.launch(segments, inputs)
+        levels = executor.program.grid(segments).n_levels
+        if self._runs is not None and not is_launched and self._runs.wants(segments, levels):
+            self._runs.record(segments, inputs, lambda ins, held: executor.launch(segments, ins, held))
+        return outputs
+
+    def record(self, inputs: list[torch.Tensor]) -> None:
+        """Record what runs of any length need, once, where runs are recorded by blocks."""
+        if not self._by_blocks or self._shared.has_failed or not self._block_recorder().wants:
+            return
+        executor = self._executor
+        try:
+            self._block_recorder().prepare(
+                self._make_blocks, lambda n: executor.named(executor.resized(n, inputs))
+            )
+        except RuntimeError as error:  # the run itself was right: what follows runs as it did
+            self._shared.has_failed, self._shared.blocks = True, None
+            said = str(error).partition("\n")[0]
+            warn(f"runs are not recorded as CUDA graphs: {said}", RecordingWarning)
+
+    def record_again(self, segments: int) -> None:
+        """Record a short length once more, since there are faster forms for its width now."""
+        if self.blocks is not None:
+            self.blocks.record_again(segments)
+
+    def forget(self) -> None:
+        """Drop all recordings: weights have moved."""
+        for recorder in (self.blocks, self._runs):
+            if recorder is not None:
+                recorder.forget()
+
+    def workspace_seconds(self, segments: int) -> dict[str, float]:
+        """See `Executor.workspace_seconds`."""
+        if self.blocks is not None and self.blocks.seconds:
+            return self.blocks.seconds
+        return self._runs.workspace_seconds(segments) if self._runs is not None else {}
+
+    def _block_recorder(self) -> BlockRecorder:
+        executor = self._executor
+        if self._shared.blocks is None:
+            self._shared.blocks = BlockRecorder(executor.compiled.leaves, executor.replaced)
+        return self._shared.blocks
+
+    def _ending(self) -> Ending:
+        executor = self._executor
+        return Ending(executor.program, executor.compiled.namespace, executor.engine)
+
+    def _make_blocks(self, device: Device, leaves: Mapping[str, torch.Tensor]) -> RecordedBlocks:
+        executor = self._executor
+        return RecordedBlocks(
+            executor.program,
+            executor.compiled.emitted.borders,
+            executor.compiled.namespace,
+            executor.engine,
+            device,
+            leaves,
+            executor.stacks.current,
+            has_ends=not self.ends_vary,
+        )
+
+
+__all__ = ["Replays"]
