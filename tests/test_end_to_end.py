@@ -310,16 +310,20 @@ def test_gradients_of_an_armt() -> None:
     model = armt("llama", torch.float64)
     twin = copy.deepcopy(model)
     fast = rmtcompile.optimize(twin)
-    tokens = ids(4)
+    tokens = ids(3)
     labels = tokens.roll(1, 1)
     labels[:, 3::5] = -100
-    for run in (model, fast):
-        result = run(tokens, labels=labels)
-        (result.loss + result.logits.square().sum()).backward()
-    for (name, p), (_, q) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None), name
-        if p.grad is not None:
-            assert_same(p.grad, q.grad, 1e-9)
+    losses = [lambda out: out.logits.square().sum(), lambda out: out.loss]
+    for loss, tolerance in zip(losses, (1e-9, 1e-8), strict=True):  # torch takes the loss in float32
+        for run in (model, fast):
+            run.zero_grad()
+            loss(run(tokens, labels=labels)).backward()
+        for (name, p), (_, q) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None), name
+            if p.grad is not None:
+                assert_same(p.grad, q.grad, tolerance)
+    fast(ids(4), labels=ids(4))
+    assert fast.captures == 1, "regions without gradients, as around the rotary angles, are no departure"
 
 
 class Scaled(Toy):
