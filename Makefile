@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # The oldest transformers that is supported, in an environment of its own.
 VENV451 := build/venv-transformers451
 TYPES   := build/types
-PYTEST  := -m pytest -n 2 --dist loadfile --timeout 900
+PYTEST  := -m pytest -n 2 --dist worksteal --timeout 900
 
 # Two workers share the cores: one thread each.
 test test-451: export OMP_NUM_THREADS = 1

@@ -141,7 +141,7 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
         use("Longer inputs are followed at each doubling, operation by operation; `explain` says what is proved, followed, compared, extrapolated", "test_outline.py::test_a_rule_that_does_not", "test_beyond.py::test_it_is_followed_at_each_doubling"),
         use("Numbers read from parameters, buffers, closures and counters (`item`, `bool`, `tolist`, an index, a NumPy array); a changed value: a new capture", "test_known.py::test_numbers_of_the_model", "test_counters_of_the_forward", "test_numbers_of_what_the_forward_writes", "test_values.py::test_each_write_is_seen"),
         use("Tensors written out in the forward's code", "test_literals.py::test_a_literal_in_every_cell"),
-        use("Inductor: new lengths and a third rest compile nothing, batch sizes from the third on once", end + "test_inductor_compiles_nothing_for_new_lengths", "test_sizes.py::test_inductor_compiles_nothing_for_a_third_rest", "test_inductor_compiles_once_for_later_batch_sizes"),
+        use("Inductor: new lengths and a third rest compile nothing, batch sizes from the third on once", end + "test_inductor_compiles_nothing_for_new_lengths", "test_sizes.py::test_nothing_is_compiled_for_a_third_rest", "test_later_batch_sizes_are_compiled_once"),
         use("On CUDA: recorded runs, other streams, modes and weights in between", "test_cuda.py::test_recorded_runs", "test_changed_weights_are_seen", "test_modes", "test_streams_and_threads"),
     ]  # fmt: skip
     refusals = [

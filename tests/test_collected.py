@@ -139,7 +139,9 @@ def test_ways_to_cut(cut: Callable[[Tensor], Sequence[Tensor]], first: int) -> N
     for segments in (first, 1, 3, 7):
         assert_same(model(features(segments)), fast(features(segments)))
     assert fast.captures == 1
-    if cut not in (into_sections, as_view):  # pieces as equal as they can be; whole segments alone
+    # A shorter last segment has a program of its own, whatever came first. These two have pieces as equal as
+    # they can be, and whole segments alone.
+    if first == 5 and cut not in (into_sections, as_view):
         for segments in (2, 4):
             x = features(segments)[:, :-1]
             assert_same(model(x), fast(x))

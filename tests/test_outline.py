@@ -111,13 +111,15 @@ REGULAR: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def departs(model: nn.Module, count: int = LONG, rest: int = 0, below: bool = False) -> Departure | None:
+def departs(
+    model: nn.Module, count: int = LONG, rest: int = 0, below: bool = False, grad: bool = False
+) -> Departure | None:
     outliner = Outliner(model, below)
 
     def outline(n: int) -> Outline:
         return outliner.outline((features(n)[:, : n * SEGMENT - rest],), {}, n)[0]
 
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         return departure(outline(2), outline(3), outline(count))
 
 
@@ -136,6 +138,20 @@ def test_a_rule_that_does_not(name: str, below: bool) -> None:
     for count in (4, 5, LONG):
         assert departs(model, count, below=below) is None
     assert departs(model, LONG, rest=1, below=below) is None
+
+
+@pytest.mark.parametrize("until", [0, 10])
+def test_regions_without_gradients(until: int) -> None:
+    """One in each segment, and one in each from the tenth on."""
+
+    def enter(self: Loop, h: Tensor, s: int, n: int) -> Tensor:
+        with torch.set_grad_enabled(s < until):
+            return h + self.table[0].sin()
+
+    for count in (4, 5, LONG):
+        found = departs(made(loop(enter=enter)), count, grad=True)
+        assert (found is None) == (until == 0 or count < LONG)
+    assert torch.is_grad_enabled()
 
 
 def test_the_line_is_named() -> None:

@@ -4,7 +4,6 @@ capture."""
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from inductor_graphs import needs_compiler
 from test_end_to_end import armt
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -430,7 +430,7 @@ def test_one_after_the_other() -> None:
 @torch.no_grad()
 def test_batches_of_an_armt() -> None:
     """Its programs for one row and for several differ."""
-    model = armt("llama", torch.float64)
+    model = armt("llama", torch.float64, n_layers=2)
     fast = rmtcompile.optimize(copy.deepcopy(model))
     run = lambda x: assert_same(dict(model(x)), dict(fast(x)))  # noqa: E731
     for size in (1, 2):
@@ -444,7 +444,7 @@ def test_batches_of_an_armt() -> None:
 @pytest.mark.skipif(transformers.__version__ < "5", reason="the decoder branches on the mask's values")
 @torch.no_grad()
 def test_rests_of_an_armt_with_masks() -> None:
-    model = armt("gpt2", torch.float64)
+    model = armt("gpt2", torch.float64, n_layers=2)
     fast = rmtcompile.optimize(copy.deepcopy(model))
 
     def run(size: int, length: int) -> None:
@@ -504,7 +504,7 @@ class Attending(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+@needs_compiler
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_attention_of_any_rest_is_compiled_once() -> None:
     """Rests that are multiples of 16, too; gradients."""
@@ -555,29 +555,44 @@ def test_own_attention_is_attention(kind: str, is_causal: bool) -> None:
     assert_same(torch.autograd.grad(expected, operands, weights), torch.autograd.grad(got, operands, weights))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])]
+
+
+def fixed(backend: str) -> Any:
+    """Around the sizes whose forms have all sizes fixed. C++ takes seconds a form, and those of fixed sizes
+    are compiled in test_end_to_end.py."""
+    return torch.compiler.set_stance("force_eager" if backend == "inductor" else "default")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
-def test_inductor_compiles_nothing_for_a_third_rest() -> None:
+def test_nothing_is_compiled_for_a_third_rest(backend: str) -> None:
     from torch._dynamo.utils import counters
 
     model = made(lambda: Wide(2))
-    fast = rmtcompile.optimize(copy.deepcopy(model), backend="inductor")
-    assert_equal_runs(model, fast, [batch(2, 18 + rest) for rest in (3, 2)])
+    fast = rmtcompile.optimize(copy.deepcopy(model), backend=backend)
+    counters.clear()
+    with fixed(backend):
+        assert_equal_runs(model, fast, [batch(2, 18 + 3)])
+    assert_equal_runs(model, fast, [batch(2, 18 + 2)])
     compiled = counters["stats"]["unique_graphs"]
+    assert compiled > 0
     assert_equal_runs(model, fast, [batch(2, n) for n in (22, 17, 31, 19)])
     assert counters["stats"]["unique_graphs"] == compiled
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
-def test_inductor_compiles_once_for_later_batch_sizes() -> None:
+def test_later_batch_sizes_are_compiled_once(backend: str) -> None:
     from torch._dynamo.utils import counters
 
     model = made(lambda: AttributeState(2))
-    fast = rmtcompile.optimize(copy.deepcopy(model), backend="inductor")
-    assert_equal_runs(model, fast, [batch(size, 12) for size in (2, 3, 4)])
+    fast = rmtcompile.optimize(copy.deepcopy(model), backend=backend)
+    counters.clear()
+    with fixed(backend):
+        assert_equal_runs(model, fast, [batch(size, 12) for size in (2, 3)])
+    assert_equal_runs(model, fast, [batch(4, 12)])
     compiled = counters["stats"]["unique_graphs"]
+    assert compiled > 0
     assert_equal_runs(model, fast, [batch(size, 12) for size in (5, 7)])
     assert counters["stats"]["unique_graphs"] == compiled

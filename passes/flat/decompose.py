@@ -61,8 +61,12 @@ def can_decompose(node: fx.Node) -> bool:
 def decompose(module: fx.GraphModule) -> fx.GraphModule:
     """Inline the decomposition of every such node; the same object where there is none."""
     found = [node for node in module.graph.nodes if can_decompose(node)]
+    known: dict[Any, fx.GraphModule] = {}
     for node in found:
-        inline(node, DECOMPOSITIONS[node.target])
+        key = _key(node)
+        if key not in known:
+            known[key] = _traced(node, DECOMPOSITIONS[node.target])
+        _put(node, known[key])
     if found:
         module.recompile()
     return module
@@ -71,8 +75,20 @@ def decompose(module: fx.GraphModule) -> fx.GraphModule:
 def inline(node: fx.Node, function: Callable[..., Any], pre_dispatch: bool = True) -> list[fx.Node]:
     """Put what `function` does with the node's arguments in its place; gives the new nodes, which take over
     its metadata."""
-    graph, operands = node.graph, node.all_input_nodes
-    vals = [operand.meta["val"] for operand in operands]
+    return _put(node, _traced(node, function, pre_dispatch))
+
+
+def _key(node: fx.Node) -> Any:
+    """Equal for calls whose decompositions are the same: all layers and segments share one, mostly."""
+    place = {operand: f"operand {i}" for i, operand in enumerate(node.all_input_nodes)}
+    vals = [operand.meta["val"] for operand in place]
+    types = tuple((tuple(v.shape), v.stride(), v.dtype, v.device, v.requires_grad) for v in vals)
+    return node.target, types, repr(fx.node.map_arg((node.args, node.kwargs), place.__getitem__))
+
+
+def _traced(node: fx.Node, function: Callable[..., Any], pre_dispatch: bool = True) -> fx.GraphModule:
+    """What `function` does with arguments like the node's; its inputs are the node's, in their order."""
+    operands = node.all_input_nodes
 
     def body(*tensors: torch.Tensor) -> Any:
         values = dict(zip(operands, tensors, strict=True))
@@ -80,11 +96,17 @@ def inline(node: fx.Node, function: Callable[..., Any], pre_dispatch: bool = Tru
         kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
         return function(*args, **kwargs)
 
-    traced = make_fx(body, tracing_mode="fake", pre_dispatch=pre_dispatch)(*vals)
+    vals = [operand.meta["val"] for operand in operands]
+    return make_fx(body, tracing_mode="fake", pre_dispatch=pre_dispatch)(*vals)
+
+
+def _put(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
+    """Put a copy of a traced graph in the node's place."""
+    graph = node.graph
     mapping: dict[fx.Node, fx.Node] = {}
     made = []
     with graph.inserting_before(node):
-        placeholders = iter(operands)
+        placeholders = iter(node.all_input_nodes)
         for inner in traced.graph.nodes:
             if inner.op == "placeholder":
                 mapping[inner] = next(placeholders)

@@ -259,7 +259,7 @@ class _Above(_Recorder, TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in self.owner.plain:
+        if func in self.owner.plain or func is torch._C._set_grad_enabled:  # each call says the mode
             return func(*args, **kwargs)
         if func is torch.autograd.grad or torch._C._functorch.peek_interpreter_stack() is not None:
             raise OutlineError("the forward takes gradients, or uses transforms of torch.func")
