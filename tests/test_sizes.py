@@ -389,6 +389,25 @@ def test_a_third_rest(build: Callable[[int], nn.Module], seen: tuple[int, int]) 
     assert fast.captures == before and len(codes) == 1
 
 
+class Even(Wide):
+    """Refuses rests of odd lengths."""
+
+    def walk(self, x: Tensor, starts: list[int]) -> Tensor:
+        if (x.shape[1] - starts[-1]) % 2:
+            raise ValueError("pass an even number of positions")
+        return super().walk(x, starts)
+
+
+@torch.no_grad()
+def test_a_model_need_not_run_on_every_rest() -> None:
+    """Rules are tried on rests that nobody has called for."""
+    model = made(lambda: Even(2))
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    assert_equal_runs(model, fast, [batch(2, 20), batch(2, 22), batch(2, 28), batch(2, 14)])
+    with pytest.raises(rmtcompile.CaptureError, match="even number"):
+        fast(batch(2, 21))
+
+
 @torch.no_grad()
 def test_less_than_one_segment() -> None:
     seen, unseen = [batch(2, n) for n in (2, 3)], [batch(2, n) for n in (1, 4, 5)]

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,7 +144,8 @@ class Families:
             vector = sizes_of(*there, segmentation)
             entry = self._instance(family, rules, vector, *there, segmentation)
             if entry is not None:
-                self._compare(entry, *there)
+                with suppress(Exception):  # a model need not run on every rest; the rule stays untried there
+                    self._compare(entry, *there)
 
     def settle(self, trial: Trial, is_right: bool) -> None:
         """Note whether a use of rules gave what the model gives; where not, they are not used again."""
