@@ -44,8 +44,9 @@ def optimize(
             one cell wide) or "sequential" (one cell after the other, compiled).
         backend: "eager", "inductor" or any `torch.compile` backend for the cell functions; "auto" is inductor
             on CUDA and eager elsewhere.
-        cuda_graphs: record a run of a length that comes again as one CUDA graph; "auto" does so on CUDA when
-            no gradients are recorded.
+        cuda_graphs: record blocks of levels as CUDA graphs, which serve inputs of any length, or whole runs
+            where that cannot be (`explain` says which); "auto" does so on CUDA when no gradients are
+            recorded.
         fallback: "sequential" runs the model as it is, with a warning, where it cannot be compiled, and does
             not try again for inputs of these shapes; None raises.
         verify: run the model as it is, too, at the first call of each program, and raise on a difference.

@@ -223,7 +223,7 @@ def test_plans_that_were_measured_are_explained(
     assert "sequential  15 steps, measured 5 ms" in text
     assert "12.50 s  cell functions, by eager" in text
     flat = " ".join(text.split())
-    assert "one CUDA graph: 30.5 ms with cuBLAS's workspace, 30 ms without cuBLAS's workspace;" in flat
+    assert "as a CUDA graph 30.5 ms with cuBLAS's workspace, 30 ms without cuBLAS's workspace;" in flat
     assert json.loads(found.to_json())["compile_seconds"] == 12.5
 
 

@@ -63,6 +63,9 @@ def played(monkeypatch: pytest.MonkeyPatch) -> type[PlayedRecorder]:
         def wants(self, *_: Any) -> bool:
             return False
 
+        def workspace_seconds(self, _: int) -> dict[str, float]:
+            return {}
+
         @contextmanager
         def alone(self) -> Iterator[None]:
             yield
@@ -82,6 +85,7 @@ def test_blocks_serve_every_length(played: type[PlayedRecorder], build: Callable
     fast(features(5))
     recorded = played.made
     assert recorded > 2
+    assert fast.explain().recorded.endswith("for any number of segments")
     for segments in (4, 5, 6, 9, 30):
         x = features(segments)
         assert_same(model(x), fast(x))
@@ -104,6 +108,7 @@ def test_blocks_serve_every_rest(played: type[PlayedRecorder], build: Callable[[
 
     for rest in (3, 2):
         run(8, rest)
+    assert "the last segment varies" in " ".join(str(fast.explain()).split())
     recorded, captures = played.made, fast.captures
     blocks = fast._last[0].executor.replays.blocks  # type: ignore[index]
     assert blocks is not None and blocks._blocks is not None
@@ -141,6 +146,7 @@ def test_a_failure_is_not_tried_again_for_each_rest(
         x = text[:, : 8 * LONG + rest]
         assert_same(model(x), fast(x))
     assert played.made == 1
+    assert "since that has failed" in fast.explain().recorded
 
 
 @torch.no_grad()

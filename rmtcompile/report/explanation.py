@@ -126,6 +126,7 @@ class Explanation:
         compile_seconds: time in which the backend compiled the cell functions; None if it is not known.
         workspace_seconds: of one call as a CUDA graph, "with" and "without" cuBLAS's workspace, where both
             were measured; the faster one is kept.
+        recorded: how runs are recorded as CUDA graphs, in words; empty where they are not.
     """
 
     model: str
@@ -157,6 +158,7 @@ class Explanation:
     stages: tuple[StageReport, ...] = ()
     compile_seconds: float | None = None
     workspace_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    recorded: str = ""
 
     @property
     def seconds(self) -> float:

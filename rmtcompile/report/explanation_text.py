@@ -178,9 +178,11 @@ def _speedups(found: Explanation) -> Iterator[str]:
 
 
 def _recorded(found: Explanation) -> Iterator[str]:
+    if found.recorded:
+        yield found.recorded
     times = [f"{1e3 * t:.4g} ms {kind} cuBLAS's workspace" for kind, t in found.workspace_seconds.items()]
     if times:
-        yield f"recorded as one CUDA graph: {', '.join(times)}; the faster one is kept"
+        yield f"as a CUDA graph {', '.join(times)}; the faster one is kept"
 
 
 def _compiled(found: Explanation) -> Iterator[str]:

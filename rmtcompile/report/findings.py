@@ -95,6 +95,7 @@ def explain_last(fast: Optimized) -> Explanation:
         ),
         compile_seconds=measured.compile_seconds,
         workspace_seconds=measured.workspace_seconds,
+        recorded=measured.recorded,
     )
 
 

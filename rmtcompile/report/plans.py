@@ -18,12 +18,14 @@ class Measured:
         compile_seconds: time in which the backend compiled the cell functions; None if it is not known.
         workspace_seconds: of one recorded call "with" and "without" cuBLAS's workspace; empty if it measured
             none.
+        recorded: how runs are recorded as CUDA graphs, in words; empty where they are not.
     """
 
     seconds: Mapping[str, float]
     chosen: str = ""
     compile_seconds: float | None = None
     workspace_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    recorded: str = ""
 
 
 def measured_plans(executor: Executor, segments: int) -> Measured:
@@ -33,4 +35,5 @@ def measured_plans(executor: Executor, segments: int) -> Measured:
         executor.plan_for(segments),
         executor.compile_seconds,
         executor.workspace_seconds(segments),
+        executor.recorded,
     )

@@ -238,6 +238,11 @@ class Executor:
         """The plan chosen by measurement; empty if nothing was measured."""
         return self.costs.plan if self.costs is not None else ""
 
+    @property
+    def recorded(self) -> str:
+        """How runs without gradients are recorded, in words; empty where they are not."""
+        return str(self.replays) if self._use_graphs else ""
+
     def workspace_seconds(self, segments: int) -> dict[str, float]:
         """Seconds of what was recorded "with" and "without" cuBLAS's workspace, a block of levels or a whole
         run; empty if that was not measured."""

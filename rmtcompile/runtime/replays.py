@@ -69,6 +69,21 @@ class Replays:
         """The recordings of blocks of levels, if there are any."""
         return self._shared.blocks
 
+    def __str__(self) -> str:
+        """How runs are recorded, in words."""
+        if self._shared.has_failed:
+            return "nothing is recorded as CUDA graphs, since that has failed; levels are launched one by one"
+        if not self._by_blocks:
+            borders = self._executor.compiled.emitted.borders
+            why = borders.obstacle or "another program of the same code is recorded by blocks of levels"
+            return f"a length is recorded as one CUDA graph when it comes again: {why}"
+        if self.ends_vary:
+            return (
+                "recorded as CUDA graphs by blocks of levels, for any length; the last levels, and all of a "
+                "short text, are launched, since the last segment varies"
+            )
+        return "recorded as CUDA graphs by blocks of levels, for any number of segments"
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """What is launched here runs after all that was launched on the same storage."""
