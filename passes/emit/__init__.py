@@ -89,7 +89,7 @@ def emit(program: Program, title: str = "", sized: Sized | None = None) -> Emitt
         write_level(writer, program, cells)
         leave.write(writer)
         phases = write_forward(writer, regions, enter, leave)
-        found = borders(program, regions, cells, enter, leave)
+        found = borders(program, regions, cells, enter, leave, sized.values if sized else ())
     else:
         found = NO_BORDERS
         leave.write(writer)

@@ -9,7 +9,7 @@ the recordings serve inputs of any length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,9 +64,14 @@ class _Found:
 
 
 def borders(
-    program: Program, regions: Regions, cells: Sequence[CellFunction], enter: Calls, leave: Calls
+    program: Program,
+    regions: Regions,
+    cells: Sequence[CellFunction],
+    enter: Calls,
+    leave: Calls,
+    sizes: Collection[str] = (),
 ) -> Borders:
-    """Find the borders of a program with a skew above 0."""
+    """Find the borders of a program with a skew above 0, and with these free sizes."""
     found, late = _Found(), _late_taps(enter, leave)
     for read in _reads_of_levels(program, enter, leave):
         _note(found, read, program.alpha, regions, late)
@@ -86,7 +91,7 @@ def borders(
         _outer_taps(regions, enter, leave),
         _head(program, regions) + found.back,
         _tail(program, regions),
-        _sizes(program, regions, cells),
+        _early_names(program, regions, cells).intersection(sizes),
     )
 
 
@@ -205,8 +210,8 @@ def _tail(program: Program, regions: Regions) -> int:
     return max([*tails, *kept], default=0)
 
 
-def _sizes(program: Program, regions: Regions, cells: Sequence[CellFunction]) -> frozenset[str]:
-    """Free sizes that a class counted from the start has to do with: integers, shapes, lanes."""
+def _early_names(program: Program, regions: Regions, cells: Sequence[CellFunction]) -> frozenset[str]:
+    """Names on which what a class counted from the start has depends: integers, shapes, lanes."""
     found: list[Any] = [lane.shape for lane in program.lanes if _is_early(lane.classes)]
     for by_class in regions.rolled.rules.values():
         for rule in (rule for number, rule in by_class.items() if _is_early((number,))):
