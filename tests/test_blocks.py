@@ -216,6 +216,41 @@ def test_what_is_in_the_way_is_said() -> None:
 
 
 @torch.no_grad()
+def test_a_block_that_is_recorded_at_the_second_try_leaves_all_that_it_makes() -> None:
+    entry = ZOO["infini_attention"]
+    fast = rmtcompile.optimize(entry.build())
+    fast(*entry.inputs(2, 4))
+    level, fails = fast.compiled.namespace["level"], []
+
+    class Second(Player):
+        """The first try stops in its second level, as where something is compiled there."""
+
+        def record(self, body: Any) -> Any:
+            calls: list[int] = []
+
+            def stopping(run: Any, t: int) -> None:
+                calls.append(t)
+                if len(calls) > 1:
+                    raise RuntimeError("operation not permitted when stream is capturing")
+                level(run, t)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(fast.compiled.namespace, "level", stopping)
+                try:
+                    body()
+                except RuntimeError as error:
+                    fails.append(error)
+            return super().record(body)
+
+    executor, blocks = blocks_for(fast, entry.inputs(2, 4)[0], Second())
+    assert len(fails) > 3
+    (x,) = entry.inputs(2, 20)
+    outputs = blocks.run(20, dict(zip(fast.compiled.input_names, [x], strict=True)))
+    assert outputs is not None
+    assert_same(executor.run(20, [x]), outputs)
+
+
+@torch.no_grad()
 def test_places_are_not_made_while_a_block_is_recorded() -> None:
     """Or their first contents would be a part of the recording."""
     entry = ZOO["infini_attention"]

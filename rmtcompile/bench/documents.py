@@ -155,8 +155,6 @@ class Session(Recording):
         self.record["eager_s"][str(tokens)] = seconds
         self.say(f"eager {i + 1} of {of}: {tokens} tokens, {seconds * 1e3:.1f} ms")
 
-    # ---- telling ----
-
 
 def compiled_graphs() -> int:
     """How many graphs `torch.compile` has compiled in this process."""

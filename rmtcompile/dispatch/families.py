@@ -77,7 +77,8 @@ class Families:
         compile_at: captures and compiles for arguments; the last two are a single number of segments or
             None, and the fewest segments to capture.
         execute: makes an executor, like another one.
-        compare: compares the program of rules with the model for arguments, and settles the trial.
+        compare: compares the program of rules with the model for arguments, and settles the trial; raises
+            UnsupportedError where the model itself fails on them.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class Families:
             vector = sizes_of(*there, segmentation)
             entry = self._instance(family, rules, vector, *there, segmentation)
             if entry is not None:
-                with suppress(Exception):  # a model need not run on every rest; the rule stays untried there
+                with suppress(UnsupportedError):  # a model need not run on every rest: it stays untried
                     self._compare(entry, *there)
 
     def settle(self, trial: Trial, is_right: bool) -> None:

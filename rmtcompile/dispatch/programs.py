@@ -1,8 +1,8 @@
 """Programs: the program that serves a call, found among those that were made or compiled now.
 
-call    -> segmentation, number of segments, key of its inputs and modes
-key     -> entries, one for each state of the model in which it was captured (`entries.py`)
-entry   -> rules for other sizes (`families.py`), and for other numbers of segments (`lengths.py`)
+    call    -> segmentation, number of segments, key of its inputs and modes
+    key     -> entries, one for each state of the model in which it was captured (`entries.py`)
+    entry   -> rules for other sizes (`families.py`), and for other numbers of segments (`lengths.py`)
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rmtcompile.binding.guard import call_key, program_key
 from rmtcompile.binding.kinds import refuse_model, refuse_odd_arguments
 from rmtcompile.compiler.pipeline import Compiled, compile_forward
 from rmtcompile.compiler.stages import Progress
+from rmtcompile.dispatch.boundary import explained
 from rmtcompile.dispatch.calls import Call, TooFewSegments
 from rmtcompile.dispatch.compared import CHECKED, ENOUGH, LONGER, of_segments, rounding
 from rmtcompile.dispatch.entries import Entry, is_current
@@ -196,12 +197,18 @@ class Programs:
         return not is_right
 
     def _compare(self, entry: Entry, args: Any, kwargs: Any) -> None:
-        """Compare the program of rules with the model, short lengths too; see `Families`."""
+        """Compare the program of rules with the model, short lengths too; see `Families`.
+
+        Raises:
+            UnsupportedError: the model itself fails on these arguments.
+        """
         rolled = entry.compiled.rolled
-        if rolled.fixed is not None or self.is_refuted(entry, CHECKED, args, kwargs):
-            return
-        for count in range(1, rolled.proved_on[0]):
-            self._lengths.settle_short(entry, count, *of_segments(args, kwargs, entry.segmentation, count))
+        with explained(self.model, args, kwargs):
+            if rolled.fixed is not None or self.is_refuted(entry, CHECKED, args, kwargs):
+                return
+            for count in range(1, rolled.proved_on[0]):
+                part = of_segments(args, kwargs, entry.segmentation, count)
+                self._lengths.settle_short(entry, count, *part)
 
     def difference(
         self, entry: Entry, count: int, args: Any, kwargs: Any, tolerance: float = 0.0

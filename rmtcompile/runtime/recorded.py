@@ -234,7 +234,7 @@ class RecordedBlocks:
 
         graph, values = self.device.record(body)
         places = tuple(x for x in pytree.tree_leaves(list(parts.values())) if is_tensor(x))
-        return Recording(graph, tuple(parts), places, tuple(made[0].events), tuple(values))
+        return Recording(graph, tuple(parts), places, tuple(made[-1].events), tuple(values))
 
     # ---- running -------------------------------------------------------------------------------------------
 
