@@ -302,7 +302,7 @@ class Streamer(Forwarder):
         """A node in the place of `x` in the user's code."""
         with self.graph.inserting_before(self.here):
             node = self.graph.create_node("call_function", target, args, kwargs)
-        node.meta = {k: v for k, v in x.meta.items() if k not in ("val", "tensor_meta")}
+        node.meta = {k: v for k, v in x.meta.items() if k != "val"}
         with contexts(x):
             node.meta["val"] = self.values.run(target, args, kwargs)
         assert val_of(node).dtype == val_of(x).dtype

@@ -107,6 +107,6 @@ class _Rewriter:
     def _emit(self, target: torch._ops.OpOverload, *args: object) -> fx.Node:
         with self.node.graph.inserting_before(self.node):
             made = self.node.graph.create_node("call_function", target, args)  # type: ignore[arg-type]
-        made.meta = {k: v for k, v in self.node.meta.items() if k not in ("val", "tensor_meta")}
+        made.meta = {k: v for k, v in self.node.meta.items() if k != "val"}
         made.meta["val"] = self.values.run(target, args, {})
         return made

@@ -126,6 +126,7 @@ class Capture:
         roots: the modules that the forward reaches, by name.
         guard: the Python state that the forward read.
         read: the tensors that decided numbers which the forward read.
+        checkpoint: where the forward asks first that backward computes a part of it again, as "file:line".
     """
 
     module: fx.GraphModule
@@ -136,7 +137,37 @@ class Capture:
     roots: dict[str, nn.Module]
     guard: ModuleGuard
     read: list[Leaf]
+    checkpoint: str = ""
 
     @property
     def graph(self) -> fx.Graph:
         return self.module.graph
+
+    @property
+    def outputs(self) -> list[fx.Node]:
+        """What the graph returns."""
+        found: list[fx.Node] = []
+        fx.node.map_arg(self.graph.output_node().args, found.append)
+        return found
+
+    @property
+    def extent(self) -> Extent:
+        """What is kept of it without its graph."""
+        values = [leaf for node in self.graph.nodes for leaf in pytree.tree_leaves(node.meta.get("val"))]
+        types = frozenset(value.dtype for value in values if isinstance(value, torch.Tensor))
+        return Extent(len(self.graph.nodes), types, tuple(node.meta.get("val") for node in self.outputs))
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What is known of a capture whose graph is not kept.
+
+    Attributes:
+        nodes: how many its graph had.
+        types: of all its values.
+        outputs: fake tensors of what it returned, in order.
+    """
+
+    nodes: int
+    types: frozenset[torch.dtype]
+    outputs: tuple[Any, ...]

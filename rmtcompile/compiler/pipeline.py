@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx
 
-from rmtcompile.binding.captured import Capture, Effect, Leaf
+from rmtcompile.binding.captured import Capture, Effect, Extent, Leaf
 from rmtcompile.binding.values import Values
 from rmtcompile.compiler.checks import check_program
 from rmtcompile.compiler.loading import load, unload
@@ -40,7 +39,8 @@ class Compiled:
 
     Attributes:
         program, emitted: the scheduled program and its source.
-        captures: the captures that the rules were proved on, smallest first.
+        capture: the smaller one of those that the rules were proved on; the rules name its operations.
+        longest: the larger one, without its graph, which nothing needs any more.
         dependences: offsets with their witnesses.
         rolled: the rules for any number of segments.
         layer_paths: module path by layer.
@@ -57,7 +57,8 @@ class Compiled:
 
     program: Program
     emitted: Emitted
-    captures: tuple[Capture, ...]
+    capture: Capture
+    longest: Extent
     rolled: Rolled
     dependences: dict[tuple[int, int], Dependence]
     layer_paths: tuple[str, ...]
@@ -82,7 +83,7 @@ class Compiled:
 
     def changed(self) -> str | None:
         """What differs in the state that the captured forward read, in words, or None."""
-        return self.captures[0].guard.broken() or self.values.changed()
+        return self.capture.guard.broken() or self.values.changed()
 
 
 @uncached_autocast()
@@ -129,7 +130,8 @@ def compile_forward(
     compiled = Compiled(
         program,
         emitted,
-        captures,
+        captures[0],
+        captures[-1].extent,
         rolled,
         found,
         paths,
@@ -235,17 +237,10 @@ def _results(
     for x, y in zip(a.effects, b.effects, strict=True):
         where = f"what the forward leaves in {x.name}"
         effects.append((x, aligner.align((x.leaves, x.spec), (y.leaves, y.spec), where)))
-    total_a, total_b = _output_count(a), _output_count(b)
+    total_a, total_b = len(a.outputs), len(b.outputs)
     for i in range(n_written, 0, -1):
         aligner.pairs.append(((total_a - i,), (total_b - i,), False))
     return result, effects, aligner.pairs
-
-
-def _output_count(captured: Capture) -> int:
-    output = next(node for node in captured.graph.nodes if node.op == "output")
-    found: list[fx.Node] = []
-    fx.node.map_arg(output.args, found.append)
-    return len(found)
 
 
 def _grouped(unrolled: Unrolled, pairs: Pairs, side: int) -> Unrolled:

@@ -82,7 +82,7 @@ def _obstacle(compiled: Compiled) -> str:
         return "it leaves a list over all segments in its modules"
     if any(kind == "input" for kind, _ in compiled.written):
         return "it writes into its input"
-    counters = compiled.captures[0].guard.counters
+    counters = compiled.capture.guard.counters
     if counters:
         return f"it goes on by itself from a number that it has left in {counters[0]}"
     return ""

@@ -72,21 +72,16 @@ weights amplifies rounding to 2e-4 after eight segments."""
 def rounding(compiled: Compiled) -> float:
     """The relative difference that may be rounding, whatever the type of the results: above 0 where the
     forward computes in 16 bits anywhere."""
-    return GROSS if _types(compiled) & _LOW else 0.0
+    return GROSS if compiled.longest.types & _LOW else 0.0
 
 
 def unexplained(compiled: Compiled) -> float:
     """The relative difference that is taken for rounding once longer captures have given the same rules: any
     where the forward computes in 16 bits, `SLIGHT` where it does in float32."""
-    types = _types(compiled)
+    types = compiled.longest.types
     return math.inf if types & _LOW else SLIGHT if torch.float32 in types else 0.0
 
 
 _LOW = {torch.float16, torch.bfloat16}
 
 
-def _types(compiled: Compiled) -> set[torch.dtype]:
-    """The types of all values of a forward."""
-    nodes = compiled.captures[-1].graph.nodes
-    values = (leaf for node in nodes for leaf in pytree.tree_leaves(node.meta.get("val")))
-    return {value.dtype for value in values if isinstance(value, torch.Tensor)}

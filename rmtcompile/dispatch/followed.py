@@ -133,5 +133,5 @@ class _Walk:
 
 def is_affordable(compiled: Compiled, count: int) -> bool:
     """Whether so many segments may be captured to settle a doubt."""
-    nodes, captured = len(compiled.captures[-1].graph.nodes), compiled.rolled.proved_on[-1]
+    nodes, captured = compiled.longest.nodes, compiled.rolled.proved_on[-1]
     return nodes * count <= CAPTURED * captured

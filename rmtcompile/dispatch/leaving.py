@@ -23,7 +23,7 @@ def leave(entry: Entry, count: int, outputs: tuple[Any, ...], inputs: list[torch
     if not entry.settled:
         entry.settled = True
         if any(effect.change is not None and effect.change.is_hook for effect, _ in entry.compiled.effects):
-            entry.compiled.captures[0].guard.settle()
+            entry.compiled.capture.guard.settle()
     write_back(entry.compiled, outputs, inputs)
 
 

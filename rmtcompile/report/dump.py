@@ -103,7 +103,7 @@ def _front(fast: Optimized) -> list[tuple[str, str]]:
     assert fast._last is not None
     entry, _ = fast._last
     args, kwargs = entry.example
-    base = entry.compiled.captures[0]
+    base = entry.compiled.capture
     leaves = {target: leaf.name for target, leaf in base.leaves.items()}
     log = _Notes([call.path for call in base.calls], leaves)
     count = entry.compiled.rolled.base.count

@@ -63,7 +63,7 @@ def input_labels(fn: Any, spec: pytree.TreeSpec) -> list[str]:
 
 def module_of(node: fx.Node, compiled: Compiled) -> str:
     """Path of the innermost module whose call made the node."""
-    calls: list[Call] = next((c.calls for c in compiled.captures if c.graph is node.graph), [])
+    calls: list[Call] = compiled.capture.calls if compiled.capture.graph is node.graph else []
     scope = node.meta.get("scope", ())
     return calls[scope[-1]].path if scope and scope[-1] < len(calls) else ""
 

@@ -291,13 +291,8 @@ def result_types(compiled: Compiled, count: int) -> list[str]:
     rolled = compiled.rolled
     types = []
     for index in outputs_in(compiled.result):
-        values = []
-        for capture in (compiled.captures[0], compiled.captures[-1]):
-            output = next(node for node in capture.graph.nodes if node.op == "output")
-            nodes: list[fx.Node] = []
-            fx.node.map_arg(output.args, nodes.append)
-            values.append(nodes[index].meta.get("val") if index < len(nodes) else None)
-        a, b = values
+        extents = (compiled.capture.extent, compiled.longest)
+        a, b = (one.outputs[index] if index < len(one.outputs) else None for one in extents)
         if isinstance(rolled.outputs[index], Each):
             types.append(f"{count} x {type_of(a)}")
         elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dim() == b.dim():

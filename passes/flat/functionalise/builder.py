@@ -41,7 +41,7 @@ class Builder:
     def emit(self, op: str, target: Any, args: Any = (), kwargs: Any = None, *, val: Any = None) -> fx.Node:
         """A node of the new graph; `val` is its fake value if it is known."""
         node = self.graph.create_node(op, target, args, kwargs or {})
-        node.meta = {k: v for k, v in self.reader.meta.items() if k not in ("val", "tensor_meta")}
+        node.meta = {k: v for k, v in self.reader.meta.items() if k != "val"}
         node.meta["val"] = (
             self.values.run(target, args, kwargs or {}) if val is None else self.values.local(val)
         )

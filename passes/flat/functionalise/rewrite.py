@@ -184,7 +184,7 @@ class Rewriter(Contents):
             if root.base.version and root.base.name is not None and root.base.name not in writes:
                 writes[root.base.name] = self._owned(self.current(root), None)
         output = self.graph.output((result, list(writes.values())) if writes else result)
-        output.meta = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta")}
+        output.meta = {k: v for k, v in node.meta.items() if k != "val"}
         remove_dead(self.graph)
         return Functional(graph_module(self.gm, self.graph), writes)
 

@@ -42,7 +42,7 @@ class Builder:
         """A call on nodes, with its fake value."""
         with self.graph.inserting_before(self.here):
             node = self.graph.create_node("call_function", target, args, kwargs)
-        node.meta = {k: v for k, v in self.here.meta.items() if k not in ("val", "tensor_meta")}
+        node.meta = {k: v for k, v in self.here.meta.items() if k != "val"}
         node.meta["val"] = self.values.run(target, args, kwargs)
         if self.grad is False:
             self.no_grad.add(node)
