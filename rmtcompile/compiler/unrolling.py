@@ -168,7 +168,8 @@ def reshaped(args: Any, kwargs: Any, shapes: Sequence[Sequence[int]]) -> tuple[A
         for position, shape in zip(positions, shapes, strict=True):
             old = values[position]
             if tuple(old.shape) != tuple(shape):
-                values[position] = torch.empty(tuple(shape), dtype=old.dtype, device=old.device)
+                made = torch.empty(tuple(shape), dtype=old.dtype, device=old.device)
+                values[position] = made.requires_grad_(old.requires_grad)
     return pytree.tree_unflatten(values, spec)
 
 
