@@ -26,6 +26,7 @@ def optimize(
     fallback: str | None = None,
     verify: bool = False,
     progress: bool | Progress = False,
+    recompute: str | int = "auto",
 ) -> Optimized:
     """Make a recurrent-memory model run a diagonal at a time, with the same inputs, outputs and recurrence.
 
@@ -50,6 +51,10 @@ def optimize(
         fallback: "sequential" runs the model as it is, with a warning, where it cannot be compiled, and does
             not try again for inputs of these shapes; None raises.
         verify: run the model as it is, too, at the first call of each program, and raise on a difference.
+        recompute: what backward computes again instead of keeping it. "level": each level, from what lies
+            between levels; a number k: blocks of k levels, and in each of them its levels, so that memory
+            grows with levels / k + k; "none": nothing; "auto": "level" where the forward itself uses
+            `torch.utils.checkpoint`, else nothing. Values and gradients are the same.
         progress: print what is being done on long work, or call a function with each line.
 
     Returns:
@@ -61,13 +66,13 @@ def optimize(
     Source: "Diagonal Batching Unlocks Parallelism in Recurrent Memory Transformers for Long Contexts", arXiv
     2506.05229.
     """
-    check_options(segment_size, layers, plan, backend, cuda_graphs, fallback, verify, progress)
+    check_options(segment_size, layers, plan, backend, cuda_graphs, fallback, verify, progress, recompute)
     if not callable(model):
         raise ValueError(f"model must be callable, not {type(model).__name__}")
     if isinstance(model, Optimized):
         model = model.model
     report = print if progress is True else progress if callable(progress) else None
-    options = Options(layers, segment_size, plan, backend, cuda_graphs, fallback, verify)
+    options = Options(layers, segment_size, plan, backend, cuda_graphs, fallback, verify, recompute)
     return Optimized(model, options, report)
 
 

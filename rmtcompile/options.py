@@ -21,6 +21,7 @@ class Options:
     cuda_graphs: str | bool = "auto"
     fallback: str | None = None
     verify: bool = False
+    recompute: str | int = "auto"
     passes_off: frozenset[str] = frozenset()
     min_segments_captured: int = 2
     max_segments_captured: int = 6
@@ -35,6 +36,7 @@ def check_options(
     fallback: Any,
     verify: Any,
     progress: Any,
+    recompute: Any,
 ) -> None:
     """Check the arguments of `rmtcompile.optimize`.
 
@@ -64,6 +66,11 @@ def check_options(
             raise ValueError(message) from None
     if not isinstance(verify, bool):
         raise ValueError(f"verify must be True or False, not {verify!r}")
+    is_levels = isinstance(recompute, int) and not isinstance(recompute, bool) and recompute > 0
+    if not is_levels and recompute not in ("auto", "none", "level"):
+        raise ValueError(
+            f"recompute must be 'auto', 'none', 'level' or a positive number of levels, not {recompute!r}"
+        )
     if not isinstance(progress, bool) and not callable(progress):
         raise ValueError(f"progress must be True, False or a callable, not {progress!r}")
 

@@ -155,7 +155,7 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
         refused("State in iterators, in sets of tensors, in modules made by the forward", "`CaptureError` with the place", "test_containers.py::test_iterators_are_refused", "test_trees.py::test_what_cannot_be_made_again_is_refused"),
         refused("Backward hooks of modules, with gradients", "`CaptureError` with the modules", guard + "test_backward_hooks_are_refused"),
         refused("A forward that takes gradients itself, with gradients, where it has a region without them", "`CaptureError`, with the line of the region", "test_inner_gradients.py::test_what_has_no_gradient_is_not_given_one"),
-        refused("A custom `autograd.Function`, a reentrant checkpoint, with gradients", "`CaptureError` with its name; runs under `no_grad`", no + "test_a_backward_of_its_own"),
+        refused("A custom `autograd.Function`, a reentrant checkpoint of inputs without gradients, in training", "`CaptureError` with its name; runs under `no_grad`", no + "test_a_backward_of_its_own"),
         refused("`nn.GRU`, `nn.LSTM` as layers (cells are handled)", "`LiftError` with the line", no + "test_fused_recurrent_layers_draw_nothing"),
         refused("An argument that is an object with tensors inside", "`UnsupportedError`", guard + "test_objects_as_arguments"),
         refused("A text in parts, where the forward needs all of it; a state of another model, weights, dtype or batch", "`UnsupportedError` with the operation; `StateError`", "test_advancing.py::test_forwards_that_need_the_whole_input_are_refused", "test_states_of_others_are_refused"),

@@ -262,7 +262,10 @@ class Programs:
         return compiled
 
     def _execute(self, compiled: Compiled, segmentation: Segmentation, like: Executor | None) -> Executor:
-        return executor_for(compiled, segmentation, self.options.backend, self.options.cuda_graphs, like)
+        options = self.options
+        return executor_for(
+            compiled, segmentation, options.backend, options.cuda_graphs, like, options.recompute
+        )
 
 
 def _empty() -> UnsupportedError:

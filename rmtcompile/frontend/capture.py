@@ -198,7 +198,7 @@ def _captured(
             known,
             lazy_code(),
             uncompiled_callables(),
-            refused_functions(),
+            refused_functions() as checkpoints,
         ):
             module = trace(*fakes)
         shared.refuse_swallowed()
@@ -242,7 +242,15 @@ def _captured(
     module = explicit_autocast(module)
     read = [_leaf(tensor, f"read{i}", owners) for i, tensor in enumerate(known.read)]
     return Capture(
-        module, leaves, recorder.calls, produced["result"], produced["effects"], roots, guard, read
+        module,
+        leaves,
+        recorder.calls,
+        produced["result"],
+        produced["effects"],
+        roots,
+        guard,
+        read,
+        checkpoints[0] if checkpoints else "",
     )
 
 
@@ -267,9 +275,10 @@ def _refuse_backward_hooks(roots: dict[str, nn.Module]) -> None:
 def _fake(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
     if isinstance(value, FakeTensor):
         with mode:
-            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    fake = mode.from_tensor(value.detach(), static_shapes=True)
-    return fake.requires_grad_(value.requires_grad) if value.requires_grad else fake
+            fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    else:
+        fake = mode.from_tensor(value.detach(), static_shapes=True)
+    return fake.requires_grad_() if value.requires_grad else fake
 
 
 def _refuse_objects(values: list[Any]) -> None:
@@ -318,6 +327,7 @@ def _name_contexts(graph: fx.Graph) -> None:
             no_grad = ambient and not node.args[0]
         else:
             node.meta["context"] = ("torch.no_grad()",) * no_grad
+            node.meta.pop("tensor_meta", None)  # `val` says the same
     markers = [n for n in graph.nodes if n.target in (_SET_GRAD, _ENTER_AUTOCAST, _EXIT_AUTOCAST)]
     for node in reversed(markers):
         node.replace_all_uses_with(None)

@@ -100,26 +100,45 @@ class SharedData(TorchFunctionMode):
 
 
 @contextmanager
-def refused_functions() -> Iterator[None]:
+def refused_functions() -> Iterator[list[str]]:
     """Refuses, in this thread, custom autograd Functions where gradients are recorded: what is traced are the
-    operations of their forward, and their backward would be lost. Those of torch itself only mark what is
-    computed again."""
+    operations of their forward, and their backward would be lost. Checkpoints are run as if they were none.
+
+    Yields:
+        Where the forward asks for checkpoints, as "file:line", filled while it runs.
+    """
     apply: Any = torch.autograd.Function.__dict__["apply"]
     thread = threading.get_ident()
+    checkpoints: list[str] = []
 
     def checked(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        own = not cls.__module__.startswith("torch.") or cls is torch.utils.checkpoint.CheckpointFunction
-        if own and torch.is_grad_enabled() and threading.get_ident() == thread:
+        is_mine = torch.is_grad_enabled() and threading.get_ident() == thread
+        is_reentrant = cls is torch.utils.checkpoint.CheckpointFunction
+        if is_mine and is_reentrant and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
+            function, _, *inputs = args
+            checkpoints.append(user_source(sys._getframe(1)))
+            return function(*inputs)
+        if is_mine and (is_reentrant or not cls.__module__.startswith("torch.")):
             raise CaptureError(
                 "the forward has a backward of its own, which tracing cannot see",
                 [f"{cls.__name__} at {user_source(sys._getframe(1))}"],
-                "run it under torch.no_grad(), or let autograd differentiate the operations (checkpoints: "
-                "with use_reentrant=False)",
+                "run it under torch.no_grad(), or let autograd differentiate the operations (a checkpoint of "
+                "inputs without gradients: with use_reentrant=False)",
             )
         return apply.__func__(cls, *args, **kwargs)
 
+    module: Any = torch.utils.checkpoint
+    around = module._checkpoint_without_reentrant_generator
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and threading.get_ident() == thread:
+            checkpoints.append(user_source(sys._getframe(1)))
+        return around(*args, **kwargs)
+
     torch.autograd.Function.apply = classmethod(checked)  # type: ignore[assignment, method-assign]
+    module._checkpoint_without_reentrant_generator = noted
     try:
-        yield
+        yield checkpoints
     finally:
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+        module._checkpoint_without_reentrant_generator = around

@@ -127,6 +127,8 @@ class Explanation:
         workspace_seconds: of one call as a CUDA graph, "with" and "without" cuBLAS's workspace, where both
             were measured; the faster one is kept.
         recorded: how runs are recorded as CUDA graphs, in words; empty where they are not.
+        recomputed: the levels of a block that backward computes again; 0 where it keeps all values.
+        checkpoint: where the forward asks for that itself; empty where it does not.
     """
 
     model: str
@@ -159,6 +161,8 @@ class Explanation:
     compile_seconds: float | None = None
     workspace_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     recorded: str = ""
+    recomputed: int = 0
+    checkpoint: str = ""
 
     @property
     def seconds(self) -> float:

@@ -49,6 +49,7 @@ def sections(found: Explanation) -> Iterator[Section]:
             *_speedups(found),
             f"cell functions run on {found.backend}",
             *_recorded(found),
+            *_recomputed(found),
         ],
     )
     yield "compiled", [f"in {found.seconds:.1f} s", *map(_stage, found.stages), *_compiled(found)]
@@ -175,6 +176,20 @@ def _speedups(found: Explanation) -> Iterator[str]:
         if row.measured is not None:
             text += f", measured {row.measured:.2f} x as fast as the model's own forward"
         yield text
+
+
+def _recomputed(found: Explanation) -> Iterator[str]:
+    """What backward computes again."""
+    asked = f": the forward uses checkpoints at {found.checkpoint}" if found.checkpoint else ""
+    if found.recomputed == 1:
+        yield f"backward computes each level again, and keeps what lies between levels{asked}"
+    elif found.recomputed:
+        yield (
+            f"backward computes blocks of {found.recomputed} levels again, and in each of them its levels, "
+            "and keeps what lies between blocks"
+        )
+    elif found.checkpoint:
+        yield f"backward keeps all values, as recompute='none' says, in spite of the checkpoints{asked}"
 
 
 def _recorded(found: Explanation) -> Iterator[str]:

@@ -96,6 +96,8 @@ def explain_last(fast: Optimized) -> Explanation:
         compile_seconds=measured.compile_seconds,
         workspace_seconds=measured.workspace_seconds,
         recorded=measured.recorded,
+        recomputed=entry.executor.recomputed,
+        checkpoint=compiled.capture.checkpoint,
     )
 
 
@@ -109,7 +111,7 @@ def inputs_of(fast: Optimized) -> tuple[tuple[str, ...], tuple[Axis, ...]]:
         for label, value in zip(input_labels(fast.model, spec), flat, strict=True)
         if isinstance(value, torch.Tensor)
     ]
-    capture = entry.compiled.captures[0]
+    capture = entry.compiled.capture
     values = [node.meta["val"] for node in capture.graph.nodes if node.op == "placeholder"]
     shapes = entry.segmentation.shapes([value.shape for value in values], count)
     inputs = tuple(

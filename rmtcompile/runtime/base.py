@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch.utils import _pytree as pytree
@@ -93,12 +94,25 @@ class BaseRun:
 
     def level(self, level: int, step: Level) -> None:
         """Run one level by the emitted function `step`."""
-        if self.crossing is not None:
-            self.resume(level, self.crossing)
+        step = step if self.crossing is None else _resuming(step)
         if self.on_level is None:
             step(self, level)
         else:
             self.on_level(self, level, step)
+
+    def is_last(self, level: int) -> bool:
+        """Whether no other level follows that runs on the same segments."""
+        return level == self.grid.n_levels - 1
+
+    def copied(self) -> Self:
+        """This run as it is now, with values of its own places: what runs on does not change it. Runs with
+        gradients only; nobody looks on."""
+        other = copy.copy(self)
+        other.on_level = other.on_value = None
+        other.taps = {name: store.copied() for name, store in self.taps.items()}
+        other._handed = dict(self._handed)
+        other.crossing = self.crossing.copied() if self.crossing is not None else None
+        return other
 
     def resume(self, level: int, crossing: Crossing) -> None:
         """Put what an earlier run has left where the cells of a level read it."""
@@ -176,3 +190,13 @@ class BaseRun:
     def mask(self, classes: Sequence[int], window: Any) -> torch.Tensor:
         """Whether each cell of the window belongs to one of the classes, bool [n]."""
         return self.engine.mask(tuple(c in classes for c in window.classes))
+
+
+def _resuming(step: Level) -> Level:
+    """A level that finds what an earlier run has left."""
+
+    def resumed(run: Any, level: int) -> None:
+        run.resume(level, run.crossing)
+        step(run, level)
+
+    return resumed

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,6 +53,12 @@ class Crossing:
         for refill in carried.refills:
             self._refills.setdefault(refill.layer, []).append(refill)
         self._reach = first + max((refill.reach for refill in carried.refills), default=0)
+
+    def copied(self) -> Crossing:
+        """The same, with a memory of its own for what is found."""
+        other = copy.copy(self)
+        other._found = dict(self._found)
+        return other
 
     # ---- leaving -------------------------------------------------------------------------------------------
 

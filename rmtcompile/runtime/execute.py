@@ -20,6 +20,7 @@ from rmtcompile.runtime.costs import Costs, measured
 from rmtcompile.runtime.crossing import Crossing, Key
 from rmtcompile.runtime.engine import Engine
 from rmtcompile.runtime.graphs import Started
+from rmtcompile.runtime.recompute import Recompute
 from rmtcompile.runtime.replays import Replays
 from rmtcompile.runtime.run import Run
 from rmtcompile.runtime.stacks import Stacks
@@ -49,6 +50,10 @@ class Executor:
         cuda_graphs: "auto" (on CUDA, where no gradients are recorded), True or False.
         like: an executor of the same code at other sizes; weights and compiled forms are shared with it, and
             where these sizes are of the last segments alone, storage and recordings, too.
+        recompute: what backward computes again; see `rmtcompile.optimize`.
+
+    Attributes:
+        recomputed: the levels of a block that backward computes again; 0 where it keeps all values.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class Executor:
         backend: str | Callable[..., Any],
         cuda_graphs: str | bool,
         like: Executor | None = None,
+        recompute: str | int = "auto",
     ) -> None:
         self.compiled = compiled
         self.segmentation = segmentation
@@ -86,6 +92,8 @@ class Executor:
                 remedy="move the model to a CUDA device, or leave it at 'auto'",
             )
         self._use_graphs = self.device.type == "cuda" and cuda_graphs is not False
+        asked = "level" if recompute == "auto" and compiled.capture.checkpoint else recompute
+        self.recomputed = asked if isinstance(asked, int) else int(asked == "level")
         self._engine: Engine | None = None
         self.replays: Replays = Replays(self, like.replays if like is not None else None)
         self.costs: Costs | None = None
@@ -198,7 +206,8 @@ class Executor:
         is_functional = self._records_gradients([*inputs, *values.values()])
         crossing = Crossing(self.compiled.emitted.carried, first, border, values, is_functional)
         with self.replays.alone(), nullcontext() if is_functional else plain_tensors():
-            outputs = self._run(segments, inputs, self._leaves(), is_functional, crossing=crossing)
+            again = self._again() if is_functional else None
+            outputs = self._run(segments, inputs, self._leaves(), is_functional, again, crossing=crossing)
         return outputs, crossing.left()
 
     def _run_once(
@@ -209,7 +218,7 @@ class Executor:
         on_level: OnLevel | None = None,
     ) -> tuple[Any, ...]:
         if self._records_gradients(inputs):
-            return self._run(segments, inputs, self._leaves(), True, on_level)
+            return self._run(segments, inputs, self._leaves(), True, on_level or self._again())
         with plain_tensors():
             if not (graphs and self._use_graphs):
                 return self._run(segments, inputs, self._leaves(), False, on_level)
@@ -312,6 +321,9 @@ class Executor:
         return torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (*inputs, *self._leaves().values())
         )
+
+    def _again(self) -> Recompute | None:
+        return Recompute(self.recomputed) if self.recomputed else None
 
     def _run(
         self,

@@ -7,9 +7,10 @@ the last layer that reads them has run, and a lane is a slice of them where it c
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -62,6 +63,12 @@ class RowStore:
                 return row
         return None
 
+    def copied(self) -> RowStore:
+        """What it keeps now, apart."""
+        other = copy.copy(self)
+        other.rows = {key: dict(rows) for key, rows in self.rows.items()}
+        return other
+
     def forget(self, layer: int, block: range) -> None:
         """Drop what no cell above `layer` reads; the last segments of the block stay for the next one."""
         for key, rows in self.rows.items():
@@ -80,6 +87,12 @@ class RowLane:
         self.store = store
         self.given: dict[int, torch.Tensor] = {}
         self.zero = torch.zeros((), dtype=lane.dtype, device=lane.device)
+
+    def copied(self, store: RowStore) -> RowLane:
+        """The same on another store."""
+        other = copy.copy(self)
+        other.store, other.given = store, dict(self.given)
+        return other
 
     def fill(self, segment: int, value: torch.Tensor) -> None:
         """What the segment's cell of the next layer reads from outside the cells."""
@@ -178,7 +191,18 @@ class RowRun(BaseRun):
             if port.role == "layer"
         }
 
+    def copied(self) -> Self:
+        """See `BaseRun`."""
+        other = super().copied()
+        other.store = self.store.copied()
+        other.lanes = {name: lane.copied(other.store) for name, lane in self.lanes.items()}
+        return other
+
     # ---- levels --------------------------------------------------------------------------------------------
+
+    def is_last(self, level: int) -> bool:
+        """Whether a layer is the last one of the block."""
+        return level == self.program.n_layers - 1
 
     @property
     def blocks(self) -> tuple[range, ...]:
@@ -292,7 +316,8 @@ def executor_for(
     backend: str | Callable[..., Any],
     cuda_graphs: str | bool,
     like: Executor | None = None,
+    recompute: str | int = "auto",
 ) -> Executor:
     """What runs a compiled program; for the arguments see `Executor`."""
     kind = Executor if compiled.program.alpha else RowExecutor
-    return kind(compiled, segmentation, backend, cuda_graphs, like)
+    return kind(compiled, segmentation, backend, cuda_graphs, like, recompute)

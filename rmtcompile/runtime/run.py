@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from rmtcompile.ir.program import Feed, Lane, Program
 from rmtcompile.runtime.base import BaseRun, Engine, OnLevel, OnValue, Outputs
 from rmtcompile.runtime.crossing import Crossing
+from rmtcompile.runtime.gradients import Rows, is_transformed
 from rmtcompile.runtime.storage import LaneStore, Target, as_slice
 
 
@@ -60,6 +61,7 @@ class Run(BaseRun):
             for lane in program.lanes
         }
         self._groups = {group.name: group for group in program.groups}
+        self._rows: dict[str, Rows] = {}  # of weights with gradients
         self._feeds_of = _feeds_by_producer(program)
         self._stored: dict[tuple[str, str], Target] = {}  # what cells of this level have stored themselves
         self._ports = {
@@ -68,6 +70,13 @@ class Run(BaseRun):
             for port in group.ports
             if port.role == "lane"
         }
+
+    def copied(self) -> Self:
+        """See `BaseRun`."""
+        other = super().copied()
+        other.lanes = {name: store.copied() for name, store in self.lanes.items()}
+        other._stored = {}
+        return other
 
     # ---- levels --------------------------------------------------------------------------------------------
 
@@ -132,8 +141,13 @@ class Run(BaseRun):
 
     def weight(self, name: str, window: Window) -> torch.Tensor:
         """Stacked weights of a window's layers, [n, ...], a view."""
-        group = self._groups[window.group]
-        return _rows(self.weights[name], [group.layers.index(layer) for layer in window.layers])
+        group, stack = self._groups[window.group], self.weights[name]
+        ranks = [group.layers.index(layer) for layer in window.layers]
+        if not (stack.requires_grad and torch.is_grad_enabled()) or is_transformed():
+            return _rows(stack, ranks)
+        if name not in self._rows:
+            self._rows[name] = Rows(stack)
+        return self._rows[name].of(ranks)
 
     def invariant(self, name: str, window: Window) -> torch.Tensor:
         """Values computed once a run, stacked by layer, for a window's layers."""

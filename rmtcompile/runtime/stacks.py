@@ -14,6 +14,7 @@ import torch
 from rmtcompile.binding.captured import Leaf
 from rmtcompile.errors import UnsupportedError
 from rmtcompile.ir.weights import Weight
+from rmtcompile.runtime.gradients import Stacked, is_transformed
 
 _LARGE = 0.1
 """Share of all weights above which a stack is large."""
@@ -44,9 +45,10 @@ class Stack:
     def current(self) -> torch.Tensor:
         """The stack, made again where a parameter was replaced, moved or cast since."""
         tensors = [[leaf.fetch() for leaf in parts] for parts in self.leaves]
-        if torch.is_grad_enabled() and any(t.requires_grad for parts in tensors for t in parts):
-            return torch.stack([parts[0] if len(parts) == 1 else torch.cat(parts) for parts in tensors])
         flat = [tensor for parts in tensors for tensor in parts]
+        has_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in flat)
+        if has_gradients and (is_transformed() or not all(tensor.is_leaf for tensor in flat)):
+            return torch.stack([parts[0] if len(parts) == 1 else torch.cat(parts) for parts in tensors])
         if (
             self.tensor is None
             or [t.data_ptr() for t in flat] != self.pointers
@@ -54,6 +56,9 @@ class Stack:
         ):
             self._stack(tensors)
         assert self.tensor is not None
+        if has_gradients:
+            found: torch.Tensor = Stacked.apply(self.tensor, [len(parts) for parts in tensors], *flat)
+            return found
         return self.tensor
 
     def _stack(self, tensors: Sequence[Sequence[torch.Tensor]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -78,6 +79,13 @@ class LaneStore:
         self.buffer, self.other = buffers if buffers is not None else lane_buffers(lane)
         self._first = self.buffer
 
+    def copied(self) -> LaneStore:
+        """What the lane holds now, in places of its own; with gradients only."""
+        assert self.functional
+        other = copy.copy(self)
+        other.places = list(self.places)
+        return other
+
     def fill(self, layer: int, value: torch.Tensor) -> None:
         """What a layer's place holds before its cell reads it on this level."""
         value = value.expand(self.spec.shape)
@@ -143,6 +151,12 @@ class TapStore:
         self.keep = keep
         self.first = first
         self.values: dict[int, torch.Tensor] = {}
+
+    def copied(self) -> TapStore:
+        """What it holds now, apart."""
+        other = copy.copy(self)
+        other.values = dict(self.values)
+        return other
 
     def put(self, segment: int, value: torch.Tensor) -> None:
         """Keep the value of one segment, and drop those that no reader needs any more."""
