@@ -14,6 +14,8 @@ from rmtcompile.passes.cell.inductor import PASSES, Passes
 from rmtcompile.runtime.engine import Engine
 from rmtcompile.runtime.execute import Executor
 
+NAMES = tuple(name for passes in PASSES.values() for name in passes)
+
 
 def executor(off: frozenset[str] = frozenset()) -> Executor:
     fast = rmtcompile.optimize(made(Toy))
@@ -24,23 +26,25 @@ def executor(off: frozenset[str] = frozenset()) -> Executor:
 
 def names(engine: Engine) -> tuple[str, ...]:
     options = engine._options(0) or {}
-    return options["post_grad_custom_post_pass"].names if options else ()
+    return tuple(name for passes in options.values() for name in passes.passes)
 
 
 def test_a_pass_of_the_user_stays() -> None:
     engine = Engine(executor().program, "inductor", False, frozenset())
-    assert names(engine) == tuple(PASSES)
+    assert names(engine) == NAMES
     with config.patch(post_grad_custom_post_pass=lambda graph: None):
-        assert names(engine) == ()
+        assert names(engine) == ("turned",)
+    with config.patch(joint_custom_post_pass=lambda graph: None):
+        assert names(engine) == ("accumulate", "gated")
 
 
-@pytest.mark.parametrize("off", [(), ("accumulate",), ("gated",), ("accumulate", "gated")])
+@pytest.mark.parametrize("off", [(), ("accumulate",), ("gated",), ("turned",), ("accumulate", "gated")])
 def test_switched_off(off: tuple[str, ...]) -> None:
     run = executor(frozenset(off))
     assert names(run.new_engine("inductor", keeps_buffers=False)) == ()  # on CPU
     run.device = torch.device("cuda")
     assert names(run.new_engine("eager", keeps_buffers=False)) == ()
-    left = tuple(name for name in PASSES if name not in off)
+    left = tuple(name for name in NAMES if name not in off)
     assert names(run.new_engine("inductor", keeps_buffers=False)) == left
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from rmtcompile.bench import documents
+    from rmtcompile.bench import documents, training
     from rmtcompile.bench.session import Settings
     from rmtcompile.bench.shapes import Case
 
@@ -34,6 +34,7 @@ examples
   rmtcompile bench --tokens 4096 131072 --json run.json     the 1B shape, on a GPU
   rmtcompile bench --segment 128 256 512 --opponents graphed diagonal
   rmtcompile bench --layers 32 --hidden 4096 --errors --profile --plots plots
+  rmtcompile bench --train --tokens 4096 32768              training steps, forward and backward
   rmtcompile bench --documents 60 --json run.json           60 inputs of random lengths, one at a time
 
 exit status
@@ -47,7 +48,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         import torch
 
-        from rmtcompile.bench import documents, plots, report
+        from rmtcompile.bench import documents, plots, report, training
         from rmtcompile.bench.session import Session
     except ImportError as error:
         print(f"the benchmark needs {error.name}: pip install 'rmtcompile[models]'", file=sys.stderr)
@@ -59,10 +60,12 @@ def run(argv: Sequence[str] | None = None) -> int:
             report.save(record, args.json)
 
     given = tuple(sys.argv[1:] if argv is None else argv)
-    session: documents.Session | Session
+    session: documents.Session | training.Session | Session
     try:
         if args.documents is not None:
             session = documents.Session(documents_of(args, given), device, save)
+        elif args.train:
+            session = training.Session(training_of(args, given), device, save)
         else:
             session = Session(dataclasses.replace(settings_of(args), flags=given), device, save)
     except ValueError as error:
@@ -76,6 +79,9 @@ def run(argv: Sequence[str] | None = None) -> int:
         save(session.record)
     if args.documents is not None:
         report.show(session.record, documents.tables(session.record))
+        return 1 if session.failed else 0
+    if args.train:
+        report.show(session.record, training.tables(session.record))
         return 1 if session.failed else 0
     report.show(session.record)
     if args.plots:
@@ -158,6 +164,23 @@ def parser() -> argparse.ArgumentParser:
     many.add_argument(
         "--max-segments", type=int, default=40, metavar="N", help="whole segments at most; default: 40"
     )
+    steps = top.add_argument_group(
+        "training steps",
+        "forward and backward of --tokens, beside the model as it is and with compiled layers; the opponents "
+        "above are left out",
+    )
+    steps.add_argument("--train", action="store_true", help="time training steps")
+    steps.add_argument(
+        "--recompute",
+        nargs="+",
+        type=_recompute,
+        default=["none", "level"],
+        metavar="HOW",
+        help="programs: none, level or a number of levels (default: none level)",
+    )
+    steps.add_argument(
+        "--own", action=argparse.BooleanOptionalAction, default=True, help="steps of the model itself, too"
+    )
     out = top.add_argument_group("output")
     out.add_argument("--json", type=Path, metavar="FILE", help="everything, written after each piece")
     out.add_argument("--plots", type=Path, metavar="DIR", help="pictures")
@@ -213,6 +236,26 @@ def documents_of(args: argparse.Namespace, flags: tuple[str, ...]) -> documents.
         raise ValueError(f"max-segments must be at least 1, not {args.max_segments}")
     options = options_of(args.option)
     return Settings(cases[0], args.documents, args.max_segments, options, args.budget, flags)
+
+
+def training_of(args: argparse.Namespace, flags: tuple[str, ...]) -> training.Settings:
+    """What the flags ask for, where they ask for training steps.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    from rmtcompile.bench.training import Settings
+
+    base = settings_of(args)
+    if len(base.cases) != 1:
+        raise ValueError("training steps have segments of one length, not of several")
+    return Settings(
+        base.cases[0], base.tokens, args.recompute, args.own, args.rounds, base.options, args.budget, flags
+    )
+
+
+def _recompute(text: str) -> str | int:
+    return int(text) if text.isdigit() else text
 
 
 def _cases_of(args: argparse.Namespace) -> tuple[dict[str, Any], tuple[Case, ...]]:

@@ -214,9 +214,7 @@ class Engine:
 
     def _options(self, size: int) -> dict[str, Any] | None:
         """Settings of Inductor for a form of `size` cells."""
-        options: dict[str, Any] = {}
-        if self.passes_off is not None and (passes := _passes(self.passes_off)) is not None:
-            options["post_grad_custom_post_pass"] = passes
+        options = _passes(self.passes_off) if self.passes_off is not None else {}
         if self._exceeds_cache(size):
             options["realize_reads_threshold"] = 3
         return options or None
@@ -243,18 +241,14 @@ class Engine:
         )
 
 
-def _passes(switched_off: frozenset[str]) -> Any:
-    """The passes of `passes/inductor`; None where the user has given Inductor a pass in their place, or where
-    this torch lacks the parts of Inductor that they need."""
-    import torch._inductor.config as inductor
-
-    if inductor.post_grad_custom_post_pass is not None:
-        return None
+def _passes(switched_off: frozenset[str]) -> dict[str, Any]:
+    """The passes of `passes/inductor`, as options; none where this torch lacks the parts of Inductor that
+    they need."""
     try:
-        from rmtcompile.passes.cell.inductor import Passes
+        from rmtcompile.passes.cell.inductor import options
     except ImportError:
-        return None
-    return Passes(switched_off)
+        return {}
+    return dict(options(switched_off))
 
 
 def _marked(form: Callable[..., Any], marks: Marks) -> Callable[..., Any]:

@@ -1,0 +1,66 @@
+"""Turned: the gradient of a weight is made in the layout of the weight.
+
+    permute(bmm(xT, dy))     ->     bmm(dyT, x)
+
+Autograd takes the gradient of the transposed weight that a product reads, and transposes it. The result is
+the same numbers lying across, and adding them to a sum that lies along costs twice as much as it should.
+
+Requires: Inductor's joint graph of forward and backward, before it is split: later the layout of gradients is
+settled.
+Ensures: the same outputs, gradients in other strides; a product may be rounded in another order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+_TURNS: dict[Any, list[int]] = {aten.bmm.default: [0, 2, 1], aten.mm.default: [1, 0]}
+
+
+def turned(graph: fx.Graph) -> None:
+    """The pass; changes the graph."""
+    output = graph.output_node()
+    gradients = _backward(graph)
+    for node in list(graph.nodes):
+        if node not in gradients or node.target is not aten.permute.default or output not in node.users:
+            continue
+        product: Any = node.args[0]
+        dims: Any = list(node.args[1])
+        while product.target is aten.permute.default and len(product.users) == 1:
+            product, dims = product.args[0], [product.args[1][dim] for dim in dims]
+        if _TURNS.get(product.target) == dims and len(product.users) == 1:
+            _turn(graph, node, product, dims)
+    graph.eliminate_dead_code()
+
+
+def _backward(graph: fx.Graph) -> set[fx.Node]:
+    """What follows from the gradients of the outputs; nothing where there is no backward."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        if is_tangent or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _turn(graph: fx.Graph, node: fx.Node, product: Any, dims: list[int]) -> None:
+    with graph.inserting_before(node):
+        factors = []
+        for factor in reversed(product.args):
+            across = graph.call_function(aten.permute.default, (factor, dims))
+            across.meta = dict(product.meta)
+            across.meta["val"] = factor.meta["val"].permute(dims)
+            factors.append(across)
+        made = graph.call_function(product.target, tuple(factors))
+    value = node.meta["val"]
+    made.meta = dict(node.meta)
+    made.meta["val"] = value.new_empty(value.shape)
+    node.replace_all_uses_with(made)
+
+
+__all__ = ["turned"]
