@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from rmtcompile.ir.program import Group
+from rmtcompile.ir.randomness import drop_dead
 from rmtcompile.passes.cell.lift import lift
 from rmtcompile.passes.emit.sizes import Opening, opening
 from rmtcompile.passes.emit.text import Writer, comment, plain_name, target_name, write_nodes
@@ -66,7 +67,7 @@ def _assume(group: Group, mask: str | None) -> fx.Graph:
                 chosen = expanded
             node.replace_all_uses_with(chosen)
             graph.erase_node(node)
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     return graph
 
 

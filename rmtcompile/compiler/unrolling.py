@@ -19,6 +19,7 @@ from rmtcompile.errors import CaptureError
 from rmtcompile.frontend.capture import capture
 from rmtcompile.frontend.literals import literals, merge_literals
 from rmtcompile.ir.modes import autocast_as
+from rmtcompile.ir.randomness import drop_dead
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.options import Options
 from rmtcompile.passes.flat.decompose import decompose
@@ -28,7 +29,7 @@ from rmtcompile.passes.flat.spread import spread
 from rmtcompile.passes.flat.store_forwarding import forward_stores
 from rmtcompile.passes.flat.stream import stream
 from rmtcompile.passes.flat.tiles import tiles
-from rmtcompile.passes.flat.value_numbering import is_random, number_values
+from rmtcompile.passes.flat.value_numbering import number_values
 from rmtcompile.passes.grid.partition import partition
 from rmtcompile.passes.grid.repeats import inside_layers, layers_of
 from rmtcompile.passes.grid.reroll import Unrolled, unroll
@@ -116,7 +117,7 @@ def _functional(flat: Flat) -> fx.GraphModule:
 
 def _alive(flat: Flat) -> fx.GraphModule:
     """Nothing that nobody reads."""
-    flat.module.graph.eliminate_dead_code()
+    drop_dead(flat.module.graph)
     return flat.module
 
 
@@ -137,7 +138,6 @@ def _placed(
     captured: Capture, count: int, options: Options, log: Log
 ) -> tuple[Capture, Unrolled, tuple[str, ...], tuple[tuple[str, str], ...]]:
     """See `unrolled_forward`: from the capture on."""
-    _refuse_random(captured)
     flat = Flat(captured, count, options.layers)
     for name, run in PASSES:
         with log.stage(name, captured.module) as box:
@@ -170,16 +170,6 @@ def reshaped(args: Any, kwargs: Any, shapes: Sequence[Sequence[int]]) -> tuple[A
             if tuple(old.shape) != tuple(shape):
                 values[position] = torch.empty(tuple(shape), dtype=old.dtype, device=old.device)
     return pytree.tree_unflatten(values, spec)
-
-
-def _refuse_random(captured: Capture) -> None:
-    random = [node for node in captured.graph.nodes if node.op == "call_function" and is_random(node)]
-    if random:
-        raise CaptureError(
-            "the forward draws random numbers, and cells that run in another order would draw others",
-            [f"{node.target} at {node.meta.get('source')}" for node in random[:4]],
-            "switch dropout off (model.eval(), or dropout=0)",
-        )
 
 
 def _flatten_writes(

@@ -18,6 +18,8 @@ def vmapped(op: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...], kwa
     Args:
         op: an operation.
         in_dims: per tensor in `args` and `kwargs`: 0 if it has the axis in front, None if cells share it.
+
+    Random numbers are drawn for each cell.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
@@ -29,7 +31,7 @@ def vmapped(op: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...], kwa
         cell_args, cell_kwargs = pytree.tree_unflatten(filled, spec)
         return op(*cell_args, **cell_kwargs)
 
-    return torch.vmap(cell, in_dims=in_dims)(*(leaves[i] for i in places))
+    return torch.vmap(cell, in_dims=in_dims, randomness="different")(*(leaves[i] for i in places))
 
 
 def fallback(b: Builder, call: Call) -> fx.Node:
