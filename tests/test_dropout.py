@@ -69,10 +69,15 @@ def probabilities(x: Tensor) -> Tensor:
     return torch.full_like(x[0], 1 - P)
 
 
+def like(x: Tensor) -> Tensor:
+    """Which reads no value of x."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
 def attention(x: Tensor) -> Tensor:
     """Which of four equal weights attention has kept, by batch, position and key."""
-    key = torch.zeros(x.shape[0], 1, WIDTH, WIDTH, dtype=x.dtype)
-    value = torch.eye(WIDTH, dtype=x.dtype).expand_as(key)
+    key = x.new_zeros(x.shape[0], 1, WIDTH, WIDTH)
+    value = torch.eye(WIDTH, dtype=x.dtype, device=x.device).expand_as(key)
     return F.scaled_dot_product_attention(x[:, None], key, value, dropout_p=P)[:, 0] * WIDTH
 
 
@@ -85,10 +90,10 @@ KEPT: dict[str, Callable[[Tensor], Tensor]] = {
     "bernoulli": lambda x: torch.bernoulli(torch.full_like(x, 1 - P)) / (1 - P),
     "bernoulli_p": lambda x: torch.bernoulli(x.detach(), p=1 - P) / (1 - P),
     "bernoulli_": lambda x: torch.empty_like(x).bernoulli_(1 - P) / (1 - P),
-    "bernoulli_of_shape": lambda x: torch.empty(x.shape, dtype=x.dtype).bernoulli_(1 - P) / (1 - P),
+    "bernoulli_of_shape": lambda x: like(x).bernoulli_(1 - P) / (1 - P),
     "bernoulli_tensor": lambda x: torch.empty_like(x).bernoulli_(probabilities(x).expand_as(x)) / (1 - P),
     "rand_like": lambda x: (torch.rand_like(x) > P) / (1 - P),
-    "rand": lambda x: (torch.rand(x.shape) > P).to(x.dtype) / (1 - P),
+    "rand": lambda x: (torch.rand(x.shape, device=x.device) > P).to(x.dtype) / (1 - P),
     "uniform_": lambda x: (torch.empty_like(x).uniform_(-1, 1) > 2 * P - 1) / (1 - P),
     "multinomial": lambda x: torch.multinomial(
         torch.tensor([P, 1 - P], dtype=x.dtype), x.numel(), True
@@ -483,8 +488,11 @@ def test_layers_that_recompute_themselves() -> None:
     assert_same(theirs, torch.autograd.grad(got.sum(), parameters), 1e-9)
 
 
-@pytest.mark.parametrize("name", ["dropout", "attention", "randn", "bernoulli_of_shape", "rand"])
-@pytest.mark.parametrize("carried", [True, False])
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("name", "carried"),
+    [("dropout", True), ("attention", True), ("bernoulli_of_shape", True), ("rand", False)],
+)
 def test_compiled_cells(name: str, carried: bool) -> None:
     model = made(lambda: Drawing((KEPT | NORMAL)[name], carried), torch.float32).train()
     fast = rmtcompile.optimize(model, backend="inductor", verify=True)
@@ -536,3 +544,55 @@ def test_layers_that_are_left_out_at_random_are_refused(draw: Callable[[], Any],
         rmtcompile.optimize(made(lambda: LayerDrop(draw)).train())(features(3))
     assert "test_dropout.py:" in str(caught.value)
     random.random()
+
+
+# --- on CUDA ------------------------------------------------------------------------------------------------
+
+
+def device_numbers(model: nn.Module, fast: Any, x: Tensor) -> Tensor:
+    """What a call draws; its result is that of the model, given these numbers."""
+    got, drawn = fast(x)
+    assert_same(model(x, drawn.detach())[0], got, 1e-4)
+    return drawn.detach()
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("name", ["dropout", "attention", "rand", "bernoulli_of_shape"])
+def test_recorded_runs_draw_anew(name: str, backend: str) -> None:
+    model = made(lambda: Drawing(KEPT[name]), torch.float32).cuda().train()
+    fast = rmtcompile.optimize(model, backend=backend, plan="diagonal")
+    with torch.no_grad():
+        for segments in (24, 5, 24, 1):
+            x = features(segments, 16, torch.float32).cuda()
+            seen = [device_numbers(model, fast, x) for _ in range(4)]
+            assert len({tuple(drawn.flatten().tolist()) for drawn in seen}) == 4
+            assert_independent(torch.cat(seen).double().cpu())
+            kept = float((torch.stack(seen) != 0).double().mean())
+            assert abs(kept - (1 - P)) < 5 * (P * (1 - P) / (4 * seen[0].numel())) ** 0.5
+            torch.manual_seed(3)
+            one = device_numbers(model, fast, x)
+            torch.manual_seed(3)
+            assert torch.equal(device_numbers(model, fast, x), one)
+    assert fast.compiled is not None and "recorded as CUDA graphs" in str(fast.explain())
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("name", ["dropout", "attention", "rand_like"])
+def test_gradients_on_cuda(name: str, backend: str) -> None:
+    model = made(lambda: Drawing(KEPT[name]), torch.float32).cuda().train()
+    fast = rmtcompile.optimize(model, backend=backend)
+    for segments in (5, 2):
+        x = features(segments, 16, torch.float32).cuda().requires_grad_()
+        got, drawn = fast(x)
+        expected, _ = model(x, drawn.detach())
+        parameters = [x, *model.parameters()]
+        mine = torch.autograd.grad(got.pow(2).mean(), parameters)
+        assert_same(torch.autograd.grad(expected.pow(2).mean(), parameters), mine, 1e-3)
+        torch.manual_seed(3)
+        one = fast(x)[1]
+        torch.manual_seed(3)
+        assert torch.equal(fast(x)[1], one)

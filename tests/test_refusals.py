@@ -310,24 +310,6 @@ def test_a_backward_of_its_own(build: Any, name: str) -> None:
     model(x).sum().backward()  # refused while tracing only
 
 
-class Fused(Walk):
-    """Whole recurrent layers, which have no form for several cells."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.GRU(WIDTH, WIDTH, batch_first=True, dropout=0.0) for _ in range(3))
-
-    def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-        x, m = self.layers[l](x, m[None])
-        return x, m[0]
-
-
-@torch.no_grad()
-def test_fused_recurrent_layers_draw_nothing() -> None:
-    lines = refusal(made(Fused), features(3))
-    assert lines[0] == "aten.gru.input cannot be computed for several cells at once"
-
-
 class Raises(Walk):
     def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("no such thing")

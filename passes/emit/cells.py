@@ -11,7 +11,7 @@ from torch import fx
 
 from rmtcompile.ir.program import Group
 from rmtcompile.ir.randomness import drop_dead
-from rmtcompile.passes.cell.lift import lift
+from rmtcompile.passes.cell.lift import cell_by_cell, lift, vmapped
 from rmtcompile.passes.emit.sizes import Opening, opening
 from rmtcompile.passes.emit.text import Writer, comment, plain_name, target_name, write_nodes
 from rmtcompile.passes.grid.if_conversion import class_name
@@ -107,13 +107,17 @@ def _is_view_of_input(node: fx.Node) -> bool:
     return node.op == "placeholder"
 
 
+FALLBACKS = {"cell_by_cell": cell_by_cell, "vmapped": vmapped}
+
+
 def uses_own_attention(graph: fx.Graph) -> bool:
     """Whether a cell calls the operation of `passes/cell/open_attention.py`."""
     return any(target_name(node.target) == "torch.ops.rmtcompile.attention" for node in graph.nodes)
 
 
-def uses_vmapped(graph: fx.Graph) -> bool:
-    return any(getattr(node.target, "__name__", "") == "vmapped" for node in graph.nodes)
+def fallbacks_of(graph: fx.Graph) -> set[str]:
+    """Names of the functions that a cell calls for operations without a batching rule."""
+    return {name for name, target in FALLBACKS.items() if any(node.target is target for node in graph.nodes)}
 
 
 def write_cell(writer: Writer, cell: CellFunction, group: Group) -> None:

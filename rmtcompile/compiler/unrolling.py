@@ -23,6 +23,7 @@ from rmtcompile.ir.randomness import drop_dead
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.options import Options
 from rmtcompile.passes.flat.decompose import decompose
+from rmtcompile.passes.flat.foreach import foreach
 from rmtcompile.passes.flat.functionalise import alias_root, functionalise, is_mutating
 from rmtcompile.passes.flat.pieces import pieces
 from rmtcompile.passes.flat.spread import spread
@@ -105,9 +106,10 @@ class Flat:
 
 
 def _functional(flat: Flat) -> fx.GraphModule:
-    """No writes in place; splits by one length; literals of equal contents are one."""
+    """No operations over lists, no writes in place; splits by one length; equal literals are one."""
     captured = flat.captured
     literal = literals(captured)
+    captured.module = foreach(captured.module)
     functional = functionalise(captured.module)
     flat.written = _flatten_writes(functional.module, tuple(functional.writes), captured, literal)
     captured.module = pieces(functional.module)
