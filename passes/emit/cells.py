@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from rmtcompile.ir.program import Group
-from rmtcompile.ir.randomness import drop_dead
+from rmtcompile.ir.randomness import drop_dead, is_random
 from rmtcompile.passes.cell.lift import cell_by_cell, lift, vmapped
 from rmtcompile.passes.emit.sizes import Opening, opening
 from rmtcompile.passes.emit.text import Writer, comment, plain_name, target_name, write_nodes
@@ -101,7 +101,7 @@ def _is_view_of_input(node: fx.Node) -> bool:
         schema = getattr(node.target, "_schema", None)
         aliases = schema is None or any(result.alias_info is not None for result in schema.returns)
         maybe = getattr(node.target, "_opname", "") in ("reshape", "contiguous", "to", "flatten", "dropout")
-        if not (aliases or maybe) or not node.all_input_nodes:
+        if not (aliases or maybe) or not node.all_input_nodes or is_random(node):
             return False
         node = node.all_input_nodes[0]
     return node.op == "placeholder"
