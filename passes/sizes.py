@@ -33,7 +33,7 @@ from torch import fx
 
 from rmtcompile.binding.captured import Leaf
 from rmtcompile.ir.program import Affine, Body, Lane, Program, Size
-from rmtcompile.passes.cell.lift import vmapped
+from rmtcompile.passes.cell.lift import cell_by_cell, vmapped
 from rmtcompile.passes.emit import CellFunction, Sized
 from rmtcompile.passes.grid.partition import CELL
 from rmtcompile.passes.grid.reroll import ClassRule, Rolled
@@ -225,7 +225,7 @@ class _Walk:
 
 def _free(node: fx.Node) -> list[bool]:
     """Which positional arguments may hold sizes."""
-    if node.target is vmapped:  # (operation, dims, arguments, keyword arguments)
+    if node.target in (vmapped, cell_by_cell):  # (operation, dims, arguments, keyword arguments)
         return [False, False, True, True]
     schema = getattr(node.target, "_schema", None)
     names = [argument.name for argument in schema.arguments] if schema is not None else []

@@ -106,6 +106,20 @@ def test_armt_without_correction(name: str) -> None:
     check(plain, lambda out: out.logits)
 
 
+@torch.no_grad()
+def test_armt_in_training_mode() -> None:
+    """GPT-2 drops embeddings, attention and residuals: mean and variance of what it gives are the model's."""
+    model = reference("gpt2").train()
+    fast = rmtcompile.optimize(model, verify=True)
+    x = tokens(5)[:1].expand(50, -1)
+    mine, theirs = (torch.cat([run(x).logits for _ in range(4)]) for run in (fast, model))
+    assert not torch.equal(mine[0], mine[1]) and not torch.equal(mine[:50], mine[50:100])
+    error = (mine.mean(0) - theirs.mean(0)) / ((mine.var(0) + theirs.var(0)) / len(mine)).sqrt()
+    assert abs(float(error.std()) - 1) < 0.25 and float(error.abs().max()) < 6
+    assert abs(float(mine.var(0).mean() / theirs.var(0).mean()) - 1) < 0.1
+    assert fast.schedule.width == N_LAYERS
+
+
 WINDOWED = [(name, name in ("llama", "gemma2", "mistral")) for name in DECODERS]
 """(decoder, correction): one of the two for each decoder."""
 

@@ -659,7 +659,6 @@ def test_no_batched_placeholder_is_a_copy() -> None:
 REFUSED: dict[str, tuple[Cell, list[torch.Tensor], str]] = {
     "data_dependent_shape": (lambda x: x.nonzero(), [rand(3)], "vmap: "),
     "strides": (lambda x: x.as_strided((2, 2), (1, 1)), [rand(3)], "whose layout differs"),
-    "shared_random_numbers": (lambda x: x + torch.rand(3), [rand(3)], "would be the same in all cells"),
     "in_place": (lambda x: x.clone().add_(1), [rand(3)], "must be functional"),
 }
 

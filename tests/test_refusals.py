@@ -165,38 +165,6 @@ def test_calls_that_depend_on_values() -> None:
     assert lines[-1].startswith("  help: decide it from shapes or Python values")
 
 
-class Dropout(Walk):
-    def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-        x = nn.functional.dropout(x, 0.1, self.training)
-        return self.layers[l](x, m)
-
-
-@torch.no_grad()
-def test_dropout_in_training_mode() -> None:
-    model = made(Dropout)
-    rmtcompile.optimize(model)(features(3))
-    lines = refusal(model.train(), features(3), kind=CaptureError)
-    assert lines[0] == (
-        "the forward draws random numbers, and cells that run in another order would draw others"
-    )
-    assert "aten.dropout" in lines[1] and "test_refusals.py:" in lines[1]
-    assert lines[-1] == "  help: switch dropout off (model.eval(), or dropout=0)"
-
-
-@torch.no_grad()
-def test_training_mode_is_seen() -> None:
-    """The optimized module does not run the program of evaluation mode in training mode."""
-    model = made(Dropout)
-    fast = rmtcompile.optimize(model)
-    fast(features(3))
-    model.train()
-    with pytest.raises(CaptureError, match="random numbers"):
-        fast(features(3))
-    model.eval()
-    fast(features(3))
-    assert fast.captures == 1
-
-
 class WritesParameter(Walk):
     def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         self.layers[l].mix.bias.add_(0.1)
@@ -343,24 +311,6 @@ def test_a_backward_of_its_own(build: Any, name: str) -> None:
     with torch.no_grad():
         assert_same(model(x), rmtcompile.optimize(model)(x))
     model(x).sum().backward()  # refused while tracing only
-
-
-class Fused(Walk):
-    """Whole recurrent layers, which have no form for several cells."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.GRU(WIDTH, WIDTH, batch_first=True, dropout=0.0) for _ in range(3))
-
-    def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-        x, m = self.layers[l](x, m[None])
-        return x, m[0]
-
-
-@torch.no_grad()
-def test_fused_recurrent_layers_draw_nothing() -> None:
-    lines = refusal(made(Fused), features(3))
-    assert lines[0] == "aten.gru.input cannot be computed for several cells at once"
 
 
 class Raises(Walk):

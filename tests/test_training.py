@@ -294,3 +294,26 @@ def test_weights_that_are_computed() -> None:
         own = {name: p.detach() * scale for name, p in model.named_parameters()}
         found.append(torch.autograd.grad(run(own, features(4)).square().sum(), scale)[0])
     assert_same(found[1], found[0], 1e-9)
+
+
+@pytest.mark.parametrize("recompute", ["level", 2])
+def test_levels_draw_the_same_numbers_again(recompute: str | int) -> None:
+    """Dropout in training mode: with one seed, the gradients of a program that keeps everything."""
+
+    class Dropping(Toy):
+        def forward(self, x: Tensor) -> Tensor:
+            memory = [x.new_zeros(x.shape[0], WIDTH)] * len(self.layers)
+            out = []
+            for h in x.split(SEGMENT, 1):
+                for l, layer in enumerate(self.layers):
+                    h, memory[l] = layer(nn.functional.dropout(h, 0.3, self.training), memory[l])
+                out.append(h)
+            return torch.cat(out, 1)
+
+    model, x = made(Dropping).train(), features(4)
+    found = []
+    for how in ("none", recompute):
+        fast = rmtcompile.optimize(copy.deepcopy(model), recompute=how)
+        fast(x)
+        found.append(gradients(fast, fast.model, x))
+    assert_same_gradients(*found)

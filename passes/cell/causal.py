@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from rmtcompile.ir.program import Group, Port, Program, Source
+from rmtcompile.ir.randomness import drop_dead, is_random
 from rmtcompile.passes.grid.partition import INIT
 from rmtcompile.passes.grid.reroll import ClassRule
 
@@ -65,7 +66,7 @@ def _group(group: Group, rule: ClassRule, known: dict[int, bool]) -> Group:
         new = copied[node]
         new.args = (*new.args[:3], None, _argument(new, 4, "dropout_p", 0.0), True)
         new.kwargs = {k: v for k, v in new.kwargs.items() if k not in ("attn_mask", "dropout_p", "is_causal")}
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     for node in [n for n in graph.nodes if n.op == "placeholder" and not n.users]:
         graph.erase_node(node)
     kept = {node.name for node in graph.nodes if node.op == "placeholder"}
@@ -94,7 +95,7 @@ def _has_causal_mask(node: fx.Node, ports: dict[str, Port], rule: ClassRule, kno
 
 
 def constant_value(rule: ClassRule, index: int) -> Any:
-    """The value of an init operation that depends on nothing but constants, or None."""
+    """The value of an init operation that depends on nothing but constants (no random number), or None."""
     inside = set(rule.body.nodes)
     varying = {node for node, ints in rule.integers().items() if not all(a.is_constant for a in ints)}
     values: dict[fx.Node, Any] = {}
@@ -109,7 +110,7 @@ def constant_value(rule: ClassRule, index: int) -> Any:
     pending, needed = [rule.body.nodes[index]], set()
     while pending:
         node = pending.pop()
-        if node not in inside or node in varying:
+        if node not in inside or node in varying or is_random(node):
             return None
         if node not in needed:
             needed.add(node)

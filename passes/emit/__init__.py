@@ -25,9 +25,9 @@ from rmtcompile.passes.emit.carried import NOTHING, Carried, carried
 from rmtcompile.passes.emit.cells import (
     CellFunction,
     cell_functions,
+    fallbacks_of,
     opened,
     uses_own_attention,
-    uses_vmapped,
     write_cell,
 )
 from rmtcompile.passes.emit.levels import level_formula, write_forward, write_level
@@ -70,8 +70,8 @@ def emit(program: Program, title: str = "", sized: Sized | None = None) -> Emitt
     writer.line()
     if program.alpha:
         writer.line("from rmtcompile.runtime.run import move")
-    if any(uses_vmapped(cell.graph) for cell in cells):
-        writer.line("from rmtcompile.passes.cell.lift import vmapped")
+    if fallbacks := sorted(set[str]().union(*(fallbacks_of(cell.graph) for cell in cells))):
+        writer.line(f"from rmtcompile.passes.cell.lift import {', '.join(fallbacks)}")
     if any(uses_own_attention(cell.graph) for cell in cells):
         writer.line("from rmtcompile.passes.cell import open_attention  # torch.ops.rmtcompile.attention")
     writer.line()

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from rmtcompile.ir.program import Group
-from rmtcompile.passes.cell.lift import lift
+from rmtcompile.ir.randomness import drop_dead, is_random
+from rmtcompile.passes.cell.lift import cell_by_cell, lift, vmapped
 from rmtcompile.passes.emit.sizes import Opening, opening
 from rmtcompile.passes.emit.text import Writer, comment, plain_name, target_name, write_nodes
 from rmtcompile.passes.grid.if_conversion import class_name
@@ -66,7 +67,7 @@ def _assume(group: Group, mask: str | None) -> fx.Graph:
                 chosen = expanded
             node.replace_all_uses_with(chosen)
             graph.erase_node(node)
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     return graph
 
 
@@ -100,10 +101,13 @@ def _is_view_of_input(node: fx.Node) -> bool:
         schema = getattr(node.target, "_schema", None)
         aliases = schema is None or any(result.alias_info is not None for result in schema.returns)
         maybe = getattr(node.target, "_opname", "") in ("reshape", "contiguous", "to", "flatten", "dropout")
-        if not (aliases or maybe) or not node.all_input_nodes:
+        if not (aliases or maybe) or not node.all_input_nodes or is_random(node):
             return False
         node = node.all_input_nodes[0]
     return node.op == "placeholder"
+
+
+FALLBACKS = {"cell_by_cell": cell_by_cell, "vmapped": vmapped}
 
 
 def uses_own_attention(graph: fx.Graph) -> bool:
@@ -111,8 +115,9 @@ def uses_own_attention(graph: fx.Graph) -> bool:
     return any(target_name(node.target) == "torch.ops.rmtcompile.attention" for node in graph.nodes)
 
 
-def uses_vmapped(graph: fx.Graph) -> bool:
-    return any(getattr(node.target, "__name__", "") == "vmapped" for node in graph.nodes)
+def fallbacks_of(graph: fx.Graph) -> set[str]:
+    """Names of the functions that a cell calls for operations without a batching rule."""
+    return {name for name, target in FALLBACKS.items() if any(node.target is target for node in graph.nodes)}
 
 
 def write_cell(writer: Writer, cell: CellFunction, group: Group) -> None:

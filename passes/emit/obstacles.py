@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from rmtcompile.ir.program import Affine, Each, Source
+from rmtcompile.ir.randomness import is_random
 from rmtcompile.passes.emit.bodies import is_view
 from rmtcompile.passes.emit.calls import Calls, Case
 from rmtcompile.passes.emit.counted import inner, mixed, sources_of
@@ -24,7 +25,9 @@ from rmtcompile.passes.emit.text import target_name
 from rmtcompile.passes.grid.partition import INIT
 from rmtcompile.passes.grid.reroll import ClassRule
 
-_COPIES = frozenset(("to", "_to_copy", "clone", "contiguous", "embedding", "detach", "alias"))
+_COPIES = frozenset(
+    ("to", "_to_copy", "clone", "contiguous", "embedding", "detach", "alias", "dropout", "native_dropout")
+)
 """Operations that treat each element by itself without being tagged so."""
 
 _FROM_START = frozenset(("arange", "zeros", "ones", "full", "empty", "tril", "triu", "cumsum"))
@@ -66,6 +69,8 @@ def _of_init(regions: Regions) -> Iterator[str]:
     for node in rule.body.nodes:
         if node not in needed:
             continue
+        if is_random(node) and node not in found:
+            yield f"{_said(node)} draws numbers once for all segments"
         counts = any(a.by_count for a in ints[node])
         if node in found:
             if not _is_row_wise(node) or not _keeps_extent(node, rule):

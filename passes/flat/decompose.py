@@ -122,7 +122,7 @@ def _put(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
             assert isinstance(index, int)  # the nodes that read a tuple are `getitem`s
             user.replace_all_uses_with(mapping[results[index]])
             graph.erase_node(user)
-    else:
+    elif results is not None:
         node.replace_all_uses_with(mapping[results])
     graph.erase_node(node)
     return made

@@ -28,6 +28,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from rmtcompile.ir.modes import contexts
+from rmtcompile.ir.randomness import is_random
 from rmtcompile.passes.flat.functionalise import PERMUTES, bind, overload_name
 from rmtcompile.passes.flat.store_forwarding.nodes import (
     SPLITS,
@@ -196,7 +197,7 @@ def passed_on(node: fx.Node, operand: fx.Node, d: int) -> list[int]:
         return [d + (name == "stack" and d >= at)]
     if is_reshape(node):
         return _in_reshape(shape_of(operand), shape_of(node), d)
-    if name in COPIES | {"detach"} and shape_of(node) == shape_of(operand):
+    if name in COPIES | {"detach"} and shape_of(node) == shape_of(operand) and not is_random(node):
         return [d]
     return [o for o in range(rank) if (row_wise(node, o) or {}).get(operand) == d]
 

@@ -15,42 +15,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx
 
-from rmtcompile.passes.flat.functionalise.nodes import bind
-
-_IMPURE = {torch.Tag.nondeterministic_seeded}
+from rmtcompile.ir.randomness import is_random
 
 
 def is_numberable(node: fx.Node) -> bool:
     """Whether two such nodes with equal operands have equal values."""
     if node.op != "call_function":
         return False
-    tags = getattr(node.target, "tags", ())
-    if any(tag in _IMPURE for tag in tags):
-        return _is_inactive_dropout(node)
+    if is_random(node):
+        return False
     schema = getattr(node.target, "_schema", None)
     return schema is None or not schema.is_mutable
-
-
-def _is_inactive_dropout(node: fx.Node) -> bool:
-    name = getattr(node.target, "_opname", "")
-    if name == "dropout":
-        return len(node.args) > 2 and (not node.args[2] or not node.args[1])
-    if name == "scaled_dot_product_attention":
-        dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return not dropout
-    if name in ("gru", "lstm", "rnn_tanh", "rnn_relu"):
-        bound = bind(node)
-        return not (bound["dropout"] and bound["train"])
-    return False
-
-
-def is_random(node: fx.Node) -> bool:
-    """Whether the node draws random numbers."""
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags and not _is_inactive_dropout(node)
 
 
 def key_of(value: Any) -> Any:

@@ -15,6 +15,7 @@ from rmtcompile.binding.objects import Path, get
 from rmtcompile.binding.state import Change
 from rmtcompile.binding.trees import Spec
 from rmtcompile.binding.watch import ModuleGuard
+from rmtcompile.ir.randomness import is_random
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,9 @@ class Capture:
         """What is kept of it without its graph."""
         values = [leaf for node in self.graph.nodes for leaf in pytree.tree_leaves(node.meta.get("val"))]
         types = frozenset(value.dtype for value in values if isinstance(value, torch.Tensor))
-        return Extent(len(self.graph.nodes), types, tuple(node.meta.get("val") for node in self.outputs))
+        draws = any(node.op == "call_function" and is_random(node) for node in self.graph.nodes)
+        outputs = tuple(node.meta.get("val") for node in self.outputs)
+        return Extent(len(self.graph.nodes), types, outputs, draws)
 
 
 @dataclass(frozen=True)
@@ -166,8 +169,10 @@ class Extent:
         nodes: how many its graph had.
         types: of all its values.
         outputs: fake tensors of what it returned, in order.
+        draws: whether it drew random numbers.
     """
 
     nodes: int
     types: frozenset[torch.dtype]
     outputs: tuple[Any, ...]
+    draws: bool

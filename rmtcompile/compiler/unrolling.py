@@ -19,16 +19,18 @@ from rmtcompile.errors import CaptureError
 from rmtcompile.frontend.capture import capture
 from rmtcompile.frontend.literals import literals, merge_literals
 from rmtcompile.ir.modes import autocast_as
+from rmtcompile.ir.randomness import drop_dead
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.options import Options
 from rmtcompile.passes.flat.decompose import decompose
+from rmtcompile.passes.flat.foreach import foreach
 from rmtcompile.passes.flat.functionalise import alias_root, functionalise, is_mutating
 from rmtcompile.passes.flat.pieces import pieces
 from rmtcompile.passes.flat.spread import spread
 from rmtcompile.passes.flat.store_forwarding import forward_stores
 from rmtcompile.passes.flat.stream import stream
 from rmtcompile.passes.flat.tiles import tiles
-from rmtcompile.passes.flat.value_numbering import is_random, number_values
+from rmtcompile.passes.flat.value_numbering import number_values
 from rmtcompile.passes.grid.partition import partition
 from rmtcompile.passes.grid.repeats import inside_layers, layers_of
 from rmtcompile.passes.grid.reroll import Unrolled, unroll
@@ -104,9 +106,10 @@ class Flat:
 
 
 def _functional(flat: Flat) -> fx.GraphModule:
-    """No writes in place; splits by one length; literals of equal contents are one."""
+    """No operations over lists, no writes in place; splits by one length; equal literals are one."""
     captured = flat.captured
     literal = literals(captured)
+    captured.module = foreach(captured.module)
     functional = functionalise(captured.module)
     flat.written = _flatten_writes(functional.module, tuple(functional.writes), captured, literal)
     captured.module = pieces(functional.module)
@@ -116,7 +119,7 @@ def _functional(flat: Flat) -> fx.GraphModule:
 
 def _alive(flat: Flat) -> fx.GraphModule:
     """Nothing that nobody reads."""
-    flat.module.graph.eliminate_dead_code()
+    drop_dead(flat.module.graph)
     return flat.module
 
 
@@ -137,7 +140,6 @@ def _placed(
     captured: Capture, count: int, options: Options, log: Log
 ) -> tuple[Capture, Unrolled, tuple[str, ...], tuple[tuple[str, str], ...]]:
     """See `unrolled_forward`: from the capture on."""
-    _refuse_random(captured)
     flat = Flat(captured, count, options.layers)
     for name, run in PASSES:
         with log.stage(name, captured.module) as box:
@@ -171,16 +173,6 @@ def reshaped(args: Any, kwargs: Any, shapes: Sequence[Sequence[int]]) -> tuple[A
                 made = torch.empty(tuple(shape), dtype=old.dtype, device=old.device)
                 values[position] = made.requires_grad_(old.requires_grad)
     return pytree.tree_unflatten(values, spec)
-
-
-def _refuse_random(captured: Capture) -> None:
-    random = [node for node in captured.graph.nodes if node.op == "call_function" and is_random(node)]
-    if random:
-        raise CaptureError(
-            "the forward draws random numbers, and cells that run in another order would draw others",
-            [f"{node.target} at {node.meta.get('source')}" for node in random[:4]],
-            "switch dropout off (model.eval(), or dropout=0)",
-        )
 
 
 def _flatten_writes(

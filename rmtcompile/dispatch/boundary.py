@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils import checkpoint
 
 from rmtcompile.binding.state import Contents, Snapshot, roots_of
 from rmtcompile.binding.surroundings import Surroundings
@@ -30,6 +31,8 @@ from rmtcompile.frontend.blame import OURS, model_error, raised_at
 
 # Said as they are: they tell of the machine, or were made of warnings by the user's filters.
 _PASSED = (UnsupportedError, VerificationError, torch.OutOfMemoryError, torch.AcceleratorError, Warning)
+_STOPS_EARLY: type[Exception] = checkpoint._StopRecomputationError
+"""How a checkpoint around the call ends a forward that it runs again, once it has what it needs."""
 
 
 @contextmanager
@@ -49,7 +52,7 @@ def explained(
     try:
         with quiet():
             yield
-    except _PASSED:
+    except (*_PASSED, _STOPS_EARLY):
         raise
     except Exception as error:
         own = _own_error(fn, args, kwargs)

@@ -6,7 +6,8 @@
     captured graph, on x     A(1, 2) = add_3          compared in the order of the schedule: the first value
     program, cell by cell    A(1, 2) = out0[row]      of a region that differs, with its source line
 
-Requires a compiled program and real inputs. The model is left as it was.
+Requires a compiled program and real inputs. The model is left as it was. Where random numbers are drawn, both
+run with each of them at its mean (`means.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.compiler.results import value_of
 from rmtcompile.compiler.unrolling import capture_at
 from rmtcompile.dispatch.leaving import left_values, written_tensors
+from rmtcompile.dispatch.means import without_draws
 from rmtcompile.errors import InternalError, UnsupportedError
 from rmtcompile.ir.modes import autocast_as
 from rmtcompile.ir.segmentation import Segmentation
@@ -79,12 +81,13 @@ def difference(
     inputs = tensors_of(args, kwargs)
     effects = [e for e, _ in compiled.effects]
     written = written_tensors(compiled, inputs)
-    with _put_back(fn, written):
+    with without_draws(compiled, executor), _put_back(fn, written):
         expected = fn(*args, **kwargs)
         left = [flat(effect.change.now()) for effect in effects if effect.change is not None]
         contents = [tensor.detach().clone() for tensor in written]
     try:
-        outputs = executor.run(count, inputs)
+        with without_draws(compiled, executor):
+            outputs = executor.run(count, inputs)
     except STOPS as error:
         if is_no_fault(error):
             raise
@@ -196,7 +199,7 @@ def first_difference(
         return [f"where it begins is not known: {error.what}"]
     inputs = tensors_of(args, kwargs)
     node_at = {place: node for node, place in unrolled.place.items()}
-    with torch.no_grad():
+    with torch.no_grad(), without_draws(compiled, executor):
         observer, stopped = Observer(), ""
         try:
             executor.observe(count, inputs, observer)
@@ -213,7 +216,7 @@ def first_difference(
         return [f"what the program computes before it stops agrees; it stops with {stopped}"]
     leaves, spec = captured.result
     flat = [outputs[leaf.index] if isinstance(leaf, Out) else leaf for leaf in leaves]
-    with _put_back(fn, written_tensors(compiled, inputs)):
+    with without_draws(compiled, executor), _put_back(fn, written_tensors(compiled, inputs)):
         again = compare(fn(*args, **kwargs), pytree.tree_unflatten(flat, spec), "the result")
     if again:
         return ["all cells give what was captured: the capture itself differs from the model", again]

@@ -25,7 +25,8 @@ OURS = tuple(
 
 
 @functools.cache
-def _is_ours(name: str) -> bool:
+def is_ours(name: str) -> bool:
+    """Whether a file is torch's or this package's."""
     return name.startswith((_TORCH, *OURS, "<")) and not name.startswith(_MODELS)
 
 
@@ -43,7 +44,7 @@ def user_places(frame: Any) -> Iterator[tuple[str, int]]:
     outside this package, from the innermost on."""
     while frame is not None:
         name = frame.f_code.co_filename
-        if not _is_ours(name):
+        if not is_ours(name):
             yield f"{_short(name)}:{frame.f_lineno}", frame.f_lasti
         frame = frame.f_back
 
@@ -54,7 +55,7 @@ def raised_at(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        if not _is_ours(name):
+        if not is_ours(name):
             text = linecache.getline(name, trace.tb_lineno).strip()
             best = f"{_short(name)}:{trace.tb_lineno}  {text}"
         trace = trace.tb_next

@@ -38,7 +38,7 @@ from rmtcompile.binding.watch import ModuleGuard
 from rmtcompile.errors import CaptureError
 from rmtcompile.frontend.blame import refusal, user_places
 from rmtcompile.frontend.known import NUMBERS, Known, Reads
-from rmtcompile.frontend.tracing import SharedData, refused_functions, uncompiled_callables
+from rmtcompile.frontend.tracing import SharedData, refused_draws, refused_functions, uncompiled_callables
 from rmtcompile.ir.modes import autocast_state, lazy_code, uncached_autocast
 from rmtcompile.passes.flat.attention import attention
 from rmtcompile.passes.flat.autocast import explicit_autocast
@@ -199,6 +199,7 @@ def _captured(
             lazy_code(),
             uncompiled_callables(),
             refused_functions() as checkpoints,
+            refused_draws(),
         ):
             module = trace(*fakes)
         shared.refuse_swallowed()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import random
 import sys
 import threading
 import warnings
@@ -10,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import nn
@@ -21,7 +24,7 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 
 from rmtcompile.errors import CaptureError
-from rmtcompile.frontend.blame import user_source
+from rmtcompile.frontend.blame import is_ours, user_source
 
 
 @contextmanager
@@ -142,3 +145,45 @@ def refused_functions() -> Iterator[list[str]]:
     finally:
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
         module._checkpoint_without_reentrant_generator = around
+
+
+_DRAWS = {
+    random: (
+        "random", "uniform", "randint", "randrange", "choice", "choices", "sample", "shuffle", "gauss",
+        "normalvariate", "betavariate", "expovariate", "getrandbits",
+    ),
+    np.random: (
+        "rand", "randn", "random", "random_sample", "uniform", "normal", "randint", "choice", "binomial",
+        "permutation", "shuffle", "beta", "exponential", "standard_normal",
+    ),
+}  # fmt: skip
+"""Functions that draw numbers of Python's or NumPy's shared generator."""
+
+
+@contextmanager
+def refused_draws() -> Iterator[None]:
+    """Refuses, in this thread, such draws: what the forward makes of the number (leaving out a layer) would
+    be the same in each call of the program."""
+    thread = threading.get_ident()
+    kept = [(module, name, getattr(module, name)) for module, names in _DRAWS.items() for name in names]
+
+    def refusing(draw: Any, name: str) -> Any:
+        @functools.wraps(draw)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread and not is_ours(sys._getframe(1).f_code.co_filename):
+                raise CaptureError(
+                    "the forward draws random numbers in Python, which would be the same at each later call",
+                    [f"{name} at {user_source(sys._getframe(1))}"],
+                    "draw tensors from torch (dropout, torch.rand_like), or switch it off (model.eval())",
+                )
+            return draw(*args, **kwargs)
+
+        return checked
+
+    for module, name, draw in kept:
+        setattr(module, name, refusing(draw, f"{module.__name__}.{name}"))
+    try:
+        yield
+    finally:
+        for module, name, draw in kept:
+            setattr(module, name, draw)

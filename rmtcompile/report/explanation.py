@@ -118,6 +118,7 @@ class Explanation:
         operations: operations of the largest capture, and those of the rules.
         hoisted: operations that run once instead of once a segment, by name.
         optimised: what each pass on the cells changed, as (pass, words).
+        apart: operations that run cell by cell inside of grouped calls, each with its line.
         merged, dropped: operations found equal to others, and read by nothing, in the largest capture.
         plan, why: the plan chosen, and the reason.
         speedups: what each plan promises, and gave if it was measured.
@@ -149,6 +150,7 @@ class Explanation:
     carries: tuple[Carry, ...] = ()
     operations: tuple[int, int] = (0, 0)
     hoisted: tuple[tuple[str, int], ...] = ()
+    apart: tuple[str, ...] = ()
     merged: int = 0
     dropped: int = 0
     optimised: tuple[tuple[str, str], ...] = ()

@@ -41,6 +41,8 @@ def sections(found: Explanation) -> Iterator[Section]:
     yield "hoisted", [_hoisted(found)]
     yield "shrunk", list(_shrunk(found))
     yield "optimised", [f"{name}: {text}" for name, text in found.optimised]
+    if found.apart:
+        yield "cell by cell", list(found.apart)
     yield "parallel", list(_parallel(found))
     yield (
         "plan",

@@ -10,6 +10,8 @@ from torch.utils import _pytree as pytree
 
 from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.errors import UnsupportedError
+from rmtcompile.passes.cell.lift import cell_by_cell
+from rmtcompile.passes.emit import target_name
 from rmtcompile.passes.grid.partition import CELL, INIT
 from rmtcompile.passes.grid.wavefront import wavefront
 from rmtcompile.report.explanation import (
@@ -81,6 +83,7 @@ def explain_last(fast: Optimized) -> Explanation:
         carries=schedule.carries,
         operations=_operations(compiled),
         hoisted=_hoisted(compiled),
+        apart=_apart(compiled),
         merged=_shrunk_by(compiled, "number"),
         dropped=_shrunk_by(compiled, "drop"),
         optimised=tuple(changes(compiled, compiled.passes_off)),
@@ -185,6 +188,14 @@ def _operations(compiled: Compiled) -> tuple[int, int]:
 def _hoisted(compiled: Compiled) -> tuple[tuple[str, int], ...]:
     nodes = compiled.rolled.rules[(INIT, -1)][0].body.nodes
     return tuple(Counter(op_name(node) for node in nodes).most_common())
+
+
+def _apart(compiled: Compiled) -> tuple[str, ...]:
+    """Operations of the cells that no grouped call can do, each with its line."""
+    nodes = [node for cell in compiled.emitted.cells for node in cell.graph.nodes]
+    found = (node for node in nodes if node.target is cell_by_cell)
+    words = (f"{target_name(node.args[0])} at {node.meta.get('source', '?')}" for node in found)
+    return tuple(dict.fromkeys(words))
 
 
 def _shrunk_by(compiled: Compiled, name: str) -> int:

@@ -23,6 +23,14 @@ def own_modes() -> Iterator[None]:
 
 
 @contextmanager
+def same_numbers(device: torch.device) -> Iterator[None]:
+    """The random numbers that are drawn within it are drawn again behind it: what is tried, measured or
+    recorded does not show in what the caller draws."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
 def plain_tensors() -> Iterator[None]:
     """No gradients, and tensors that both inference mode and normal mode may write: one set of compiled forms
     and one storage serve both."""

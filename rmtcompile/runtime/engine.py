@@ -183,15 +183,18 @@ class Engine:
         size: int,
         modes: tuple[int | None, ...] = (),
     ) -> Callable[..., Any]:
+        marks = self._marks(function, size, modes)
+        if _runs_apart(function) and any(marks):  # what comes behind such an operation has no open sizes
+            return stored
         own = _renamed(stored, f"{function.__name__}_{size or 'n'}")  # a cache of compiled forms for itself
         compiled = torch.compile(
             own,
             backend=self.backend,
             dynamic=False if size else None,
-            fullgraph=True,
+            fullgraph=not _runs_apart(function),
             options=self._options(size),
         )
-        form = _marked(compiled, self._marks(function, size, modes))
+        form = _marked(compiled, marks)
         free = opened.inputs if (opened := self.program.opened.get(function.__name__)) is not None else ()
 
         def call(*args: torch.Tensor) -> Any:
@@ -239,6 +242,11 @@ class Engine:
             (g for g in self.program.groups if function.__name__.startswith(f"cell_{g.name}")),
             key=lambda g: len(g.name),
         )
+
+
+def _runs_apart(function: Callable[..., Any]) -> bool:
+    """Whether an operation of a cell function runs cell by cell, between two compiled parts."""
+    return "cell_by_cell" in function.__code__.co_names
 
 
 def _passes(switched_off: frozenset[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.errors import UnsupportedError
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.runtime.base import OnLevel, OnValue
-from rmtcompile.runtime.contexts import own_modes, plain_tensors
+from rmtcompile.runtime.contexts import own_modes, plain_tensors, same_numbers
 from rmtcompile.runtime.costs import Costs, measured
 from rmtcompile.runtime.crossing import Crossing, Key
 from rmtcompile.runtime.engine import Engine
@@ -147,7 +147,7 @@ class Executor:
     def record(self, inputs: list[torch.Tensor]) -> None:
         """Record what runs of any length need, once, where runs are recorded by blocks of levels."""
         if self._use_graphs and not self._records_gradients(inputs):
-            with plain_tensors(), own_modes():
+            with plain_tensors(), own_modes(), same_numbers(self.device):
                 self.replays.record(inputs)
 
     def named(self, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -230,7 +230,7 @@ class Executor:
         can_choose = can_choose and self.compiled.rolled.fixed is None
         if self.costs is None and self._use_graphs and self.engine.is_compiled and can_choose:
             enough = self.program.n_layers + 1
-            with plain_tensors():
+            with plain_tensors(), same_numbers(self.device):
                 inputs = self.resized(enough, inputs)
                 self.costs = measured(
                     self.program,
@@ -272,7 +272,7 @@ class Executor:
         with self.replays.alone():
             outputs = self._run_once(segments, inputs)
         if not self._records_gradients(inputs):
-            with plain_tensors(), own_modes():
+            with plain_tensors(), own_modes(), same_numbers(self.device):
                 self.replays.record_again(segments)
         return outputs
 
@@ -289,7 +289,8 @@ class Executor:
             borders = self.compiled.emitted.borders
             enough = self.program.n_layers + 1 + borders.head + borders.tail
             if segments < enough and self.compiled.rolled.fixed is None:
-                self._run_once(enough, self.resized(enough, inputs))
+                with same_numbers(self.device):
+                    self._run_once(enough, self.resized(enough, inputs))
         return has_new_form
 
     def resized(self, wanted: int, inputs: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ from rmtcompile.errors import RecordingWarning, warn
 from rmtcompile.ir.modes import autocast_as
 from rmtcompile.runtime.block_recorder import BlockRecorder
 from rmtcompile.runtime.block_run import Device
-from rmtcompile.runtime.contexts import own_modes
+from rmtcompile.runtime.contexts import own_modes, same_numbers
 from rmtcompile.runtime.graphs import Recorder, Started
 from rmtcompile.runtime.recorded import Ending, RecordedBlocks
 
@@ -123,7 +123,8 @@ class Replays:
             outputs = executor.launch(segments, inputs)
         levels = executor.program.grid(segments).n_levels
         if self._runs is not None and not is_launched and self._runs.wants(segments, levels):
-            self._runs.record(segments, inputs, lambda ins, held: executor.launch(segments, ins, held))
+            with same_numbers(executor.device):
+                self._runs.record(segments, inputs, lambda ins, held: executor.launch(segments, ins, held))
         return outputs
 
     def record(self, inputs: list[torch.Tensor]) -> None:

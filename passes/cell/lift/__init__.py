@@ -13,12 +13,13 @@ depend on no batched placeholder are computed once, without the axis.  n is nowh
 
 `rules.RULES` is the table from operation to batching rule.  Rules by family: `algebra` (linear, matmul,
 einsum, attention, convolution), `shapes` (views, dims, indexing, reductions), `elementwise` (pointwise,
-norms, embedding).  Pointwise operations are recognised by their tag; everything else goes through `vmapped`.
+norms, embedding).  Pointwise operations are recognised by their tag; everything else goes through `vmapped`,
+or `cell_by_cell` where that cannot be.
 """
 
 from __future__ import annotations
 
-from rmtcompile.passes.cell.lift.fallback import vmapped
+from rmtcompile.passes.cell.lift.fallback import cell_by_cell, vmapped
 from rmtcompile.passes.cell.lift.walk import Lifted, lift
 
-__all__ = ["Lifted", "lift", "vmapped"]
+__all__ = ["Lifted", "cell_by_cell", "lift", "vmapped"]

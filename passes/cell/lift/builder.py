@@ -152,12 +152,12 @@ class Builder:
         args, kwargs = replaced((args, kwargs), lambda a: a.node if isinstance(a, Value) else a)
         op = args[0] if args and isinstance(args[0], torch._ops.OpOverload) else target  # vmapped(op, ...)
         name = op._opname if isinstance(op, torch._ops.OpOverload) else op.__name__
-        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         assert self.source is not None
-        node.meta = inherited(self.source)
         examples = replaced((args, kwargs), lambda a: a.meta["val"] if isinstance(a, fx.Node) else a)
         with self.mode, torch.no_grad(), contexts(self.source):
-            node.meta["val"] = target(*examples[0], **examples[1])
+            val = target(*examples[0], **examples[1])  # what fails here leaves no node
+        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        node.meta = inherited(self.source) | {"val": val}
         return node
 
     def again(self, call: Call, /, **changes: Any) -> fx.Node:

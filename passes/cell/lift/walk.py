@@ -12,7 +12,9 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rmtcompile.errors import InternalError, LiftError
-from rmtcompile.passes.cell.lift.builder import EXAMPLE_N, Builder, Value, aten, bind, inherited, replaced
+from rmtcompile.ir.randomness import is_random
+from rmtcompile.passes.cell.lift.builder import EXAMPLE_N, Builder, Rule, Value, bind, inherited, replaced
+from rmtcompile.passes.cell.lift.draws import drawing
 from rmtcompile.passes.cell.lift.fallback import refusal
 from rmtcompile.passes.cell.lift.rules import rule_for, without_pattern
 
@@ -40,8 +42,8 @@ def lift(graph: fx.Graph, batched: Collection[str]) -> Lifted:
         batched: names of the placeholders that get the axis; the cells share all others.
 
     Raises:
-        LiftError: an operation has no rule and `torch.vmap` cannot do it either, or it writes, reads strides
-            or draws random numbers in a way that n cells at once would change.
+        LiftError: an operation has no rule and `torch.vmap` cannot do it either, or it writes or reads
+            strides in a way that n cells at once would change.
     """
     unknown = set(batched) - {node.name for node in graph.nodes if node.op == "placeholder"}
     if unknown:
@@ -69,7 +71,8 @@ class _Walk:
             self.output(node)
         else:
             is_reached = any(self.values[operand].batched for operand in node.all_input_nodes)
-            self.values[node] = self.lifted(node) if is_reached else self.copied(node)
+            is_own = is_reached or is_random(node)  # each cell draws its own numbers
+            self.values[node] = self.lifted(node) if is_own else self.copied(node)
 
     def value_of(self, argument: Any) -> Any:
         """The lifted value of a node; for a number (a size, or a placeholder for one) what stands for it."""
@@ -92,9 +95,6 @@ class _Walk:
 
     def copied(self, node: fx.Node) -> Value:
         """A node that no batched placeholder reaches: computed once for all cells."""
-        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if is_random and not _is_idle_dropout(node):
-            raise refusal(node, "its random numbers would be the same in all cells")
         cell = self.b.refake(node.meta.get("val"))
         if isinstance(cell, int | float):
             return Value(cell, False, cell)
@@ -117,15 +117,19 @@ class _Walk:
             return self.number(node, cell)
         op, plain_args, plain_kwargs = without_pattern(node)
         call = bind(node, op, *replaced((plain_args, plain_kwargs), self.value_of))
-        is_batched = any(value.batched for value in call.values)
+        is_batched = any(value.batched for value in call.values) or is_random(node)
         try:
-            result = rule_for(op)(self.b, call) if is_batched else self.b.again(call)
+            result = self.rule(node, op)(self.b, call) if is_batched else self.b.again(call)
         except LiftError:
             raise
         except Exception as error:
             raise InternalError(f"lift: the batching rule of {node.format_node()} failed: {error}") from error
         self.check(node, cell, result, is_batched)
         return Value(result, is_batched, cell)
+
+    def rule(self, node: fx.Node, op: Any) -> Rule:
+        """The batching rule of a node's operation."""
+        return drawing(op) if is_random(node) else rule_for(op)
 
     def number(self, node: fx.Node, cell: Any) -> Value:
         """Sizes of a cell are constants; assertions about its metadata were checked when it was captured."""
@@ -186,13 +190,3 @@ def _val(node: fx.Node) -> Any:
     if "val" not in node.meta:
         raise InternalError(f"lift: {node.name} has no meta 'val'")
     return node.meta["val"]
-
-
-def _is_idle_dropout(node: fx.Node) -> bool:
-    """Dropout that does nothing: evaluation mode, or probability zero."""
-    args: tuple[Any, ...] = node.args
-    if node.target is aten.dropout.default:
-        return bool(args[1] == 0 or not args[2])
-    if node.target is aten.scaled_dot_product_attention.default:
-        return bool((args[4] if len(args) > 4 else node.kwargs.get("dropout_p", 0.0)) == 0)
-    return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -67,7 +67,7 @@ def is_mutating(node: fx.Node) -> bool:
 
 
 def is_removable(node: fx.Node) -> bool:
-    """Whether a node without users may be deleted: it only computes (no marker, no random number)."""
+    """Whether a node without users may be deleted: it only computes (no marker)."""
     if node.op == "get_attr":
         return True
     if node.op != "call_function":
@@ -80,17 +80,12 @@ def is_removable(node: fx.Node) -> bool:
             "torch.fx.experimental.symbolic_shapes",
         )
     schema = target._schema
-    if (
+    return not (
         schema.is_mutable
         or not schema.returns
         or "assert" in schema.name
         or schema.name.startswith("aten::sym_con")
-    ):
-        return False
-    if torch.Tag.nondeterministic_seeded not in target.tags:
-        return True
-    bound = bind(node)
-    return bound.get("train") is False or bound.get("p") == 0
+    )
 
 
 def remove_dead(graph: fx.Graph) -> int:
@@ -161,7 +156,7 @@ def functional_overload(node: fx.Node) -> Any:
     target = node.target
     assert isinstance(target, torch._ops.OpOverload)
     space, name = target._schema.name.split("::")
-    wanted = [(a.name, str(a.type)) for a in target._schema.arguments if not (a.kwarg_only and _writes(a))]
+    wanted = _types([a for a in target._schema.arguments if not (a.kwarg_only and _writes(a))])
     plain = name[:-1] if name.endswith("_") and not name.endswith("__") else name
     if name.startswith("__i") and name.endswith("__"):
         plain = "__" + name[3:]
@@ -171,10 +166,15 @@ def functional_overload(node: fx.Node) -> Any:
         for overload in packet.overloads() if packet is not None else ():
             functional = getattr(packet, overload)
             schema = functional._schema
-            if schema.is_mutable or [(a.name, str(a.type)) for a in schema.arguments] != wanted:
+            if schema.is_mutable or _types(schema.arguments) != wanted:
                 continue
             return functional
     return None
+
+
+def _types(arguments: Sequence[Any]) -> list[tuple[str, str]]:
+    """Names and types of arguments; `dropout` calls "input" what `dropout_` calls "self"."""
+    return [("self" if a.name == "input" else a.name, str(a.type)) for a in arguments]
 
 
 def _writes(argument: Any) -> bool:

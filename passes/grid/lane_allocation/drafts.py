@@ -11,6 +11,7 @@ from torch import fx
 
 from rmtcompile.errors import RerollError
 from rmtcompile.ir.program import Feed, Group, Lane, LaneEntry, Port
+from rmtcompile.ir.randomness import drop_dead
 from rmtcompile.passes.grid.if_conversion import Merged
 from rmtcompile.passes.grid.reroll import shape_of, typed
 
@@ -49,7 +50,7 @@ class GroupDraft:
         graph = self.merged.graph
         ordered = sorted(self.outputs.items(), key=lambda item: int(item[1][3:]))
         graph.output(tuple(_by_class(graph, self.merged, dict(nodes)) for nodes, _ in ordered))
-        graph.eliminate_dead_code()
+        drop_dead(graph)
         kept = {node.name for node in graph.nodes if node.op == "placeholder"}
         for node in list(graph.nodes):
             if node.op == "placeholder" and not node.users:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
+from rmtcompile.ir.randomness import is_random
 from rmtcompile.passes.grid.partition.regions import CELL, EPILOGUE, PROLOGUE, Layers, Region, site_of
 
 
@@ -22,10 +23,11 @@ def cells_of(node: fx.Node, layers: Layers) -> set[tuple[int, int]]:
 
 
 def constant_nodes(nodes: list[fx.Node]) -> set[fx.Node]:
-    """Nodes that read no tensor at all, not even a parameter: zeros, aranges, masks made of them."""
+    """Nodes that read no tensor at all, not even a parameter: zeros, aranges, masks made of them. Random
+    numbers are none: they are drawn where they are."""
     constant: set[fx.Node] = set()
     for node in nodes:
-        if all(operand in constant for operand in node.all_input_nodes):
+        if all(operand in constant for operand in node.all_input_nodes) and not is_random(node):
             constant.add(node)
     return constant
 

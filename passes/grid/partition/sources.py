@@ -7,7 +7,8 @@ from itertools import pairwise
 
 from torch import fx
 
-from rmtcompile.passes.grid.partition.regions import EPILOGUE, INIT, PROLOGUE, Region, site_of
+from rmtcompile.ir.randomness import is_random
+from rmtcompile.passes.grid.partition.regions import CELL, EPILOGUE, INIT, PROLOGUE, Region, site_of
 
 
 def place_sources(nodes: list[fx.Node], region: dict[fx.Node, Region], n_segments: int) -> None:
@@ -20,8 +21,14 @@ def place_sources(nodes: list[fx.Node], region: dict[fx.Node, Region], n_segment
     for node in nodes:
         if any(operand.op == "placeholder" or operand in from_input for operand in node.all_input_nodes):
             from_input.add(node)
-    leaving = _leaving(nodes, region, from_input)
+    drawn: set[fx.Node] = set()
+    for node in nodes:
+        if node not in region and node not in from_input:
+            if is_random(node) or drawn.intersection(node.all_input_nodes):
+                drawn.add(node)
+    leaving = _leaving(nodes, region, from_input | drawn)
     region.update(_counters(nodes, region, from_input, n_segments))
+    region.update(_draws(nodes, region, drawn - leaving.keys(), n_segments))
     for node in reversed(nodes):
         if node in region or node in leaving:
             continue
@@ -32,8 +39,32 @@ def place_sources(nodes: list[fx.Node], region: dict[fx.Node, Region], n_segment
         else:
             region[node] = Region(INIT)
     for node in leaving:
-        segment = max(region[op].segment if op in region else -1 for op in node.all_input_nodes)
+        places = (region[op].segment if op in region else -1 for op in node.all_input_nodes)
+        segment = max(places, default=-1)
         region[node] = Region(INIT) if segment < 0 else Region(EPILOGUE, segment)
+
+
+def _draws(
+    nodes: list[fx.Node], region: dict[fx.Node, Region], drawn: set[fx.Node], n_segments: int
+) -> dict[fx.Node, Region]:
+    """Numbers that are drawn without reading any cell, as often in each segment, and what is made of them:
+    the cell that reads them first, or the prologue of the segment that does. Later readers (a list of all
+    masks) change nothing."""
+    first_use: dict[fx.Node, int] = {}
+    by_site: dict[object, list[int]] = defaultdict(list)
+    for node in reversed(nodes):
+        users = [region[u].segment if u in region else first_use.get(u, n_segments) for u in node.users]
+        first_use[node] = min(users, default=n_segments)
+        if node in drawn:
+            by_site[site_of(node)].append(first_use[node])
+    found: dict[fx.Node, Region] = {}
+    for node in reversed(nodes):
+        uses, s = by_site[site_of(node)], first_use[node]
+        if node in drawn and {uses.count(s) for s in range(n_segments)} == {len(uses) // n_segments}:
+            readers = [found.get(user) or region.get(user) for user in node.users]
+            cells = [place for place in readers if place is not None and place[:2] == (CELL, s)]
+            found[node] = min(cells, default=Region(PROLOGUE, s))
+    return found
 
 
 def _counters(
@@ -82,7 +113,8 @@ def _is_chain(chain: list[fx.Node], among: set[fx.Node]) -> bool:
 def _leaving(
     nodes: list[fx.Node], region: dict[fx.Node, Region], from_input: set[fx.Node]
 ) -> dict[fx.Node, None]:
-    """What is made of the input for the result alone, in order: what is embedded, put together again."""
+    """What is made of the input (or of numbers drawn) for the result alone, in order: what is embedded, put
+    together again."""
     found: set[fx.Node] = set()
     for node in reversed(nodes):
         if node not in region and node in from_input:
