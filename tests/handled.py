@@ -85,6 +85,7 @@ def refused(text: str, happens: str, *tests: str) -> Row:
 def tables() -> dict[str, tuple[str, list[Row]]]:
     """By marker: the head of the table and its rows."""
     end, arch, guard = "test_end_to_end.py::", "test_architectures.py::", "test_changes.py::"
+    mod = "test_module.py::"
     no, zooed, inputs = "test_refusals.py::", "test_zoo_end_to_end.py::", "test_inputs.py::"
     models = [
         model("ARMT, reference and authors' manner, on Llama, GPT-2, Qwen2", end + "test_armt_in_float64_for_any_number_of_segments", "test_armt_runs_on_diagonals"),
@@ -133,6 +134,10 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
         use("A first call that fills tables or caches", guard + "test_a_first_call_that_differs"),
         use("Gradients reach the original parameters; hooks of parameters run", end + "test_gradients_reach_the_parameters", "test_gradients_of_an_armt", guard + "test_hooks_of_parameters_run", "test_modes.py::test_memories_written_without_gradients"),
         use("`model.to(...)`, `deepcopy`, `torch.save`; weights untied", end + "test_copies_and_conversions", guard + "test_another_dtype_of_the_weights_alone", "test_weights_that_are_tied_no_more"),
+        use("`optimize(module)` is a module: names, `state_dict`, `train`, `to`, attributes, hooks, inside other modules, `deepcopy`, `pickle`", mod + "test_it_is_a_module_with_the_names_of_the_model", "test_weights_are_loaded_into_the_model", "test_methods_reach_the_model_and_return_the_module", "test_inside_of_a_module", "test_hooks_run_at_each_call_around_the_program", "test_copies_have_weights_programs_and_hooks_of_their_own"),
+        use("`install(model)`: the model's own calls, copies, `generate`, a training loop, undone under what others have wrapped around it", mod + "test_the_calls_of_a_model_run_what_is_installed", "test_copies_of_a_model_have_a_program_of_their_own", "test_huggingface.py::test_generate_runs_what_is_installed", "test_a_training_loop"),
+        use("`DistributedDataParallel(optimize(model))`; mixed precision as accelerate sets it, around the program or around the model before", mod + "test_data_parallel_around_an_optimized_module", "test_another_forward_around_the_program", "test_a_forward_that_is_wrapped_in_autocast_is_captured"),
+        use("`torch.compile` before and around; an optimized module inside of an optimized model", mod + "test_compiled_before", "test_compiled_after", "test_a_model_with_an_optimized_module_inside_is_captured_as_a_whole", "test_a_model_inside_of_another_is_captured_with_it"),
         use("float64, float32; bfloat16 and float16 no further from float64 than the sequential forward", end + "test_armt_in_float32", "test_modes.py::test_half_precision_is_no_further_from_float64"),
         use("The call inside `torch.autocast`, regions at any place inside the model; inference mode; train mode without dropout", "test_autocast.py::test_a_place_of_a_region", "test_modes.py::test_the_call_inside_autocast", "test_modes_of_gradients", "test_train_mode_without_dropout"),
         use("Two threads; a run that fails half way, an error in a hook", end + "test_two_threads", "test_a_run_that_fails_leaves_the_next_one_right", "test_an_error_in_a_hook_leaves_the_next_run_right", "test_running_out_of_memory_leaves_the_next_run_right"),
@@ -159,6 +164,8 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
         refused("`nn.GRU`, `nn.LSTM` as layers (cells are handled)", "`LiftError` with the line", no + "test_fused_recurrent_layers_draw_nothing"),
         refused("An argument that is an object with tensors inside", "`UnsupportedError`", guard + "test_objects_as_arguments"),
         refused("A text in parts, where the forward needs all of it; a state of another model, weights, dtype or batch", "`UnsupportedError` with the operation; `StateError`", "test_advancing.py::test_forwards_that_need_the_whole_input_are_refused", "test_states_of_others_are_refused"),
+        refused("`optimize(DistributedDataParallel(model))`, `nn.DataParallel`, `torch.export` of a program", "refused, with the other order or the model itself as remedy", mod + "test_data_parallel_inside_of_optimize_is_refused", "test_exported"),
+        refused("`fast.generate`; gradient checkpointing in a program", "`FallbackWarning`, `IgnoredWarning`, once", mod + "test_generate_says_once_that_it_is_the_models_own", "test_checkpoints_are_said_to_be_without_effect"),
         refused("No segments, no repeated layers, empty input", "refused, `segment_size=` or `layers=` named", no + "test_no_segments", "test_wrong_layers", "test_empty_input"),
         refused("An error of the model itself", "`CaptureError` with the error and its line", no + "test_an_error_of_the_model_is_shown_with_its_line"),
         refused("`plan=\"diagonal\"` on a model that has none", "`UnsupportedError`; `plan=\"auto\"` runs it sequentially", no + "test_classic_rmt_is_refused_where_diagonals_are_asked_for"),

@@ -126,6 +126,7 @@ class Capture:
         roots: the modules that the forward reaches, by name.
         guard: the Python state that the forward read.
         read: the tensors that decided numbers which the forward read.
+        ignored: what the forward switches on and no program does, in words.
     """
 
     module: fx.GraphModule
@@ -136,6 +137,7 @@ class Capture:
     roots: dict[str, nn.Module]
     guard: ModuleGuard
     read: list[Leaf]
+    ignored: tuple[str, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:

@@ -57,7 +57,7 @@ def explained(
             raise _internal(error) from error
         if running:
             raise own from None
-        raise model_error(own) from own
+        raise model_error(own) from None
 
 
 def _own_error(fn: Callable[..., Any], args: Any, kwargs: Any) -> Exception | None:

@@ -30,15 +30,20 @@ from torch.utils import _pytree as pytree
 from rmtcompile.binding.captured import Call, Capture, Effect, Leaf, Out
 from rmtcompile.binding.guard import ReadTracker
 from rmtcompile.binding.kinds import held_oddly, is_plain, kind_name
-from rmtcompile.binding.objects import contains_tensor
-from rmtcompile.binding.state import Contents, Held, Snapshot, roots_of
+from rmtcompile.binding.objects import Opaque, contains_tensor
+from rmtcompile.binding.state import Contents, Held, Snapshot, hooked_around, roots_of
 from rmtcompile.binding.surroundings import Surroundings
 from rmtcompile.binding.trees import Flattener, Kept
 from rmtcompile.binding.watch import ModuleGuard
 from rmtcompile.errors import CaptureError
 from rmtcompile.frontend.blame import refusal, user_places
 from rmtcompile.frontend.known import NUMBERS, Known, Reads
-from rmtcompile.frontend.tracing import SharedData, refused_functions, uncompiled_callables
+from rmtcompile.frontend.tracing import (
+    SharedData,
+    refused_functions,
+    saved_in_their_way,
+    uncompiled_callables,
+)
 from rmtcompile.ir.modes import autocast_state, lazy_code, uncached_autocast
 from rmtcompile.passes.flat.attention import attention
 from rmtcompile.passes.flat.autocast import explicit_autocast
@@ -63,6 +68,8 @@ class _Recorder:
         self.unseen: set[tuple[int, str]] = set()  # what such modules may have read
 
     def enter(self, module: nn.Module, _: Any) -> None:
+        if isinstance(module, Opaque):  # it calls a module that it stands for
+            return
         if id(module) not in self.names:  # reached by a way that `roots_of` does not see
             name = f"module{len(self.roots)}"
             self.roots[name] = module
@@ -159,7 +166,7 @@ def _captured(
     for name, root in roots.items():
         for path, child in root.named_modules(remove_duplicate=False):
             names.setdefault(id(child), f"{name}.{path}" if name and path else name or path)
-    _refuse_backward_hooks(roots)
+    _refuse_backward_hooks(fn, roots)
     snapshot = Snapshot(roots)
     recorder = _Recorder(names, snapshot, whole)
     flat, in_spec = pytree.tree_flatten((args, kwargs))
@@ -199,6 +206,7 @@ def _captured(
             lazy_code(),
             uncompiled_callables(),
             refused_functions(),
+            saved_in_their_way() as ignored,
         ):
             module = trace(*fakes)
         shared.refuse_swallowed()
@@ -208,7 +216,7 @@ def _captured(
     except Exception as error:
         if whole and recorder.transforms:
             raise _BelowError from error
-        raise refusal(error, held_oddly(fn)) from error
+        raise refusal(error, held_oddly(fn)) from None  # its trace is that of fake tensors
     finally:
         snapshot.restore()
         known.restore()
@@ -242,11 +250,12 @@ def _captured(
     module = explicit_autocast(module)
     read = [_leaf(tensor, f"read{i}", owners) for i, tensor in enumerate(known.read)]
     return Capture(
-        module, leaves, recorder.calls, produced["result"], produced["effects"], roots, guard, read
-    )
+        module, leaves, recorder.calls, produced["result"], produced["effects"], roots, guard, read,
+        tuple(ignored),
+    )  # fmt: skip
 
 
-def _refuse_backward_hooks(roots: dict[str, nn.Module]) -> None:
+def _refuse_backward_hooks(fn: Callable[..., Any], roots: dict[str, nn.Module]) -> None:
     """A compiled program has no modules around which such hooks could run."""
     if not torch.is_grad_enabled():
         return
@@ -254,7 +263,7 @@ def _refuse_backward_hooks(roots: dict[str, nn.Module]) -> None:
         f"{name}.{path}".strip(".") or type(module).__name__
         for name, root in roots.items()
         for path, module in root.named_modules()
-        if module._backward_hooks or module._backward_pre_hooks
+        if (module._backward_hooks or module._backward_pre_hooks) and module is not hooked_around(fn)
     ]
     if hooked:
         raise CaptureError(

@@ -176,7 +176,7 @@ def probe(
         operations = views.operations if failure is None else 0
         grown = _longer(grown, *candidates[0], 4)
     if first is not None:
-        raise refusal(first, held_oddly(fn)) from first
+        raise refusal(first, held_oddly(fn)) from None
     raise PartitionError(
         "the forward does not cut any of its inputs into segments",
         [f"input {i}: shape {tuple(shape)}" for i, shape in enumerate(shapes)],

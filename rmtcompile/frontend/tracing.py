@@ -6,9 +6,9 @@ import gc
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
@@ -22,6 +22,9 @@ from torch.overrides import TorchFunctionMode
 
 from rmtcompile.errors import CaptureError
 from rmtcompile.frontend.blame import user_source
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_dynamo: Any = torch._C._dynamo.eval_frame
 
 
 @contextmanager
@@ -37,10 +40,44 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
+class _Here(threading.local):
+    tracing = 0
+
+
+_here = _Here()
+
+
+def is_tracing() -> bool:
+    """Whether a forward is being traced in this thread."""
+    return _here.tracing > 0
+
+
+def uncompiled(fn: _F) -> _F:
+    """Marks a function that `torch.compile` around it calls as it is, with all that it calls. Dynamo, whose
+    import takes seconds, reads these marks once it is there."""
+    skip = _dynamo._FrameAction.SKIP
+    _dynamo.set_code_exec_strategy(fn.__code__, _dynamo._FrameExecStrategy(skip, skip))
+    vars(fn)["_torchdynamo_disable"] = True
+    vars(fn)["_torchdynamo_disable_msg"] = (
+        "a program of rmtcompile runs as it is: compile what is around it, export fast.model"
+    )
+    return fn
+
+
 @contextmanager
 def uncompiled_callables() -> Iterator[None]:
-    """What `torch.compile` has wrapped, the model or parts of it, runs as it was written. Nothing is to do
-    where dynamo is not imported, which takes seconds: then nothing is wrapped."""
+    """What `optimize` or `torch.compile` have wrapped, the model or parts of it, runs as it was written."""
+    _here.tracing += 1
+    try:
+        with _without_dynamo():
+            yield
+    finally:
+        _here.tracing -= 1
+
+
+@contextmanager
+def _without_dynamo() -> Iterator[None]:
+    """Nothing is to do where dynamo is not imported: then nothing is wrapped."""
     if "torch._dynamo" not in sys.modules:
         yield
         return
@@ -97,6 +134,28 @@ class SharedData(TorchFunctionMode):
             if self.failed is None and (isinstance(error, _ONLY_FAKE) or func is torch.Tensor.numpy):
                 self.failed = user_source(sys._getframe(1)), error
             raise
+
+
+@contextmanager
+def saved_in_their_way() -> Iterator[dict[str, None]]:
+    """Notes, in this thread, where the forward keeps what gradients need in a way of its own: checkpoints
+    that compute it again, `save_on_cpu`. A program keeps it as any forward does."""
+    hooks: Any = torch.autograd.graph.saved_tensors_hooks
+    enter, thread = hooks.__enter__, threading.get_ident()
+    found: dict[str, None] = {}
+
+    def noted(self: Any) -> Any:
+        if torch.is_grad_enabled() and threading.get_ident() == thread:
+            is_checkpoint = type(self).__module__ == "torch.utils.checkpoint"
+            name = "gradient checkpointing" if is_checkpoint else type(self).__name__
+            found[f"{name}, at {user_source(sys._getframe(1))}"] = None
+        return enter(self)
+
+    hooks.__enter__ = noted
+    try:
+        yield found
+    finally:
+        hooks.__enter__ = enter
 
 
 @contextmanager
