@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from torch import nn
 
@@ -13,10 +13,18 @@ from rmtcompile.errors import UnsupportedError
 from rmtcompile.installed import Installed, installed_in, unwrapped
 from rmtcompile.module import OptimizedModule
 from rmtcompile.optimized import Optimized
-from rmtcompile.options import Options, check_options
+from rmtcompile.options import Chosen, Options, check_options
 
 if TYPE_CHECKING:
     from rmtcompile.report import Explanation
+
+
+@overload
+def optimize(model: nn.Module, **options: Unpack[Chosen]) -> OptimizedModule: ...
+
+
+@overload
+def optimize(model: Callable[..., Any], **options: Unpack[Chosen]) -> Optimized: ...
 
 
 def optimize(
@@ -69,6 +77,8 @@ def optimize(
     check_options(segment_size, layers, plan, backend, cuda_graphs, fallback, verify, progress)
     if not callable(model):
         raise ValueError(f"model must be callable, not {type(model).__name__}")
+    if isinstance(model, OptimizedModule) and model.is_wrapped:
+        raise ValueError("this optimized module has hooks or another forward: optimize the model itself")
     model = unwrapped(model)
     if installed_in(model) is not None:
         raise ValueError(
@@ -81,7 +91,7 @@ def optimize(
     return Optimized(model, options, report)
 
 
-def install(model: nn.Module, **options: Any) -> Optimized:
+def install(model: nn.Module, **options: Unpack[Chosen]) -> Optimized:
     """Put the program into the model itself, in the manner of `nn.Module.compile`: its own calls run it.
 
         rmtcompile.install(model)

@@ -65,6 +65,19 @@ class Forward(Opaque):
             return self._fast.__signature__
         raise AttributeError(name)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Forward) and other._fast is self._fast
+
+    def __hash__(self) -> int:
+        return id(self._fast)
+
+
+class _OwnForward:
+    """`fast.forward`, made when it is asked for: kept in the module, it would hold it in a cycle."""
+
+    def __get__(self, fast: OptimizedModule | None, _: Any = None) -> Any:
+        return self if fast is None else Forward(fast)
+
 
 class OptimizedModule(Optimized, nn.Module):
     """A module that runs on wavefronts; made by `optimize`.
@@ -76,11 +89,11 @@ class OptimizedModule(Optimized, nn.Module):
     def __init__(self, model: nn.Module, options: Options, progress: Progress | None) -> None:
         hooks = {key: value for key, value in vars(nn.Module()).items() if key in _HOOKS}
         theirs = {key: value for key, value in vars(model).items() if key in _TABLES}
-        vars(self).update({**hooks, **theirs, "forward": Forward(self)})
+        vars(self).update({**hooks, **theirs})
         Optimized.__init__(self, model, options, progress)
 
     __call__ = nn.Module.__call__
-    forward = Optimized.__call__
+    forward: Any = _OwnForward()
 
     @property
     def training(self) -> bool:  # type: ignore[override]
@@ -108,7 +121,9 @@ class OptimizedModule(Optimized, nn.Module):
         """What is called stays here, under whatever name; all else is the model's."""
         own = vars(self)
         called = isinstance(value, Forward) or ("forward" in own and value is own["forward"])
-        if called or name == "forward" or name in _HOOKS:
+        if name == "forward" and value == Forward(self):
+            own.pop("forward", None)  # it is again what it was
+        elif called or name == "forward" or name in _HOOKS:
             own[name] = value
         else:
             Optimized.__setattr__(self, name, value)
@@ -135,6 +150,11 @@ class OptimizedModule(Optimized, nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         Optimized.__setstate__(self, state)
         vars(self).update(state["around"])
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether others have put something around its calls."""
+        return any(value for key, value in self._around().items() if key != "_is_full_backward_hook")
 
     def _around(self) -> dict[str, Any]:
         """What others have put around its calls: hooks, and what they have set to be called."""

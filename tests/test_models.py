@@ -375,3 +375,11 @@ def test_sizes_of_a_model_stay_and_a_cache_stays_off() -> None:
     for name, value in (("use_cache", True), ("d_mem", 8)):
         with pytest.raises(AttributeError, match=name):
             setattr(config, name, value)
+
+
+def test_it_is_saved_and_loaded_as_others_are(tmp_path: Path) -> None:
+    model = small()
+    model.save_pretrained(tmp_path / "model")
+    again = ARMT.from_pretrained(tmp_path / "model")
+    tokens = ids(20)
+    assert again.config == model.config and torch.equal(model(tokens).logits, again(tokens).logits)

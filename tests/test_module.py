@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 import types
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -197,7 +198,7 @@ def test_copies_have_weights_programs_and_hooks_of_their_own() -> None:
     expected = outer(features(4))
     for again in (copy.deepcopy(outer), pickle.loads(pickle.dumps(outer))):
         assert_same(expected, again(features(4)))
-        assert again.fast.forward is not outer.fast.forward and again.fast.captures == 1
+        assert again.fast.forward != outer.fast.forward and again.fast.captures == 1
         again.fast.layers[0].mix.weight.zero_()
         assert not torch.equal(expected, again(features(4)))
     assert_same(expected, outer(features(4)))
@@ -300,7 +301,8 @@ def _port() -> int:
 def _rank(rank: int, port: int) -> None:
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    where = {"init_method": f"tcp://127.0.0.1:{port}", "timeout": timedelta(minutes=2)}
+    dist.init_process_group("gloo", rank=rank, world_size=2, **where)
     theirs = DistributedDataParallel(made(Toy))
     mine = DistributedDataParallel(rmtcompile.optimize(made(Toy)))
     installed = made(Toy)

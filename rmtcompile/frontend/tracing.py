@@ -53,7 +53,7 @@ def is_tracing() -> bool:
 
 
 def uncompiled(fn: _F) -> _F:
-    """Marks a function that `torch.compile` around it calls as it is, with all that it calls. Dynamo, whose
+    """Marks a function that `torch.compile` around it runs as it is, with all that it calls. Dynamo, whose
     import takes seconds, reads these marks once it is there."""
     skip = _dynamo._FrameAction.SKIP
     _dynamo.set_code_exec_strategy(fn.__code__, _dynamo._FrameExecStrategy(skip, skip))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,12 +41,14 @@ class ARMTConfig:
     n_heads: int = 1
     correction: bool = True
     layers: str | None = None
-    use_cache: bool = field(default=False, init=False)
+    use_cache = False  # no field: it is not saved
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in vars(self) and name in self.__dataclass_fields__ and value != vars(self)[name]:
-            raise AttributeError(f"{name} is {vars(self)[name]!r} for as long as the model is there")
-        super().__setattr__(name, value)
+        fixed = vars(self) if name in self.__dataclass_fields__ else {"use_cache": False}
+        if name not in fixed:
+            super().__setattr__(name, value)
+        elif value != fixed[name]:
+            raise AttributeError(f"{name} is {fixed[name]!r} for as long as the model is there")
 
     def __post_init__(self) -> None:
         for name in ("segment_size", "num_mem_tokens", "d_mem", "n_heads"):
