@@ -36,7 +36,7 @@ from rmtcompile.errors import (
     VerificationError,
     warn,
 )
-from rmtcompile.frontend.tracing import is_tracing, uncompiled
+from rmtcompile.frontend.tracing import is_as_written, uncompiled
 from rmtcompile.options import Options
 from rmtcompile.runtime.graphs import Started
 from rmtcompile.runtime.state import RunState
@@ -104,7 +104,7 @@ class Optimized(Opaque):
 
         Inside of a model that is being captured, the model itself runs.
         """
-        if is_tracing():
+        if is_as_written():
             return self.model(*args, **kwargs)
         if torch.compiler.is_exporting():
             raise _exported()
@@ -141,6 +141,7 @@ class Optimized(Opaque):
             self._programs.has_run(call, entry)
             return result
 
+    @uncompiled
     def run(self, *args: Any, state: RunState | None = None, **kwargs: Any) -> tuple[Any, RunState]:
         """Run the model on the next part of a text; gives its outputs and the state to go on from.
 

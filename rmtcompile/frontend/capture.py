@@ -40,6 +40,7 @@ from rmtcompile.frontend.blame import refusal, user_places
 from rmtcompile.frontend.known import NUMBERS, Known, Reads
 from rmtcompile.frontend.tracing import (
     SharedData,
+    as_written,
     refused_functions,
     saved_in_their_way,
     uncompiled_callables,
@@ -204,6 +205,7 @@ def _captured(
             Reads(known),
             known,
             lazy_code(),
+            as_written(),
             uncompiled_callables(),
             refused_functions(),
             saved_in_their_way() as ignored,

@@ -24,7 +24,7 @@ from rmtcompile.binding.surroundings import Surroundings
 from rmtcompile.errors import PartitionError, UnsupportedError
 from rmtcompile.frontend.blame import refusal
 from rmtcompile.frontend.known import Known, Reads
-from rmtcompile.frontend.tracing import SharedData, uncompiled_callables
+from rmtcompile.frontend.tracing import SharedData, as_written, uncompiled_callables
 from rmtcompile.ir.modes import uncached_autocast
 from rmtcompile.ir.segmentation import Axis, Segmentation
 
@@ -234,6 +234,7 @@ def _attempt(
         with (
             torch.no_grad(),
             uncached_autocast(),
+            as_written(),
             uncompiled_callables(),
             SharedData(),
             Reads(known),

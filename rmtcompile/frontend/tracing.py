@@ -41,15 +41,15 @@ def uncollected() -> Iterator[None]:
 
 
 class _Here(threading.local):
-    tracing = 0
+    as_written = 0
 
 
 _here = _Here()
 
 
-def is_tracing() -> bool:
-    """Whether a forward is being traced in this thread."""
-    return _here.tracing > 0
+def is_as_written() -> bool:
+    """Whether models run as they were written in this thread, without programs of theirs."""
+    return _here.as_written > 0
 
 
 def uncompiled(fn: _F) -> _F:
@@ -65,19 +65,20 @@ def uncompiled(fn: _F) -> _F:
 
 
 @contextmanager
-def uncompiled_callables() -> Iterator[None]:
-    """What `optimize` or `torch.compile` have wrapped, the model or parts of it, runs as it was written."""
-    _here.tracing += 1
+def as_written() -> Iterator[None]:
+    """Parts of a model of which `optimize` has made something run as they were written: while the model is
+    traced, and where a program of it is compared with it."""
+    _here.as_written += 1
     try:
-        with _without_dynamo():
-            yield
+        yield
     finally:
-        _here.tracing -= 1
+        _here.as_written -= 1
 
 
 @contextmanager
-def _without_dynamo() -> Iterator[None]:
-    """Nothing is to do where dynamo is not imported: then nothing is wrapped."""
+def uncompiled_callables() -> Iterator[None]:
+    """What `torch.compile` has wrapped, the model or parts of it, runs as it was written. Nothing is to do
+    where dynamo is not imported, which takes seconds: then nothing is wrapped."""
     if "torch._dynamo" not in sys.modules:
         yield
         return
