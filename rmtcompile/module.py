@@ -21,8 +21,10 @@ from typing import Any
 from torch import nn
 
 from rmtcompile.binding.objects import Opaque
+from rmtcompile.binding.state import CALL_HOOKS
 from rmtcompile.compiler.stages import Progress
 from rmtcompile.errors import UnsupportedError
+from rmtcompile.frontend.tracing import is_as_written
 from rmtcompile.optimized import OWN, Optimized
 from rmtcompile.options import Options
 
@@ -92,7 +94,19 @@ class OptimizedModule(Optimized, nn.Module):
         vars(self).update({**hooks, **theirs})
         Optimized.__init__(self, model, options, progress)
 
-    __call__ = nn.Module.__call__
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the hooks of this module and, inside of them, what is its forward.
+
+        Raises:
+            UnsupportedError: there are hooks of all modules, too, which run inside of the program.
+        """
+        own = vars(self)
+        if not any(own[key] for key in CALL_HOOKS):
+            return self.forward(*args, **kwargs)
+        if nn.modules.module._has_any_global_hook() and not is_as_written():
+            raise _hooked_twice()
+        return nn.Module.__call__(self, *args, **kwargs)
+
     forward: Any = _OwnForward()
 
     @property
@@ -159,6 +173,13 @@ class OptimizedModule(Optimized, nn.Module):
     def _around(self) -> dict[str, Any]:
         """What others have put around its calls: hooks, and what they have set to be called."""
         return {key: value for key, value in vars(self).items() if key not in _TABLES and key not in OWN}
+
+
+def _hooked_twice() -> UnsupportedError:
+    return UnsupportedError(
+        "hooks of all modules would run twice, in the program and around a module with hooks of its own",
+        remedy="register the module's own hooks on the model",
+    )
 
 
 def _on_the_model(name: str) -> Callable[..., Any]:

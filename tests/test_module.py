@@ -182,6 +182,31 @@ def test_hooks_run_at_each_call_around_the_program() -> None:
     assert fast.captures == 1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["optimized", "installed"])
+def test_hooks_of_all_modules_run_once(way: str) -> None:
+    model = made(Toy)
+    handle = nn.modules.module.register_module_forward_hook(shifted)
+    try:
+        expected = model(features(3))
+        fast: Any = rmtcompile.optimize(model) if way == "optimized" else model
+        if way == "installed":
+            rmtcompile.install(model)
+        assert_same(expected, fast(features(3)))
+        fast.register_forward_hook(doubled)
+        if way == "installed":
+            assert_same(expected * 2, fast(features(3)))
+        else:
+            with pytest.raises(UnsupportedError, match="would run twice"):
+                fast(features(3))
+    finally:
+        handle.remove()
+
+
+def shifted(module: nn.Module, args: Any, out: Any) -> Any:
+    return out + 1 if isinstance(out, Tensor) else None
+
+
 @pytest.mark.parametrize("way", ["optimized", "installed"])
 def test_backward_hooks_around_the_program(way: str) -> None:
     model, seen = made(Toy), []
