@@ -14,11 +14,12 @@ if not (Path(__file__).parent / "passes").exists() and (_beside / "passes" / "__
         str(_beside)
     )  # a checkout that is not installed: `rmtcompile.passes` is the folder beside this one
 
-from rmtcompile.api import explain, optimize  # noqa: E402
+from rmtcompile.api import explain, install, optimize, uninstall  # noqa: E402
 from rmtcompile.errors import (  # noqa: E402
     CaptureError,
     DependenceError,
     FallbackWarning,
+    IgnoredWarning,
     InternalError,
     LiftError,
     PartitionError,
@@ -39,8 +40,8 @@ from rmtcompile.schedule import Schedule  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
-    "CaptureError", "DependenceError", "Explanation", "FallbackWarning", "InternalError", "LiftError",
-    "Optimized", "PartitionError", "Profile", "RMTCompileError", "RecaptureWarning", "RecordingWarning",
-    "RerollError", "RunState", "Schedule", "SequentialScheduleWarning", "StateError",
-    "UnsupportedError", "VerificationError", "explain", "optimize",
+    "CaptureError", "DependenceError", "Explanation", "FallbackWarning", "IgnoredWarning", "InternalError",
+    "LiftError", "Optimized", "PartitionError", "Profile", "RMTCompileError", "RecaptureWarning",
+    "RecordingWarning", "RerollError", "RunState", "Schedule", "SequentialScheduleWarning", "StateError",
+    "UnsupportedError", "VerificationError", "explain", "install", "optimize", "uninstall",
 ]  # fmt: skip

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack, overload
+
+from torch import nn
 
 from rmtcompile.compiler.stages import Progress
 from rmtcompile.errors import UnsupportedError
+from rmtcompile.installed import Installed, installed_in, unwrapped
+from rmtcompile.module import OptimizedModule
 from rmtcompile.optimized import Optimized
-from rmtcompile.options import Options, check_options
+from rmtcompile.options import Chosen, Options, check_options
 
 if TYPE_CHECKING:
     from rmtcompile.report import Explanation
+
+
+@overload
+def optimize(model: nn.Module, **options: Unpack[Chosen]) -> OptimizedModule: ...
+
+
+@overload
+def optimize(model: Callable[..., Any], **options: Unpack[Chosen]) -> Optimized: ...
 
 
 def optimize(
@@ -58,7 +70,8 @@ def optimize(
         progress: print what is being done on long work, or call a function with each line.
 
     Returns:
-        A callable with the signature of `model`, and `schedule`, `code`, `explain()`.
+        What is called like `model`, and has `schedule`, `code`, `explain()`. For a module it is a module: its
+        parameters, their names, `state_dict`, `train`, `to` and all other attributes are the model's.
 
     Raises:
         ValueError: an option has no such value.
@@ -69,11 +82,60 @@ def optimize(
     check_options(segment_size, layers, plan, backend, cuda_graphs, fallback, verify, progress, recompute)
     if not callable(model):
         raise ValueError(f"model must be callable, not {type(model).__name__}")
-    if isinstance(model, Optimized):
-        model = model.model
+    if isinstance(model, OptimizedModule) and model.is_wrapped:
+        raise ValueError("this optimized module has hooks or another forward: optimize the model itself")
+    model = unwrapped(model)
+    if installed_in(model) is not None:
+        raise ValueError(
+            "a program is installed in this model: call the model, or rmtcompile.uninstall(model) first"
+        )
     report = print if progress is True else progress if callable(progress) else None
     options = Options(layers, segment_size, plan, backend, cuda_graphs, fallback, verify, recompute)
+    if isinstance(model, nn.Module):
+        return OptimizedModule(model, options, report)
     return Optimized(model, options, report)
+
+
+def install(model: nn.Module, **options: Unpack[Chosen]) -> Optimized:
+    """Put the program into the model itself, in the manner of `nn.Module.compile`: its own calls run it.
+
+        rmtcompile.install(model)
+        model(ids)                     the program, and so do what calls the model: a Trainer, PEFT, DDP
+        model.forward.schedule         what `optimize` gives, as `model.forward`
+
+    `model.forward` is replaced; the model's class, its names and its other methods stay. Hooks of the model
+    itself run at each call, around the program. Methods that call the model (`generate` of Hugging Face) call
+    the program; what they pass and no program can hold, a cache object, is refused, or run as it is with
+    `fallback="sequential"`. Methods that call parts of the model (`generate` of the reference ARMT) run these
+    as they are. A copy or a pickle of the model has a program of its own.
+
+    Args:
+        model: a module; what `torch.compile` has made of one stands for that one.
+        options: see `optimize`.
+
+    Returns:
+        What is `model.forward` now: `schedule`, `code`, `explain()`.
+
+    Raises:
+        ValueError: it is no module, a program is installed already, or an option has no such value.
+    """
+    if isinstance(model, Optimized) or not isinstance(model, nn.Module):
+        raise ValueError(f"install takes the model itself, an nn.Module, not {type(model).__name__}")
+    model = unwrapped(model)
+    made = optimize(model, **options)
+    return Installed.into(model, made.options, made._programs.progress)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Undo `install`: the model runs its own forward again, also where others have wrapped the installed one.
+
+    Raises:
+        ValueError: no program is installed.
+    """
+    program = installed_in(unwrapped(model))
+    if program is None:
+        raise ValueError("no program is installed in this model")
+    program.remove()
 
 
 def explain(model: Any, *args: Any, **kwargs: Any) -> Explanation:
@@ -90,7 +152,7 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Explanation:
     """
     from rmtcompile.report import explain_last, explain_refusal
 
-    fast = model if isinstance(model, Optimized) else optimize(model)
+    fast = model if isinstance(model, Optimized) else installed_in(model) or optimize(model)
     if not args and not kwargs:
         return explain_last(fast)
     reached = ["probe"]
@@ -103,4 +165,4 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Explanation:
     return explain_last(fast)
 
 
-__all__ = ["explain", "optimize"]
+__all__ = ["explain", "install", "optimize", "uninstall"]

@@ -75,6 +75,10 @@ class FallbackWarning(UserWarning):
     """The model, or an input too short for its rules, could not be compiled and runs as it is."""
 
 
+class IgnoredWarning(UserWarning):
+    """Something that is switched on has no effect in the program."""
+
+
 class RecordingWarning(UserWarning):
     """Runs are not recorded as CUDA graphs, since something in them cannot be."""
 
@@ -84,9 +88,12 @@ class RecaptureWarning(UserWarning):
     call."""
 
 
+_BETWEEN = ("rmtcompile.", "torch.nn.modules.", "torch.nn.parallel.")
+
+
 def warn(message: str, category: type[Warning]) -> None:
     """Warn at the line of the user's code that called into rmtcompile, however deep that lies."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("rmtcompile."):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_BETWEEN):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)

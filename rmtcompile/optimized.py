@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -9,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from rmtcompile.binding.guard import call_key
@@ -32,6 +36,7 @@ from rmtcompile.errors import (
     VerificationError,
     warn,
 )
+from rmtcompile.frontend.tracing import is_as_written, uncompiled
 from rmtcompile.options import Options
 from rmtcompile.runtime.graphs import Started
 from rmtcompile.runtime.state import RunState
@@ -42,9 +47,9 @@ if TYPE_CHECKING:
 
 
 class Optimized(Opaque):
-    """A model that runs on wavefronts; made by `optimize`.
+    """A callable that runs on wavefronts; made by `optimize`, which makes an `OptimizedModule` of a module.
 
-    Attributes of the model (parameters, `state_dict`, `config`, ...) are reached through it.
+    Attributes of the callable are reached through it.
     """
 
     REFUSALS = 32
@@ -56,11 +61,12 @@ class Optimized(Opaque):
         self._last: tuple[Entry, int] | None = None
         self._refused = ""  # why the model ran as it is
         self._refusals: OrderedDict[Any, str] = OrderedDict()  # by kind of call
+        self._has_told = False
         self.last_profile: Profile | None = None
 
     @property
     def model(self) -> Callable[..., Any]:
-        """The model, which is run where its program is compared with it."""
+        """The model as it is."""
         return self._programs.model
 
     @property
@@ -92,8 +98,16 @@ class Optimized(Opaque):
 
     # ---- running -------------------------------------------------------------------------------------------
 
+    @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; same arguments, result and effects as `model(*args, **kwargs)`."""
+        """Run the model; same arguments, result and effects as `model(*args, **kwargs)`.
+
+        Inside of a model that is being captured, the model itself runs.
+        """
+        if is_as_written():
+            return self.model(*args, **kwargs)
+        if torch.compiler.is_exporting():
+            raise _exported()
         with self._lock:
             kind = None
             try:
@@ -127,6 +141,7 @@ class Optimized(Opaque):
             self._programs.has_run(call, entry)
             return result
 
+    @uncompiled
     def run(self, *args: Any, state: RunState | None = None, **kwargs: Any) -> tuple[Any, RunState]:
         """Run the model on the next part of a text; gives its outputs and the state to go on from.
 
@@ -273,34 +288,45 @@ class Optimized(Opaque):
 
         return profile(self, args, kwargs)
 
+    # ---- standing in for the callable ----------------------------------------------------------------------
+
     def __getattr__(self, name: str) -> Any:
-        if name == "_programs":  # not yet: an object that is being unpickled
-            raise AttributeError(name)
+        if name == "__signature__":
+            return _signature(self.model)
+        if name == "_programs" or (name.startswith(_UNSHARED) and name not in _NAMES):
+            raise AttributeError(name)  # or what unwraps functions would get at the model unseen
         value = getattr(self.model, name)
-        if callable(value) and name in _RETURN_SELF:
-            return lambda *args, **kwargs: self._same(value(*args, **kwargs))
-        return value
+        return self._told(value) if name == "generate" and callable(value) else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Attributes of the model are set there."""
-        if name in _OWN or name.startswith("_"):
+        if name in OWN:
             object.__setattr__(self, name, value)
         else:
             setattr(self.model, name, value)
 
-    def _same(self, result: Any) -> Any:
-        return self if result is self.model else result
+    def _told(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's own `generate`, which says once that it runs without the program."""
+
+        @functools.wraps(generate)
+        def told(*args: Any, **kwargs: Any) -> Any:
+            if not self._has_told:
+                self._has_told = True
+                warn(_GENERATE, FallbackWarning)
+            return generate(*args, **kwargs)
+
+        return told
 
     def __repr__(self) -> str:
         state = "not captured yet" if self._last is None else f"{self.captures} captured"
-        name = type(self.model).__name__ if isinstance(self.model, nn.Module) else repr(self.model)
+        bound = getattr(self.model, "__self__", None)
+        module = bound if isinstance(bound, nn.Module) else self.model
+        name = type(module).__name__ if isinstance(module, nn.Module) else repr(module)
         return f"rmtcompile.Optimized({name}, {state})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimized:
-        import copy
-
         programs = self._programs
-        return Optimized(copy.deepcopy(programs.model, memo), programs.options, programs.progress)
+        return type(self)(copy.deepcopy(programs.model, memo), programs.options, programs.progress)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model, "options": self.options}
@@ -309,7 +335,24 @@ class Optimized(Opaque):
         self.__init__(state["model"], state["options"], None)  # type: ignore[misc]
 
 
-_OWN = ("last_profile",)
-_RETURN_SELF = (
-    "to", "eval", "train", "cuda", "cpu", "half", "float", "double", "bfloat16", "requires_grad_", "apply"
-)  # fmt: skip
+OWN = ("_programs", "_lock", "_last", "_refused", "_refusals", "_has_told", "last_profile")
+_NAMES = ("__name__", "__qualname__")
+_UNSHARED = ("__", "_torchdynamo")
+_GENERATE = (
+    "generate is the model's own and calls it as it is, without the program; rmtcompile.install(model) puts "
+    "the program into the model's own calls"
+)
+
+
+def _signature(fn: Callable[..., Any]) -> inspect.Signature:
+    try:
+        return inspect.signature(fn.forward if isinstance(fn, nn.Module) else fn)
+    except (TypeError, ValueError) as error:
+        raise AttributeError("__signature__") from error
+
+
+def _exported() -> UnsupportedError:
+    return UnsupportedError(
+        "a program of rmtcompile cannot be exported",
+        remedy="export the model itself: torch.export.export(fast.model, ...)",
+    )

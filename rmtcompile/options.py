@@ -5,9 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
+
+
+class Chosen(TypedDict, total=False):
+    """The arguments of `rmtcompile.optimize` beside the model."""
+
+    segment_size: int | None
+    layers: str | None
+    plan: str
+    backend: str | Callable[..., Any]
+    cuda_graphs: str | bool
+    fallback: str | None
+    verify: bool
+    progress: bool | Callable[[str], Any]
+    recompute: str | int
 
 
 @dataclass(frozen=True)

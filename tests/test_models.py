@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -357,3 +358,28 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         model(ids(4), labels=ids(4))
     with pytest.raises(ValueError, match=r"Linear has no nn\.ModuleList of layers"):
         build(nn.Linear(2, 2), **MEMORY)
+
+
+def test_a_copy_has_the_memory_and_not_its_history() -> None:
+    model = small()
+    model(ids(20))
+    layer, again = model.memory_cell.layers[0], copy.deepcopy(model).memory_cell.layers[0]
+    assert layer.association.requires_grad and not again.association.requires_grad
+    assert torch.equal(layer.association, again.association)
+
+
+def test_sizes_of_a_model_stay_and_a_cache_stays_off() -> None:
+    config = small().config
+    config.use_cache = False
+    config.pad_token_id = 3
+    for name, value in (("use_cache", True), ("d_mem", 8)):
+        with pytest.raises(AttributeError, match=name):
+            setattr(config, name, value)
+
+
+def test_it_is_saved_and_loaded_as_others_are(tmp_path: Path) -> None:
+    model = small()
+    model.save_pretrained(tmp_path / "model")
+    again = ARMT.from_pretrained(tmp_path / "model")
+    tokens = ids(20)
+    assert again.config == model.config and torch.equal(model(tokens).logits, again(tokens).logits)

@@ -443,7 +443,7 @@ def test_data_parallel_models() -> None:
 
 @pytest.mark.usefixtures("group")
 def test_data_parallel_around_a_program() -> None:
-    """What the refusal says."""
+    """The program as the forward of a module."""
     theirs, mine = DistributedDataParallel(made(Walk)), made(Walk)
     mine.forward = rmtcompile.optimize(mine.forward)
     wrapped = DistributedDataParallel(mine)

@@ -128,6 +128,7 @@ class Capture:
         guard: the Python state that the forward read.
         read: the tensors that decided numbers which the forward read.
         checkpoint: where the forward asks first that backward computes a part of it again, as "file:line".
+        ignored: what the forward switches on and no program does, in words.
     """
 
     module: fx.GraphModule
@@ -139,6 +140,7 @@ class Capture:
     guard: ModuleGuard
     read: list[Leaf]
     checkpoint: str = ""
+    ignored: tuple[str, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:

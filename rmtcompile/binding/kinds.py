@@ -93,6 +93,5 @@ def refuse_model(fn: Callable[..., Any]) -> None:
         raise CaptureError(
             "a wrapper around the model joins gradients or buffers of several processes",
             wrapped[:4],
-            "put it around the program: `model.forward = rmtcompile.optimize(model.forward)`, then "
-            "`DistributedDataParallel(model)`",
+            "put it around the program: DistributedDataParallel(rmtcompile.optimize(model))",
         )

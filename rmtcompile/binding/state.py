@@ -314,6 +314,14 @@ def roots_of(fn: Callable[..., Any]) -> dict[str, nn.Module]:
     return found
 
 
+CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooked_around(fn: Callable[..., Any]) -> Any:
+    """The module whose hooks run around a callable, not inside of it: it is that module's own method."""
+    return fn.__self__ if isinstance(fn, types.MethodType) else None
+
+
 def _referred(value: Any) -> dict[Step, Any]:
     """What a function, a method or a plain object refers to."""
     if isinstance(value, types.MethodType):

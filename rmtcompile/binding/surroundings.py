@@ -37,7 +37,7 @@ from rmtcompile.binding.objects import (
     put_items,
     walk,
 )
-from rmtcompile.binding.state import names_in
+from rmtcompile.binding.state import CALL_HOOKS, hooked_around, names_in
 
 _STATIC = (types.ModuleType, types.BuiltinFunctionType, type)
 _OTHERS = frozenset({"torch", "builtins", "numpy", *sys.stdlib_module_names} - {"__main__"})
@@ -67,6 +67,7 @@ class Surroundings:
         slots: entries of globals, classes, containers and objects that it names.
         cells: (cell of a closure, its content, name).
         containers: (container, copy of its items, name).
+        outer: the module whose hooks run around the callable, or None.
     """
 
     def __init__(self, fn: Callable[..., Any], modules: dict[str, nn.Module] | None = None) -> None:
@@ -85,7 +86,8 @@ class Surroundings:
         self._visit("", fn)
         for kind in kinds:
             self._class(kind)
-        for _, value in walk([list(vars(module).values()) for module in inside]):
+        self.outer = hooked_around(fn)
+        for _, value in walk([self._attributes(module) for module in inside]):
             if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):  # hooks, too
                 self._visit(value.__name__ if hasattr(value, "__name__") else "partial", value)
             elif not is_leaf(value):
@@ -94,6 +96,10 @@ class Surroundings:
             pass
 
     # ---- what there is -------------------------------------------------------------------------------------
+
+    def _attributes(self, module: nn.Module) -> list[Any]:
+        own = vars(module).items()
+        return [value for key, value in own if module is not self.outer or key not in CALL_HOOKS]
 
     def _visit(self, name: str, root: Any) -> None:
         """Note what can be seen from a value; entries that code has to name wait in `_objects`."""

@@ -27,6 +27,7 @@ from rmtcompile.binding.objects import (
     ATOMS,
     DELETED,
     SETS,
+    Opaque,
     Path,
     Step,
     base_of,
@@ -40,11 +41,10 @@ from rmtcompile.binding.objects import (
     is_sealed,
     parts,
 )
-from rmtcompile.binding.state import Snapshot
+from rmtcompile.binding.state import CALL_HOOKS, Snapshot
 from rmtcompile.binding.surroundings import Slot, Surroundings
 from rmtcompile.errors import CaptureError
 
-_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
@@ -90,6 +90,7 @@ class ModuleGuard:
         self._children: list[tuple[dict[str, Any], tuple[Any, ...], str]] = []
         self._hooks = [(getattr(nn.modules.module, key), "all modules") for key in _GLOBAL_HOOKS]
         self._changed, self._kept = changed, kept
+        self._outer = around.outer if around is not None else None
         self._copies = {id(holder): copy for holder, copy in snapshot.holders()}
         self._shared = list(snapshot.shared())
         if around is not None:
@@ -128,7 +129,10 @@ class ModuleGuard:
         self._closed.append((module._modules, f"submodules of {label}"))
         if isinstance(module._modules, dict):  # those of a ScriptModule are fixed
             self._children.append((module._modules, tuple(module._modules.values()), label))
-        self._hooks += [(module.__dict__[key], label) for key in _CALL_HOOKS if key in module.__dict__]
+        stand_ins = [child for child in module._modules.values() if isinstance(child, Opaque)]
+        own = () if module is self._outer else (module,)
+        for called in (*own, *stand_ins):  # a stand-in has hooks of its own
+            self._hooks += [(called.__dict__[key], label) for key in CALL_HOOKS if key in called.__dict__]
 
     def _reach(self, slot: Slot, reached: set[int]) -> None:
         """Watch one entry, and all that is behind it."""

@@ -28,6 +28,7 @@ from rmtcompile.binding.state import Contents, Snapshot, roots_of
 from rmtcompile.binding.surroundings import Surroundings
 from rmtcompile.errors import InternalError, UnsupportedError, VerificationError
 from rmtcompile.frontend.blame import OURS, model_error, raised_at
+from rmtcompile.frontend.tracing import as_written
 
 # Said as they are: they tell of the machine, or were made of warnings by the user's filters.
 _PASSED = (UnsupportedError, VerificationError, torch.OutOfMemoryError, torch.AcceleratorError, Warning)
@@ -60,7 +61,7 @@ def explained(
             raise _internal(error) from error
         if running:
             raise own from None
-        raise model_error(own) from own
+        raise model_error(own) from None
 
 
 def _own_error(fn: Callable[..., Any], args: Any, kwargs: Any) -> Exception | None:
@@ -72,7 +73,7 @@ def _own_error(fn: Callable[..., Any], args: Any, kwargs: Any) -> Exception | No
     snapshot = Snapshot(roots_of(fn))
     contents, around = Contents(snapshot), Surroundings(fn)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), as_written():
             fn(*args, **kwargs)
     except Exception as error:
         return error

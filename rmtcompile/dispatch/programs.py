@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,13 @@ from rmtcompile.dispatch.entries import Entry, is_current
 from rmtcompile.dispatch.families import Families
 from rmtcompile.dispatch.lengths import Lengthening
 from rmtcompile.dispatch.verify import difference, tensors_of
-from rmtcompile.errors import RecaptureWarning, SequentialScheduleWarning, UnsupportedError, warn
+from rmtcompile.errors import (
+    IgnoredWarning,
+    RecaptureWarning,
+    SequentialScheduleWarning,
+    UnsupportedError,
+    warn,
+)
 from rmtcompile.frontend.probe import probe
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.options import Options
@@ -61,6 +67,7 @@ class Programs:
         self._entries: OrderedDict[Any, list[Entry]] = OrderedDict()
         self._families = Families(self._compile, self._execute, self._compare)
         self._ready: dict[tuple[Any, int], Entry] = {}  # what ran the last call of a key and length
+        self._ignored: set[str] = set()
         self._changes = 0  # captures in a row for states of the model that were new
         self._lengths = Lengthening(self)
 
@@ -245,6 +252,7 @@ class Programs:
             options = replace(options, min_segments_captured=fewest, max_segments_captured=longest)
         compiled = compile_forward(self.model, args, kwargs, segmentation, options, self.progress, only)
         self.captures += 1
+        self._say_ignored(compiled.capture.ignored)
         n_layers, offsets = compiled.program.n_layers, compiled.program.offsets
         blocked = blocking(offsets, n_layers)
         if blocked and self.options.plan != "sequential":
@@ -261,6 +269,13 @@ class Programs:
             warn(message, SequentialScheduleWarning)
         return compiled
 
+    def _say_ignored(self, what: Iterable[str]) -> None:
+        """Warn once of each thing that is switched on and has no effect."""
+        for text in what:
+            if text not in self._ignored:
+                self._ignored.add(text)
+                warn(f"without effect in the program: {text}", IgnoredWarning)
+
     def _execute(self, compiled: Compiled, segmentation: Segmentation, like: Executor | None) -> Executor:
         options = self.options
         return executor_for(
@@ -276,7 +291,9 @@ def _faked(args: Any, kwargs: Any) -> Any:
     """The arguments without the memory of their tensors."""
 
     def fake(value: Any) -> Any:
-        return torch.empty_like(value) if isinstance(value, torch.Tensor) else value
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         return pytree.tree_map(fake, (args, kwargs))

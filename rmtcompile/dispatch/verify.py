@@ -32,6 +32,7 @@ from rmtcompile.compiler.unrolling import capture_at
 from rmtcompile.dispatch.leaving import left_values, written_tensors
 from rmtcompile.dispatch.means import without_draws
 from rmtcompile.errors import InternalError, UnsupportedError
+from rmtcompile.frontend.tracing import as_written
 from rmtcompile.ir.modes import autocast_as
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.options import Options
@@ -81,7 +82,7 @@ def difference(
     inputs = tensors_of(args, kwargs)
     effects = [e for e, _ in compiled.effects]
     written = written_tensors(compiled, inputs)
-    with without_draws(compiled, executor), _put_back(fn, written):
+    with without_draws(compiled, executor), _put_back(fn, written), as_written():
         expected = fn(*args, **kwargs)
         left = [flat(effect.change.now()) for effect in effects if effect.change is not None]
         contents = [tensor.detach().clone() for tensor in written]
@@ -216,7 +217,7 @@ def first_difference(
         return [f"what the program computes before it stops agrees; it stops with {stopped}"]
     leaves, spec = captured.result
     flat = [outputs[leaf.index] if isinstance(leaf, Out) else leaf for leaf in leaves]
-    with without_draws(compiled, executor), _put_back(fn, written_tensors(compiled, inputs)):
+    with without_draws(compiled, executor), _put_back(fn, written_tensors(compiled, inputs)), as_written():
         again = compare(fn(*args, **kwargs), pytree.tree_unflatten(flat, spec), "the result")
     if again:
         return ["all cells give what was captured: the capture itself differs from the model", again]

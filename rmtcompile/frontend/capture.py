@@ -30,15 +30,23 @@ from torch.utils import _pytree as pytree
 from rmtcompile.binding.captured import Call, Capture, Effect, Leaf, Out
 from rmtcompile.binding.guard import ReadTracker
 from rmtcompile.binding.kinds import held_oddly, is_plain, kind_name
-from rmtcompile.binding.objects import contains_tensor
-from rmtcompile.binding.state import Contents, Held, Snapshot, roots_of
+from rmtcompile.binding.objects import Opaque, contains_tensor
+from rmtcompile.binding.state import Contents, Held, Snapshot, hooked_around, roots_of
 from rmtcompile.binding.surroundings import Surroundings
 from rmtcompile.binding.trees import Flattener, Kept
 from rmtcompile.binding.watch import ModuleGuard
 from rmtcompile.errors import CaptureError
 from rmtcompile.frontend.blame import refusal, user_places
 from rmtcompile.frontend.known import NUMBERS, Known, Reads
-from rmtcompile.frontend.tracing import SharedData, refused_draws, refused_functions, uncompiled_callables
+from rmtcompile.frontend.tracing import (
+    SharedData,
+    as_written,
+    fake_like,
+    refused_draws,
+    refused_functions,
+    saved_in_their_way,
+    uncompiled_callables,
+)
 from rmtcompile.ir.modes import autocast_state, lazy_code, uncached_autocast
 from rmtcompile.passes.flat.attention import attention
 from rmtcompile.passes.flat.autocast import explicit_autocast
@@ -63,6 +71,8 @@ class _Recorder:
         self.unseen: set[tuple[int, str]] = set()  # what such modules may have read
 
     def enter(self, module: nn.Module, _: Any) -> None:
+        if isinstance(module, Opaque):  # it calls a module that it stands for
+            return
         if id(module) not in self.names:  # reached by a way that `roots_of` does not see
             name = f"module{len(self.roots)}"
             self.roots[name] = module
@@ -159,7 +169,7 @@ def _captured(
     for name, root in roots.items():
         for path, child in root.named_modules(remove_duplicate=False):
             names.setdefault(id(child), f"{name}.{path}" if name and path else name or path)
-    _refuse_backward_hooks(roots)
+    _refuse_backward_hooks(fn, roots)
     snapshot = Snapshot(roots)
     recorder = _Recorder(names, snapshot, whole)
     flat, in_spec = pytree.tree_flatten((args, kwargs))
@@ -181,10 +191,11 @@ def _captured(
         return outputs
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = [_fake(mode, flat[i]) for i in positions]
+    fakes = [fake_like(mode, flat[i]) for i in positions]
     trace = proxy_tensor.make_fx(traced, tracing_mode="fake", pre_dispatch=whole, _allow_non_fake_inputs=True)
     grad = torch.is_grad_enabled()
     tracker, known = ReadTracker(), Known()
+    checkpoints: list[str] = []
     contents, around, shared = Contents(snapshot), Surroundings(fn, roots), SharedData()
     try:
         with (
@@ -197,9 +208,11 @@ def _captured(
             Reads(known),
             known,
             lazy_code(),
+            as_written(),
             uncompiled_callables(),
-            refused_functions() as checkpoints,
+            refused_functions(checkpoints),
             refused_draws(),
+            saved_in_their_way(checkpoints) as ignored,
         ):
             module = trace(*fakes)
         shared.refuse_swallowed()
@@ -209,7 +222,7 @@ def _captured(
     except Exception as error:
         if whole and recorder.transforms:
             raise _BelowError from error
-        raise refusal(error, held_oddly(fn)) from error
+        raise refusal(error, held_oddly(fn)) from None  # its trace is that of fake tensors
     finally:
         snapshot.restore()
         known.restore()
@@ -243,19 +256,12 @@ def _captured(
     module = explicit_autocast(module)
     read = [_leaf(tensor, f"read{i}", owners) for i, tensor in enumerate(known.read)]
     return Capture(
-        module,
-        leaves,
-        recorder.calls,
-        produced["result"],
-        produced["effects"],
-        roots,
-        guard,
-        read,
-        checkpoints[0] if checkpoints else "",
-    )
+        module, leaves, recorder.calls, produced["result"], produced["effects"], roots, guard, read,
+        checkpoints[0] if checkpoints else "", tuple(ignored),
+    )  # fmt: skip
 
 
-def _refuse_backward_hooks(roots: dict[str, nn.Module]) -> None:
+def _refuse_backward_hooks(fn: Callable[..., Any], roots: dict[str, nn.Module]) -> None:
     """A compiled program has no modules around which such hooks could run."""
     if not torch.is_grad_enabled():
         return
@@ -263,7 +269,7 @@ def _refuse_backward_hooks(roots: dict[str, nn.Module]) -> None:
         f"{name}.{path}".strip(".") or type(module).__name__
         for name, root in roots.items()
         for path, module in root.named_modules()
-        if module._backward_hooks or module._backward_pre_hooks
+        if (module._backward_hooks or module._backward_pre_hooks) and module is not hooked_around(fn)
     ]
     if hooked:
         raise CaptureError(
@@ -271,15 +277,6 @@ def _refuse_backward_hooks(roots: dict[str, nn.Module]) -> None:
             hooked,
             "remove them, or put hooks on parameters (`parameter.register_hook`), which do run",
         )
-
-
-def _fake(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
-    if isinstance(value, FakeTensor):
-        with mode:
-            fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    else:
-        fake = mode.from_tensor(value.detach(), static_shapes=True)
-    return fake.requires_grad_() if value.requires_grad else fake
 
 
 def _refuse_objects(values: list[Any]) -> None:

@@ -48,7 +48,7 @@ from rmtcompile.frontend.outline_arguments import (
     known_of,
     literal,
 )
-from rmtcompile.frontend.tracing import SharedData, refused_functions
+from rmtcompile.frontend.tracing import SharedData, as_written, refused_functions
 from rmtcompile.ir.modes import uncached_autocast
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]
@@ -119,7 +119,8 @@ class Outliner:
                 torch.inference_mode(False),
                 torch.set_grad_enabled(grad),
                 uncached_autocast(),
-                refused_functions(),
+                as_written(),
+                refused_functions([]),
                 _quiet(),
                 self.mode,
                 SharedData(),

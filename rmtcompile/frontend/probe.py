@@ -24,7 +24,7 @@ from rmtcompile.binding.surroundings import Surroundings
 from rmtcompile.errors import PartitionError, UnsupportedError
 from rmtcompile.frontend.blame import refusal
 from rmtcompile.frontend.known import Known, Reads
-from rmtcompile.frontend.tracing import SharedData, uncompiled_callables
+from rmtcompile.frontend.tracing import SharedData, as_written, uncompiled_callables
 from rmtcompile.ir.modes import uncached_autocast
 from rmtcompile.ir.segmentation import Axis, Segmentation
 
@@ -176,7 +176,7 @@ def probe(
         operations = views.operations if failure is None else 0
         grown = _longer(grown, *candidates[0], 4)
     if first is not None:
-        raise refusal(first, held_oddly(fn)) from first
+        raise refusal(first, held_oddly(fn)) from None
     raise PartitionError(
         "the forward does not cut any of its inputs into segments",
         [f"input {i}: shape {tuple(shape)}" for i, shape in enumerate(shapes)],
@@ -234,6 +234,7 @@ def _attempt(
         with (
             torch.no_grad(),
             uncached_autocast(),
+            as_written(),
             uncompiled_callables(),
             SharedData(),
             Reads(known),

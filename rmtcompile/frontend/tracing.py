@@ -8,9 +8,9 @@ import random
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,12 +19,17 @@ from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
     UnsupportedOperatorException,
 )
 from torch.overrides import TorchFunctionMode
 
 from rmtcompile.errors import CaptureError
 from rmtcompile.frontend.blame import is_ours, user_source
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_dynamo: Any = torch._C._dynamo.eval_frame
 
 
 @contextmanager
@@ -38,6 +43,41 @@ def uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+class _Here(threading.local):
+    as_written = 0
+
+
+_here = _Here()
+
+
+def is_as_written() -> bool:
+    """Whether models run as they were written in this thread, without programs of theirs."""
+    return _here.as_written > 0
+
+
+def uncompiled(fn: _F) -> _F:
+    """Marks a function that `torch.compile` around it runs as it is, with all that it calls. Dynamo, whose
+    import takes seconds, reads these marks once it is there."""
+    skip = _dynamo._FrameAction.SKIP
+    _dynamo.set_code_exec_strategy(fn.__code__, _dynamo._FrameExecStrategy(skip, skip))
+    vars(fn)["_torchdynamo_disable"] = True
+    vars(fn)["_torchdynamo_disable_msg"] = (
+        "a program of rmtcompile runs as it is: compile what is around it, export fast.model"
+    )
+    return fn
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Parts of a model of which `optimize` has made something run as they were written: while the model is
+    traced, and where a program of it is compared with it."""
+    _here.as_written += 1
+    try:
+        yield
+    finally:
+        _here.as_written -= 1
 
 
 @contextmanager
@@ -103,16 +143,43 @@ class SharedData(TorchFunctionMode):
 
 
 @contextmanager
-def refused_functions() -> Iterator[list[str]]:
+def saved_in_their_way(checkpoints: list[str]) -> Iterator[dict[str, None]]:
+    """Notes, in this thread, where the forward keeps what gradients need in a way of its own (`save_on_cpu`):
+    a program keeps it as any forward does.
+
+    Args:
+        checkpoints: gets where the forward asks that backward computes a part again, as "file:line".
+    """
+    hooks: Any = torch.autograd.graph.saved_tensors_hooks
+    enter, thread = hooks.__enter__, threading.get_ident()
+    found: dict[str, None] = {}
+
+    def noted(self: Any) -> Any:
+        if torch.is_grad_enabled() and threading.get_ident() == thread:
+            place = user_source(sys._getframe(1))
+            if type(self).__module__ == "torch.utils.checkpoint":
+                checkpoints.append(place)
+            else:
+                found[f"{type(self).__name__}, at {place}"] = None
+        return enter(self)
+
+    hooks.__enter__ = noted
+    try:
+        yield found
+    finally:
+        hooks.__enter__ = enter
+
+
+@contextmanager
+def refused_functions(checkpoints: list[str]) -> Iterator[None]:
     """Refuses, in this thread, custom autograd Functions where gradients are recorded: what is traced are the
     operations of their forward, and their backward would be lost. Checkpoints are run as if they were none.
 
-    Yields:
-        Where the forward asks for checkpoints, as "file:line", filled while it runs.
+    Args:
+        checkpoints: gets where the forward asks for reentrant ones, as "file:line".
     """
     apply: Any = torch.autograd.Function.__dict__["apply"]
     thread = threading.get_ident()
-    checkpoints: list[str] = []
 
     def checked(cls: Any, *args: Any, **kwargs: Any) -> Any:
         is_mine = torch.is_grad_enabled() and threading.get_ident() == thread
@@ -130,21 +197,11 @@ def refused_functions() -> Iterator[list[str]]:
             )
         return apply.__func__(cls, *args, **kwargs)
 
-    module: Any = torch.utils.checkpoint
-    around = module._checkpoint_without_reentrant_generator
-
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and threading.get_ident() == thread:
-            checkpoints.append(user_source(sys._getframe(1)))
-        return around(*args, **kwargs)
-
     torch.autograd.Function.apply = classmethod(checked)  # type: ignore[assignment, method-assign]
-    module._checkpoint_without_reentrant_generator = noted
     try:
-        yield checkpoints
+        yield
     finally:
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
-        module._checkpoint_without_reentrant_generator = around
 
 
 _DRAWS = {
@@ -187,3 +244,13 @@ def refused_draws() -> Iterator[None]:
     finally:
         for module, name, draw in kept:
             setattr(module, name, draw)
+
+
+def fake_like(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of the same kind, which requires gradients as the given one does."""
+    if isinstance(value, FakeTensor):
+        with mode:
+            fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    else:
+        fake = mode.from_tensor(value.detach(), static_shapes=True)
+    return fake.requires_grad_() if value.requires_grad else fake

@@ -19,6 +19,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -230,6 +231,19 @@ class ARMT(nn.Module):
             out = self.memory_cell(embed(input_ids[:, closed:]), write=False)
             input_ids = torch.cat([input_ids, out.logits[:, -1:].argmax(-1)], dim=1)
         return input_ids
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the model to a folder; see `rmtcompile.models.save`."""
+        from .checkpoint import save
+
+        save(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> ARMT:
+        """The model that `save_pretrained` wrote; see `rmtcompile.models.load`."""
+        from .checkpoint import load
+
+        return load(folder, **options)
 
     @staticmethod
     def _join(outputs: list[ARMTOutput], labels: Tensor | None) -> ARMTOutput:

@@ -16,7 +16,7 @@ EPSILON = 1e-5
 """Added to each denominator z @ phi."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ARMTConfig:
     """What makes a decoder an ARMT.
 
@@ -28,9 +28,11 @@ class ARMTConfig:
         correction: whether gamma keeps the normaliser from counting again what the memory knows.
         layers: path of the decoder's `nn.ModuleList` of layers, e.g. "model.layers"; None for the longest
             one.
+        use_cache: always off; training loops of Hugging Face switch it off.
 
     Raises:
         ValueError: a size is below one, or `n_heads` does not divide `d_mem`.
+        AttributeError: one of these is set to another value, which the model would not follow.
     """
 
     segment_size: int
@@ -39,6 +41,14 @@ class ARMTConfig:
     n_heads: int = 1
     correction: bool = True
     layers: str | None = None
+    use_cache = False  # no field: it is not saved
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        fixed = vars(self) if name in self.__dataclass_fields__ else {"use_cache": False}
+        if name not in fixed:
+            super().__setattr__(name, value)
+        elif value != fixed[name]:
+            raise AttributeError(f"{name} is {fixed[name]!r} for as long as the model is there")
 
     def __post_init__(self) -> None:
         for name in ("segment_size", "num_mem_tokens", "d_mem", "n_heads"):
@@ -110,6 +120,13 @@ class AssociativeLayer(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("layer"), name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles get: the memory's values, without their history of gradients."""
+        state = dict(vars(self))
+        for name in ("association", "normaliser"):
+            state[name] = None if state[name] is None else state[name].detach()
+        return state
 
     def reset(self) -> None:
         """Forgets everything: the next segment is the first."""
