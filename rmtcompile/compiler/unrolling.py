@@ -27,9 +27,11 @@ from rmtcompile.passes.flat.pieces import pieces
 from rmtcompile.passes.flat.spread import spread
 from rmtcompile.passes.flat.store_forwarding import forward_stores
 from rmtcompile.passes.flat.stream import stream
+from rmtcompile.passes.flat.strip_mine import Cuts, strip_mine
 from rmtcompile.passes.flat.tiles import tiles
 from rmtcompile.passes.flat.value_numbering import is_random, number_values
-from rmtcompile.passes.grid.partition import partition
+from rmtcompile.passes.grid.layer_major import cells_by_segment, layer_major
+from rmtcompile.passes.grid.partition import Layers, partition
 from rmtcompile.passes.grid.repeats import inside_layers, layers_of
 from rmtcompile.passes.grid.reroll import Unrolled, unroll
 
@@ -73,7 +75,7 @@ def unrolled_forward(
     with log.stage(f"capture, {count} segments") as box:
         captured = capture(fn, args, kwargs)
         box.append(captured.module)
-    return _placed(captured, count, options, log)
+    return _placed(captured, count, options, log, segmentation)
 
 
 @dataclass
@@ -84,12 +86,14 @@ class Flat:
         captured: its module is the graph; each pass replaces it.
         count: segments.
         layers: the user's path of the layers, if there is one.
+        cuts: where inputs are cut, by placeholder.
         written: ("leaf" | "input", name) of each tensor that the forward writes in place.
     """
 
     captured: Capture
     count: int
     layers: str | None
+    cuts: Cuts
     written: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -98,8 +102,15 @@ class Flat:
         return self.captured.module
 
     @cached_property
+    def outer(self) -> Layers | None:
+        """The layers, where each is called once and walks the segments itself."""
+        return layer_major(self.captured.graph, self.captured.calls, self.count, self.layers)
+
+    @cached_property
     def inside(self) -> Callable[[fx.Node], bool]:
         """Whether an operation lies inside a layer."""
+        if (outer := self.outer) is not None:
+            return lambda node: any(call in outer.cell_of_call for call in node.meta.get("scope", ()))
         return inside_layers(self.captured.graph, self.captured.calls, self.count, self.layers)
 
 
@@ -114,6 +125,11 @@ def _functional(flat: Flat) -> fx.GraphModule:
     return captured.module
 
 
+def _mined(flat: Flat) -> fx.GraphModule:
+    """What is computed of the whole input taken apart, where layers walk the segments themselves."""
+    return flat.module if flat.outer is None else strip_mine(flat.module, flat.cuts, flat.count)
+
+
 def _alive(flat: Flat) -> fx.GraphModule:
     """Nothing that nobody reads."""
     flat.module.graph.eliminate_dead_code()
@@ -123,6 +139,7 @@ def _alive(flat: Flat) -> fx.GraphModule:
 PASSES: tuple[tuple[str, Callable[[Flat], fx.GraphModule]], ...] = (
     ("functionalise", _functional),
     ("forward", lambda flat: forward_stores(flat.module)),
+    ("strip-mine", _mined),
     ("stream, spread", lambda flat: spread(stream(flat.module, flat.inside), flat.inside)),
     ("decompose", lambda flat: decompose(flat.module)),
     ("number", lambda flat: number_values(flat.module, flat.inside)),
@@ -134,11 +151,13 @@ PASSES: tuple[tuple[str, Callable[[Flat], fx.GraphModule]], ...] = (
 
 @autocast_as()
 def _placed(
-    captured: Capture, count: int, options: Options, log: Log
+    captured: Capture, count: int, options: Options, log: Log, segmentation: Segmentation
 ) -> tuple[Capture, Unrolled, tuple[str, ...], tuple[tuple[str, str], ...]]:
     """See `unrolled_forward`: from the capture on."""
     _refuse_random(captured)
-    flat = Flat(captured, count, options.layers)
+    inputs = [str(node.target) for node in captured.graph.nodes if node.op == "placeholder"]
+    cuts = {inputs[axis.leaf]: (axis.dim, axis.length) for axis in reversed(segmentation.axes)}
+    flat = Flat(captured, count, options.layers, cuts)
     for name, run in PASSES:
         with log.stage(name, captured.module) as box:
             captured.module = run(flat)
@@ -147,7 +166,10 @@ def _placed(
             check_flat(captured.graph, name, captured.leaves, functional=True)
     with log.stage("partition"):
         graph = captured.module.graph
-        layers = layers_of(graph, captured.calls, count, options.layers)
+        if flat.outer is None:
+            layers = layers_of(graph, captured.calls, count, options.layers)
+        else:
+            layers = cells_by_segment(graph, flat.outer, cuts, count)
         parts = partition(graph, layers, count)
         unrolled = unroll(graph, parts, {target: leaf.name for target, leaf in captured.leaves.items()})
     return captured, unrolled, layers.paths, flat.written

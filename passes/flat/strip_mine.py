@@ -1,0 +1,276 @@
+"""strip_mine: what a layer-major forward computes of the whole input at once is computed segment by segment.
+
+    h  = linear(x, W)                            x0 = slice(x, 1, 0, 8)        x1 = slice(x, 1, 8, 16)
+    h0 = slice(h, 1, 0, 8)                 =>    h0 = linear(x0, W)            h1 = linear(x1, W)
+    h1 = slice(h, 1, 8, 16)                      y0 = add(x0, read(h0, m0))    y1 = add(x1, read(h1, m1))
+    y  = add(x, cat([read(h0, m0), ...], 1))     y  = cat([y0, y1], 1)
+
+The loop over segments lies inside of each layer there; between these loops stand operations on all segments.
+From the input on, in order, each value along which the segments lie is kept as the join of its segments'
+pieces, and an operation that treats each position by itself (`row_wise`) is applied to the pieces.  Loads of
+a join are the pieces themselves, so what is left is the graph of the same forward written segment by segment.
+
+requires: a functional graph whose loads are forwarded, and along which dimension its inputs are cut.
+ensures:  the same values up to the rounding of kernels that run on other sizes.  Where pieces end changes how
+          much runs in parallel, never a value; what needs several segments at once stays as it is.
+Reference: strip mining and loop distribution, before loops are interchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import fx
+
+from rmtcompile.passes.flat.functionalise import bind, overload_name
+from rmtcompile.passes.flat.store_forwarding.joins import parts_of
+from rmtcompile.passes.flat.store_forwarding.nodes import as_load, is_reshape, is_static_tensor, shape_of
+from rmtcompile.passes.flat.store_forwarding.ranges import Range
+from rmtcompile.passes.flat.store_forwarding.rewrite import Forwarder, deep_recursion
+from rmtcompile.passes.flat.store_forwarding.stores import store_of
+from rmtcompile.passes.flat.stream import Streamer, passed_on
+
+aten = torch.ops.aten
+Cuts = Mapping[str, tuple[int, int]]
+"""By placeholder: the dimension along which segments lie, and the length of one."""
+
+_PADS = ("pad", "constant_pad_nd")
+_SCATTERS = ("slice_scatter", "select_scatter")
+
+
+def strip_mine(gm: fx.GraphModule, cuts: Cuts, count: int) -> fx.GraphModule:
+    """Apply row-wise operations to the pieces of segments; see the module docstring.
+
+    Args:
+        cuts: where inputs are cut.
+        count: segments.
+    """
+    with deep_recursion():
+        return _StripMiner(gm, cuts, count).run()
+
+
+class Segments:
+    """The last segment that each node depends on; -1 where it depends on none."""
+
+    def __init__(self, cuts: Cuts, count: int) -> None:
+        self.cuts, self.count = cuts, count
+        self.known: dict[fx.Node, int] = {}
+
+    def of(self, node: fx.Node) -> int:
+        """The last segment whose input a node reads, in the end."""
+        if node not in self.known:
+            self.known[node] = self._of(node)
+        return self.known[node]
+
+    def _of(self, node: fx.Node) -> int:
+        if node.op == "placeholder":
+            return self.count - 1 if node.target in self.cuts else -1
+        view = as_load(node)
+        if view is not None and view.source.op == "placeholder" and view.source.target in self.cuts:
+            dim, length = self.cuts[str(view.source.target)]
+            if view.dim == dim:
+                return min(view.range.at(view.range.n - 1) // length, self.count - 1)
+        return max((self.of(operand) for operand in node.all_input_nodes), default=-1)
+
+
+class _StripMiner(Streamer):
+    """Walks the graph from the inputs on, and keeps values as joins of their segments' pieces."""
+
+    def __init__(self, gm: fx.GraphModule, cuts: Cuts, count: int) -> None:
+        super().__init__(gm, lambda node: False)
+        self.count = count
+        self.segments = Segments(cuts, count)
+        self.strips: dict[fx.Node, tuple[int, tuple[int, ...]] | None] = {}
+        self.usual: dict[int, tuple[int, ...]] = {}  # pieces of the inputs, by the length of all
+        self.is_forced = False
+
+    def run(self) -> fx.GraphModule:
+        joined = []
+        for node in [n for n in self.graph.nodes if n.op == "placeholder"]:
+            if node.target in self.segments.cuts and self.count > 1 and is_static_tensor(node):
+                joined.append((node, self._join_input(node, *self.segments.cuts[str(node.target)])))
+        super().run()
+        for placeholder, whole in joined:
+            whole.replace_all_uses_with(placeholder)
+        self.graph.eliminate_dead_code()
+        self.gm.graph = self.graph
+        return self.gm
+
+    def _join_input(self, placeholder: fx.Node, dim: int, length: int) -> fx.Node:
+        """The input as the join of its segments; a slice ends where the segment would if it were whole."""
+        after = next(n for n in self.graph.nodes if n.op != "placeholder")
+        users, self.here = list(placeholder.users), after
+        pieces = []
+        for s in range(self.count):
+            pieces.append(self.emit(aten.slice.Tensor, placeholder, dim, s * length, (s + 1) * length))
+        whole = self.emit(aten.cat.default, pieces, dim)
+        for node in (*pieces, whole):
+            node.meta.update(scope=(), site=(), source="the input", context=after.meta.get("context", ()))
+        for user in users:
+            user.replace_input_with(placeholder, whole)
+        sizes = tuple(shape_of(piece)[dim] for piece in pieces)
+        self.strips[whole] = dim, sizes
+        self.usual[shape_of(placeholder)[dim]] = sizes
+        return whole
+
+    def _visit(self, node: fx.Node) -> None:
+        view = as_load(node)
+        if view is not None:
+            self.asked = (view.range, shape_of(view.source)[view.dim], 0)
+        Forwarder._visit(self, node)
+        if not node.users:
+            return
+        if overload_name(node) in _SCATTERS:
+            self._join_stores(node)
+        elif overload_name(node) not in ("cat", "stack"):
+            self._mine(node)
+
+    def take(self, x: fx.Node, d: int, r: Range) -> fx.Node:
+        return Forwarder.take(self, x, d, r)
+
+    def _only_loaded(self, x: fx.Node, d: int) -> bool:
+        """Whether a load may go up through an operation: where pieces are made, and of what no segment
+        changes. A cell's own loads (token by token) stay."""
+        return self.is_forced or (self.segments.of(x) < 0 and super()._only_loaded(x, d))
+
+    # ---- pieces --------------------------------------------------------------------------------------------
+
+    def strips_of(self, x: fx.Node) -> tuple[int, tuple[int, ...]] | None:
+        """Along which dimension the segments lie in a join, and how long the pieces of each are."""
+        if x not in self.strips:
+            name = overload_name(x)
+            known = parts_of(x) if name in ("cat", "stack") and is_static_tensor(x) else None
+            sizes = None if known is None else self._grouped(self._flat_parts(known, name == "stack"))
+            self.strips[x] = None if known is None or sizes is None else (known[1], sizes)
+        return self.strips[x]
+
+    def _flat_parts(self, known: tuple[list[fx.Node], int], is_stack: bool) -> list[tuple[int, int]]:
+        """(size, segment) of the parts of a join; a part that is the join of segments itself counts as its
+        pieces."""
+        parts, at = known
+        found = []
+        for part in parts:
+            inner = None if is_stack else self.strips_of(part)
+            if inner is not None and inner[0] == at:
+                found += [(size, s) for s, size in enumerate(inner[1])]
+            else:
+                found.append((1 if is_stack else shape_of(part)[at], self.segments.of(part)))
+        return found
+
+    def _grouped(self, parts: list[tuple[int, int]]) -> tuple[int, ...] | None:
+        """The parts of a join put together by segment: as many for each, or what no segment changes with the
+        segment before it. None where they are not those of all segments in order."""
+        each, rest = divmod(len(parts), self.count)
+        if not rest and each:
+            groups = [parts[s * each : (s + 1) * each] for s in range(self.count)]
+            if all(max(s for _, s in group) == k for k, group in enumerate(groups)):
+                return tuple(sum(size for size, _ in group) for group in groups)
+        sizes, now = [0] * self.count, 0
+        for size, s in parts:
+            if s > now + 1 or 0 <= s < now:
+                return None
+            now = max(s, now)
+            sizes[now] += size
+        if now != self.count - 1:
+            return None
+        return self.usual.get(sum(sizes), tuple(sizes))
+
+    def _mine(self, node: fx.Node) -> None:
+        """Apply an operation to the pieces of its operands."""
+        operands = {n: s for n in node.all_input_nodes if is_static_tensor(n) and (s := self.strips_of(n))}
+        found = [set(self._places(node, operand, *strips)) for operand, strips in operands.items()]
+        places = sorted(set.intersection(*found)) if found else []
+        if not places:  # operands that are cut in other places: as the first of them
+            places = sorted(set().union(*found), key=lambda place: len(set(place[1])))
+        for d, sizes in places:
+            pieces = self._pieces(node, d, sizes)
+            if pieces is not None:
+                whole = self.join(aten.cat.default, pieces, d)
+                self.strips[whole] = d, sizes
+                self._replace(node, whole)
+                return
+
+    def _pieces(self, node: fx.Node, d: int, sizes: tuple[int, ...]) -> list[fx.Node] | None:
+        """A node's pieces along `d`, if each can be computed without the node."""
+        before, self.is_forced = self.is_forced, True
+        try:
+            pieces = []
+            for lo, size in zip(accumulate(sizes, initial=0), sizes, strict=False):
+                piece = self._padded(node, d, lo, size) or self.try_load(node, d, Range(lo, size))
+                if piece is None:
+                    return None
+                pieces.append(piece)
+            return pieces
+        finally:
+            self.is_forced = before
+
+    def _places(
+        self, node: fx.Node, operand: fx.Node, d: int, sizes: tuple[int, ...]
+    ) -> list[tuple[int, tuple[int, ...]]]:
+        """The dimensions of a node along which its pieces are made of pieces of the operand, with their
+        sizes."""
+        if not is_static_tensor(node):
+            return []
+        if overload_name(node) in _PADS:
+            return [(d, self._pads(node, d, sizes))]
+        total, found = sum(sizes), []
+        for at in passed_on(node, operand, d):
+            length = shape_of(node)[at]
+            scaled = [size * length for size in sizes]
+            if length == total or (is_reshape(node) and not any(n % total for n in scaled)):
+                found.append((at, tuple(n // total for n in scaled)))
+        return found
+
+    # ---- padding and buffers -------------------------------------------------------------------------------
+
+    def _pads(self, node: fx.Node, d: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """The sizes of pieces whose first and last one are padded."""
+        left, right = _pads_along(node, d)
+        return (sizes[0] + left, *sizes[1:-1], sizes[-1] + right)
+
+    def _padded(self, node: fx.Node, d: int, lo: int, size: int) -> fx.Node | None:
+        """The piece of a padded value: that of the operand, with its share of the padding."""
+        if overload_name(node) not in _PADS or bind(node).get("mode", "constant") != "constant":
+            return None
+        bound, at = bind(node), 2 * (len(shape_of(node)) - 1 - d)
+        (left, right), n = _pads_along(node, d), shape_of(bound["self"])[d]
+        if min(left, right) < 0 or (left, right) == (0, 0):
+            return None
+        first, last = max(lo - left, 0), min(lo - left + size, n)
+        if first >= last:
+            return None
+        pads = list(bound["pad"])
+        pads[at : at + 2] = max(left - lo, 0), max(lo - left + size - n, 0)
+        piece = self.load(bound["self"], d, Range(first, last - first))
+        return self.emit(node.target, piece, pads, *node.args[2:], **node.kwargs) if any(pads) else piece
+
+    def _join_stores(self, node: fx.Node) -> None:
+        """A buffer into which every segment was written is the join of what was written."""
+        if any(overload_name(user) in _SCATTERS and user.args[0] is node for user in node.users):
+            return
+        stores: list[tuple[Range, fx.Node]] = []
+        at, below = None, node
+        while overload_name(below) in _SCATTERS and self.is_open(below):
+            store = store_of(below)
+            if store is None or (at is not None and store[2] != at) or store[3].step != 1:
+                break
+            below, at = store[0], store[2]
+            stores.append((store[3], store[1]))
+        stores.sort(key=lambda store: store[0].lo)
+        ends = list(accumulate((r.n for r, _ in stores), initial=0))
+        if at is None or ends[-1] != shape_of(node)[at] or [r.lo for r, _ in stores] != ends[:-1]:
+            return
+        shape = shape_of(node)
+        parts = [self.reshape(src, (*shape[:at], r.n, *shape[at + 1 :])) for r, src in stores]
+        self._replace(node, self.join(aten.cat.default, parts, at))
+
+
+def _pads_along(node: fx.Node, d: int) -> tuple[int, int]:
+    """Elements that a padding adds before and behind a dimension."""
+    pads: list[Any] = list(bind(node)["pad"])
+    at = 2 * (len(shape_of(node)) - 1 - d)
+    left, right = (*pads[at : at + 2], 0, 0)[:2]
+    return left, right
