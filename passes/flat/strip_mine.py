@@ -41,22 +41,22 @@ _PADS = ("pad", "constant_pad_nd")
 _SCATTERS = ("slice_scatter", "select_scatter")
 
 
-def strip_mine(gm: fx.GraphModule, cuts: Cuts, count: int) -> fx.GraphModule:
+def strip_mine(gm: fx.GraphModule, cuts: Cuts, n_segments: int) -> fx.GraphModule:
     """Apply row-wise operations to the pieces of segments; see the module docstring.
 
     Args:
         cuts: where inputs are cut.
-        count: segments.
+        n_segments: segments in this capture.
     """
     with deep_recursion():
-        return _StripMiner(gm, cuts, count).run()
+        return _StripMiner(gm, cuts, n_segments).run()
 
 
 class Segments:
     """The last segment that each node depends on; -1 where it depends on none."""
 
-    def __init__(self, cuts: Cuts, count: int) -> None:
-        self.cuts, self.count = cuts, count
+    def __init__(self, cuts: Cuts, n_segments: int) -> None:
+        self.cuts, self.n_segments = cuts, n_segments
         self.known: dict[fx.Node, int] = {}
 
     def of(self, node: fx.Node) -> int:
@@ -67,22 +67,22 @@ class Segments:
 
     def _of(self, node: fx.Node) -> int:
         if node.op == "placeholder":
-            return self.count - 1 if node.target in self.cuts else -1
+            return self.n_segments - 1 if node.target in self.cuts else -1
         view = as_load(node)
         if view is not None and view.source.op == "placeholder" and view.source.target in self.cuts:
             dim, length = self.cuts[str(view.source.target)]
             if view.dim == dim:
-                return min(view.range.at(view.range.n - 1) // length, self.count - 1)
+                return min(view.range.at(view.range.n - 1) // length, self.n_segments - 1)
         return max((self.of(operand) for operand in node.all_input_nodes), default=-1)
 
 
 class _StripMiner(Streamer):
     """Walks the graph from the inputs on, and keeps values as joins of their segments' pieces."""
 
-    def __init__(self, gm: fx.GraphModule, cuts: Cuts, count: int) -> None:
+    def __init__(self, gm: fx.GraphModule, cuts: Cuts, n_segments: int) -> None:
         super().__init__(gm, lambda node: False)
-        self.count = count
-        self.segments = Segments(cuts, count)
+        self.n_segments = n_segments
+        self.segments = Segments(cuts, n_segments)
         self.strips: dict[fx.Node, tuple[int, tuple[int, ...]] | None] = {}
         self.usual: dict[int, tuple[int, ...]] = {}  # pieces of the inputs, by the length of all
         self.is_forced = False
@@ -90,7 +90,7 @@ class _StripMiner(Streamer):
     def run(self) -> fx.GraphModule:
         joined = []
         for node in [n for n in self.graph.nodes if n.op == "placeholder"]:
-            if node.target in self.segments.cuts and self.count > 1 and is_static_tensor(node):
+            if node.target in self.segments.cuts and self.n_segments > 1 and is_static_tensor(node):
                 joined.append((node, self._join_input(node, *self.segments.cuts[str(node.target)])))
         super().run()
         for placeholder, whole in joined:
@@ -104,7 +104,7 @@ class _StripMiner(Streamer):
         after = next(n for n in self.graph.nodes if n.op != "placeholder")
         users, self.here = list(placeholder.users), after
         pieces = []
-        for s in range(self.count):
+        for s in range(self.n_segments):
             pieces.append(self.emit(aten.slice.Tensor, placeholder, dim, s * length, (s + 1) * length))
         whole = self.emit(aten.cat.default, pieces, dim)
         for node in (*pieces, whole):
@@ -163,18 +163,18 @@ class _StripMiner(Streamer):
     def _grouped(self, parts: list[tuple[int, int]]) -> tuple[int, ...] | None:
         """The parts of a join put together by segment: as many for each, or what no segment changes with the
         segment before it. None where they are not those of all segments in order."""
-        each, rest = divmod(len(parts), self.count)
+        each, rest = divmod(len(parts), self.n_segments)
         if not rest and each:
-            groups = [parts[s * each : (s + 1) * each] for s in range(self.count)]
+            groups = [parts[s * each : (s + 1) * each] for s in range(self.n_segments)]
             if all(max(s for _, s in group) == k for k, group in enumerate(groups)):
                 return tuple(sum(size for size, _ in group) for group in groups)
-        sizes, now = [0] * self.count, 0
+        sizes, now = [0] * self.n_segments, 0
         for size, s in parts:
             if s > now + 1 or 0 <= s < now:
                 return None
             now = max(s, now)
             sizes[now] += size
-        if now != self.count - 1:
+        if now != self.n_segments - 1 or not all(sizes):
             return None
         return self.usual.get(sum(sizes), tuple(sizes))
 

@@ -17,6 +17,7 @@ from torch import fx
 
 from rmtcompile.binding.captured import Call
 from rmtcompile.errors import PartitionError
+from rmtcompile.passes.flat.functionalise import overload_name
 from rmtcompile.passes.flat.strip_mine import Cuts, Segments
 from rmtcompile.passes.grid.partition import Layers, call_sizes, feeding, find_layers
 from rmtcompile.passes.grid.partition.place import cells_of
@@ -83,41 +84,54 @@ def cells_by_segment(graph: fx.Graph, layers: Layers, cuts: Cuts, n_segments: in
             own = {layer for _, layer in cells_of(node, layers)}
             if len(own) == 1:
                 found[node] = segments.of(node), next(iter(own))
-    leaving = _leaving(graph, found)
-    found = {node: cell for node, cell in found.items() if node not in leaving}
-    _check_complete(found, layers, n_segments)
+    whole = _whole(graph, segments, n_segments)
+    found = {node: cell for node, cell in found.items() if node not in whole or whole[node]}
+    _check_complete(found, layers, n_segments, whole)
     return Layers(layers.paths, {}, found)
 
 
-def _leaving(graph: fx.Graph, cells: dict[fx.Node, tuple[int, int]]) -> set[fx.Node]:
-    """Joins of several segments, and what is made of them, that no cell reads: results."""
-    joins: set[fx.Node] = set()
+def _whole(graph: fx.Graph, segments: Segments, n_segments: int) -> dict[fx.Node, bool]:
+    """Joins of the pieces of all segments, and what is made of them; whether any segment's own value is.
+
+    What is made for results alone belongs to no cell. A window over all segments of a short capture is a join
+    like these; what is made of it is a piece of another one.
+    """
+    joins: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        read = {cells[operand][0] for operand in node.all_input_nodes if operand in cells}
-        if len(read) > 2 or (len(read) > 1 and node.all_input_nodes == list(node.args[0])) if _is_join(
-            node
-        ) else not joins.isdisjoint(node.all_input_nodes):
-            joins.add(node)
-    for node in reversed(graph.nodes):
-        if node in joins and not all(user.op == "output" or user in joins for user in node.users):
-            joins.discard(node)
-    return joins
+        if overload_name(node) in ("cat", "stack") and segments.of(node) == n_segments - 1:
+            pieces: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+            if {segments.of(piece) for piece in pieces} >= set(range(n_segments)):
+                joins[node] = pieces
+    whole: dict[fx.Node, bool] = {}
+    for join in reversed(joins):
+        reached, pending = {join}, [join]
+        while pending:
+            for user in pending.pop().users:
+                if user.op != "output" and user not in reached:
+                    reached.add(user)
+                    pending.append(user)
+        inner = any(
+            not reached.isdisjoint(pieces) and not reached.issuperset(pieces) for pieces in joins.values()
+        )
+        for node in reached:
+            whole[node] = whole.get(node, False) or inner
+    return whole
 
 
-def _is_join(node: fx.Node) -> bool:
-    return getattr(node.target, "_opname", "") in ("cat", "stack")
-
-
-def _check_complete(cells: dict[fx.Node, tuple[int, int]], layers: Layers, n_segments: int) -> None:
+def _check_complete(
+    cells: dict[fx.Node, tuple[int, int]], layers: Layers, n_segments: int, whole: dict[fx.Node, bool]
+) -> None:
     """Each layer has operations for each segment, or something mixes the segments."""
     by_layer: dict[int, set[int]] = defaultdict(set)
     for segment, layer in cells.values():
         by_layer[layer].add(segment)
     for layer, path in enumerate(layers.paths):
-        missing = [s for s in range(n_segments) if s not in by_layer[layer]]
-        if missing:
+        if len(by_layer[layer]) < n_segments:
+            mixing = [n for n in whole if whole[n] and overload_name(n) not in ("cat", "stack")]
+            places = dict.fromkeys(f"{n.target} at {n.meta.get('source')}" for n in mixing)
             raise PartitionError(
                 "a layer computes something of all segments at once",
-                [f"{path}: no operation depends on segments up to {missing[0]} alone"],
-                "use fallback='sequential' to run the model as it is",
+                [*list(places)[:3], f"{path}: no operation depends on the first segment alone"],
+                "what treats each position by itself, or reads the segments before, can be scheduled; "
+                "fallback='sequential' runs the model as it is",
             )
