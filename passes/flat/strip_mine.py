@@ -31,12 +31,16 @@ from rmtcompile.passes.flat.store_forwarding.nodes import as_load, is_reshape, i
 from rmtcompile.passes.flat.store_forwarding.ranges import Range
 from rmtcompile.passes.flat.store_forwarding.rewrite import Forwarder, deep_recursion
 from rmtcompile.passes.flat.store_forwarding.stores import store_of
-from rmtcompile.passes.flat.stream import Streamer, passed_on
+from rmtcompile.passes.flat.stream import Dims, Streamer
+from rmtcompile.passes.flat.strip_rows import TRIANGLES, places_of, rows_of, window_of
 
 aten = torch.ops.aten
 Cuts = Mapping[str, tuple[int, int]]
 """By placeholder: the dimension along which segments lie, and the length of one."""
 
+_AS = {
+    "expand_as": aten.expand.default, "view_as": aten.reshape.default, "reshape_as": aten.reshape.default
+}  # fmt: skip
 _PADS = ("pad", "constant_pad_nd")
 _SCATTERS = ("slice_scatter", "select_scatter")
 
@@ -79,16 +83,21 @@ class Segments:
 class _StripMiner(Streamer):
     """Walks the graph from the inputs on, and keeps values as joins of their segments' pieces."""
 
+    moves_layouts = True
+
     def __init__(self, gm: fx.GraphModule, cuts: Cuts, n_segments: int) -> None:
         super().__init__(gm, lambda node: False)
         self.n_segments = n_segments
         self.segments = Segments(cuts, n_segments)
         self.strips: dict[fx.Node, tuple[int, tuple[int, ...]] | None] = {}
         self.usual: dict[int, tuple[int, ...]] = {}  # pieces of the inputs, by the length of all
-        self.is_forced = False
+        self.mined: fx.Node | None = None  # whose pieces are made
 
     def run(self) -> fx.GraphModule:
         joined = []
+        for node in list(self.graph.nodes):
+            if overload_name(node) in _AS:
+                self._given_sizes(node)
         for node in [n for n in self.graph.nodes if n.op == "placeholder"]:
             if node.target in self.segments.cuts and self.n_segments > 1 and is_static_tensor(node):
                 joined.append((node, self._join_input(node, *self.segments.cuts[str(node.target)])))
@@ -98,6 +107,13 @@ class _StripMiner(Streamer):
         self.graph.eliminate_dead_code()
         self.gm.graph = self.graph
         return self.gm
+
+    def _given_sizes(self, node: fx.Node) -> None:
+        """`x.expand_as(y)` reads nothing of y but its sizes."""
+        self.here = node
+        given = self.emit(_AS[overload_name(node)], node.args[0], list(shape_of(node)))
+        self._replace(node, given)
+        self.graph.erase_node(node)
 
     def _join_input(self, placeholder: fx.Node, dim: int, length: int) -> fx.Node:
         """The input as the join of its segments; a slice ends where the segment would if it were whole."""
@@ -123,18 +139,23 @@ class _StripMiner(Streamer):
         Forwarder._visit(self, node)
         if not node.users:
             return
-        if overload_name(node) in _SCATTERS:
-            self._join_stores(node)
-        elif overload_name(node) not in ("cat", "stack"):
+        if overload_name(node) in _SCATTERS and self._join_stores(node):
+            return
+        if overload_name(node) not in ("cat", "stack"):
             self._mine(node)
+
+    def rows(self, x: fx.Node, d: int) -> Dims | None:
+        return rows_of(x, d)
 
     def take(self, x: fx.Node, d: int, r: Range) -> fx.Node:
         return Forwarder.take(self, x, d, r)
 
     def _only_loaded(self, x: fx.Node, d: int) -> bool:
-        """Whether a load may go up through an operation: where pieces are made, and of what no segment
+        """Whether a load may go up through an operation: where its pieces are made, and of what no segment
         changes. A cell's own loads (token by token) stay."""
-        return self.is_forced or (self.segments.of(x) < 0 and super()._only_loaded(x, d))
+        if self.segments.of(x) >= 0:
+            return x is self.mined
+        return self.mined is not None or super()._only_loaded(x, d)
 
     # ---- pieces --------------------------------------------------------------------------------------------
 
@@ -180,7 +201,9 @@ class _StripMiner(Streamer):
 
     def _mine(self, node: fx.Node) -> None:
         """Apply an operation to the pieces of its operands."""
-        operands = {n: s for n in node.all_input_nodes if is_static_tensor(n) and (s := self.strips_of(n))}
+        view = as_load(node)
+        read = node.all_input_nodes if view is None else [view.source]
+        operands = {n: s for n in read if is_static_tensor(n) and (s := self.strips_of(n))}
         found = [set(self._places(node, operand, *strips)) for operand, strips in operands.items()]
         places = sorted(set.intersection(*found)) if found else []
         if not places:  # operands that are cut in other places: as the first of them
@@ -195,17 +218,17 @@ class _StripMiner(Streamer):
 
     def _pieces(self, node: fx.Node, d: int, sizes: tuple[int, ...]) -> list[fx.Node] | None:
         """A node's pieces along `d`, if each can be computed without the node."""
-        before, self.is_forced = self.is_forced, True
+        self.mined = node
         try:
             pieces = []
             for lo, size in zip(accumulate(sizes, initial=0), sizes, strict=False):
-                piece = self._padded(node, d, lo, size) or self.try_load(node, d, Range(lo, size))
+                piece = self._special(node, d, lo, size) or self.try_load(node, d, Range(lo, size))
                 if piece is None:
                     return None
                 pieces.append(piece)
             return pieces
         finally:
-            self.is_forced = before
+            self.mined = None
 
     def _places(
         self, node: fx.Node, operand: fx.Node, d: int, sizes: tuple[int, ...]
@@ -216,15 +239,50 @@ class _StripMiner(Streamer):
             return []
         if overload_name(node) in _PADS:
             return [(d, self._pads(node, d, sizes))]
+        if (window := window_of(node)) is not None:
+            return [(d, self._moved(sizes, shape_of(node)[d]))] if operand is window.source and d == 2 else []
         total, found = sum(sizes), []
-        for at in passed_on(node, operand, d):
+        for at in places_of(node, operand, d):
             length = shape_of(node)[at]
             scaled = [size * length for size in sizes]
             if length == total or (is_reshape(node) and not any(n % total for n in scaled)):
                 found.append((at, tuple(n // total for n in scaled)))
         return found
 
-    # ---- padding and buffers -------------------------------------------------------------------------------
+    # ---- padding, triangles, convolutions, buffers -----------------------------------------------------------
+
+    def _special(self, node: fx.Node, d: int, lo: int, size: int) -> fx.Node | None:
+        """The piece of an operation that knows where its piece lies."""
+        name, rank = overload_name(node), len(shape_of(node))
+        if name in _PADS:
+            return self._padded(node, d, lo, size)
+        if name in TRIANGLES and d >= rank - 2:
+            bound = bind(node)
+            piece = self.load(bound["self"], d, Range(lo, size))
+            return self.emit(node.target, piece, bound["diagonal"] + (lo if d == rank - 2 else -lo))
+        return self._convolved(node, lo, size) if window_of(node) is not None else None
+
+    def _moved(self, sizes: tuple[int, ...], total: int) -> tuple[int, ...]:
+        """The pieces of a convolution's result: as those of its operand, what it adds or loses at one end."""
+        more = total - sum(sizes)
+        at_end = more > 0 or sizes[0] <= sizes[-1]
+        first, last = (0, more) if at_end else (more, 0)
+        return self.usual.get(total, (sizes[0] + first, *sizes[1:-1], sizes[-1] + last))
+
+    def _convolved(self, node: fx.Node, lo: int, size: int) -> fx.Node | None:
+        """The piece of a convolution: of the positions that it reads, padded at the ends of the input."""
+        window = window_of(node)
+        assert window is not None
+        bound, n = bind(node), shape_of(window.source)[-1]
+        start, end = lo - window.padding, lo - window.padding + size + window.beyond
+        first, last = max(start, 0), min(end, n)
+        if first >= last or size < 1:
+            return None
+        piece = self.load(window.source, 2, Range(first, last - first))
+        if (pads := [first - start, end - last]) != [0, 0]:
+            piece = self.emit(aten.constant_pad_nd.default, piece, pads, 0.0)
+        weights = (bound["weight"], bound["bias"], [1], [0], bound["dilation"], bound["groups"])
+        return self.emit(node.target, piece, *weights)
 
     def _pads(self, node: fx.Node, d: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
         """The sizes of pieces whose first and last one are padded."""
@@ -247,10 +305,10 @@ class _StripMiner(Streamer):
         piece = self.load(bound["self"], d, Range(first, last - first))
         return self.emit(node.target, piece, pads, *node.args[2:], **node.kwargs) if any(pads) else piece
 
-    def _join_stores(self, node: fx.Node) -> None:
-        """A buffer into which every segment was written is the join of what was written."""
+    def _join_stores(self, node: fx.Node) -> bool:
+        """A buffer into which every segment was written is the join of what was written. Whether it is."""
         if any(overload_name(user) in _SCATTERS and user.args[0] is node for user in node.users):
-            return
+            return False
         stores: list[tuple[Range, fx.Node]] = []
         at, below = None, node
         while overload_name(below) in _SCATTERS and self.is_open(below):
@@ -262,10 +320,11 @@ class _StripMiner(Streamer):
         stores.sort(key=lambda store: store[0].lo)
         ends = list(accumulate((r.n for r, _ in stores), initial=0))
         if at is None or ends[-1] != shape_of(node)[at] or [r.lo for r, _ in stores] != ends[:-1]:
-            return
+            return False
         shape = shape_of(node)
         parts = [self.reshape(src, (*shape[:at], r.n, *shape[at + 1 :])) for r, src in stores]
         self._replace(node, self.join(aten.cat.default, parts, at))
+        return True
 
 
 def _pads_along(node: fx.Node, d: int) -> tuple[int, int]:
