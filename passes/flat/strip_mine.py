@@ -8,12 +8,13 @@
 The loop over segments lies inside of each layer there; between these loops stand operations on all segments.
 From the input on, in order, each value along which the segments lie is kept as the join of its segments'
 pieces, and an operation that treats each position by itself (`row_wise`) is applied to the pieces.  Loads of
-a join are the pieces themselves, so what is left is the graph of the same forward written segment by segment.
+a join are the pieces themselves; put in the order of their segments, what is left is the graph of the same
+forward written segment by segment.
 
 requires: a functional graph whose loads are forwarded, and along which dimension its inputs are cut.
 ensures:  the same values up to the rounding of kernels that run on other sizes.  Where pieces end changes how
           much runs in parallel, never a value; what needs several segments at once stays as it is.
-Reference: strip mining and loop distribution, before loops are interchanged.
+Reference: strip mining, loop distribution, loop interchange.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from rmtcompile.ir.modes import graph_module
 from rmtcompile.passes.flat.functionalise import bind, overload_name
 from rmtcompile.passes.flat.store_forwarding.joins import parts_of
-from rmtcompile.passes.flat.store_forwarding.nodes import as_load, is_reshape, is_static_tensor, shape_of
+from rmtcompile.passes.flat.store_forwarding.nodes import View, as_load, is_reshape, is_static_tensor, shape_of
 from rmtcompile.passes.flat.store_forwarding.ranges import Range
 from rmtcompile.passes.flat.store_forwarding.rewrite import Forwarder, deep_recursion
 from rmtcompile.passes.flat.store_forwarding.stores import store_of
@@ -105,8 +107,19 @@ class _StripMiner(Streamer):
         for placeholder, whole in joined:
             whole.replace_all_uses_with(placeholder)
         self.graph.eliminate_dead_code()
-        self.gm.graph = self.graph
-        return self.gm
+        return graph_module(self.gm, self._interchanged())
+
+    def _interchanged(self) -> fx.Graph:
+        """The same nodes segment by segment: operands never lie in a later segment."""
+        found, mapping = fx.Graph(), dict[fx.Node, fx.Node]()
+        ends = {"placeholder": -2, "output": self.n_segments}
+        nodes = list(self.graph.nodes)
+        for node in nodes:  # in order, since each asks for its operands
+            self.segments.of(node)
+        for node in sorted(nodes, key=lambda node: ends.get(node.op, self.segments.of(node))):
+            mapping[node] = found.node_copy(node, mapping.__getitem__)
+            mapping[node].meta = dict(node.meta)
+        return found
 
     def _given_sizes(self, node: fx.Node) -> None:
         """`x.expand_as(y)` reads nothing of y but its sizes."""
@@ -141,6 +154,10 @@ class _StripMiner(Streamer):
             return
         if overload_name(node) in _SCATTERS and self._join_stores(node):
             return
+        if view is not None and (strips := self.strips_of(view.source)) is not None:
+            if view.dim == strips[0]:
+                self._shorten(node, view, strips[1])
+                return
         if overload_name(node) not in ("cat", "stack"):
             self._mine(node)
 
@@ -182,8 +199,12 @@ class _StripMiner(Streamer):
         return found
 
     def _grouped(self, parts: list[tuple[int, int]]) -> tuple[int, ...] | None:
-        """The parts of a join put together by segment: as many for each, or what no segment changes with the
-        segment before it. None where they are not those of all segments in order."""
+        """The parts of a join put together by segment: as the input, if it is as long; as many for each; or
+        what no segment changes with the segment before it. None where they are not those of all segments in
+        order."""
+        usual = self.usual.get(sum(size for size, _ in parts))
+        if usual is not None and len({s for _, s in parts if s >= 0}) > 1:
+            return usual
         each, rest = divmod(len(parts), self.n_segments)
         if not rest and each:
             groups = [parts[s * each : (s + 1) * each] for s in range(self.n_segments)]
@@ -197,7 +218,7 @@ class _StripMiner(Streamer):
             sizes[now] += size
         if now != self.n_segments - 1 or not all(sizes):
             return None
-        return self.usual.get(sum(sizes), tuple(sizes))
+        return tuple(sizes)
 
     def _mine(self, node: fx.Node) -> None:
         """Apply an operation to the pieces of its operands."""
@@ -304,6 +325,18 @@ class _StripMiner(Streamer):
         pads[at : at + 2] = max(left - lo, 0), max(lo - left + size - n, 0)
         piece = self.load(bound["self"], d, Range(first, last - first))
         return self.emit(node.target, piece, pads, *node.args[2:], **node.kwargs) if any(pads) else piece
+
+    def _shorten(self, node: fx.Node, view: View, sizes: tuple[int, ...]) -> None:
+        """A part of a join is the join of parts of its pieces, the first and the last of them cut."""
+        start, end = view.range.lo, view.range.at(view.range.n - 1) + 1
+        if view.range.drop or view.range.step != 1:
+            return
+        parts = []
+        for lo, size in zip(accumulate(sizes, initial=0), sizes, strict=False):
+            first, last = max(lo, start), min(lo + size, end)
+            if first < last:
+                parts.append(self.load(view.source, view.dim, Range(first, last - first)))
+        self._replace(node, self.join(aten.cat.default, parts, view.dim))
 
     def _join_stores(self, node: fx.Node) -> bool:
         """A buffer into which every segment was written is the join of what was written. Whether it is."""

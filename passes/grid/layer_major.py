@@ -18,6 +18,7 @@ from torch import fx
 from rmtcompile.binding.captured import Call
 from rmtcompile.errors import PartitionError
 from rmtcompile.passes.flat.functionalise import overload_name
+from rmtcompile.passes.flat.store_forwarding.nodes import as_load
 from rmtcompile.passes.flat.strip_mine import Cuts, Segments
 from rmtcompile.passes.grid.partition import Layers, call_sizes, feeding, find_layers
 from rmtcompile.passes.grid.partition.place import cells_of
@@ -46,7 +47,7 @@ def layer_major(
     except PartitionError:
         return None
     members = [call for call in calls if call.index in outer.cell_of_call]
-    if len({call.module for call in members}) < len(members) or len(outer.paths) < 2:
+    if len({call.module for call in members}) < len(members):
         return None  # modules called several times: by segments
     try:
         inner = find_layers(calls, sizes, n_segments, named, feeds)
@@ -80,14 +81,20 @@ def cells_by_segment(graph: fx.Graph, layers: Layers, cuts: Cuts, n_segments: in
     segments = Segments(cuts, n_segments)
     found: dict[fx.Node, tuple[int, int]] = {}
     for node in graph.nodes:
-        if node.op == "call_function" and segments.of(node) >= 0:
+        if node.op == "call_function" and segments.of(node) >= 0 and not _is_input(node, cuts):
             own = {layer for _, layer in cells_of(node, layers)}
             if len(own) == 1:
                 found[node] = segments.of(node), next(iter(own))
     whole = _whole(graph, segments, n_segments)
     found = {node: cell for node, cell in found.items() if node not in whole or whole[node]}
-    _check_complete(found, layers, n_segments, whole)
+    _check_complete(graph, found, layers, n_segments, whole, cuts)
     return Layers(layers.paths, {}, found)
+
+
+def _is_input(node: fx.Node, cuts: Cuts) -> bool:
+    """Whether a node takes a part of an input: where it lies differs from segment to segment."""
+    view = as_load(node)
+    return view is not None and view.source.target in cuts
 
 
 def _whole(graph: fx.Graph, segments: Segments, n_segments: int) -> dict[fx.Node, bool]:
@@ -103,7 +110,7 @@ def _whole(graph: fx.Graph, segments: Segments, n_segments: int) -> dict[fx.Node
             if {segments.of(piece) for piece in pieces} >= set(range(n_segments)):
                 joins[node] = pieces
     whole: dict[fx.Node, bool] = {}
-    for join in reversed(joins):
+    for join in joins:
         reached, pending = {join}, [join]
         while pending:
             for user in pending.pop().users:
@@ -119,7 +126,12 @@ def _whole(graph: fx.Graph, segments: Segments, n_segments: int) -> dict[fx.Node
 
 
 def _check_complete(
-    cells: dict[fx.Node, tuple[int, int]], layers: Layers, n_segments: int, whole: dict[fx.Node, bool]
+    graph: fx.Graph,
+    cells: dict[fx.Node, tuple[int, int]],
+    layers: Layers,
+    n_segments: int,
+    whole: dict[fx.Node, bool],
+    cuts: Cuts,
 ) -> None:
     """Each layer has operations for each segment, or something mixes the segments."""
     by_layer: dict[int, set[int]] = defaultdict(set)
@@ -127,11 +139,20 @@ def _check_complete(
         by_layer[layer].add(segment)
     for layer, path in enumerate(layers.paths):
         if len(by_layer[layer]) < n_segments:
-            mixing = [n for n in whole if whole[n] and overload_name(n) not in ("cat", "stack")]
-            places = dict.fromkeys(f"{n.target} at {n.meta.get('source')}" for n in mixing)
             raise PartitionError(
                 "a layer computes something of all segments at once",
-                [*list(places)[:3], f"{path}: no operation depends on the first segment alone"],
+                [*_mixing(graph, whole, cuts), f"{path}: no operation depends on the first segment alone"],
                 "what treats each position by itself, or reads the segments before, can be scheduled; "
                 "fallback='sequential' runs the model as it is",
             )
+
+
+def _mixing(graph: fx.Graph, whole: dict[fx.Node, bool], cuts: Cuts) -> list[str]:
+    """The first operations that read all segments at once, with their lines."""
+    joins = {node for node in whole if overload_name(node) in ("cat", "stack")}
+    found: dict[str, None] = {}
+    for node in graph.nodes:
+        read = [op for op in node.all_input_nodes if op in joins or op.target in cuts]
+        if node.op == "call_function" and read and node not in joins and not _is_input(node, cuts):
+            found[f"{node.target} at {node.meta.get('source')}"] = None
+    return list(found)[:3]
