@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from rmtcompile.binding.captured import Capture
 from rmtcompile.compiler.checks import check_flat
 from rmtcompile.compiler.stages import Log
-from rmtcompile.errors import CaptureError
+from rmtcompile.errors import CaptureError, PartitionError, UnsupportedError
 from rmtcompile.frontend.capture import capture
 from rmtcompile.frontend.literals import literals, merge_literals
 from rmtcompile.ir.modes import autocast_as
@@ -75,7 +75,16 @@ def unrolled_forward(
     with log.stage(f"capture, {count} segments") as box:
         captured = capture(fn, args, kwargs)
         box.append(captured.module)
-    return _placed(captured, count, options, log, segmentation)
+    try:
+        return _placed(captured, count, options, log, segmentation)
+    except PartitionError:
+        if options.layers is not None or layer_major(captured.graph, captured.calls, count) is not None:
+            raise
+        try:  # layers that are no modules may walk the segments themselves, too
+            return _placed(capture(fn, args, kwargs), count, options, log, segmentation, is_mined=True)
+        except UnsupportedError:
+            pass
+        raise
 
 
 @dataclass
@@ -87,6 +96,7 @@ class Flat:
         count: segments.
         layers: the user's path of the layers, if there is one.
         cuts: where inputs are cut, by placeholder.
+        is_mined: whether operations on the whole input are taken apart in any case.
         written: ("leaf" | "input", name) of each tensor that the forward writes in place.
     """
 
@@ -94,6 +104,7 @@ class Flat:
     count: int
     layers: str | None
     cuts: Cuts
+    is_mined: bool = False
     written: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -127,7 +138,8 @@ def _functional(flat: Flat) -> fx.GraphModule:
 
 def _mined(flat: Flat) -> fx.GraphModule:
     """What is computed of the whole input taken apart, where layers walk the segments themselves."""
-    return flat.module if flat.outer is None else strip_mine(flat.module, flat.cuts, flat.count)
+    is_mined = flat.is_mined or flat.outer is not None
+    return strip_mine(flat.module, flat.cuts, flat.count) if is_mined else flat.module
 
 
 def _alive(flat: Flat) -> fx.GraphModule:
@@ -151,13 +163,19 @@ PASSES: tuple[tuple[str, Callable[[Flat], fx.GraphModule]], ...] = (
 
 @autocast_as()
 def _placed(
-    captured: Capture, count: int, options: Options, log: Log, segmentation: Segmentation
+    captured: Capture,
+    count: int,
+    options: Options,
+    log: Log,
+    segmentation: Segmentation,
+    is_mined: bool = False,
 ) -> tuple[Capture, Unrolled, tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """See `unrolled_forward`: from the capture on."""
+    """See `unrolled_forward`: from the capture on; `is_mined`: whether operations on the whole input are taken
+    apart though no module call shows that this is called for."""
     _refuse_random(captured)
     inputs = [str(node.target) for node in captured.graph.nodes if node.op == "placeholder"]
     cuts = {inputs[axis.leaf]: (axis.dim, axis.length) for axis in reversed(segmentation.axes)}
-    flat = Flat(captured, count, options.layers, cuts)
+    flat = Flat(captured, count, options.layers, cuts, is_mined)
     for name, run in PASSES:
         with log.stage(name, captured.module) as box:
             captured.module = run(flat)
