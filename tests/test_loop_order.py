@@ -9,13 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import SEGMENT, WIDTH, assert_equal_runs, assert_same, made
+from toys import SEGMENT, WIDTH, Layer, Toy, assert_equal_runs, assert_same, made
 
 import rmtcompile
 
 N_LAYERS = 3
-WHOLE = (12, 3, 6, 9, 15, 18)
-RAGGED = (13, 8, 2, 16, 4)
 
 
 def mlp(d: int = WIDTH) -> nn.Sequential:
@@ -42,7 +40,8 @@ class Projections(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv, self.out, self.gate = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.gate, self.conv = nn.Linear(WIDTH, 1), nn.Conv1d(WIDTH, WIDTH, 3, groups=WIDTH, padding=2)
         self.norm, self.mlp = nn.LayerNorm(WIDTH), mlp()
 
 
@@ -164,7 +163,9 @@ class MemoryTokens(Stack):
         self.memory = nn.Parameter(torch.randn(2, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = [part for piece in x.split(SEGMENT, 1) for part in (piece, self.memory.expand(len(x), -1, -1))]
+        parts = [
+            part for piece in x.split(SEGMENT, 1) for part in (piece, self.memory.expand(len(x), -1, -1))
+        ]
         h = super().forward(torch.cat(parts, 1))
         return torch.cat([piece[:, :-2] for piece in h.split(SEGMENT + 2, 1)], 1)
 
@@ -175,9 +176,9 @@ class Tokens(Stack):
     class layer(Projections):
         def forward(self, x: Tensor) -> Tensor:
             angle = torch.arange(x.shape[1], dtype=x.dtype)[:, None] * 0.1
-            q, k, v = (self.qkv(x) * angle.cos()).chunk(3, -1)
+            parts = (self.qkv(x) * angle.cos()).chunk(3, -1)
             state, out = None, []
-            for q, k, v in zip(*(t.split(SEGMENT, 1) for t in (q, k, v)), strict=True):
+            for q, k, v in zip(*(t.split(SEGMENT, 1) for t in parts), strict=True):
                 k, v = (k, v) if state is None else (torch.cat([state[0], k], 1), torch.cat([state[1], v], 1))
                 out.append(F.scaled_dot_product_attention(q, k, v))
                 state = k[:, -SEGMENT:], v[:, -SEGMENT:]
@@ -240,33 +241,94 @@ class KeptState(Stack):
             return piece
 
 
-EVEN = [Reshaped]
-ANY = [Pieces, Split, Buffer, DeltaRule, MemoryTokens, Tokens, Mixed, TwoLists, KeptState]
+class Convolved(Stack):
+    """A shift by one token and a short convolution, both of the whole input, before the loop."""
+
+    class layer(Projections):
+        def forward(self, x: Tensor) -> Tensor:
+            h = x + torch.sigmoid(self.gate(x)) * F.pad(x, (0, 0, 1, 0))[:, :-1]
+            h = F.silu(self.conv(h.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
+            return x + Buffer.layer.forward(self, h)  # type: ignore[arg-type]
+
+
+class Products(Stack):
+    """What lies inside of the chunks by einsum, for all of them at once; only the state is carried on."""
+
+    class layer(Projections):
+        def forward(self, x: Tensor) -> Tensor:
+            pad = -x.shape[1] % SEGMENT
+            chunks = F.pad(self.qkv(x), (0, 0, 0, pad)).reshape(x.shape[0], -1, SEGMENT, 3, WIDTH)
+            q, k, v = chunks.unbind(3)
+            y = torch.einsum("bsij,bsjd->bsid", torch.einsum("bsid,bsjd->bsij", q, k).tril(), v)
+            new = torch.einsum("bsid,bsie->bsde", k, v)
+            state, out = torch.zeros_like(new[:, 0]), []
+            for s in range(q.shape[1]):
+                out.append(y[:, s] + torch.einsum("bid,bde->bie", q[:, s], state))
+                state = 0.9 * state + new[:, s]
+            return x + self.out(torch.cat(out, 1)[:, : x.shape[1]])
+
+
+class States(Stack):
+    """Each layer's last state is returned, and a number of all positions of all layers."""
+
+    layer = KeptState.layer
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        states, total = [], x.new_zeros(())
+        for layer in self.layers:
+            x = layer(x)
+            states.append(layer.state)
+            total = total + x.pow(2).mean()
+        return x.mean(-1), torch.stack(states), total
+
+
+class Functions(nn.Module):
+    """Layers that are no modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ParameterList(torch.randn(WIDTH, WIDTH) / 2 for _ in range(N_LAYERS))
+        self.second = nn.ParameterList(torch.randn(WIDTH, WIDTH) / 2 for _ in range(N_LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for first, second in zip(self.first, self.second, strict=True):
+            state, out = x.new_zeros(x.shape[0], 1, WIDTH), []
+            for piece in torch.tanh(x @ first).split(SEGMENT, 1):
+                piece = torch.tanh(piece @ second + state)
+                state = 0.5 * state + piece.mean(1, keepdim=True)
+                out.append(piece)
+            x = x + torch.cat(out, 1)
+        return x
+
+
+FEW = [DeltaRule, Convolved]
+"""They take long to compile."""
+ANY = [Pieces, Split, Buffer, MemoryTokens, Tokens, Mixed, TwoLists, KeptState, Products, States, Functions]
 
 
 def inputs(length: int) -> Tensor:
     return torch.randn(2, length, WIDTH, generator=torch.Generator().manual_seed(length), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("build", EVEN + ANY)
-def test_every_number_of_segments(build: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("build", [Reshaped, *ANY, *FEW])
+def test_whole_segments(build: Callable[[], nn.Module]) -> None:
     """Exact, on diagonals as wide as the model is deep."""
     model = made(build)
     fast = rmtcompile.optimize(copy.deepcopy(model), backend="eager")
-    assert_equal_runs(model, fast, map(inputs, WHOLE))
-    fast(inputs(18))
-    assert fast.schedule.width == fast.schedule.n_layers >= N_LAYERS
-    assert fast.schedule.level_rule == "s + l"
+    assert_equal_runs(model, fast, map(inputs, (12, 3, 6, 15, 18)))
+    schedule = fast.schedule
+    assert (schedule.level_rule, schedule.width) == ("s + l", schedule.n_layers)
+    assert schedule.n_layers >= N_LAYERS
 
 
-@pytest.mark.parametrize("build", ANY)
-def test_ragged_ends(build: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize(("build", "lengths"), [*((b, (13, 2, 16)) for b in ANY), *((b, (13,)) for b in FEW)])
+def test_ragged_ends(build: Callable[[], nn.Module], lengths: tuple[int, ...]) -> None:
     model = made(build)
     fast = rmtcompile.optimize(copy.deepcopy(model), backend="eager")
-    assert_equal_runs(model, fast, map(inputs, RAGGED))
+    assert_equal_runs(model, fast, map(inputs, lengths))
 
 
-@pytest.mark.parametrize("build", EVEN + ANY)
+@pytest.mark.parametrize("build", [Pieces, Buffer, Reshaped, MemoryTokens, Products, Functions])
 def test_gradients(build: Callable[[], nn.Module]) -> None:
     model = made(build)
     other = copy.deepcopy(model)
@@ -279,3 +341,76 @@ def test_gradients(build: Callable[[], nn.Module]) -> None:
         theirs = torch.autograd.grad((expected * weights).sum(), list(model.parameters()), allow_unused=True)
         mine = torch.autograd.grad((got * weights).sum(), list(other.parameters()), allow_unused=True)
         assert_same(theirs, mine, 1e-9)
+
+
+@torch.no_grad()
+def test_it_is_the_schedule_of_the_other_order() -> None:
+    """The loops exchanged by hand give the same levels, offsets and number of cells."""
+
+    class Walks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Layer()
+
+        def forward(self, x: Tensor) -> Tensor:
+            state, out = x.new_zeros(x.shape[0], WIDTH), []
+            for piece in x.split(SEGMENT, 1):
+                piece, state = self.inner(piece, state)
+                out.append(piece)
+            return torch.cat(out, 1)
+
+    class LayerMajor(Stack):
+        layer = Walks
+
+    schedules = []
+    for build in (LayerMajor, Toy):
+        fast = rmtcompile.optimize(made(build), backend="eager")
+        fast(inputs(15))
+        schedules.append(fast.schedule)
+    a, b = schedules
+    assert (a.n_layers, a.offsets, a.levels) == (b.n_layers, b.offsets, b.levels)
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------
+
+
+class Attends(Stack):
+    """A layer that walks the segments, then attends to all positions."""
+
+    class layer(Projections):
+        def forward(self, x: Tensor) -> Tensor:
+            x = Pieces.layer.forward(self, x)  # type: ignore[arg-type]
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return x + F.scaled_dot_product_attention(q, k, v)
+
+
+class Pools(Stack):
+    class layer(Projections):
+        def forward(self, x: Tensor) -> Tensor:
+            return Pieces.layer.forward(self, x + x.mean(1, keepdim=True))  # type: ignore[arg-type]
+
+
+class Backwards(Stack):
+    """Each layer walks from the last segment to the first."""
+
+    class layer(Projections):
+        def forward(self, x: Tensor) -> Tensor:
+            state, out = x.new_zeros(x.shape[0], 1, WIDTH), []
+            for piece in reversed(x.split(SEGMENT, 1)):
+                piece = piece + torch.tanh(self.out(piece) + state)
+                state = 0.5 * state + piece.mean(1, keepdim=True)
+                out.append(piece)
+            return torch.cat(out[::-1], 1)
+
+
+@pytest.mark.parametrize(
+    ("build", "operation"),
+    [(Attends, "scaled_dot_product_attention"), (Pools, "mean"), (Backwards, "layers.")],
+)
+def test_what_needs_all_segments_is_refused(build: Callable[[], nn.Module], operation: str) -> None:
+    with pytest.raises(rmtcompile.UnsupportedError) as caught, torch.no_grad():
+        rmtcompile.optimize(made(build), backend="eager")(inputs(12))
+    assert "all segments at once" in str(caught.value)
+    assert operation in str(caught.value)
+    if build is not Backwards:
+        assert "test_loop_order.py:" in str(caught.value)

@@ -29,7 +29,13 @@ from torch import fx
 from rmtcompile.ir.modes import graph_module
 from rmtcompile.passes.flat.functionalise import bind, overload_name
 from rmtcompile.passes.flat.store_forwarding.joins import parts_of
-from rmtcompile.passes.flat.store_forwarding.nodes import View, as_load, is_reshape, is_static_tensor, shape_of
+from rmtcompile.passes.flat.store_forwarding.nodes import (
+    View,
+    as_load,
+    is_reshape,
+    is_static_tensor,
+    shape_of,
+)
 from rmtcompile.passes.flat.store_forwarding.ranges import Range
 from rmtcompile.passes.flat.store_forwarding.rewrite import Forwarder, deep_recursion
 from rmtcompile.passes.flat.store_forwarding.stores import store_of
@@ -96,13 +102,12 @@ class _StripMiner(Streamer):
         self.mined: fx.Node | None = None  # whose pieces are made
 
     def run(self) -> fx.GraphModule:
-        joined = []
         for node in list(self.graph.nodes):
             if overload_name(node) in _AS:
                 self._given_sizes(node)
-        for node in [n for n in self.graph.nodes if n.op == "placeholder"]:
-            if node.target in self.segments.cuts and self.n_segments > 1 and is_static_tensor(node):
-                joined.append((node, self._join_input(node, *self.segments.cuts[str(node.target)])))
+        cut = [n for n in self.graph.nodes if n.op == "placeholder" and n.target in self.segments.cuts]
+        cut = cut if self.n_segments > 1 else []
+        joined = [(node, self._join_input(node, *self.segments.cuts[str(node.target)])) for node in cut]
         super().run()
         for placeholder, whole in joined:
             whole.replace_all_uses_with(placeholder)
@@ -132,9 +137,8 @@ class _StripMiner(Streamer):
         """The input as the join of its segments; a slice ends where the segment would if it were whole."""
         after = next(n for n in self.graph.nodes if n.op != "placeholder")
         users, self.here = list(placeholder.users), after
-        pieces = []
-        for s in range(self.n_segments):
-            pieces.append(self.emit(aten.slice.Tensor, placeholder, dim, s * length, (s + 1) * length))
+        bounds = [(s * length, (s + 1) * length) for s in range(self.n_segments)]
+        pieces = [self.emit(aten.slice.Tensor, placeholder, dim, *bound) for bound in bounds]
         whole = self.emit(aten.cat.default, pieces, dim)
         for node in (*pieces, whole):
             node.meta.update(scope=(), site=(), source="the input", context=after.meta.get("context", ()))
@@ -270,7 +274,7 @@ class _StripMiner(Streamer):
                 found.append((at, tuple(n // total for n in scaled)))
         return found
 
-    # ---- padding, triangles, convolutions, buffers -----------------------------------------------------------
+    # ---- padding, triangles, convolutions, buffers -------------------------------------------------------
 
     def _special(self, node: fx.Node, d: int, lo: int, size: int) -> fx.Node | None:
         """The piece of an operation that knows where its piece lies."""

@@ -2,8 +2,9 @@
 
     tril(m)[:, 4:8]  =  tril(m[:, 4:8], 4)         conv1d(x, w, padding=3)[4:8]  =  conv1d(x[1:8], w)
 
-Along the dimensions that an operation treats as a batch a piece of the result is made of the same piece of its
-operands; a triangle moves with its rows and columns; a convolution reads a few positions beside its piece.
+Along the dimensions that an operation treats as a batch a piece of the result is made of the same piece of
+its operands; a triangle moves with its rows and columns; a convolution reads a few positions beside its
+piece.
 
 Requires: nodes with `meta["val"]`.  All of it is exact; kernels of other sizes may round differently.
 """

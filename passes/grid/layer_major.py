@@ -106,7 +106,7 @@ def _whole(graph: fx.Graph, segments: Segments, n_segments: int) -> dict[fx.Node
     joins: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         if overload_name(node) in ("cat", "stack") and segments.of(node) == n_segments - 1:
-            pieces: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+            pieces: list[fx.Node] = list(node.args[0])
             if {segments.of(piece) for piece in pieces} >= set(range(n_segments)):
                 joins[node] = pieces
     whole: dict[fx.Node, bool] = {}

@@ -170,8 +170,8 @@ def _placed(
     segmentation: Segmentation,
     is_mined: bool = False,
 ) -> tuple[Capture, Unrolled, tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """See `unrolled_forward`: from the capture on; `is_mined`: whether operations on the whole input are taken
-    apart though no module call shows that this is called for."""
+    """See `unrolled_forward`: from the capture on; `is_mined`: whether operations on the whole input are
+    taken apart though no module call shows that this is called for."""
     _refuse_random(captured)
     inputs = [str(node.target) for node in captured.graph.nodes if node.op == "placeholder"]
     cuts = {inputs[axis.leaf]: (axis.dim, axis.length) for axis in reversed(segmentation.axes)}

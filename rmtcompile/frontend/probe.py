@@ -185,10 +185,13 @@ def _longer(shapes: list[Any], leaf: int, dim: int, factor: int) -> list[Any]:
 
 
 def _grown(short: Growth, leaf: int, dim: int, shapes: list[Any], longer: list[Any]) -> Growth:
+    """What follows the values that grow with an axis from some shapes to longer ones."""
     return Growth(short, (shapes[leaf][dim], longer[leaf][dim]))
 
 
-def _followed(axis: Axis, run: Callable[..., tuple[_Views, Exception | None]], shapes: list[Any]) -> list[Axis]:
+def _followed(
+    axis: Axis, run: Callable[..., tuple[_Views, Exception | None]], shapes: list[Any]
+) -> list[Axis]:
     """The cut of values that grow with an axis, if there is one."""
     short = Growth()
     run(shapes, short, True)
@@ -219,7 +222,11 @@ def _confirmed(
 
 
 def _attempt(
-    fn: Callable[..., Any], flat: list[Any], positions: list[int], spec: pytree.TreeSpec, shapes: list[Any],
+    fn: Callable[..., Any],
+    flat: list[Any],
+    positions: list[int],
+    spec: pytree.TreeSpec,
+    shapes: list[Any],
     growth: Growth | None = None,
     is_following: bool = False,
 ) -> tuple[_Views, Exception | None]:
