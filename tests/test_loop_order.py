@@ -251,6 +251,17 @@ class Convolved(Stack):
             return x + Buffer.layer.forward(self, h)  # type: ignore[arg-type]
 
 
+class Rows(Stack):
+    """Feed-forward networks on the rows of all batches as one axis."""
+
+    class layer(Projections):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.mlp(x.reshape(-1, WIDTH)).view(x.shape)
+            return KeptState.layer.forward(self, x)  # type: ignore[arg-type]
+
+        step = KeptState.layer.step
+
+
 class Products(Stack):
     """What lies inside of the chunks by einsum, for all of them at once; only the state is carried on."""
 
@@ -303,7 +314,20 @@ class Functions(nn.Module):
 
 FEW = [DeltaRule, Convolved]
 """They take long to compile."""
-ANY = [Pieces, Split, Buffer, MemoryTokens, Tokens, Mixed, TwoLists, KeptState, Products, States, Functions]
+ANY = [
+    Pieces,
+    Split,
+    Buffer,
+    MemoryTokens,
+    Tokens,
+    Mixed,
+    TwoLists,
+    KeptState,
+    Rows,
+    Products,
+    States,
+    Functions,
+]
 
 
 def inputs(length: int) -> Tensor:

@@ -19,21 +19,23 @@ Reference: strip mining, loop distribution, loop interchange.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from rmtcompile.ir.modes import graph_module
 from rmtcompile.passes.flat.functionalise import bind, overload_name
+from rmtcompile.passes.flat.segments import Cuts, Segments
 from rmtcompile.passes.flat.store_forwarding.joins import parts_of
 from rmtcompile.passes.flat.store_forwarding.nodes import (
     View,
     as_load,
     is_reshape,
     is_static_tensor,
+    operand_of,
     shape_of,
 )
 from rmtcompile.passes.flat.store_forwarding.ranges import Range
@@ -43,9 +45,6 @@ from rmtcompile.passes.flat.stream import Dims, Streamer
 from rmtcompile.passes.flat.strip_rows import TRIANGLES, places_of, rows_of, window_of
 
 aten = torch.ops.aten
-Cuts = Mapping[str, tuple[int, int]]
-"""By placeholder: the dimension along which segments lie, and the length of one."""
-
 _AS = {
     "expand_as": aten.expand.default, "view_as": aten.reshape.default, "reshape_as": aten.reshape.default
 }  # fmt: skip
@@ -64,30 +63,6 @@ def strip_mine(gm: fx.GraphModule, cuts: Cuts, n_segments: int) -> fx.GraphModul
         return _StripMiner(gm, cuts, n_segments).run()
 
 
-class Segments:
-    """The last segment that each node depends on; -1 where it depends on none."""
-
-    def __init__(self, cuts: Cuts, n_segments: int) -> None:
-        self.cuts, self.n_segments = cuts, n_segments
-        self.known: dict[fx.Node, int] = {}
-
-    def of(self, node: fx.Node) -> int:
-        """The last segment whose input a node reads, in the end."""
-        if node not in self.known:
-            self.known[node] = self._of(node)
-        return self.known[node]
-
-    def _of(self, node: fx.Node) -> int:
-        if node.op == "placeholder":
-            return self.n_segments - 1 if node.target in self.cuts else -1
-        view = as_load(node)
-        if view is not None and view.source.op == "placeholder" and view.source.target in self.cuts:
-            dim, length = self.cuts[str(view.source.target)]
-            if view.dim == dim:
-                return min(view.range.at(view.range.n - 1) // length, self.n_segments - 1)
-        return max((self.of(operand) for operand in node.all_input_nodes), default=-1)
-
-
 class _StripMiner(Streamer):
     """Walks the graph from the inputs on, and keeps values as joins of their segments' pieces."""
 
@@ -99,6 +74,7 @@ class _StripMiner(Streamer):
         self.segments = Segments(cuts, n_segments)
         self.strips: dict[fx.Node, tuple[int, tuple[int, ...]] | None] = {}
         self.usual: dict[int, tuple[int, ...]] = {}  # pieces of the inputs, by the length of all
+        self.merged: dict[fx.Node, tuple[int, ...]] = {}  # rows of all batches: the dimensions they were
         self.mined: fx.Node | None = None  # whose pieces are made
 
     def run(self) -> fx.GraphModule:
@@ -162,8 +138,14 @@ class _StripMiner(Streamer):
             if view.dim == strips[0]:
                 self._shorten(node, view, strips[1])
                 return
-        if overload_name(node) not in ("cat", "stack"):
-            self._mine(node)
+        if overload_name(node) in ("cat", "stack"):
+            return
+        node = self._on_rows(node) or node
+        self._mine(node)
+        if node.users and is_reshape(node) and self.strips_of(operand_of(node)) is not None:
+            before, after = shape_of(operand_of(node)), shape_of(node)
+            if len(before) > len(after) > 0 and before[len(before) - len(after) + 1 :] == after[1:]:
+                self.merged[node] = before[: len(before) - len(after) + 1]
 
     def rows(self, x: fx.Node, d: int) -> Dims | None:
         return rows_of(x, d)
@@ -273,6 +255,30 @@ class _StripMiner(Streamer):
             if length == total or (is_reshape(node) and not any(n % total for n in scaled)):
                 found.append((at, tuple(n // total for n in scaled)))
         return found
+
+    def _on_rows(self, node: fx.Node) -> fx.Node | None:
+        """`f(reshape(x, [B * N, D]))` is `reshape(f(x), [B * N, E])`: the `f(x)`, where that is so."""
+        read = [n for n in node.all_input_nodes if n in self.merged]
+        tags = getattr(node.target, "tags", ())
+        is_known = overload_name(node) in ("linear", "layer_norm", "rms_norm", "embedding", "matmul")
+        if not read or not is_static_tensor(node) or not (is_known or torch.Tag.pointwise in tags):
+            return None
+        others = [n for n in node.all_input_nodes if n not in self.merged]
+        most = 2 if overload_name(node) in ("matmul", "embedding") else len(shape_of(node)) - 1
+        flat = [len(shape_of(n)) <= most for n in others if overload_name(node) != "linear"]
+        if self.rows(node, 0) != dict.fromkeys(read, 0) or not all(flat):
+            return None
+        if len({(self.merged[n], len(shape_of(n))) for n in read}) > 1:
+            return None
+        self.here = node
+        args, kwargs = (
+            map_arg(a, lambda n: operand_of(n) if n in self.merged else n) for a in (node.args, node.kwargs)
+        )
+        inner = self._like(node, node.target, args, kwargs)
+        rows = self.emit(aten.reshape.default, inner, list(shape_of(node)))
+        self.merged[rows] = self.merged[read[0]]
+        self._replace(node, rows)
+        return inner
 
     # ---- padding, triangles, convolutions, buffers -------------------------------------------------------
 

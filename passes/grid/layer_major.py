@@ -18,8 +18,8 @@ from torch import fx
 from rmtcompile.binding.captured import Call
 from rmtcompile.errors import PartitionError
 from rmtcompile.passes.flat.functionalise import overload_name
+from rmtcompile.passes.flat.segments import Cuts, Segments
 from rmtcompile.passes.flat.store_forwarding.nodes import as_load
-from rmtcompile.passes.flat.strip_mine import Cuts, Segments
 from rmtcompile.passes.grid.partition import Layers, call_sizes, feeding, find_layers
 from rmtcompile.passes.grid.partition.place import cells_of
 

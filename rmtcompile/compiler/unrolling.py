@@ -24,10 +24,11 @@ from rmtcompile.options import Options
 from rmtcompile.passes.flat.decompose import decompose
 from rmtcompile.passes.flat.functionalise import alias_root, functionalise, is_mutating
 from rmtcompile.passes.flat.pieces import pieces
+from rmtcompile.passes.flat.segments import Cuts
 from rmtcompile.passes.flat.spread import spread
 from rmtcompile.passes.flat.store_forwarding import forward_stores
 from rmtcompile.passes.flat.stream import stream
-from rmtcompile.passes.flat.strip_mine import Cuts, strip_mine
+from rmtcompile.passes.flat.strip_mine import strip_mine
 from rmtcompile.passes.flat.tiles import tiles
 from rmtcompile.passes.flat.value_numbering import is_random, number_values
 from rmtcompile.passes.grid.layer_major import cells_by_segment, layer_major
