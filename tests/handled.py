@@ -87,6 +87,7 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
     end, arch, guard = "test_end_to_end.py::", "test_architectures.py::", "test_changes.py::"
     mod = "test_module.py::"
     no, zooed, inputs = "test_refusals.py::", "test_zoo_end_to_end.py::", "test_inputs.py::"
+    order = "test_loop_order.py::"
     models = [
         model("ARMT, reference and authors' manner, on Llama, GPT-2, Qwen2", end + "test_armt_in_float64_for_any_number_of_segments", "test_armt_runs_on_diagonals"),
         model("ARMT on GPT-NeoX, Mistral, Gemma-2 (layers alternate in their masks)", arch + "test_armt"),
@@ -108,6 +109,9 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
         zoo("No carry at all", "no_carry", more=("test_rows.py::test_equal_block_by_block", "test_memory_does_not_grow_with_the_number_of_blocks")),
         zoo("Layers that are plain functions, no module", "plain_function", more=("test_repeats.py::test_equal_on_diagonals", "test_two_kinds_of_layers")),
         model("Several products of a layer on one line, or through one function", "test_repeats.py::test_equal_on_diagonals[one_line]", "test_equal_on_diagonals[helper]"),
+        model("Layers outside, each walks the segments itself: over slices, by index after one reshape, into a buffer, memory tokens put in once", order + "test_whole_segments[Pieces]", *(f"test_whole_segments[{name}]" for name in ("Split", "Buffer", "Reshaped", "MemoryTokens", "Tokens", "KeptState")), "test_gradients", "test_it_is_the_schedule_of_the_other_order"),
+        model("The same with all chunks at once before the loop: gated delta rule, einsum, short convolutions, token shifts", order + "test_whole_segments[DeltaRule]", "test_whole_segments[Products]", "test_whole_segments[Convolved]"),
+        model("The same with layers and norms between that take the whole sequence row by row; layers that are no modules", order + "test_whole_segments[Mixed]", "test_whole_segments[TwoLists]", "test_whole_segments[Rows]", "test_whole_segments[Functions]", "test_ragged_ends"),
         model("Memories that take a step of descent a segment (TTT, Titans), by `torch.func.grad`, `vmap`, `functional_call` or `torch.autograd.grad`", "test_inner_gradients.py::test_equal_on_diagonals", "test_gradients_of_gradients"),
         zoo("Classic RMT: the top layer feeds the next segment's bottom layer", "classic_rmt", more=("test_no_parallelism_is_said",)),
         model("Random layers, offsets and kinds", "test_random_models.py::test_equal_or_refused", "test_chosen_models", "test_random_glue.py::test_equal_or_refused", offsets="(1,0) (1,1) (1,-1) (2,0) (2,1) (0,2) ...", levels="the skew of the offsets"),
@@ -157,6 +161,7 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
         refused("Control flow and numbers that depend on values of inputs", "`CaptureError` with the line", no + "test_data_dependent_control_flow", "test_shortcuts_of_masks", "test_known.py::test_numbers_of_inputs_are_refused"),
         refused("A cache that grows with every segment", "`RerollError` with both operations", no + "test_growing_cache", zooed + "test_a_growing_cache_is_refused"),
         refused("Layers skipped in some segments", "refused", no + "test_layers_called_unevenly"),
+        refused("Layers outside that read all segments at once: attention over all positions, a mean, a walk from the end", "`PartitionError` with the operation", order + "test_what_needs_all_segments_is_refused"),
         refused("Layers called as often as the values say", "`CaptureError` with the line", no + "test_calls_that_depend_on_values"),
         refused("Layers left out by a random number; numbers from a generator of the model's own", "`CaptureError` with the line", "test_dropout.py::test_layers_that_are_left_out_at_random_are_refused", "test_generators_of_the_model_are_refused"),
         refused("A forward that writes into a parameter", "`CaptureError`; the parameter keeps its value", no + "test_parameter_writes"),

@@ -80,11 +80,14 @@ def _lifted(name: str, group: Group, classes: tuple[int, ...], graph: fx.Graph) 
     lifted = result.graph
     output = next(node for node in lifted.nodes if node.op == "output")
     values = list(output.args[0])
-    reference = next(node for node in lifted.nodes if node.op == "placeholder" and node.name in batched)
+    placeholders = [node for node in lifted.nodes if node.op == "placeholder"]
+    reference = next((node for node in placeholders if node.name in batched), None)
     with lifted.inserting_before(output):
         for i, (value, has_axis) in enumerate(zip(values, result.batched_outputs, strict=True)):
             if not has_axis:
-                count = lifted.call_function(torch.ops.aten.sym_size.int, (reference, 0))
+                count: Any = 1  # the one layer of a kind reads an input of one segment
+                if reference is not None:
+                    count = lifted.call_function(torch.ops.aten.sym_size.int, (reference, 0))
                 rows = [count, *value.meta["val"].shape]
                 with_axis = lifted.call_function(torch.ops.aten.expand.default, (value, rows))
                 values[i] = lifted.call_function(torch.ops.aten.clone.default, (with_axis,))

@@ -226,6 +226,8 @@ def _end(node: fx.Node, r: Range) -> int:
 class Streamer(Forwarder):
     """Loads move up through row-wise operations too, where nobody needs the whole value."""
 
+    moves_layouts = False  # whether constants may be laid out anew
+
     def __init__(self, gm: fx.GraphModule, inside: Callable[[fx.Node], bool]) -> None:
         super().__init__(gm)
         self.inside = inside
@@ -241,12 +243,12 @@ class Streamer(Forwarder):
     def _fill(self, node: fx.Node) -> None:
         """`x.new_zeros(size)` reads nothing of x."""
         val, target = val_of(node), _FILLED[overload_name(node)]
-        if not val.is_contiguous():
+        if not val.is_contiguous() and not self.moves_layouts:
             return
         self.here, self.count = node, self.count + 1
         fill = [arg for name, arg in bind(node).items() if name == "fill_value"]
         made = self._like(node, target, (list(val.shape), *fill), {"dtype": val.dtype, "device": val.device})
-        node.replace_all_uses_with(made)
+        self._replace(node, made)
         self.graph.erase_node(node)
 
     def _visit(self, node: fx.Node) -> None:
@@ -287,9 +289,13 @@ class Streamer(Forwarder):
         first, by = start + r.lo * step, step * r.step
         return self._like(x, aten.arange.start_step, (first, first + r.n * by, by), x.kwargs)
 
+    def rows(self, x: fx.Node, d: int) -> Dims | None:
+        """What a load along `d` loads of the operands; see `row_wise`."""
+        return row_wise(x, d)
+
     def _load_row_wise(self, x: fx.Node, d: int, r: Range) -> fx.Node | None:
         """The operation on what is loaded of its operands."""
-        operands = row_wise(x, d)
+        operands = self.rows(x, d)
         if operands is None:
             return None
         if r.drop:

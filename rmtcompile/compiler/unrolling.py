@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from rmtcompile.binding.captured import Capture
 from rmtcompile.compiler.checks import check_flat
 from rmtcompile.compiler.stages import Log
-from rmtcompile.errors import CaptureError
+from rmtcompile.errors import CaptureError, PartitionError, UnsupportedError
 from rmtcompile.frontend.capture import capture
 from rmtcompile.frontend.literals import literals, merge_literals
 from rmtcompile.ir.modes import autocast_as
@@ -26,12 +26,15 @@ from rmtcompile.passes.flat.decompose import decompose
 from rmtcompile.passes.flat.foreach import foreach
 from rmtcompile.passes.flat.functionalise import alias_root, functionalise, is_mutating
 from rmtcompile.passes.flat.pieces import pieces
+from rmtcompile.passes.flat.segments import Cuts
 from rmtcompile.passes.flat.spread import spread
 from rmtcompile.passes.flat.store_forwarding import forward_stores
 from rmtcompile.passes.flat.stream import stream
+from rmtcompile.passes.flat.strip_mine import strip_mine
 from rmtcompile.passes.flat.tiles import tiles
 from rmtcompile.passes.flat.value_numbering import number_values
-from rmtcompile.passes.grid.partition import partition
+from rmtcompile.passes.grid.layer_major import cells_by_segment, layer_major
+from rmtcompile.passes.grid.partition import Layers, partition
 from rmtcompile.passes.grid.repeats import inside_layers, layers_of
 from rmtcompile.passes.grid.reroll import Unrolled, unroll
 
@@ -75,7 +78,16 @@ def unrolled_forward(
     with log.stage(f"capture, {count} segments") as box:
         captured = capture(fn, args, kwargs)
         box.append(captured.module)
-    return _placed(captured, count, options, log)
+    try:
+        return _placed(captured, count, options, log, segmentation)
+    except PartitionError:
+        if options.layers is not None or layer_major(captured.graph, captured.calls, count) is not None:
+            raise
+        try:  # layers that are no modules may walk the segments themselves, too
+            return _placed(capture(fn, args, kwargs), count, options, log, segmentation, is_mined=True)
+        except UnsupportedError:
+            pass
+        raise
 
 
 @dataclass
@@ -86,12 +98,16 @@ class Flat:
         captured: its module is the graph; each pass replaces it.
         count: segments.
         layers: the user's path of the layers, if there is one.
+        cuts: where inputs are cut, by placeholder.
+        is_mined: whether operations on the whole input are taken apart in any case.
         written: ("leaf" | "input", name) of each tensor that the forward writes in place.
     """
 
     captured: Capture
     count: int
     layers: str | None
+    cuts: Cuts
+    is_mined: bool = False
     written: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -100,8 +116,15 @@ class Flat:
         return self.captured.module
 
     @cached_property
+    def outer(self) -> Layers | None:
+        """The layers, where each is called once and walks the segments itself."""
+        return layer_major(self.captured.graph, self.captured.calls, self.count, self.layers)
+
+    @cached_property
     def inside(self) -> Callable[[fx.Node], bool]:
         """Whether an operation lies inside a layer."""
+        if (outer := self.outer) is not None:
+            return lambda node: any(call in outer.cell_of_call for call in node.meta.get("scope", ()))
         return inside_layers(self.captured.graph, self.captured.calls, self.count, self.layers)
 
 
@@ -117,6 +140,12 @@ def _functional(flat: Flat) -> fx.GraphModule:
     return captured.module
 
 
+def _mined(flat: Flat) -> fx.GraphModule:
+    """What is computed of the whole input taken apart, where layers walk the segments themselves."""
+    is_mined = flat.is_mined or flat.outer is not None
+    return strip_mine(flat.module, flat.cuts, flat.count) if is_mined else flat.module
+
+
 def _alive(flat: Flat) -> fx.GraphModule:
     """Nothing that nobody reads."""
     drop_dead(flat.module.graph)
@@ -126,6 +155,7 @@ def _alive(flat: Flat) -> fx.GraphModule:
 PASSES: tuple[tuple[str, Callable[[Flat], fx.GraphModule]], ...] = (
     ("functionalise", _functional),
     ("forward", lambda flat: forward_stores(flat.module)),
+    ("strip-mine", _mined),
     ("stream, spread", lambda flat: spread(stream(flat.module, flat.inside), flat.inside)),
     ("decompose", lambda flat: decompose(flat.module)),
     ("number", lambda flat: number_values(flat.module, flat.inside)),
@@ -137,10 +167,18 @@ PASSES: tuple[tuple[str, Callable[[Flat], fx.GraphModule]], ...] = (
 
 @autocast_as()
 def _placed(
-    captured: Capture, count: int, options: Options, log: Log
+    captured: Capture,
+    count: int,
+    options: Options,
+    log: Log,
+    segmentation: Segmentation,
+    is_mined: bool = False,
 ) -> tuple[Capture, Unrolled, tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """See `unrolled_forward`: from the capture on."""
-    flat = Flat(captured, count, options.layers)
+    """See `unrolled_forward`: from the capture on; `is_mined`: whether operations on the whole input are
+    taken apart though no module call shows that this is called for."""
+    inputs = [str(node.target) for node in captured.graph.nodes if node.op == "placeholder"]
+    cuts = {inputs[axis.leaf]: (axis.dim, axis.length) for axis in reversed(segmentation.axes)}
+    flat = Flat(captured, count, options.layers, cuts, is_mined)
     for name, run in PASSES:
         with log.stage(name, captured.module) as box:
             captured.module = run(flat)
@@ -149,7 +187,10 @@ def _placed(
             check_flat(captured.graph, name, captured.leaves, functional=True)
     with log.stage("partition"):
         graph = captured.module.graph
-        layers = layers_of(graph, captured.calls, count, options.layers)
+        if flat.outer is None:
+            layers = layers_of(graph, captured.calls, count, options.layers)
+        else:
+            layers = cells_by_segment(graph, flat.outer, cuts, count)
         parts = partition(graph, layers, count)
         unrolled = unroll(graph, parts, {target: leaf.name for target, leaf in captured.leaves.items()})
     return captured, unrolled, layers.paths, flat.written

@@ -4,13 +4,15 @@ The forward runs on fake tensors until it has taken two segments; every view tha
 located in the input by offset and strides, so slicing, splitting, unbinding, reshaping into segments or
 indexing all look alike. Tensors as long as an input are followed like the input, and some of them are cut for
 other reasons: a layer walks the tokens of the only segment, halves of a feature axis are swapped. Such cuts
-do not stay when the input grows, so other lengths are looked at, too.
+do not stay when the input grows, so other lengths are looked at, too. Where that leaves no cut, dimensions
+that grow with the input are followed (`growing`): layers that walk the segments themselves cut such values.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from rmtcompile.binding.state import Contents, Snapshot, roots_of
 from rmtcompile.binding.surroundings import Surroundings
 from rmtcompile.errors import PartitionError, UnsupportedError
 from rmtcompile.frontend.blame import refusal
+from rmtcompile.frontend.growing import Growth, box
 from rmtcompile.frontend.known import Known, Reads
 from rmtcompile.frontend.tracing import SharedData, as_written, uncompiled_callables
 from rmtcompile.ir.modes import uncached_autocast
@@ -44,8 +47,9 @@ class _Views(TorchDispatchMode):
     """Collects the boxes (start and length by dimension) that views of the inputs cover, in the order they
     are taken."""
 
-    def __init__(self, leaves: list[torch.Tensor]) -> None:
+    def __init__(self, leaves: list[torch.Tensor], growth: Growth, is_following: bool) -> None:
         super().__init__()
+        self.growth, self.is_following = growth, is_following
         self.bases: dict[int, tuple[torch.Tensor, dict[int, tuple[int, int]]]] = {}
         self.axis_of_size: dict[int, tuple[int, int]] = {}
         for i, leaf in enumerate(leaves):
@@ -63,9 +67,11 @@ class _Views(TorchDispatchMode):
         self.operations += 1
         if self.operations > _MOST:
             raise _Enough
-        for value in result if isinstance(result, (list, tuple)) else (result,):
-            if isinstance(value, torch.Tensor):
-                self._note(value)
+        several = result if isinstance(result, (list, tuple)) else (result,)
+        values = [value for value in several if isinstance(value, torch.Tensor)]
+        self.growth.saw(func, values)
+        for value in values:
+            self._note(value)
         return result
 
     def _note(self, value: torch.Tensor) -> None:
@@ -85,7 +91,7 @@ class _Views(TorchDispatchMode):
             return
         if not value.numel():
             return
-        for dim, (start, length) in enumerate(_box(value, base.shape, base.stride())):
+        for dim, (start, length) in enumerate(box(value, base.shape, base.stride())):
             if dim not in axes or length >= base.shape[dim]:
                 continue
             seen = self.taken[axes[dim]]
@@ -94,29 +100,10 @@ class _Views(TorchDispatchMode):
             if (start, length) not in seen:
                 seen.append((start, length))
                 tiles = _tiles(seen)
+                if self.is_following:
+                    continue
                 if len(tiles) >= 3 or (len(tiles) == 2 and tiles[0][1] == tiles[1][1]):
                     raise _Enough
-
-
-def _box(value: torch.Tensor, shape: torch.Size, strides: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Start and length of a view along each dimension of the tensor it views."""
-    order = sorted(range(len(shape)), key=lambda d: -strides[d])
-    offset, starts = int(value.storage_offset()), [0] * len(shape)
-    for dim in order:
-        if shape[dim] > 1 and strides[dim]:
-            starts[dim], offset = divmod(offset, strides[dim])
-    extents = [0] * len(shape)
-    for size, stride in zip(value.shape, value.stride(), strict=True):
-        if size == 1 or not stride:
-            continue
-        for dim in order:
-            if shape[dim] > 1 and strides[dim] and stride >= strides[dim]:
-                extents[dim] += (size - 1) * stride // strides[dim]
-                break
-    return [
-        (start, min(extent + 1, shape[d]))
-        for d, (start, extent) in enumerate(zip(starts, extents, strict=True))
-    ]
 
 
 def _tiles(seen: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -158,23 +145,28 @@ def probe(
     grown = [tuple(shape) for shape in shapes]
     first: Exception | None = None
     operations = 0  # of the last attempt
+    run = partial(_attempt, fn, flat, positions, spec)
+    short = growth = Growth()
     for attempt in range(7):
-        views, failure = _attempt(fn, flat, positions, spec, grown)
+        views, failure = run(grown, growth)
         first = failure if attempt == 0 else first
         axes, of_tokens = _axes(views.taken, grown), _axes(views.tokens, grown)
         if axes and not of_tokens:
-            axes = _confirmed(axes, lambda sizes: _attempt(fn, flat, positions, spec, sizes)[0], grown)
+            axes = _confirmed(axes, run, grown) or _followed(axes[0], run, grown) or axes
         elif axes:
             known = {(axis.leaf, axis.dim) for axis in of_tokens}
             axes = [*of_tokens, *(axis for axis in axes if (axis.leaf, axis.dim) not in known)]
         if axes:
             return _with_partners(axes[0], {(a.leaf, a.dim): a for a in axes}, shapes)
         candidates = [(i, d) for i, shape in enumerate(grown) for d in (1, 0) if len(shape) > d]
+        if (cut := growth.cut()) is not None:
+            return _with_partners(Axis(*candidates[0], cut), {}, shapes)
         walks = attempt > 0 and views.operations > 3 * operations > 0  # more of them for more tokens
         if not candidates or views.operations > _MOST or (walks and failure is None):
             break
         operations = views.operations if failure is None else 0
         grown = _longer(grown, *candidates[0], 4)
+        growth = _grown(short, *candidates[0], shapes, grown)
     if first is not None:
         raise refusal(first, held_oddly(fn)) from None
     raise PartitionError(
@@ -192,23 +184,54 @@ def _longer(shapes: list[Any], leaf: int, dim: int, factor: int) -> list[Any]:
     ]
 
 
-def _confirmed(axes: list[Axis], views_at: Callable[[list[Any]], _Views], shapes: list[Any]) -> list[Axis]:
-    """The cut that two of three lengths of the input agree on, or that of the input as it is."""
-    found = [axes]
+def _grown(short: Growth, leaf: int, dim: int, shapes: list[Any], longer: list[Any]) -> Growth:
+    """What follows the values that grow with an axis from some shapes to longer ones."""
+    return Growth(short, (shapes[leaf][dim], longer[leaf][dim]))
+
+
+def _followed(
+    axis: Axis, run: Callable[..., tuple[_Views, Exception | None]], shapes: list[Any]
+) -> list[Axis]:
+    """The cut of values that grow with an axis, if there is one."""
+    short = Growth()
+    run(shapes, short, True)
+    for factor in (4, 16):
+        longer = _longer(shapes, axis.leaf, axis.dim, factor)
+        growth = _grown(short, axis.leaf, axis.dim, shapes, longer)
+        run(longer, growth, True)
+        if (cut := growth.cut()) is not None:
+            return [Axis(axis.leaf, axis.dim, cut)]
+    return []
+
+
+def _confirmed(
+    axes: list[Axis], run: Callable[..., tuple[_Views, Exception | None]], shapes: list[Any]
+) -> list[Axis]:
+    """The cut that two of three lengths of the input agree on; that of the input as it is, if the model does
+    not run on others."""
+    found, failed = [axes], False
     for factor in (4, 3):
         sizes = _longer(shapes, axes[0].leaf, axes[0].dim, factor)
-        again = _axes(views_at(sizes).taken, sizes)
+        views, failure = run(sizes)
+        again = _axes(views.taken, sizes)
         if any(again[:1] == other[:1] for other in found):
             return again
+        failed = failed or failure is not None
         found.append(again or axes)
-    return axes
+    return axes if failed else []
 
 
 def _attempt(
-    fn: Callable[..., Any], flat: list[Any], positions: list[int], spec: pytree.TreeSpec, shapes: list[Any]
+    fn: Callable[..., Any],
+    flat: list[Any],
+    positions: list[int],
+    spec: pytree.TreeSpec,
+    shapes: list[Any],
+    growth: Growth | None = None,
+    is_following: bool = False,
 ) -> tuple[_Views, Exception | None]:
-    """Run the forward on fake inputs of the given shapes until two segments were seen; gives the views of
-    them, and what it raised."""
+    """Run the forward on fake inputs of the given shapes until two segments were seen, or, or all of it where
+    what grows is followed; gives the views of them, and what it raised."""
     roots = roots_of(fn)
     snapshot = Snapshot(roots)
     contents, around = Contents(snapshot), Surroundings(fn, roots)
@@ -221,7 +244,7 @@ def _attempt(
             values[position] = torch.empty(shape, dtype=old.dtype, device=old.device)
             fakes.append(values[position])
     try:
-        views = _Views(fakes)
+        views = _Views(fakes, growth or Growth(), is_following)
     except NotImplementedError as error:  # tensors of `vmap` and `grad` have no storage
         raise UnsupportedError(
             "the first call is inside a transform of torch.func",
