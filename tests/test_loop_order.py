@@ -438,3 +438,32 @@ def test_what_needs_all_segments_is_refused(build: Callable[[], nn.Module], oper
     assert operation in str(caught.value)
     if build is not Backwards:
         assert "test_loop_order.py:" in str(caught.value)
+
+
+class Dropping(Stack):
+    """Dropout of the whole input in front of each layer's loop; what comes out shows what was drawn."""
+
+    class layer(Projections):
+        def forward(self, x: Tensor) -> Tensor:
+            memory = x.new_zeros(x.shape[0], WIDTH)
+            out = []
+            for piece in F.dropout(x, 0.2, self.training).split(SEGMENT, 1):
+                out.append(piece * (2 + torch.tanh(self.out(memory)))[:, None])
+                memory = 0.5 * memory + piece.mean(1)
+            return torch.cat(out, 1)
+
+
+@torch.no_grad()
+def test_dropout_of_the_whole_input() -> None:
+    model = made(Dropping)
+    fast = rmtcompile.optimize(model)
+    x = torch.ones(50, 5 * SEGMENT, WIDTH, dtype=torch.float64)
+    assert_same(model(x), fast(x))
+    model.train()
+    kept = (fast(x) != 0).double()
+    assert fast.schedule.width == N_LAYERS
+    assert abs(kept.mean() - 0.8**N_LAYERS) < 0.03
+    by_segment = kept.unflatten(1, (5, SEGMENT)).transpose(0, 1).flatten(1)
+    drawn = torch.corrcoef(by_segment) - torch.eye(5, dtype=torch.float64)
+    assert drawn.abs().max() < 0.2, "segments have drawn the same numbers"
+    assert not torch.equal(kept, (fast(x) != 0).double())

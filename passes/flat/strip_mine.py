@@ -27,6 +27,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from rmtcompile.ir.modes import graph_module
+from rmtcompile.ir.randomness import is_random
 from rmtcompile.passes.flat.functionalise import bind, overload_name
 from rmtcompile.passes.flat.segments import Cuts, Segments
 from rmtcompile.passes.flat.store_forwarding.joins import parts_of
@@ -42,7 +43,7 @@ from rmtcompile.passes.flat.store_forwarding.ranges import Range
 from rmtcompile.passes.flat.store_forwarding.rewrite import Forwarder, deep_recursion
 from rmtcompile.passes.flat.store_forwarding.stores import store_of
 from rmtcompile.passes.flat.stream import Dims, Streamer
-from rmtcompile.passes.flat.strip_rows import TRIANGLES, places_of, rows_of, window_of
+from rmtcompile.passes.flat.strip_rows import DRAWS, TRIANGLES, places_of, rows_of, window_of
 
 aten = torch.ops.aten
 _AS = {
@@ -148,6 +149,8 @@ class _StripMiner(Streamer):
                 self.merged[node] = before[: len(before) - len(after) + 1]
 
     def rows(self, x: fx.Node, d: int) -> Dims | None:
+        if is_random(x):  # once: where its pieces are made
+            return {x.all_input_nodes[0]: d} if x is self.mined and overload_name(x) in DRAWS else None
         return rows_of(x, d)
 
     def take(self, x: fx.Node, d: int, r: Range) -> fx.Node:

@@ -23,6 +23,9 @@ from rmtcompile.passes.flat.stream import Dims, passed_on, row_wise
 
 TRIANGLES = ("tril", "triu")
 
+DRAWS = ("dropout", "bernoulli", "rand_like", "randn_like")
+"""Operations that draw a number for each element by itself; which one does not depend on the others."""
+
 
 def rows_of(node: fx.Node, d: int) -> Dims | None:
     """As `row_wise`: which dimension of which operands a load along `d` loads."""
@@ -76,6 +79,8 @@ def _attention(node: fx.Node, d: int, rank: int) -> Dims | None:
 
 def places_of(node: fx.Node, operand: fx.Node, d: int) -> list[int]:
     """As `passed_on`: along which dimensions of a node a load is one of dimension `d` of an operand."""
+    if overload_name(node) in DRAWS and shape_of(node) == shape_of(operand):
+        return [d]
     name, rank = overload_name(node), len(shape_of(node))
     if name in TRIANGLES:
         return [d]
