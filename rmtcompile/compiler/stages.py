@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +60,24 @@ class Log:
         yield box
         after = op_counts(box[0].graph) if box else before
         self.stages.append(Stage(name, time.perf_counter() - start, before, after))
+
+
+PATIENCE = 2.0
+"""Seconds after which work is no longer done in silence."""
+
+_LOGGER = logging.getLogger("rmtcompile")
+
+
+@contextmanager
+def said_when_long(text: str) -> Iterator[None]:
+    """Log one line, as a warning so that it is seen by default, if the work within takes long."""
+    timer = threading.Timer(PATIENCE, _LOGGER.warning, [f"rmtcompile: {text}"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def op_counts(graph: fx.Graph) -> dict[str, int]:

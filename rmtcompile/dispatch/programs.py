@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 from rmtcompile.binding.guard import call_key, program_key
 from rmtcompile.binding.kinds import refuse_model, refuse_odd_arguments
 from rmtcompile.compiler.pipeline import Compiled, compile_forward
-from rmtcompile.compiler.stages import Progress
+from rmtcompile.compiler.stages import Progress, said_when_long
 from rmtcompile.dispatch.boundary import explained
 from rmtcompile.dispatch.calls import Call, TooFewSegments
 from rmtcompile.dispatch.compared import CHECKED, ENOUGH, LONGER, of_segments, rounding
@@ -45,6 +46,11 @@ from rmtcompile.schedule import blocking
 
 MAX_SIZES = 32
 """Sizes of inputs whose programs are kept loaded."""
+
+_CAPTURING = (
+    "capturing the forward for inputs of a new kind, once for all lengths; optimize(..., progress=True) says "
+    "more"
+)
 
 CHANGES = 8
 """Captures in a row for new states of the model after which the user is told."""
@@ -250,7 +256,8 @@ class Programs:
         if fewest > options.min_segments_captured:
             longest = max(options.max_segments_captured + LONGER, fewest + 2)
             options = replace(options, min_segments_captured=fewest, max_segments_captured=longest)
-        compiled = compile_forward(self.model, args, kwargs, segmentation, options, self.progress, only)
+        with said_when_long(_CAPTURING) if self.progress is None else nullcontext():
+            compiled = compile_forward(self.model, args, kwargs, segmentation, options, self.progress, only)
         self.captures += 1
         self._say_ignored(compiled.capture.ignored)
         n_layers, offsets = compiled.program.n_layers, compiled.program.offsets

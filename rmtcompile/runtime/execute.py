@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rmtcompile.compiler.pipeline import Compiled
+from rmtcompile.compiler.stages import said_when_long
 from rmtcompile.errors import UnsupportedError
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.runtime.base import OnLevel, OnValue
@@ -173,14 +174,20 @@ class Executor:
             on_level: called with (run, level, step) in place of step(run, level); nothing is recorded then.
         """
         started = time.perf_counter()
+        if self.compile_seconds is None and self.engine.is_compiled:
+            with said_when_long("compiling the cells, once for all lengths"):
+                outputs = self._outputs(segments, inputs, graphs, on_level)
+            self.compile_seconds = time.perf_counter() - started
+            return outputs
+        return self._outputs(segments, inputs, graphs, on_level)
+
+    def _outputs(
+        self, segments: int, inputs: list[torch.Tensor], graphs: bool, on_level: OnLevel | None
+    ) -> tuple[Any, ...]:
         has_new_form = self._compile_forms(segments, inputs)
         if has_new_form and self.replays.blocks is not None and on_level is None:
-            outputs = self._recorded_again(segments, inputs)
-        else:
-            outputs = self._run_once(segments, inputs, graphs and on_level is None, on_level)
-        if self.compile_seconds is None and self.engine.is_compiled:
-            self.compile_seconds = time.perf_counter() - started
-        return outputs
+            return self._recorded_again(segments, inputs)
+        return self._run_once(segments, inputs, graphs and on_level is None, on_level)
 
     def advance(
         self,
