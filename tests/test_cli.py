@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from rmtcompile.cli.commands import main
 
@@ -233,7 +234,7 @@ def test_bench_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_it_runs_as_a_program() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "rmtcompile.cli", "explain", "nothing"],
+        [sys.executable, "-m", "rmtcompile", "explain", "nothing"],
         capture_output=True,
         text=True,
         check=False,
@@ -241,3 +242,23 @@ def test_it_runs_as_a_program() -> None:
     )
     assert done.returncode == 2
     assert "names no function" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device here")
+def test_devices_that_there_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["demo"], ["explain"], ["bench", "--preset", "tiny"]):
+        assert main([*command, "--device", "cuda"]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and "there is no device 'cuda' here" in lines[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about CPUs")
+def test_the_benchmark_is_small_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--budget", "0"]) == 1
+    assert "preset tiny, since the device is cpu" in capsys.readouterr().err
+
+
+def test_a_view_makes_its_folder(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "folder" / "schedule.html"
+    assert main(["view", *TINY, "--quiet", "-o", str(out)]) == 0
+    assert out.stat().st_size > 10_000

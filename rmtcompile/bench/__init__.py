@@ -7,6 +7,7 @@ graphed    the honest opponent, put together by hand
 measure    clocks, memory, ceilings
 session    one run: build, check, time
 documents  inputs of random lengths, one at a time: what the first call of a length costs
+training   training steps beside those of the model itself
 numerics   errors against a reference, and how they accumulate
 kernels    the profile of one steady step
 report     tables, JSON          plots     pictures

@@ -37,6 +37,8 @@ examples
   rmtcompile bench --train --tokens 4096 32768              training steps, forward and backward
   rmtcompile bench --documents 60 --json run.json           60 inputs of random lengths, one at a time
 
+a model of your own is named first, and has flags of its own: rmtcompile bench mymodel:build --help
+
 exit status
   0  every piece worked      1  one failed, the rest was measured      2  the command line makes no sense
 """
@@ -53,7 +55,15 @@ def run(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"the benchmark needs {error.name}: pip install 'rmtcompile[models]'", file=sys.stderr)
         return 2
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        print(f"error: there is no device {name!r} here ({str(error).splitlines()[0]})", file=sys.stderr)
+        return 2
+    if args.preset is None:
+        args.preset = "1b" if device.type == "cuda" else "tiny"
+        print(f"preset {args.preset}, since the device is {name}; --preset chooses another", file=sys.stderr)
 
     def save(record: dict[str, Any]) -> None:
         if args.json:
@@ -103,7 +113,9 @@ def parser() -> argparse.ArgumentParser:
     )
     model = top.add_argument_group("model (random weights)")
     model.add_argument(
-        "--preset", choices=("tiny", "160m", "1b", "3b", "8b"), default="1b", help="default: 1b"
+        "--preset",
+        choices=("tiny", "160m", "1b", "3b", "8b"),
+        help="default: 1b on a GPU, tiny on a CPU",
     )
     for name in SHAPE_FLAGS:
         model.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the preset's")
@@ -262,11 +274,12 @@ def _cases_of(args: argparse.Namespace) -> tuple[dict[str, Any], tuple[Case, ...
     """What was chosen for the preset, and the models: one for each length of a segment."""
     from rmtcompile.bench.shapes import DTYPES, SHAPES, Case
 
-    defaults = SMALL if args.preset == "tiny" else LARGE
+    preset = args.preset or "1b"
+    defaults = SMALL if preset == "tiny" else LARGE
     given = {name: value for name in defaults if (value := getattr(args, name)) is not None}
     chosen: dict[str, Any] = {**defaults, **given}
     changed = {name: value for name in SHAPE_FLAGS if (value := getattr(args, name)) is not None}
-    shape = dataclasses.replace(SHAPES[args.preset], **changed)
+    shape = dataclasses.replace(SHAPES[preset], **changed)
     dtype: torch.dtype = DTYPES[chosen["dtype"]]
     cases = tuple(
         Case(shape, segment, chosen["memory"], chosen["d_mem"], args.batch, dtype, args.head, args.seed)

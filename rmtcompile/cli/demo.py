@@ -18,7 +18,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from rmtcompile.api import optimize
-from rmtcompile.cli.target import Sizes, Target, UsageError, small_armt
+from rmtcompile.cli.target import Sizes, Target, UsageError, check_device, small_armt
 from rmtcompile.optimized import Optimized
 from rmtcompile.schedule import short_type
 
@@ -93,10 +93,11 @@ def run_demo(
         target: a model with arguments of its own, instead.
 
     Raises:
-        UsageError: the text cannot be read, or the sizes do not fit.
+        UsageError: the text cannot be read, the sizes do not fit, or there is no such device.
         RMTCompileError: the model could not be compiled.
     """
     folder = Path(out)
+    check_device(device)
     if target is None:
         name, tokens = read_bytes(text, sizes.segment * sizes.segments)
         about = f"ARMT around a Llama: {sizes.layers} layers of width {sizes.hidden}, random weights"

@@ -105,6 +105,18 @@ def _armt(config: Any, sizes: Sizes, dtype: torch.dtype | None) -> nn.Module:
     return model.eval()
 
 
+def check_device(device: str) -> None:
+    """See that tensors can be made on a device.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"there is no device {device!r} here ({str(error).splitlines()[0]})") from error
+
+
 def target_of(
     name: str | None, sizes: Sizes, device: str | None = None, dtype: torch.dtype | None = None
 ) -> Target:
@@ -113,10 +125,7 @@ def target_of(
     Raises:
         UsageError: there is no such model or device.
     """
-    try:
-        torch.empty(0, device=device or "cpu")
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"there is no device {device!r} here ({str(error).splitlines()[0]})") from error
+    check_device(device or "cpu")
     if name is None:
         return armt_target(sizes, device or "cpu", dtype or torch.float32)
     if name.endswith(".json"):

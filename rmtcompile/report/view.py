@@ -35,6 +35,7 @@ def save_view(
         ValueError: the suffix is unknown, or there is no such cell.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if expand and path.suffix.lower() != ".dot":
         raise ValueError(f"only a .dot file opens cells, not {path.name!r}; the viewer opens them all")
     if expand:
