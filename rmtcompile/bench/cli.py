@@ -267,6 +267,8 @@ def training_of(args: argparse.Namespace, flags: tuple[str, ...]) -> training.Se
 
 
 def _recompute(text: str) -> str | int:
+    if text not in ("auto", "none", "level") and not (text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError("has to be none, level, auto or a positive number of levels")
     return int(text) if text.isdigit() else text
 
 
