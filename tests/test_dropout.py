@@ -582,9 +582,10 @@ def test_recorded_runs_draw_anew(name: str, backend: str) -> None:
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("name", ["dropout", "attention", "rand_like"])
-def test_gradients_on_cuda(name: str, backend: str) -> None:
+@pytest.mark.parametrize("recompute", ["none", "level", 2])
+def test_gradients_on_cuda(name: str, backend: str, recompute: str | int) -> None:
     model = made(lambda: Drawing(KEPT[name]), torch.float32).cuda().train()
-    fast = rmtcompile.optimize(model, backend=backend)
+    fast = rmtcompile.optimize(model, backend=backend, recompute=recompute)
     for segments in (5, 2):
         x = features(segments, 16, torch.float32).cuda().requires_grad_()
         got, drawn = fast(x)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch.utils.checkpoint import checkpoint
 
 from rmtcompile.runtime.base import BaseRun, Level
@@ -44,7 +45,7 @@ def again(run: BaseRun, levels: Sequence[int], step: Level) -> None:
     before = run.copied()
     first = [run]  # not held by what backward holds, which the run's own values lead to
 
-    def body() -> None:
+    def body(*_: torch.Tensor) -> None:
         mine = first.pop() if first else before.copied()
         with own_modes():  # backward has the caller's
             for level in levels:
@@ -53,7 +54,8 @@ def again(run: BaseRun, levels: Sequence[int], step: Level) -> None:
                 else:
                     again(mine, (level,), step)
 
-    checkpoint(body, use_reentrant=False)
+    # Of these arguments it takes the devices whose random numbers are drawn again.
+    checkpoint(body, *run.inputs.values(), use_reentrant=False)
 
 
 __all__ = ["Recompute"]
