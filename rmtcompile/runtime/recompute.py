@@ -54,8 +54,9 @@ def again(run: BaseRun, levels: Sequence[int], step: Level) -> None:
                 else:
                     again(mine, (level,), step)
 
-    # Of these arguments it takes the devices whose random numbers are drawn again.
-    checkpoint(body, *run.inputs.values(), use_reentrant=False)
+    # Of its arguments it takes the devices whose random numbers are drawn again.
+    devices = {x.device for x in run.inputs.values()}
+    checkpoint(body, *(torch.empty(0, device=device) for device in devices), use_reentrant=False)
 
 
 __all__ = ["Recompute"]
