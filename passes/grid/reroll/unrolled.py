@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,10 +89,15 @@ def _restore_dead(
             if here not in bodies or before not in bodies or bodies[here].key == bodies[before].key:
                 continue
             whole = bodies[before]
-            found = _embed(bodies[here], whole)
+            found = _embed(bodies[here], whole, _may_be_one)
             if found is not None:
                 _restore(bodies, place, here, whole, *found)
     _restore_layers(bodies, place, parts)
+
+
+def _may_be_one(x: fx.Node, y: fx.Node) -> bool:
+    """Whether live-ins of two segments of one layer may be the same: not two different weights."""
+    return x is y or x.op != "get_attr" or y.op != "get_attr"
 
 
 def _restore_layers(
@@ -128,9 +133,21 @@ def _restore(
     bodies[here] = Body(whole.key, whole.nodes, restored, whole.ints, whole.lender or whole)
 
 
-def _embed(part: Body, whole: Body) -> tuple[dict[int, int], dict[int, int]] | None:
+def _embed(
+    part: Body, whole: Body, may_be: Callable[[fx.Node, fx.Node], bool] = lambda x, y: True
+) -> tuple[dict[int, int], dict[int, int]] | None:
     """Positions in `whole` of the operations and live-ins of `part`, if it is `whole` with operations left
-    out."""
+    out.
+
+    Args:
+        may_be: whether a live-in of `part` may stand for one of `whole`. Weights of one layer tell operations
+            apart that are alike otherwise.
+    """
+
+    def fits(mine: int, theirs: int) -> bool:
+        x, y = part.live_ins[mine], whole.live_ins[theirs]
+        return not isinstance(x, fx.Node) or not isinstance(y, fx.Node) or may_be(x, y)
+
     index: dict[int, int] = {}
     live_ins: dict[int, int] = {}
     at = 0
@@ -138,7 +155,7 @@ def _embed(part: Body, whole: Body) -> tuple[dict[int, int], dict[int, int]] | N
         return None
     for i, row in enumerate(part.key):
         while at < len(whole.key):
-            trial = _match(row, whole.key[at], index, dict(live_ins))
+            trial = _match(row, whole.key[at], index, dict(live_ins), fits)
             if trial is not None:
                 break
             at += 1
@@ -150,16 +167,19 @@ def _embed(part: Body, whole: Body) -> tuple[dict[int, int], dict[int, int]] | N
     return (index, live_ins) if len(set(live_ins.values())) == len(live_ins) else None
 
 
-def _match(mine: Any, theirs: Any, index: dict[int, int], live_ins: dict[int, int]) -> dict[int, int] | None:
+def _match(
+    mine: Any, theirs: Any, index: dict[int, int], live_ins: dict[int, int], fits: Callable[[int, int], bool]
+) -> dict[int, int] | None:
     """Whether two encoded operations agree under the positions found so far; the live-ins matched, or
     None."""
     if isinstance(mine, tuple) and isinstance(theirs, tuple) and len(mine) == len(theirs):
         if len(mine) == 2 and mine[0] == "n" and theirs[0] == "n":
             return live_ins if index.get(mine[1]) == theirs[1] else None
         if len(mine) == 3 and mine[0] == "x" and theirs[0] == "x":
-            return live_ins if _is_same_live_in(mine, theirs, live_ins) else None
+            is_same = _is_same_live_in(mine, theirs, live_ins) and fits(mine[1], theirs[1])
+            return live_ins if is_same else None
         for a, b in zip(mine, theirs, strict=True):
-            found = _match(a, b, index, live_ins)
+            found = _match(a, b, index, live_ins, fits)
             if found is None:
                 return None
             live_ins = found
