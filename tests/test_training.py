@@ -171,7 +171,6 @@ class Checkpointed(Toy):
         return torch.cat(out, 1)
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the model without gradients
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_of_the_model_are_honoured(reentrant: bool) -> None:
     model = made(Checkpointed)

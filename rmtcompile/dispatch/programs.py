@@ -48,8 +48,8 @@ MAX_SIZES = 32
 """Sizes of inputs whose programs are kept loaded."""
 
 _CAPTURING = (
-    "capturing the forward for inputs of a new kind, once for all lengths; optimize(..., progress=True) says "
-    "more"
+    "capturing the forward for inputs of a new kind (batch size, incomplete segment, mode, arguments); any "
+    "number of segments will run it; optimize(..., progress=True) says more"
 )
 
 CHANGES = 8

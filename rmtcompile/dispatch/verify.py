@@ -13,6 +13,7 @@ run with each of them at its mean (`means.py`).
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,11 +106,14 @@ def difference(
 
 @contextlib.contextmanager
 def _put_back(fn: Callable[..., Any], written: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Leave the modules of `fn` and the contents of these tensors as they were before the block."""
+    """Leave the modules of `fn` and the contents of these tensors as they were before the block. What the
+    model warns of there is about our call (inputs without gradients), not the user's."""
     snapshot = Snapshot(roots_of(fn))
     kept = [tensor.detach().clone() for tensor in written]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         snapshot.restore()
         with torch.no_grad():
