@@ -24,7 +24,7 @@ from rmtcompile.binding.objects import Opaque
 from rmtcompile.binding.state import CALL_HOOKS
 from rmtcompile.compiler.stages import Progress
 from rmtcompile.errors import UnsupportedError
-from rmtcompile.frontend.tracing import is_as_written
+from rmtcompile.frontend.tracing import is_as_written, uncompiled
 from rmtcompile.optimized import OWN, Optimized
 from rmtcompile.options import Options
 
@@ -94,6 +94,7 @@ class OptimizedModule(Optimized, nn.Module):
         vars(self).update({**hooks, **theirs})
         Optimized.__init__(self, model, options, progress)
 
+    @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the hooks of this module and, inside of them, what is its forward.
 
