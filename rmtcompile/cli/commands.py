@@ -39,8 +39,8 @@ def _run(options: argparse.Namespace) -> int:
     try:
         return _guarded(lambda: run(options), options.command, options.json)
     except OSError as error:
-        out = getattr(options, "out", None)
-        if not out or not str(error.filename).startswith(str(out)):
+        out, where = str(getattr(options, "out", None) or ""), str(error.filename)
+        if not out or not (where.startswith(out) or out.startswith(where)):
             raise
         message = f"cannot write {error.filename}: {error.strerror}"
         print(f"rmtcompile {options.command}: {message}", file=sys.stderr)
