@@ -89,6 +89,21 @@ def test_cuts_inside_of_a_segment(
     assert probe(fn, (x,), {}) == Segmentation((Axis(0, 1, 8),))
 
 
+@pytest.mark.parametrize("length", [16, 24, 32, 40])
+def test_batches_as_large_as_other_axes(length: int) -> None:
+    """Eight inputs and eight features; a longer batch may be as long as the inputs are."""
+
+    def rotated(h: Tensor) -> Tensor:
+        low, high = h[..., :4], h[..., 4:]
+        return torch.cat([-high, low], -1)
+
+    def fn(x: Tensor) -> Tensor:
+        h = F.embedding(x, torch.ones(9, 8))
+        return torch.cat([rotated(h[:, i : i + 8].sin()) for i in range(0, h.shape[1], 8)], 1)
+
+    assert probe(fn, (torch.zeros(8, length, dtype=torch.long),), {}) == Segmentation((Axis(0, 1, 8),))
+
+
 def test_first_axis() -> None:
     def fn(x: Tensor) -> Tensor:
         return torch.cat([piece.sin() for piece in x.split(3)])

@@ -208,10 +208,10 @@ def _confirmed(
     axes: list[Axis], run: Callable[..., tuple[_Views, Exception | None]], shapes: list[Any]
 ) -> list[Axis]:
     """The cut that two of three lengths of the input agree on; that of the input as it is, if the model does
-    not run on others."""
+    not run on others. Lengths at which two axes cannot be told apart say nothing."""
     found, failed = [axes], False
-    for factor in (4, 3):
-        sizes = _longer(shapes, axes[0].leaf, axes[0].dim, factor)
+    longer = [_longer(shapes, axes[0].leaf, axes[0].dim, factor) for factor in (4, 3, 5, 7)]
+    for sizes in [sizes for sizes in longer if not _collides(shapes, sizes, axes[0])][:2]:
         views, failure = run(sizes)
         again = _axes(views.taken, sizes)
         if any(again[:1] == other[:1] for other in found):
@@ -219,6 +219,12 @@ def _confirmed(
         failed = failed or failure is not None
         found.append(again or axes)
     return axes if failed else []
+
+
+def _collides(shapes: list[Any], longer: list[Any], axis: Axis) -> bool:
+    """Whether an axis that has grown is as long now as one that has not."""
+    pairs = [pair for a, b in zip(shapes, longer, strict=True) for pair in zip(a, b, strict=True)]
+    return any(before == after == longer[axis.leaf][axis.dim] for before, after in pairs)
 
 
 def _attempt(
