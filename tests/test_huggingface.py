@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from peft import LoraConfig, get_peft_model
 from test_end_to_end import armt, ids
 from torch import Tensor, nn
 from toys import assert_same
-from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
+from transformers import GenerationMixin, LlamaConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 
 import rmtcompile
@@ -82,3 +86,83 @@ def test_a_training_loop(way: str) -> None:
         assert_same(theirs(ids(2)).logits, again(ids(2)).logits, 1e-8)
     with pytest.raises(AttributeError, match="use_cache"):
         mine.config.use_cache = True
+
+
+# ---- the libraries themselves ------------------------------------------------------------------------------
+
+
+class Texts(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Eight texts of four segments, each its own labels."""
+
+    def __init__(self) -> None:
+        self.texts = ids(4, batch=8)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.texts[index], "labels": self.texts[index]}
+
+
+def losses_of_a_trainer(model: nn.Module, folder: Path) -> list[float]:
+    told = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=2, max_steps=3, learning_rate=1e-2, report_to=[],
+        save_strategy="no", use_cpu=True, logging_steps=1, seed=0, data_seed=0, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, told, train_dataset=Texts())
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.filterwarnings("default")  # of the libraries
+def test_a_trainer_runs_what_is_installed(tmp_path: Path) -> None:
+    theirs, mine = armt("llama", torch.float32), armt("llama", torch.float32)
+    program = rmtcompile.install(mine)
+    expected = losses_of_a_trainer(theirs, tmp_path / "theirs")
+    assert losses_of_a_trainer(mine, tmp_path / "mine") == pytest.approx(expected, rel=1e-4)
+    assert len(set(expected)) == 3, "nothing was learned"
+    assert program.captures == 1
+
+
+@pytest.mark.filterwarnings("default")
+def test_accelerate_prepares_a_program() -> None:
+    theirs, mine = armt("llama", torch.float32), armt("llama", torch.float32)
+    batch = ids(3, batch=2)
+    found = []
+    for model in (theirs, rmtcompile.optimize(mine)):
+        AcceleratorState._reset_state(reset_partial_state=True)  # others in this process have made one
+        accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+        prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        out = prepared(batch, labels=batch)
+        accelerator.backward(out.loss)
+        optimizer.step()
+        found.append(out.loss.detach())
+    assert_same(found[0], found[1], 1e-3)
+    assert not torch.equal(found[0], theirs(batch, labels=batch).loss), "no step was taken"
+    for p, q in zip(theirs.parameters(), mine.parameters(), strict=True):
+        assert_same(p.detach(), q.detach(), 1e-2)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("way", ["optimized", "installed"])
+def test_adapters_of_peft(way: str) -> None:
+    """A frozen model with low-rank adapters: a program of all of it, or in the model that is wrapped."""
+    found = []
+    for is_mine in (False, True):
+        model = armt("llama", torch.float64).requires_grad_(False)
+        if is_mine and way == "installed":
+            rmtcompile.install(model)
+        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=2)).double()
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter))
+                elif "lora_A" in name:
+                    parameter.copy_(torch.linspace(-0.2, 0.1, parameter.numel()).view_as(parameter))
+        run = rmtcompile.optimize(adapted) if is_mine and way == "optimized" else adapted
+        run(input_ids=ids(3), labels=ids(3)).loss.backward()
+        grads = [p.grad for p in adapted.parameters() if p.grad is not None]
+        assert len(grads) == sum("lora_" in name for name, _ in adapted.named_parameters())
+        found.append(grads)
+    for theirs, mine in zip(*found, strict=True):
+        assert_same(theirs, mine, 1e-7)
