@@ -1,0 +1,203 @@
+"""Generation: what follows a text, token by token.
+
+    text      |  segment 0  |  segment 1  |  open ...          closed segments are in the memory: one forward
+                                             ^ next token      reads the keys and values of the open segment
+
+A token costs one position, whatever the length of the text. When the open segment is full, its memory tokens
+are read and written to memory, and a new one begins.  What to take of the logits, when to stop and where
+tokens are shown to is decided by classes of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+if TYPE_CHECKING:
+    from .armt import ARMT, MemoryCell
+
+
+class OpenSegment:
+    """The segment of each text of a batch that has not been written to memory yet.
+
+    Attributes:
+        rows: B.
+        filled: tokens that it holds.
+        cache: keys and values of these; None where they are computed again with each token.
+    """
+
+    def __init__(self, cell: MemoryCell, use_cache: bool = True) -> None:
+        self.cell = cell
+        self.use_cache = use_cache
+        self.rows = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.filled = 0
+        self.cache = DynamicCache() if self.use_cache else None
+        self.embeds: Tensor | None = None  # where there is no cache
+        self.mask: Tensor | None = None
+
+    def read(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Read tokens, which may fill several segments.
+
+        Args:
+            ids: i64[B, n], n >= 1.
+            mask: i64[B, n], 0 for padding; given in all calls, or in none.
+
+        Returns:
+            f[B, V], the logits of what follows the last token.
+        """
+        self.rows, size = ids.shape[0], self.cell.config.segment_size
+        while ids.shape[1]:
+            if self.filled == size:
+                self._close()
+            n = min(size - self.filled, ids.shape[1])
+            logits = self._extended(ids[:, :n], None if mask is None else mask[:, :n])
+            ids, mask = ids[:, n:], None if mask is None else mask[:, n:]
+        return logits
+
+    def _extended(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        embeds = self.cell.model.get_input_embeddings()(ids)
+        self.filled += ids.shape[1]
+        if mask is not None:
+            self.mask = mask if self.mask is None else torch.cat([self.mask, mask], 1)
+        if self.cache is not None:
+            return self.cell.decode(embeds, self.cache, self.mask)[:, -1]
+        self.embeds = embeds if self.embeds is None else torch.cat([self.embeds, embeds], 1)
+        logits = self.cell(self.embeds, self.mask, write=False).logits
+        assert logits is not None
+        return logits[:, -1]
+
+    def _close(self) -> None:
+        """Write the full segment to memory, and begin the next one."""
+        if self.cache is None:
+            assert self.embeds is not None
+            self.cell(self.embeds, self.mask)
+        else:
+            self.cell.close(self.cache, self.mask, self.rows)
+        self._begin()
+
+    def repeat(self, n: int) -> None:
+        """Each text n times, one after the other; the memory of one text is held once until it is written."""
+        for layer in self.cell.layers:
+            layer.repeat(n)
+        if self.cache is not None:
+            self.cache.batch_repeat_interleave(n)
+        self.embeds = None if self.embeds is None else self.embeds.repeat_interleave(n, 0)
+        self.mask = None if self.mask is None else self.mask.repeat_interleave(n, 0)
+
+
+def generate(
+    model: ARMT,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    attention_mask: Tensor | None = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    num_return_sequences: int = 1,
+    eos_token_id: int | Iterable[int] | None = None,
+    pad_token_id: int | None = None,
+    logits_processor: Iterable[Any] = (),
+    stopping_criteria: Iterable[Any] = (),
+    streamer: Any = None,
+    use_cache: bool | None = None,
+) -> Tensor:
+    """See `ARMT.generate`."""
+    ends = [] if eos_token_id is None else _listed(eos_token_id)
+    if num_return_sequences > 1 and not do_sample:
+        raise ValueError("several continuations of one text differ by sampling only: do_sample=True")
+    processors = LogitsProcessorList([*logits_processor, *_warpers(do_sample, temperature, top_k, top_p)])
+    stops = StoppingCriteriaList([MaxLengthCriteria(input_ids.shape[1] + max_new_tokens)])
+    stops += [EosTokenCriteria(ends)] if ends else []
+    stops += stopping_criteria
+    pad = pad_token_id if pad_token_id is not None else (ends or [0])[0]
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    segment, logits = prefilled(model, input_ids, attention_mask, use_cache)
+    if num_return_sequences > 1:
+        segment.repeat(num_return_sequences)
+        logits, input_ids = (x.repeat_interleave(num_return_sequences, 0) for x in (logits, input_ids))
+    going = torch.ones_like(input_ids[:, 0])
+    mask = torch.ones_like(input_ids[:, :1]) if attention_mask is not None else None
+    for i in range(max_new_tokens):
+        if i:
+            logits = segment.read(input_ids[:, -1:], mask)
+        scores = processors(input_ids, logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        tokens = _drawn(scores) if do_sample else scores.argmax(-1)
+        tokens = torch.where(going.bool(), tokens, pad)
+        input_ids = torch.cat([input_ids, tokens[:, None]], 1)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        going = going & ~stops(input_ids, scores)
+        if not going.any():
+            break
+    if streamer is not None:
+        streamer.end()
+    return input_ids
+
+
+def prefilled(
+    model: ARMT, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool | None = None
+) -> tuple[OpenSegment, Tensor]:
+    """A text read to its end: its open segment, and the logits f[B, V] of what follows. Closed segments are
+    read by one call of the model."""
+    can_cache = takes_cache(model.memory_cell.model)
+    if use_cache and not can_cache:
+        kind = type(model.memory_cell.model).__name__
+        raise ValueError(
+            f"this transformers has another cache for {kind}: leave use_cache out, or use another"
+        )
+    closed = (input_ids.shape[1] - 1) // model.config.segment_size * model.config.segment_size
+    if closed:
+        given = {} if attention_mask is None else {"attention_mask": attention_mask[:, :closed]}
+        model(input_ids[:, :closed], **given, logits_to_keep=1)
+    else:
+        model.memory_cell.reset()
+    segment = OpenSegment(model.memory_cell, can_cache and use_cache is not False)
+    mask = None if attention_mask is None else attention_mask[:, closed:]
+    return segment, segment.read(input_ids[:, closed:], mask)
+
+
+def takes_cache(decoder: Any) -> bool:
+    """Whether a decoder keeps keys and values in a `DynamicCache`: all in transformers 5, most in 4."""
+    other = getattr(decoder.config, "cache_implementation", None)
+    return other is None and bool(getattr(decoder, "_supports_cache_class", True))
+
+
+def _warpers(do_sample: bool, temperature: float, top_k: int | None, top_p: float | None) -> list[Any]:
+    """In the order of transformers."""
+    found: list[Any] = []
+    if do_sample and temperature != 1.0:
+        found.append(TemperatureLogitsWarper(temperature))
+    if do_sample and top_k:
+        found.append(TopKLogitsWarper(top_k))
+    if do_sample and top_p is not None and top_p < 1.0:
+        found.append(TopPLogitsWarper(top_p))
+    return found
+
+
+def _drawn(scores: Tensor) -> Tensor:
+    return torch.multinomial(scores.softmax(-1), 1)[:, 0]
+
+
+def _listed(ids: int | Iterable[int]) -> list[int]:
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+__all__ = ["OpenSegment", "generate", "prefilled", "takes_cache"]

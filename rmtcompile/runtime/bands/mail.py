@@ -1,0 +1,254 @@
+"""Mail: how values get from band to band between processes, and their gradients back.
+
+    forward     rank 0  level t ── value ──> rank 1  level t + 1
+    backward    rank 0  level t <─ gradient ─ rank 1  level t + 1
+
+A message with gradients is a node of autograd on either side. Autograd runs nodes in the reverse of the order
+in which they were made, so that gradients come in the reverse of the order of the messages: what a rank waits
+for has been sent by one that waited for nothing later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils import _pytree as pytree
+
+from rmtcompile.errors import RankError
+from rmtcompile.ir.bands import Cut, Sent
+from rmtcompile.ir.program import Program
+from rmtcompile.runtime.bands.links import Value
+
+_AHEAD = 4
+"""Levels whose messages may be on their way before a rank waits for the oldest ones to be received."""
+
+
+class Mail:
+    """The messages of one rank.
+
+    Args:
+        group: of processes; band p is run by rank p of it.
+        cut: the program cut into bands.
+        program: the whole program.
+        device: where values are.
+    """
+
+    def __init__(self, group: Any, cut: Cut, program: Program, device: torch.device) -> None:
+        self.group = group
+        self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
+        self.device = device
+        self._lanes = {lane.name: lane for lane in program.lanes}
+        self._sources = {sent: band.index for band in cut.bands for sent in band.sends}
+        self._underway: list[list[tuple[Any, torch.Tensor]]] = []
+
+    # ---- values --------------------------------------------------------------------------------------------
+
+    def send(self, sent: Sent, value: Any, level: int, trail: Trail | None) -> None:
+        """Start to send a value; zeros or nothing where there is none.
+
+        Args:
+            trail: of a run with gradients.
+        """
+        if sent.is_tap:
+            plain = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, value)
+            with self.told(f"rank {sent.target}", level):
+                dist.send_object_list([plain], self._global(sent.target), group=self.group)
+        else:
+            value = self._room(sent).zero_() if value is None else value
+            self._start(value.detach().contiguous(), sent.target, level)
+        if trail is not None:
+            for part in pytree.tree_leaves(value):
+                trail.sent(part, sent.target, level)
+
+    def receive(self, sent: Sent, level: int, trail: Trail | None) -> Value:
+        """A value that another rank has sent."""
+        source = self._sources[sent]
+        with self.told(f"rank {source}", level):
+            if sent.is_tap:
+                told: list[Any] = [None]
+                dist.recv_object_list(told, self._global(source), group=self.group)
+                value = told[0]
+            else:
+                value = self._received(self._room(sent), source)
+        if trail is not None:
+            value = pytree.tree_map_only(torch.Tensor, lambda x: trail.received(x, source, level), value)
+        return Value(value)
+
+    def wait(self, level: int, all_of_them: bool = False) -> None:
+        """Wait until no more than a few levels' messages are on their way; to be called once a level."""
+        while len(self._underway) > (0 if all_of_them else _AHEAD):
+            for work, _ in self._underway.pop(0):
+                with self.told("another rank", level):
+                    work.wait()
+        self._underway.append([])
+
+    def send_part(self, value: torch.Tensor, target: int, level: int) -> None:
+        """Start to send a copy of a tensor whose shape is known there."""
+        self._start(value.clone(memory_format=torch.contiguous_format), target, level)
+
+    def receive_part(self, like: torch.Tensor, source: int, level: int) -> torch.Tensor:
+        """One tensor of a shape that is known."""
+        with self.told(f"rank {source}", level):
+            return self._received(torch.empty_like(like, memory_format=torch.contiguous_format), source)
+
+    def _start(self, value: torch.Tensor, target: int, level: int) -> None:
+        if not self._underway:
+            self._underway.append([])
+        with self.told(f"rank {target}", level):
+            work = dist.isend(value, self._global(target), group=self.group)
+        self._underway[-1].append((work, value))
+
+    def _received(self, room: torch.Tensor, source: int) -> torch.Tensor:
+        work = dist.irecv(room, self._global(source), group=self.group)
+        if work is not None:
+            work.wait()
+        return room
+
+    def _room(self, sent: Sent) -> torch.Tensor:
+        lane = self._lanes[sent.name]
+        return torch.empty(lane.shape, dtype=lane.dtype, device=self.device)
+
+    def _global(self, rank: int) -> int:
+        return dist.get_global_rank(self.group, rank) if self.group is not None else rank
+
+    # ---- all ranks -----------------------------------------------------------------------------------------
+
+    def gathered(self, mine: Any) -> list[Any]:
+        """What each rank says."""
+        found: list[Any] = [None] * self.count
+        with self.told("another rank"):
+            dist.all_gather_object(found, mine, group=self.group)
+        return found
+
+    def shared(self, rank: int, values: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Tensors (and others) by key, from one rank to all."""
+        source = self._global(rank)
+        kinds: list[Any] = [{key: _kind(value) for key, value in values.items()}]
+        found = dict(values)
+        with self.told(f"rank {rank}"):
+            dist.broadcast_object_list(kinds, source, group=self.group)
+            for key, kind in kinds[0].items():
+                if not isinstance(kind, _Kind):
+                    found[key] = kind
+                    continue
+                here = values.get(key)
+                room = torch.empty(kind.shape, dtype=kind.dtype, device=self.device)
+                sent = room if here is None else here.detach().contiguous()
+                dist.broadcast(sent, source, group=self.group)
+                found[key] = room if here is None else here
+        return found
+
+    def summed(
+        self, values: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor | None]:
+        """The sums of all ranks' tensors; None where no rank has one."""
+        everyone = self.gathered([value is not None for value in values])
+        found: list[torch.Tensor | None] = []
+        works = []
+        for i, value in enumerate(values):
+            if not any(has[i] for has in everyone):
+                found.append(None)
+                continue
+            mine = torch.zeros_like(like[i]) if value is None else value.contiguous()
+            with self.told("another rank"):
+                works.append(dist.all_reduce(mine, group=self.group, async_op=True))
+            found.append(mine)
+        for work in works:
+            with self.told("another rank"):
+                work.wait()
+        return found
+
+    def told(self, who: str, level: int | None = None) -> _Told:
+        """Where another rank does not answer, an error that says which."""
+        where = f"rank {self.rank}" + (f", level {level}" if level is not None else "")
+        return _Told(f"{where}: {who} does not answer any more")
+
+
+@dataclass(frozen=True)
+class _Kind:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _kind(value: Any) -> Any:
+    """What another rank has to know of a value to make room for it; others are told as they are."""
+    return _Kind(tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value
+
+
+class _Told:
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, RuntimeError) and not isinstance(error, RankError):
+            raise RankError(f"{self._text}: {str(error).partition(chr(10))[0]}") from None
+
+
+class Trail:
+    """The messages of one run with gradients, as nodes of autograd.
+
+    Attributes:
+        anchor: what all of them depend on.
+        tokens: what all of them lead to: roots of backward, besides results.
+    """
+
+    def __init__(self, mail: Mail) -> None:
+        self._mail = mail
+        self.anchor = torch.zeros((), device=mail.device, requires_grad=True)
+        self.tokens: list[torch.Tensor] = []
+
+    def sent(self, value: Any, target: int, level: int) -> None:
+        """Note a tensor whose gradient will come back."""
+        if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
+            self.tokens.append(_Sent.apply(value, self.anchor, self._mail, target, level))
+
+    def received(self, value: torch.Tensor, source: int, level: int) -> torch.Tensor:
+        """A tensor whose gradient will be sent back."""
+        if not (value.is_floating_point() or value.is_complex()):
+            return value
+        found: torch.Tensor
+        found, token = _Received.apply(value, self.anchor, self._mail, source, level)
+        self.tokens.append(token)
+        return found
+
+
+class _Sent(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, value: torch.Tensor, anchor: torch.Tensor, mail: Mail, target: int, level: int
+    ) -> torch.Tensor:
+        ctx.to = mail, target, level
+        ctx.like = torch.empty_like(value, device="meta"), value.device
+        return anchor.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        mail, target, level = ctx.to
+        like, device = ctx.like
+        return mail.receive_part(torch.empty_like(like, device=device), target, level), None, None, None, None
+
+
+class _Received(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, value: torch.Tensor, anchor: torch.Tensor, mail: Mail, source: int, level: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.to = mail, source, level
+        return value.detach(), anchor.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> Any:
+        mail, source, level = ctx.to
+        mail.send_part(grad, source, level)
+        mail.wait(level)
+        return None, None, None, None, None
+
+
+__all__ = ["Mail", "Trail"]

@@ -1,0 +1,96 @@
+"""Gradients of a run whose bands are in several processes.
+
+    forward     own levels, with messages; all ranks get what is returned
+    backward    own levels in reverse, with gradients of messages; all ranks get the sums of gradients
+
+To the caller's autograd a run is one operation, on every rank: of what is differentiable among parameters and
+arguments, to what the forward returns. Inside, a rank has a graph of its own levels. Every rank gets the
+same gradients of what is returned, since all compute the same of it, and takes those of what its own band has
+made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from rmtcompile.runtime.bands.mail import Mail, Trail
+
+Forward = Callable[[Trail, Mapping[int, torch.Tensor]], Sequence[torch.Tensor]]
+"""Runs the own levels with gradients; gives what is returned. Of tensors that are no leaves of autograd, by
+their identity, it reads others in their place, at which backward ends."""
+
+
+def with_gradients(mail: Mail, wanted: Sequence[torch.Tensor], forward: Forward) -> tuple[torch.Tensor, ...]:
+    """What a run gives, as one operation.
+
+    Args:
+        wanted: the tensors whose gradients are recorded; the same, in the same order, on all ranks.
+
+    Raises:
+        RankError: in backward, which all ranks have to run, where another one does not answer any more.
+    """
+    found: tuple[torch.Tensor, ...] = _Run.apply(_Work(mail, wanted, forward), *wanted)
+    return found
+
+
+class _Work:
+    """One run: its forward, and the graph of its own levels until backward has gone through it."""
+
+    def __init__(self, mail: Mail, wanted: Sequence[torch.Tensor], forward: Forward) -> None:
+        self._mail = mail
+        self._wanted = list(wanted)
+        self._inner = [x if x.is_leaf else x.detach().requires_grad_() for x in wanted]
+        self._forward: Forward | None = forward
+        self._trail = Trail(mail)
+        self._results: list[torch.Tensor] = []
+
+    def forward(self) -> tuple[torch.Tensor, ...]:
+        assert self._forward is not None
+        forward, self._forward = self._forward, None
+        with torch.enable_grad():
+            apart = {id(x): y for x, y in zip(self._wanted, self._inner, strict=True) if x is not y}
+            self._results = list(forward(self._trail, apart))
+        return tuple(result.detach() for result in self._results)
+
+    def backward(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        if not self._results:
+            raise RuntimeError("backward has gone through this run before: say retain_graph=True then")
+        keeps = torch._C._autograd._get_current_graph_task_keep_graph()
+        pairs = [
+            (result, grad)
+            for result, grad in zip(self._results, grads, strict=True)
+            if grad is not None and result.requires_grad
+        ]
+        pairs += [(token, torch.zeros_like(token)) for token in self._trail.tokens]
+        mine: list[torch.Tensor | None] = [None] * len(self._wanted)
+        if pairs:
+            roots, given = zip(*pairs, strict=True)
+            leaves = [*self._inner, self._trail.anchor]
+            found = torch.autograd.grad(roots, leaves, given, retain_graph=keeps, allow_unused=True)
+            mine = list(found[:-1])
+        if not keeps:
+            self._results, self._trail = [], Trail(self._mail)
+        self._mail.wait(0, all_of_them=True)
+        return self._mail.summed(mine, self._wanted)
+
+
+class _Run(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, work: _Work, *wanted: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.work = work
+        ctx.set_materialize_grads(False)
+        found = work.forward()
+        ctx.mark_non_differentiable(*(x for x in found if not (x.is_floating_point() or x.is_complex())))
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        return (None, *ctx.work.backward(grads))
+
+
+__all__ = ["with_gradients"]

@@ -1,0 +1,269 @@
+"""What a program in bands has recorded, and how runs are put together of it.
+
+Each band's levels are recorded on its own device (`recorded.py`). The host replays level after level, band
+after band, and starts what is sent on its way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rmtcompile.errors import RecordingWarning, warn
+from rmtcompile.runtime.bands.copies import OnDevice
+from rmtcompile.runtime.bands.links import Value
+from rmtcompile.runtime.bands.recorded import RecordedBand
+from rmtcompile.runtime.bands.run import Message
+from rmtcompile.runtime.base import BaseRun
+from rmtcompile.runtime.block_recorder import unowned
+from rmtcompile.runtime.block_run import Device
+from rmtcompile.runtime.contexts import own_modes, plain_tensors, same_numbers
+from rmtcompile.runtime.copies import room_for
+from rmtcompile.runtime.graphs import Recordings
+from rmtcompile.runtime.workspaces import own_workspaces
+
+if TYPE_CHECKING:
+    from rmtcompile.runtime.bands.execute import BandedExecutor, Member
+
+
+class BandDevice(Recordings):
+    """Records on one CUDA device; see `Device`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            super().__init__({}, frozenset())
+            self._stream = torch.cuda.Stream(device)
+
+    def record(self, body: Callable[[], list[torch.Tensor]]) -> tuple[Any, list[torch.Tensor]]:
+        """See `Device`. Kinds of levels may have forms of their own, which are compiled and tuned at a first
+        call, and that would end a recording."""
+        with torch.cuda.device(self._device):
+            body()
+            graph, values = self.captured(body, own_workspaces)
+            return graph, [unowned(value) for value in values]
+
+
+class Host(BaseRun):
+    """A band's part of a replayed run, as far as the host has to do with it. What it keeps outside the cells
+    and other bands read goes to them."""
+
+    peers: Mapping[str, list[Callable[[int, Any], None]]]
+
+    def keep_tap(self, name: str, segment: int, value: Any) -> None:
+        """See `BaseRun`."""
+        super().keep_tap(name, segment, value)
+        for hand_on in self.peers.get(name, ()):
+            hand_on(segment, value)
+
+
+class BandReplays:
+    """The recordings of one executor of bands.
+
+    Attributes:
+        device_for: gives what records on a band's device.
+    """
+
+    MOST = 3
+    """Times that all is recorded, the first one counted."""
+
+    blocks = None
+    are_shared = False
+    ends_vary = False
+
+    def __init__(self, executor: BandedExecutor) -> None:
+        self._executor = executor
+        self._bands: list[RecordedBand] | None = None
+        self._addresses: list[dict[str, int]] = []
+        self._times = 0
+        self._obstacle = self._found_obstacle()
+        self.device_for: Callable[[torch.device], Device] = BandDevice
+
+    def _found_obstacle(self) -> str:
+        """Why levels cannot be recorded; empty if they can."""
+        compiled = self._executor.compiled
+        if compiled.rolled.fixed is not None or compiled.sizes:
+            return "the program is one of several sizes, or of one length"
+        return compiled.emitted.borders.obstacle
+
+    def __str__(self) -> str:
+        """How runs are recorded, in words."""
+        if self._obstacle:
+            return f"levels are launched one by one: {self._obstacle}"
+        return "recorded as CUDA graphs, a level of a band each, for any number of segments"
+
+    def are_of(self, sizes: Mapping[str, int]) -> bool:
+        """Whether other sizes share these recordings: none do."""
+        return False
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """What is launched here is launched on the current streams, as all else."""
+        yield
+
+    def start(self, segments: int, inputs: list[torch.Tensor]) -> None:
+        """Nothing is started before it is checked."""
+
+    def forget(self) -> None:
+        """Drop all recordings: weights have moved."""
+        self._bands = None
+
+    def workspace_seconds(self, segments: int) -> dict[str, float]:
+        """Nothing is measured."""
+        return {}
+
+    def run(self, segments: int, inputs: list[torch.Tensor]) -> tuple[Any, ...]:
+        """Run, from recordings where there are any."""
+        outputs = self._replayed(segments, inputs) if self._bands is not None else None
+        return self._executor.launch(segments, inputs) if outputs is None else outputs
+
+    # ---- recording -----------------------------------------------------------------------------------------
+
+    def record(self, inputs: list[torch.Tensor]) -> None:
+        """Record what runs of any length need, once."""
+        if self._bands is not None or self._obstacle or self._times >= self.MOST:
+            return
+        self._times += 1
+        try:
+            with plain_tensors(), own_modes(), same_numbers(self._executor.device):
+                self._bands = self._recorded(inputs)
+        except (RuntimeError, LookupError, ValueError) as error:  # the run was right, and the next will be
+            self._obstacle = f"recording has failed: {str(error).partition(chr(10))[0]}"
+            warn(f"runs are not recorded as CUDA graphs: {self._obstacle}", RecordingWarning)
+
+    def _recorded(self, inputs: list[torch.Tensor]) -> list[RecordedBand]:
+        executor = self._executor
+        borders = executor.compiled.emitted.borders
+        count = borders.head + borders.tail + 1 + executor.program.n_layers
+        named = executor.named(executor.resized(count, inputs))
+        leaves = executor.held()
+        weights = executor.stacks.current(leaves)
+        runs = [executor.band_run(m, count, named, leaves, weights, False) for m in executor.members]
+        executor.run_levels(runs)
+        made = []
+        self._addresses = []
+        for member, run in zip(executor.members, runs, strict=True):
+            assert isinstance(run.leaves, OnDevice)
+            held = {
+                name: room_for(x) if name in executor.replaced else x for name, x in run.leaves.read.items()
+            }
+            self._addresses.append(_addresses(held, executor.replaced))
+            with member.current():
+                band = RecordedBand(
+                    executor.cut,
+                    member.band,
+                    executor.whole,
+                    borders,
+                    member.functions,
+                    executor.engine_of(member.band),
+                    self.device_for(member.way.device),
+                    run,
+                    held,
+                    self._weights(member),
+                )
+                band.record_all()
+            made.append(band)
+        return made
+
+    def _weights(self, member: Member) -> Callable[[], dict[str, torch.Tensor]]:
+        executor = self._executor
+
+        def current() -> dict[str, torch.Tensor]:
+            leaves = executor.held()
+            return executor.weights_of(member, leaves, executor.stacks.current(leaves), False)
+
+        return current
+
+    # ---- running -------------------------------------------------------------------------------------------
+
+    def _replayed(self, segments: int, inputs: list[torch.Tensor]) -> tuple[Any, ...] | None:
+        """The outputs of a replayed run; None where it is not recorded, or weights have changed meanwhile."""
+        executor, bands = self._executor, self._bands
+        assert bands is not None
+        leaves, named = executor.held(), executor.named(inputs)
+        stacked = executor.stacks.current(leaves)
+        hosts, levels = [], []
+        with own_modes():
+            for i, (member, band) in enumerate(zip(executor.members, bands, strict=True)):
+                with member.current():
+                    if not self._refresh(i, member, band, leaves):
+                        self.forget()
+                        return None
+                    given = OnDevice(named, member.way.moving)
+                    host = Host(band.program, segments, given, band.leaves, band.engine)
+                    host.peers = {}
+                    weights = executor.weights_of(member, leaves, stacked, False)
+                    found = band.begin_run(host, weights)
+                if found is None:
+                    return None
+                hosts.append(host)
+                levels.append({block.levels.start: (block, parts) for block, parts in found})
+            self._join(hosts)
+            self._play(bands, hosts, levels)
+            outputs = executor.outputs_of(hosts, segments, named, leaves, None)
+        stale = [member for member in executor.members if not member.copies.hold()]
+        return None if stale else bands[0]._own(outputs)
+
+    def _refresh(
+        self, index: int, member: Member, band: RecordedBand, leaves: Mapping[str, torch.Tensor]
+    ) -> bool:
+        """Copy what the forward replaces to where recordings read it; whether all else is where it was."""
+        executor, now = self._executor, {}
+        for name, place in band.leaves.items():
+            value = executor.copied(member, name, leaves[name], [leaves[name]], False)
+            if name not in executor.replaced:
+                now[name] = value
+            elif value.shape != place.shape or value.dtype != place.dtype:
+                return False
+            else:
+                place.copy_(value)
+        return _addresses(now, executor.replaced) == self._addresses[index]
+
+    def _join(self, hosts: list[Host]) -> None:
+        """What hosts keep outside the cells goes to the bands that read it outside of levels."""
+        executor = self._executor
+        outer = executor.compiled.emitted.borders.outer
+        for member, host in zip(executor.members, hosts, strict=True):
+            peers: dict[str, list[Callable[[int, Any], None]]] = {}
+            for sent in member.band.sends:
+                if sent.is_tap and sent.name in outer:
+                    target, store = executor.members[sent.target], hosts[sent.target].taps[sent.name]
+                    peers.setdefault(sent.name, []).append(_handing(store.put, member.way, target.way))
+            host.peers = peers
+
+    def _play(self, bands: list[RecordedBand], hosts: list[Host], levels: list[dict[int, Any]]) -> None:
+        executor = self._executor
+        waiting: list[list[Message]] = [[] for _ in bands]
+        first = executor.program.grid(hosts[0].segments).levels
+        for level in first:
+            for i, (member, band) in enumerate(zip(executor.members, bands, strict=True)):
+                if level not in levels[i]:
+                    continue
+                arrived = [m for m in waiting[i] if m.level < level]
+                waiting[i] = [m for m in waiting[i] if m.level >= level]
+                with member.current():
+                    block, given = levels[i][level]
+                    for message in band.play(block, given, hosts[i], arrived):
+                        value = self._sent(message, member.way.device)
+                        waiting[message.sent.target].append(replace(message, value=value))
+
+    def _sent(self, message: Message, source: torch.device) -> Value:
+        """A value on its way; its own memory is written again by the next level."""
+        target = self._executor.members[message.sent.target].way.device
+        own = message.value.clone() if source == target else message.value
+        return self._executor.links.send(message.sent, own, source, target)
+
+
+def _addresses(held: Mapping[str, torch.Tensor], replaced: frozenset[str]) -> dict[str, int]:
+    return {name: x.data_ptr() for name, x in held.items() if name not in replaced}
+
+
+def _handing(put: Callable[[int, Any], None], source: Any, target: Any) -> Callable[[int, Any], None]:
+    return lambda segment, value: put(segment, target.to(source.back(value)))
+
+
+__all__ = ["BandReplays"]

@@ -1,0 +1,234 @@
+"""Run by tests/test_ranks.py in several processes: `python ranks.py RANK COUNT FILE CASES`. Says as JSON
+what each case has found."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._pytree import tree_leaves
+from toys import Toy, assert_same, features, made
+from zoo.others import ZOO
+
+import rmtcompile
+
+
+class Failing(Toy):
+    """Its embedding does not know all numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.table = torch.nn.Embedding(5, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.table(ids))
+
+
+def same(rank: int, group: Any) -> Any:
+    for name, lengths in (("skip_connections", (4, 1, 7)), ("hybrid", (5,))):
+        entry = ZOO[name]
+        model = entry.build()
+        fast = rmtcompile.optimize(copy.deepcopy(model), devices=group)
+        for segments in lengths:
+            (x,) = entry.inputs(2, segments)
+            assert_same(model(x), fast(x))
+    return "same"
+
+
+def mesh(rank: int, group: Any) -> Any:
+    devices = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("bands",))
+    model = made(lambda: Toy(4))
+    fast = rmtcompile.optimize(copy.deepcopy(model), devices=devices["bands"])
+    for x in (features(4), features(6)[:, :-2]):
+        assert_same(model(x), fast(x))
+    return str(fast._last[0].executor.cut)
+
+
+def other_weights(rank: int, group: Any) -> Any:
+    model = made(lambda: Toy(4), seed=rank)
+    return refused(lambda: rmtcompile.optimize(model, devices=group)(features(4)))
+
+
+def other_lengths(rank: int, group: Any) -> Any:
+    fast = rmtcompile.optimize(made(lambda: Toy(4)), devices=group)
+    fast(features(4))
+    return refused(lambda: fast(features(4 + rank)))
+
+
+def failing(rank: int, group: Any) -> Any:
+    fast = rmtcompile.optimize(made(Failing), devices=group)
+    ids = torch.zeros(1, 12, dtype=torch.long)
+    fast(ids)
+    executor = fast._last[0].executor
+    if rank == 1:
+        executor.members[1].functions["CELLS"]["layers"] = broken
+    return refused(lambda: fast(ids))
+
+
+def broken(run: Any, window: Any) -> Any:
+    raise ZeroDivisionError("of no use")
+
+
+@torch.enable_grad()
+def training(rank: int, group: Any) -> Any:
+    """Forward and gradients of weights and arguments, with levels recomputed and without."""
+    for name, segments, recompute in (("skewed", 5, "none"), ("compressed_older", 4, "level")):
+        entry = ZOO[name]
+        model, (x,) = entry.build(), entry.inputs(2, segments)
+        other = copy.deepcopy(model)
+        fast = rmtcompile.optimize(other, devices=group, recompute=recompute)
+        assert_same(gradients(model, model, x), gradients(fast, other, x), 1e-9)
+    return "same"
+
+
+def gradients(call: Any, model: torch.nn.Module, x: torch.Tensor) -> Any:
+    """What a call gives, and the gradients of a loss of it."""
+    x = x.clone().requires_grad_() if x.is_floating_point() else x
+    model.zero_grad()
+    result = call(x)
+    floats = [y for y in tree_leaves(result) if isinstance(y, torch.Tensor) and y.is_floating_point()]
+    weighed = [(y * torch.linspace(0, 1, y.shape[-1], dtype=y.dtype)).mean() for y in floats]
+    torch.stack(weighed).sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return result, found, x.grad
+
+
+@torch.enable_grad()
+def steps(rank: int, group: Any) -> Any:
+    """Some steps of an optimizer: all ranks keep the same weights, those of the model."""
+    model = made(lambda: Toy(4))
+    other = copy.deepcopy(model)
+    fast = rmtcompile.optimize(other, devices=group)
+    for call, mine in ((model, model), (fast, other)):
+        optimizer = torch.optim.AdamW(mine.parameters(), lr=1e-2)
+        for n in (3, 5, 1):
+            optimizer.zero_grad()
+            call(features(n)).square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(mine.parameters(), 0.1)
+            optimizer.step()
+    assert_same(model.state_dict(), other.state_dict(), 1e-9)
+    return "same"
+
+
+@torch.enable_grad()
+def retained(rank: int, group: Any) -> Any:
+    """A second backward gives the same gradients once more where the graph was retained."""
+    model = made(lambda: Toy(4))
+    loss = rmtcompile.optimize(model, devices=group)(features(4)).square().mean()
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    loss.backward()
+    assert_same([2 * grad for grad in once], [p.grad for p in model.parameters() if p.grad is not None])
+    return refused(loss.backward, RuntimeError)
+
+
+def parts(rank: int, group: Any) -> Any:
+    """A text in parts, cut anywhere; with gradients through its state, too."""
+    entry = ZOO["skewed"]
+    model, (x,) = entry.build(), entry.inputs(2, 6)
+    other = copy.deepcopy(model)
+    fast, n = rmtcompile.optimize(other, devices=group), x.shape[1]
+    for gradient in (False, True):
+        with torch.set_grad_enabled(gradient):
+            expected, state = model(x), None
+            for lo, hi in ((0, n // 3), (n // 3, n // 2), (n // 2, n)):
+                lo -= 0 if state is None else state.pending_tokens
+                y, state = fast.run(x[:, lo:hi], state=state)
+                assert_same(expected[:, lo:hi], y)
+            if gradient:
+                last = (expected[:, -1].sum(), model), (y[:, -1].sum(), other)
+                theirs, mine = (
+                    torch.autograd.grad(loss, list(m.parameters()), allow_unused=True) for loss, m in last
+                )
+                assert_same(theirs, mine, 1e-9)
+    return "same"
+
+
+def without_gradients_on_one(rank: int, group: Any) -> Any:
+    fast = rmtcompile.optimize(made(lambda: Toy(4)), devices=group)
+    with torch.set_grad_enabled(rank == 0):
+        return refused(lambda: fast(features(4)))
+
+
+@torch.enable_grad()
+def replicas(rank: int, group: Any) -> Any:
+    """Data parallel around bands: two replicas of half of the bands each, and half of the batch."""
+    count = dist.get_world_size()
+    both = init_device_mesh("cpu", (2, count // 2), mesh_dim_names=("data", "bands"))
+    model = made(lambda: Toy(4))
+    other = copy.deepcopy(model)
+    fast = rmtcompile.optimize(other, devices=both["bands"])
+    parallel = torch.nn.parallel.DistributedDataParallel(fast, process_group=both["data"].get_group())
+    for n in (3, 5):
+        x = features(n, batch=4)
+        for m in (model, other):
+            m.zero_grad()
+        model(x).square().mean().backward()
+        half = both["data"].get_local_rank()
+        parallel(x[2 * half : 2 * half + 2]).square().mean().backward()
+        theirs, mine = ([p.grad for p in m.parameters() if p.grad is not None] for m in (model, other))
+        assert_same(theirs, mine, 1e-9)
+    return "same"
+
+
+@torch.enable_grad()
+def undoable(rank: int, group: Any) -> Any:
+    """Gradients of a weight that is computed; a transform."""
+    model = made(lambda: Toy(4))
+    fast = rmtcompile.optimize(model, devices=group)
+    fast(features(4))
+    layer = next(iter(model.layers))
+    weight = layer.mix.weight
+    del layer.mix._parameters["weight"]
+    layer.mix.weight = weight * 2
+    return [
+        refused(lambda: fast(features(4))),
+        refused(lambda: torch.func.jvp(fast, (features(4),), (features(4),))),
+    ]
+
+
+def refused(call: Any, kind: type[Exception] = rmtcompile.RMTCompileError) -> Any:
+    try:
+        call()
+    except kind as error:
+        return [type(error).__name__, str(error)]
+    return "ran"
+
+
+def leaving(rank: int, group: Any) -> Any:
+    fast = rmtcompile.optimize(made(lambda: Toy(4)), devices=group)
+    fast(features(4))
+    if rank == 0:
+        os._exit(0)  # without a word to anybody
+    return refused(lambda: fast(features(5)))
+
+
+CASES = {
+    f.__name__: f
+    for f in (
+        same, mesh, other_weights, other_lengths, failing, training, steps, retained, parts,
+        without_gradients_on_one, undoable, replicas, leaving,
+    )
+}  # fmt: skip
+
+
+def main(rank: int, count: int, file: str, cases: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=count, timeout=timedelta(seconds=200)
+    )
+    with torch.no_grad():
+        print(json.dumps({case: CASES[case](rank, dist.group.WORLD) for case in cases.split()}))
+    if cases != "leaving":
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

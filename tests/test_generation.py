@@ -1,0 +1,260 @@
+"""Generation: the reference ARMT's, against its own forward on the whole text."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_models import DECODERS, MEMORY, ids, small
+from torch import Tensor
+from toys import assert_same
+from transformers import (
+    LogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+import rmtcompile
+from rmtcompile.models import ARMT
+from rmtcompile.models.generation import prefilled
+from rmtcompile.runtime.execute import Executor
+
+SIZE = MEMORY["segment_size"]
+NEW = 2 * SIZE + 3
+"""Tokens that are generated: past the ends of two segments."""
+
+
+@functools.cache
+def pair() -> tuple[ARMT, Any]:
+    """A model and its program, which all tests share."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = small()
+    return model, rmtcompile.optimize(copy.deepcopy(model))
+
+
+class Noted(LogitsProcessor):
+    """Notes the logits of each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.seen.append(scores.clone())
+        return scores
+
+
+def on_the_whole_text(model: ARMT, x: Tensor, new: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Tokens and logits of the plain loop."""
+    logits = []
+    for _ in range(new):
+        logits.append(model(x, mask).logits[:, -1])
+        x = torch.cat([x, logits[-1].argmax(-1, keepdim=True)], 1)
+        mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=1)
+    return x, torch.stack(logits)
+
+
+@pytest.mark.parametrize("length", [1, SIZE - 1, SIZE, SIZE + 1, 3 * SIZE, 4 * SIZE + 2])
+@torch.no_grad()
+def test_the_tokens_and_logits_of_the_whole_text(length: int) -> None:
+    model, fast = pair()
+    x, noted = ids(length), Noted()
+    expected, logits = on_the_whole_text(model, x, NEW)
+    assert torch.equal(expected, fast.generate(x, NEW, logits_processor=[noted]))
+    assert_same(logits, torch.stack(noted.seen))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("use_cache", [None, False])
+@torch.no_grad()
+def test_decoders(name: str, use_cache: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    softmax = torch.nn.functional.softmax  # Gemma-2 takes it in float32, which rounds
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
+    model, noted = small(DECODERS[name]), Noted()
+    x = ids(SIZE + 3)
+    expected, logits = on_the_whole_text(model, x, NEW)
+    got = model.generate(x, NEW, logits_processor=[noted], use_cache=use_cache)
+    assert torch.equal(expected, got)
+    assert_same(logits, torch.stack(noted.seen))
+
+
+@torch.no_grad()
+def test_padding() -> None:
+    model, fast = pair()
+    x = ids(2 * SIZE + 3)
+    mask = torch.ones_like(x)
+    mask[0, :2] = 0
+    mask[1, SIZE : SIZE + 3] = 0
+    mask[1, 2 * SIZE] = 0
+    noted = Noted()
+    expected, logits = on_the_whole_text(model, x, NEW, mask)
+    looks_at_masks = int(transformers.__version__.split(".")[0]) < 5  # a branch that no program can hold
+    got = (model if looks_at_masks else fast).generate(x, NEW, attention_mask=mask, logits_processor=[noted])
+    assert torch.equal(expected, got)
+    assert_same(logits, torch.stack(noted.seen))
+
+
+@torch.no_grad()
+def test_closed_segments_are_read_once_and_by_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fast = pair()
+    runs: list[int] = []
+    run = Executor.run
+
+    def counted(self: Executor, segments: int, *args: Any, **kwargs: Any) -> Any:
+        runs.append(segments)
+        return run(self, segments, *args, **kwargs)
+
+    x = ids(5 * SIZE + 1)
+    fast.generate(x, 1)
+    monkeypatch.setattr(Executor, "run", counted)
+    fast.generate(x, NEW)
+    assert runs == [5] and fast._within.code.count("aten.cat([*run.taps") == 0  # logits of one position only
+
+
+@torch.no_grad()
+def test_a_token_costs_one_position() -> None:
+    model = small()
+    read: list[int] = []
+    model.memory_cell.layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: read.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
+        with_kwargs=True,
+    )
+    model.generate(ids(SIZE + 3), NEW)
+    memory = MEMORY["num_mem_tokens"]
+    prompt, steps = [SIZE + memory, 3], [n for n in read[2:] if n != memory]
+    assert read[:2] == prompt and steps == [1] * (NEW - 1)
+    assert read.count(memory) == (3 + NEW - 1) // SIZE
+
+
+@torch.no_grad()
+def test_drawn_tokens_are_those_of_the_classes_of_transformers() -> None:
+    model, fast = pair()
+    x = ids(SIZE + 2)
+    options = {"do_sample": True, "temperature": 0.7, "top_k": 9, "top_p": 0.9}
+    torch.manual_seed(1)
+    got = fast.generate(x, NEW, **options)
+    torch.manual_seed(1)
+    expected = x
+    for _ in range(NEW):
+        scores = model(expected).logits[:, -1]
+        for warper in (TemperatureLogitsWarper(0.7), TopKLogitsWarper(9), TopPLogitsWarper(0.9)):
+            scores = warper(expected, scores)
+        expected = torch.cat([expected, torch.multinomial(scores.softmax(-1), 1)], 1)
+    assert torch.equal(expected, got)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_many_continuations_of_one_reading(batch: int) -> None:
+    model, fast = pair()
+    x, noted = ids(2 * SIZE + 3, batch), Noted()
+    options = {"do_sample": True, "num_return_sequences": 4}
+    got = fast.generate(x, NEW, **options, logits_processor=[noted])
+    assert got.shape == (4 * batch, x.shape[1] + NEW)
+    assert torch.equal(got[:, : x.shape[1]], x.repeat_interleave(4, 0))
+    assert len({tuple(row.tolist()) for row in got}) > batch
+    expected = model(got).logits[:, x.shape[1] - 1 : -1].transpose(0, 1)
+    assert_same(expected, torch.stack(noted.seen))
+
+
+@torch.no_grad()
+def test_the_memory_of_one_text_is_held_once() -> None:
+    model = small()
+    segment, _ = prefilled(model, ids(2 * SIZE + 3, 1))
+    layer = model.memory_cell.layers[1]
+    assert layer.association is not None
+    before = layer.association.data_ptr()
+    segment.repeat(32)
+    assert layer.association.shape[0] == 32 and layer.association.data_ptr() == before
+    assert layer.association.untyped_storage().nbytes() == layer.association[0].nbytes
+
+
+class Shown(BaseStreamer):
+    def __init__(self) -> None:
+        self.given: list[Tensor] = []
+        self.is_closed = False
+
+    def put(self, value: Tensor) -> None:
+        self.given.append(value.reshape(-1))
+
+    def end(self) -> None:
+        self.is_closed = True
+
+
+class Until(StoppingCriteria):
+    """Stops a row with so many tokens."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = torch.tensor(lengths)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        return self.lengths <= input_ids.shape[1]
+
+
+@torch.no_grad()
+def test_ends_of_rows() -> None:
+    model, _ = pair()
+    x = ids(SIZE + 2)
+    plain = model.generate(x, NEW)
+    stops = Until([x.shape[1] + 5, x.shape[1] + 2])
+    got = model.generate(x, NEW, stopping_criteria=[stops, MaxTimeCriteria(1000.0)], pad_token_id=31)
+    assert torch.equal(got[0], plain[0, : x.shape[1] + 5])
+    assert torch.equal(got[1, :-3], plain[1, : x.shape[1] + 2]) and (got[1, -3:] == 31).all()
+    end = int(plain[0, x.shape[1] + 3])
+    row = plain[:1, x.shape[1] :].tolist()[0]
+    got = model.generate(x[:1], NEW, eos_token_id=[end, 99])
+    assert got[0, x.shape[1] :].tolist() == row[: row.index(end) + 1]
+
+
+@torch.no_grad()
+def test_a_streamer_gets_the_text_and_each_token() -> None:
+    model, _ = pair()
+    x, shown = ids(SIZE + 2, 1), Shown()
+    got = model.generate(x, 5, streamer=shown)
+    assert torch.equal(torch.cat(shown.given), got[0]) and len(shown.given) == 6 and shown.is_closed
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    model, _ = pair()
+    with pytest.raises(ValueError, match="do_sample=True"):
+        model.generate(ids(3), 2, num_return_sequences=2)
+    with pytest.raises(ValueError, match="temperature"):
+        model.generate(ids(3), 2, do_sample=True, temperature=0.0)
+    older = small()
+    older.memory_cell.model.config.cache_implementation = "hybrid"
+    with pytest.raises(ValueError, match="another cache for LlamaForCausalLM"):
+        older.generate(ids(3), 2, use_cache=True)
+    with pytest.raises(ValueError, match="logits of all positions"):
+        model(ids(9), labels=ids(9), logits_to_keep=1)
+
+
+@torch.no_grad()
+def test_logits_to_keep() -> None:
+    model, fast = pair()
+    x = ids(3 * SIZE)
+    expected = model(x).logits
+    for keep in (1, SIZE - 1, SIZE + 1):
+        assert_same(expected[:, -keep:], model(x, logits_to_keep=keep).logits)
+    assert_same(expected[:, -1:], fast(x, logits_to_keep=1).logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+@torch.no_grad()
+def test_on_cuda() -> None:
+    model = small().cuda()
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    for length in (SIZE - 1, 3 * SIZE, 4 * SIZE + 2, 5 * SIZE + 1):
+        x, noted = ids(length).cuda(), Noted()
+        expected, logits = on_the_whole_text(model, x, NEW)
+        assert torch.equal(expected, fast.generate(x, NEW, logits_processor=[noted]))
+        assert_same(logits, torch.stack(noted.seen), 1e-5)
+    got = fast.generate(x, NEW, do_sample=True, num_return_sequences=4)
+    assert got.shape == (8, x.shape[1] + NEW)

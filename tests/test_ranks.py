@@ -1,0 +1,131 @@
+"""runtime/bands/ranks.py: bands in several processes, over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+
+HERE = Path(__file__).parent
+LIMIT = 500
+"""Seconds that processes may take."""
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+
+
+def ranks(count: int, cases: str, folder: Path) -> list[Any]:
+    """What each rank says; none of them may hang."""
+    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(HERE / "ranks.py")]
+    running = [
+        subprocess.Popen(
+            [*command, str(rank), str(count), str(folder / "ranks"), cases],
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    said = []
+    try:
+        for process in running:
+            out, err = process.communicate(timeout=LIMIT)
+            assert process.returncode == 0, err[-2000:]
+            said.append(json.loads(out.splitlines()[-1]) if out.strip() else None)
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()  # closes its pipes
+    return said
+
+
+CASES = (
+    "same", "mesh", "other_weights", "other_lengths", "failing", "training", "steps", "retained", "parts",
+    "without_gradients_on_one", "undoable",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What three ranks say in each case; workers of one run of the tests ask them once."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with FileLock(folder / "ranks.lock"):
+        known = folder / "ranks.json"
+        if not known.exists():
+            known.write_text(json.dumps(ranks(3, " ".join(CASES), tmp_path_factory.mktemp("ranks"))))
+    found = json.loads(known.read_text())
+    return {case: [one[case] for one in found] for case in CASES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_every_rank_gets_what_the_model_gives(count: int, tmp_path: Path) -> None:
+    """Results, gradients, a text in parts."""
+    cases = ("same", "training", "parts")
+    assert ranks(count, " ".join(cases), tmp_path) == [dict.fromkeys(cases, "same")] * count
+
+
+def test_a_mesh_and_a_ragged_end(said: dict[str, list[Any]]) -> None:
+    assert set(said["mesh"]) == {said["mesh"][0]} and said["mesh"][0].startswith("bands     3 of 4 layers")
+
+
+def test_other_weights_are_found_before_the_first_level(said: dict[str, list[Any]]) -> None:
+    for kind, text in said["other_weights"]:
+        lines = text.splitlines()
+        assert kind == "UnsupportedError" and "different things: the weights" in lines[0]
+        assert lines[1].startswith("  rank 0: ") and lines[2].startswith("  rank 1: ")
+
+
+def test_other_lengths_are_found_before_the_first_level(said: dict[str, list[Any]]) -> None:
+    for kind, text in said["other_lengths"]:
+        assert kind == "UnsupportedError" and "the number of segments" in text.splitlines()[0]
+
+
+def test_a_rank_that_raises_ends_all_with_one_message(said: dict[str, list[Any]]) -> None:
+    for one in said["failing"]:
+        assert one == ["RankError", "rank 1, level 1: ZeroDivisionError: of no use"]
+
+
+def test_every_rank_of_three_gets_results_and_gradients(said: dict[str, list[Any]]) -> None:
+    assert said["same"] == said["training"] == ["same"] * 3
+
+
+def test_weights_stay_those_of_the_model_over_steps(said: dict[str, list[Any]]) -> None:
+    assert said["steps"] == ["same"] * 3
+
+
+def test_a_second_backward_needs_a_retained_graph(said: dict[str, list[Any]]) -> None:
+    assert said["retained"] == [["RuntimeError", said["retained"][0][1]]] * 3
+    assert "retain_graph=True" in said["retained"][0][1]
+
+
+def test_a_text_in_parts_with_gradients_through_its_state(said: dict[str, list[Any]]) -> None:
+    assert said["parts"] == ["same"] * 3
+
+
+def test_gradients_on_some_ranks_only_are_found_before_the_first_level(said: dict[str, list[Any]]) -> None:
+    for kind, text in said["without_gradients_on_one"]:
+        assert kind == "UnsupportedError" and "what has gradients" in text.splitlines()[0]
+
+
+def test_data_parallel_around_bands(tmp_path: Path) -> None:
+    assert ranks(4, "replicas", tmp_path) == [{"replicas": "same"}] * 4
+
+
+def test_what_processes_cannot_do_is_refused(said: dict[str, list[Any]]) -> None:
+    for weight, transform in said["undoable"]:
+        assert weight[0] == "UnsupportedError" and "layers.0.mix.weight" in weight[1]
+        assert transform[0] == "UnsupportedError" and "torch.func" in transform[1]
+
+
+def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
+    gone, left = ranks(2, "leaving", tmp_path)
+    assert gone is None and left["leaving"][0] == "RankError"
+    assert "does not answer any more" in left["leaving"][1]
