@@ -1,1 +1,1 @@
-"""The compiler passes, in pipeline order; see README for the order."""
+"""The compiler passes, in pipeline order; see docs/how.md for the order."""

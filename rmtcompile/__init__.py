@@ -14,7 +14,8 @@ if not (Path(__file__).parent / "passes").exists() and (_beside / "passes" / "__
         str(_beside)
     )  # a checkout that is not installed: `rmtcompile.passes` is the folder beside this one
 
-from rmtcompile.api import explain, install, optimize, uninstall  # noqa: E402
+from rmtcompile.api import explain, install, load, optimize, uninstall  # noqa: E402
+from rmtcompile.documents import FailedDocument, Stream  # noqa: E402
 from rmtcompile.errors import (  # noqa: E402
     CaptureError,
     DependenceError,
@@ -23,6 +24,7 @@ from rmtcompile.errors import (  # noqa: E402
     InternalError,
     LiftError,
     PartitionError,
+    RankError,
     RecaptureWarning,
     RecordingWarning,
     RerollError,
@@ -40,8 +42,9 @@ from rmtcompile.schedule import Schedule  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
-    "CaptureError", "DependenceError", "Explanation", "FallbackWarning", "IgnoredWarning", "InternalError",
-    "LiftError", "Optimized", "PartitionError", "Profile", "RMTCompileError", "RecaptureWarning",
-    "RecordingWarning", "RerollError", "RunState", "Schedule", "SequentialScheduleWarning", "StateError",
-    "UnsupportedError", "VerificationError", "explain", "install", "optimize", "uninstall",
+    "CaptureError", "DependenceError", "Explanation", "FailedDocument", "FallbackWarning", "IgnoredWarning",
+    "InternalError", "LiftError", "Optimized", "PartitionError", "Profile", "RMTCompileError", "RankError",
+    "RecaptureWarning", "RecordingWarning", "RerollError", "RunState", "Schedule",
+    "SequentialScheduleWarning", "StateError", "Stream", "UnsupportedError", "VerificationError", "explain",
+    "install", "load", "optimize", "uninstall",
 ]  # fmt: skip

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from torch import nn
@@ -13,7 +15,7 @@ from rmtcompile.errors import UnsupportedError
 from rmtcompile.installed import Installed, installed_in, unwrapped
 from rmtcompile.module import OptimizedModule
 from rmtcompile.optimized import Optimized
-from rmtcompile.options import Chosen, Options, check_options
+from rmtcompile.options import Chosen, Devices, Options, bands_on, check_options, group_of
 
 if TYPE_CHECKING:
     from rmtcompile.report import Explanation
@@ -39,6 +41,8 @@ def optimize(
     verify: bool = False,
     progress: bool | Progress = False,
     recompute: str | int = "auto",
+    cache: str | PathLike[str] | None = None,
+    devices: Devices = None,
 ) -> Optimized:
     """Make a recurrent-memory model run a diagonal at a time, with the same inputs, outputs and recurrence.
 
@@ -67,7 +71,15 @@ def optimize(
             between levels; a number k: blocks of k levels, and in each of them its levels, so that memory
             grows with levels / k + k; "none": nothing; "auto": "level" where the forward itself uses
             `torch.utils.checkpoint`, else nothing. Values and gradients are the same.
+        devices: cut the layers into bands, one a device: `["cuda:0", "cuda:1"]`, or "auto" for all CUDA
+            devices. Each band runs its layers' part of every wavefront and hands on what the next one reads.
+            The model, its arguments and results stay where they are; bands on other devices have copies of
+            their layers' weights. Or a process group, or a `DeviceMesh` of one dimension: each rank runs a
+            band of the model that it has, all ranks call alike, and each gets the whole result. One program
+            on one device by default.
         progress: print what is being done on long work, or call a function with each line.
+        cache: a folder in which programs are saved when they are compiled, and looked for before: see `load`.
+            Several processes may use one folder, for any models.
 
     Returns:
         What is called like `model`, and has `schedule`, `code`, `explain()`. For a module it is a module: its
@@ -79,7 +91,9 @@ def optimize(
     Source: "Diagonal Batching Unlocks Parallelism in Recurrent Memory Transformers for Long Contexts", arXiv
     2506.05229.
     """
-    check_options(segment_size, layers, plan, backend, cuda_graphs, fallback, verify, progress, recompute)
+    check_options(
+        segment_size, layers, plan, backend, cuda_graphs, fallback, verify, progress, recompute, cache
+    )
     if not callable(model):
         raise ValueError(f"model must be callable, not {type(model).__name__}")
     if isinstance(model, OptimizedModule) and model.is_wrapped:
@@ -90,10 +104,50 @@ def optimize(
             "a program is installed in this model: call the model, or rmtcompile.uninstall(model) first"
         )
     report = print if progress is True else progress if callable(progress) else None
-    options = Options(layers, segment_size, plan, backend, cuda_graphs, fallback, verify, recompute)
+    folder = os.fspath(cache) if cache is not None else None
+    on = bands_on(devices, plan, recompute)
+    group = group_of(devices)
+    options = Options(
+        layers, segment_size, plan, backend, cuda_graphs, fallback, verify, recompute, folder, on, group
+    )
     if isinstance(model, nn.Module):
         return OptimizedModule(model, options, report)
     return Optimized(model, options, report)
+
+
+@overload
+def load(folder: str | PathLike[str], model: nn.Module, **options: Unpack[Chosen]) -> OptimizedModule: ...
+
+
+@overload
+def load(folder: str | PathLike[str], model: Callable[..., Any], **options: Unpack[Chosen]) -> Optimized: ...
+
+
+def load(
+    folder: str | PathLike[str], model: Callable[..., Any], **options: Unpack[Chosen]
+) -> Optimized:
+    """Optimize a model with the programs that `save` has written, or `optimize(cache=...)`.
+
+        fast.save("programs")                             one process
+        fast = rmtcompile.load("programs", model)         another: the first call captures nothing
+
+    A program is used where the model has the same structure, shapes and types, its forward the same code,
+    what the forward reads of its modules (flags, numbers, configurations) the same contents, and torch,
+    rmtcompile and Python are the same; weights are the model's own. What no saved program serves is captured
+    as ever, and an `IgnoredWarning` says what differs; nothing is written.
+
+    Args:
+        folder: where the programs lie.
+        model, options: as for `optimize`; options that decide a program must be those that it was saved with.
+
+    Raises:
+        ValueError: there is no such folder, or an option has no such value.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError(f"there is no folder {os.fspath(folder)!r}")
+    fast = optimize(model, **options)
+    fast._programs.shelf.look_in(folder)
+    return fast
 
 
 def install(model: nn.Module, **options: Unpack[Chosen]) -> Optimized:
@@ -165,4 +219,4 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Explanation:
     return explain_last(fast)
 
 
-__all__ = ["explain", "install", "optimize", "uninstall"]
+__all__ = ["explain", "install", "load", "optimize", "uninstall"]

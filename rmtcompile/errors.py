@@ -48,7 +48,17 @@ class DependenceError(UnsupportedError):
 
 
 class RerollError(UnsupportedError):
-    """The unrolled segments do not follow one rule, so other lengths cannot be predicted."""
+    """The unrolled segments do not follow one rule, so other lengths cannot be predicted.
+
+    Attributes:
+        period: after how many segments what they do seems to repeat; 0 where it does not.
+    """
+
+    period = 0
+
+
+class BoundedError(RerollError):
+    """The model does not run on as many segments as it takes to find a rule."""
 
 
 class LiftError(UnsupportedError):
@@ -61,6 +71,10 @@ class StateError(UnsupportedError):
 
 class VerificationError(RMTCompileError):
     """`verify=True` found a difference from the sequential forward."""
+
+
+class RankError(RMTCompileError):
+    """A process of several that run a program together has failed, or does not answer any more."""
 
 
 class InternalError(RMTCompileError):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -42,6 +43,22 @@ class Installed(Optimized):
         program = cls(module, vars(module).get("forward"), options, progress)
         vars(module).update({"forward": program, _NAME: program})
         return program
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it, the model's own calls run the program; where one is installed, that one."""
+        own = vars(self._module)
+        if installed_in(self._module) is not None:
+            yield
+            return
+        own["forward"] = self
+        try:
+            yield
+        finally:
+            if own.get("forward") is self:
+                del own["forward"]
+                if self._own is not None:
+                    own["forward"] = self._own
 
     def remove(self) -> None:
         """Let the model run its own forward again."""

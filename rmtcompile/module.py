@@ -24,7 +24,9 @@ from rmtcompile.binding.objects import Opaque
 from rmtcompile.binding.state import CALL_HOOKS
 from rmtcompile.compiler.stages import Progress
 from rmtcompile.errors import UnsupportedError
-from rmtcompile.frontend.tracing import is_as_written, uncompiled
+from rmtcompile.frontend.tracing import is_as_written
+from rmtcompile.installed import Installed
+from rmtcompile.ir.modes import uncompiled
 from rmtcompile.optimized import OWN, Optimized
 from rmtcompile.options import Options
 
@@ -116,6 +118,29 @@ class OptimizedModule(Optimized, nn.Module):
         model: Any = self.model
         return model.training
 
+    def _told(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's own `generate`, whose calls of the model run a program of its forward."""
+
+        @functools.wraps(generate)
+        def generated(*args: Any, **kwargs: Any) -> Any:
+            if is_as_written():
+                return generate(*args, **kwargs)
+            with self._lock, self._inside().in_place():
+                return generate(*args, **kwargs)
+
+        return generated
+
+    def _inside(self) -> Installed:
+        """What stands in the place of the model's forward while the model itself calls it."""
+        model, within = self.model, self._within
+        assert isinstance(model, nn.Module)
+        forward = vars(model).get("forward")
+        if within is None or within._module is not model or within._own is not forward:
+            within = Installed(model, forward, self.options, self._programs.progress)
+            vars(self)["_within"] = within
+        inside: Installed = within
+        return inside
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """There is nothing to compile.
 
@@ -133,7 +158,18 @@ class OptimizedModule(Optimized, nn.Module):
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """What is called stays here, under whatever name; all else is the model's."""
+        """What is called stays here, under whatever name; all else is the model's.
+
+        Raises:
+            UnsupportedError: the module is to be of another class, as by `fully_shard`.
+        """
+        if name == "__class__":
+            raise UnsupportedError(
+                "an optimized module cannot become one of another class, as fully_shard has it",
+                [getattr(value, "__name__", repr(value))],
+                "a program reads whole weights: use DistributedDataParallel(rmtcompile.optimize(model)), or, "
+                "without gradients, bands of layers, rmtcompile.optimize(model, devices=group)",
+            )
         own = vars(self)
         called = isinstance(value, Forward) or ("forward" in own and value is own["forward"])
         if name == "forward" and value == Forward(self):

@@ -7,18 +7,18 @@ import functools
 import inspect
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
+from rmtcompile.binding.arguments import tensors_of
 from rmtcompile.binding.guard import call_key
 from rmtcompile.binding.kinds import refuse_odd_arguments
 from rmtcompile.binding.objects import Opaque
-from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.compiler.results import value_of
 from rmtcompile.compiler.stages import Progress
 from rmtcompile.dispatch.advancing import left, prepared
@@ -27,26 +27,29 @@ from rmtcompile.dispatch.calls import Call, TooFewSegments
 from rmtcompile.dispatch.entries import Entry
 from rmtcompile.dispatch.leaving import leave
 from rmtcompile.dispatch.programs import Programs
-from rmtcompile.dispatch.verify import STOPS, is_no_fault, tensors_of
+from rmtcompile.dispatch.verify import STOPS, is_no_fault
+from rmtcompile.documents import Stream
 from rmtcompile.errors import (
     FallbackWarning,
+    RankError,
     RerollError,
     RMTCompileError,
     UnsupportedError,
     VerificationError,
     warn,
 )
-from rmtcompile.frontend.tracing import is_as_written, uncompiled
+from rmtcompile.frontend.tracing import is_as_written
+from rmtcompile.inspected import Inspected
+from rmtcompile.ir.modes import uncompiled
 from rmtcompile.options import Options
 from rmtcompile.runtime.graphs import Started
 from rmtcompile.runtime.state import RunState
-from rmtcompile.schedule import Schedule
 
 if TYPE_CHECKING:
-    from rmtcompile.report import Explanation, Profile
+    from rmtcompile.report import Profile
 
 
-class Optimized(Opaque):
+class Optimized(Inspected, Opaque):
     """A callable that runs on wavefronts; made by `optimize`, which makes an `OptimizedModule` of a module.
 
     Attributes of the callable are reached through it.
@@ -58,10 +61,11 @@ class Optimized(Opaque):
     def __init__(self, model: Callable[..., Any], options: Options, progress: Progress | None) -> None:
         self._programs = Programs(model, options, progress)
         self._lock = threading.RLock()
-        self._last: tuple[Entry, int] | None = None
+        self._last = None
         self._refused = ""  # why the model ran as it is
         self._refusals: OrderedDict[Any, str] = OrderedDict()  # by kind of call
         self._has_told = False
+        self._within: Any = None  # what runs the calls that the model makes of itself
         self.last_profile: Profile | None = None
 
     @property
@@ -126,6 +130,7 @@ class Optimized(Opaque):
                 return self._as_it_is(str(short), args, kwargs)
             except RMTCompileError as error:
                 asked = self.options.verify and isinstance(error, VerificationError)
+                asked = asked or isinstance(error, RankError)  # what other ranks do is not known
                 if self.options.fallback != "sequential" or asked:
                     raise
                 if kind is not None:
@@ -139,6 +144,7 @@ class Optimized(Opaque):
                 self._programs.choose_plan(entry, args, kwargs)
                 entry.executor.record(tensors_of(args, kwargs))
             self._programs.has_run(call, entry)
+            self._keep()
             return result
 
     @uncompiled
@@ -181,6 +187,36 @@ class Optimized(Opaque):
             leave(entry, advance.call.total, outputs, inputs)
             return value_of(entry.compiled.result, outputs, advance.call.count), after
 
+    def stream(
+        self,
+        documents: Iterable[Any],
+        *,
+        together: bool | Literal["auto"] = "auto",
+        share_prefixes: bool = False,
+    ) -> Stream:
+        """Run the model on one document after the other, without gradients.
+
+        Where the program lets cells of several documents run in one call, the segments of each follow right
+        behind the last of the one before, so that the wavefront stays full. A document that fails does not
+        stop the others: a `FailedDocument` stands for its result, and raises its error when it is used.
+
+        Args:
+            documents: each a tensor (of one dim: a batch of one), a dict of keyword arguments, or a tuple of
+                arguments; of any lengths, read as there is room.
+            together: whether documents run in one wavefront where they can. "auto": those that end with a
+                segment, where runs are not put together of CUDA graphs, which documents by themselves are.
+            share_prefixes: whether whole segments with which several documents begin run once. All documents
+                are read first, and run in one wavefront where they can.
+
+        Returns:
+            An iterator over the results, in order. `close()` drops what is on its way.
+        """
+        return Stream(self, documents, together, share_prefixes)
+
+    def map(self, documents: Iterable[Any], **options: Any) -> list[Any]:
+        """The results of all documents, in order; for the arguments see `stream`."""
+        return list(self.stream(documents, **options))
+
     def _kind(self, args: Any, kwargs: Any) -> Any:
         """Calls of one kind are refused alike, so that one of them is tried."""
         refuse_odd_arguments(args, kwargs)
@@ -197,7 +233,32 @@ class Optimized(Opaque):
         with self._lock, explained(self.model, args, kwargs):
             call, entry = self._programs.entry(self._programs.located(args, kwargs), args, kwargs)
             self._last = entry, call.count
+            self._keep()
         return self
+
+    def save(self, folder: str | Path) -> None:
+        """Write the programs that were compiled so far, for `rmtcompile.load` in another process.
+
+        Files of other programs in the folder stay.
+
+        Args:
+            folder: made where it is not there.
+
+        Raises:
+            RMTCompileError: nothing is compiled yet.
+            UnsupportedError: a program depends on something that has no name in another process, or the
+                folder cannot be written. The message names it; nothing more is written.
+        """
+        with self._lock:
+            if not self._programs.entries:
+                raise RMTCompileError("nothing is compiled yet: call the optimized model once, or prepare it")
+            self._programs.shelf.save(self._programs.entries, Path(folder), _report)
+
+    def _keep(self) -> None:
+        """Save what is new, where the user has named a folder for that."""
+        shelf, folder = self._programs.shelf, self.options.cache
+        if folder is not None and shelf.is_dirty:
+            shelf.save(self._programs.entries, Path(folder), _report, strict=False)
 
     def _outputs(
         self, call: Call, entry: Entry, args: Any, kwargs: Any, running: Started | None
@@ -228,65 +289,6 @@ class Optimized(Opaque):
                 [found],
                 "fallback='sequential' runs the model as it is",
             ) from error
-
-    # ---- looking -------------------------------------------------------------------------------------------
-
-    @property
-    def compiled(self) -> Compiled:
-        """The program of the last call."""
-        return self._ran[0].compiled
-
-    @property
-    def schedule(self) -> Schedule:
-        """The schedule of the last call."""
-        from rmtcompile.report.scheduled import schedule_of
-
-        entry, count = self._ran
-        return schedule_of(entry.compiled, count)
-
-    @property
-    def _ran(self) -> tuple[Entry, int]:
-        """The program of the last call and its number of segments."""
-        if self._last is None and self._refused:
-            raise RMTCompileError(f"the model runs as it is, without a program: {self._refused}")
-        if self._last is None:
-            raise RMTCompileError("nothing is captured yet: call the optimized model once")
-        return self._last
-
-    @property
-    def code(self) -> str:
-        """The generated Python module that the last call ran."""
-        return self.compiled.emitted.source
-
-    def explain(self) -> Explanation:
-        """What was found in the model, and why it runs as it does, for the last call."""
-        from rmtcompile.report import explain_last
-
-        return explain_last(self)
-
-    def dump(self, folder: str | Path) -> list[Path]:
-        """Write one numbered file a pass; the last one is the module that runs."""
-        from rmtcompile.report import dump
-
-        return dump(self, folder)
-
-    def use(self, path: str | Path) -> None:
-        """Run a dumped, perhaps edited, module in place of the generated one, in the last call's program."""
-        from rmtcompile.report import use
-
-        use(self, path)
-
-    def view(self, path: str | Path) -> Path:
-        """Write the viewer of the last call's program as one HTML file."""
-        from rmtcompile.report import save_view
-
-        return save_view(self, path)
-
-    def profile(self, *args: Any, **kwargs: Any) -> Profile:
-        """Run the model and measure each level; later `view`s and `explain`s show the times."""
-        from rmtcompile.report import profile
-
-        return profile(self, args, kwargs)
 
     # ---- standing in for the callable ----------------------------------------------------------------------
 
@@ -335,13 +337,20 @@ class Optimized(Opaque):
         self.__init__(state["model"], state["options"], None)  # type: ignore[misc]
 
 
-OWN = ("_programs", "_lock", "_last", "_refused", "_refusals", "_has_told", "last_profile")
+OWN = ("_programs", "_lock", "_last", "_refused", "_refusals", "_has_told", "_within", "last_profile")
 _NAMES = ("__name__", "__qualname__")
 _UNSHARED = ("__", "_torchdynamo")
 _GENERATE = (
     "generate is the model's own and calls it as it is, without the program; rmtcompile.install(model) puts "
     "the program into the model's own calls"
 )
+
+
+def _report(entry: Entry) -> Any:
+    """What only reports need of a program, as JSON."""
+    from rmtcompile.report.facts import written
+
+    return written(entry.compiled)
 
 
 def _signature(fn: Callable[..., Any]) -> inspect.Signature:

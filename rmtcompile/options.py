@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, TypedDict
 
 import torch
+
+Devices = Any
+"""How the devices of bands of layers are given: "auto", a list of devices, or a process group or a mesh of
+one dimension of `torch.distributed`; None: one device."""
 
 
 class Chosen(TypedDict, total=False):
@@ -22,11 +27,18 @@ class Chosen(TypedDict, total=False):
     verify: bool
     progress: bool | Callable[[str], Any]
     recompute: str | int
+    cache: str | PathLike[str] | None
+    devices: Devices
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user may choose; see `rmtcompile.optimize`."""
+    """What the user may choose; see `rmtcompile.optimize`.
+
+    Attributes:
+        joins: what the compiler itself chooses: how joins of values of several segments are written, as they
+            come out of `forward_stores` (""; "held" or "listed", see there), or "nested" (see `nest`).
+    """
 
     layers: str | None = None
     segment_size: int | None = None
@@ -36,9 +48,18 @@ class Options:
     fallback: str | None = None
     verify: bool = False
     recompute: str | int = "auto"
+    cache: str | None = None
+    devices: tuple[torch.device, ...] = ()
+    group: Any = None
     passes_off: frozenset[str] = frozenset()
     min_segments_captured: int = 2
     max_segments_captured: int = 6
+    joins: str = ""
+
+    @property
+    def has_bands(self) -> bool:
+        """Whether the layers are cut into bands."""
+        return bool(self.devices) or self.group is not None
 
 
 def check_options(
@@ -51,6 +72,7 @@ def check_options(
     verify: Any,
     progress: Any,
     recompute: Any,
+    cache: Any,
 ) -> None:
     """Check the arguments of `rmtcompile.optimize`.
 
@@ -87,6 +109,66 @@ def check_options(
         )
     if not isinstance(progress, bool) and not callable(progress):
         raise ValueError(f"progress must be True, False or a callable, not {progress!r}")
+    if cache is not None and not isinstance(cache, (str, PathLike)):
+        raise ValueError(f"cache must be the path of a folder, not {cache!r}")
+
+
+def group_of(devices: Devices) -> Any:
+    """The process group whose ranks run bands, if that is what is given.
+
+    Raises:
+        ValueError: a mesh has several dimensions.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if isinstance(devices, DeviceMesh):
+        if devices.ndim != 1:
+            raise ValueError(f"devices must be a mesh of one dimension, such as mesh['bands'], not {devices}")
+        return devices.get_group()
+    return devices if isinstance(devices, torch.distributed.ProcessGroup) else None
+
+
+def bands_on(devices: Devices, plan: str, recompute: str | int) -> tuple[torch.device, ...]:
+    """The device of each band of layers; none where the layers are not cut.
+
+    Raises:
+        ValueError: there is no such device, or another option cannot be had with bands.
+    """
+    if devices is None:
+        return ()
+    if plan == "sequential":
+        raise ValueError("plan='sequential' runs one cell after the other: one device is enough")
+    if isinstance(recompute, int) and recompute > 1:
+        raise ValueError("with devices, levels are not computed again by blocks: recompute='level'")
+    if group_of(devices) is not None:
+        return ()
+    if devices == "auto":
+        count = torch.cuda.device_count()
+        devices = [f"cuda:{i}" for i in range(count)] if count else ["cpu"]
+    if isinstance(devices, str) or not isinstance(devices, Sequence) or not devices:
+        raise ValueError(f"devices must be 'auto' or a list of devices, one a band, not {devices!r}")
+    found = tuple(_device(device) for device in devices)
+    if len({device.type for device in found}) > 1:
+        raise ValueError(f"devices must be of one type, not {', '.join(map(str, found))}")
+    if found[0].type not in ("cpu", "cuda"):
+        raise ValueError(f"devices must be CPU or CUDA devices, not {found[0]}")
+    return found
+
+
+def _device(device: Any) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"devices holds {device!r}, which is no device: {error}") from None
+    if found.type == "cuda":
+        count = torch.cuda.device_count()
+        if found.index is None:
+            found = torch.device("cuda", torch.cuda.current_device() if count else 0)
+        if found.index >= count:
+            raise ValueError(f"there is no device {found}: torch sees {count} CUDA devices")
+    return found
 
 
 def _check_backend(name: str) -> None:

@@ -88,7 +88,7 @@ def blocks_for(
     executor = fast._last[0].executor
     compiled = executor.compiled
     engine = Engine(executor.program, "eager", keeps_buffers=True)
-    leaves = executor._leaves()
+    leaves = executor.held()
     blocks = RecordedBlocks(
         executor.program,
         compiled.emitted.borders,

@@ -481,3 +481,24 @@ def test_captures_again_and_again_are_told_once() -> None:
         assert_same(model(x), fast(x))
     assert_same(model(x), fast(x))  # warnings are errors
     assert fast.model.calls == model.calls == 10
+
+
+class Named(Toy):
+    """Its attribute has the name of a variable beside it, as in a notebook."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.latest = x.mean()
+        return super().forward(x) + self.latest
+
+
+latest: Any = None
+"""What the last call gave."""
+
+
+@torch.no_grad()
+def test_a_variable_of_the_name_of_an_attribute_is_no_part_of_the_forward() -> None:
+    fast = rmtcompile.optimize(made(Named))
+    for segments in (3, 4, 3, 5):
+        globals()["latest"] = fast(features(segments))
+        assert_same(fast.model(features(segments)), latest)
+    assert fast.captures == 1

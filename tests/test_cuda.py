@@ -84,7 +84,7 @@ def small_armt(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     ("dtype", "backend", "tolerance"),
     [
         (torch.float64, "eager", 1e-12),
-        (torch.float64, "inductor", 1e-5),  # the model itself takes its norms in float32
+        (torch.float64, "inductor", 3e-5),  # the model itself takes its norms in float32
         (torch.float32, "inductor", 1e-4),
     ],
 )

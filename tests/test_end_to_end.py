@@ -599,8 +599,27 @@ class OneMemory(nn.Module):
 
 @pytest.mark.filterwarnings("ignore::rmtcompile.SequentialScheduleWarning")
 @torch.no_grad()
-def test_a_short_input_without_a_program_runs_the_model() -> None:
-    """Two segments read as three do not, and have no rule of their own."""
+def test_a_short_input_has_a_program_of_its_own() -> None:
+    """Two segments read as three do not."""
+    model = made(OneMemory)
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    for segments in (5, 2, 1, 2, 3):
+        assert_same(model(features(segments)), fast(features(segments)))
+        assert_same(model.memory, fast.memory)
+    assert fast.schedule.width == 3
+
+
+@pytest.mark.filterwarnings("ignore::rmtcompile.SequentialScheduleWarning")
+@torch.no_grad()
+def test_a_short_input_without_a_program_runs_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rmtcompile.compiler.pipeline import fixed
+
+    def without_two(only: Any) -> Any:
+        if only.count == 2:
+            raise UnsupportedError("no rules")
+        return fixed(only)
+
+    monkeypatch.setattr("rmtcompile.compiler.pipeline.fixed", without_two)
     model = made(OneMemory)
     fast = rmtcompile.optimize(copy.deepcopy(model))
     assert_same(model(features(5)), fast(features(5)))

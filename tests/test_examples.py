@@ -29,7 +29,7 @@ def lines_of(name: str, capsys: pytest.CaptureFixture[str], *args: str) -> str:
 
 
 def test_there_is_one_for_each_lesson() -> None:
-    assert [name[:2] for name in NAMES] == ["01", "02", "03", "04", "05"]
+    assert [name[:2] for name in NAMES] == ["01", "02", "03", "04", "05", "06"]
     for name in NAMES:
         assert f"python examples/{name}.py" in (load(name).__doc__ or "")
 
@@ -82,3 +82,10 @@ def test_long_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert [int(row[1]) for row in rows] == [2, 8, 32, 128]
     assert "captures: 1\n" in out
     assert re.search(r"carried from segment to segment, at any length: [\d,]+ bytes", out)
+
+
+def test_several_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    out = lines_of("06_several_devices", capsys)
+    assert "2 of 4 layers" in out and "0  layers 0..1 on " in out
+    found = re.search(r"difference (\S+)", out)
+    assert found is not None and float(found[1]) < 1e-2

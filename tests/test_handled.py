@@ -1,4 +1,4 @@
-"""README's tables say what tests/handled.py says, and the tests that it names exist."""
+"""The tables in docs/ say what tests/handled.py says, and the tests that it names exist."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ def rows() -> list[handled.Row]:
     return [row for _, found in handled.tables().values() for row in found]
 
 
-def test_readme_holds_the_tables() -> None:
-    text = (handled.ROOT / "README.md").read_text(encoding="utf-8")
-    assert handled.written(text) == text, "run `make readme-tables`"
+def test_pages_hold_the_tables() -> None:
+    assert set(handled.PAGES) == set(handled.tables())
+    for name, page in handled.PAGES.items():
+        text = (handled.ROOT / page).read_text(encoding="utf-8")
+        assert handled.written(name, text) == text, f"{page}: run `make readme-tables`"
     assert "tried" not in "".join(str(row) for row in rows())
 
 
@@ -58,4 +60,7 @@ def test_a_missing_test_would_be_noticed() -> None:
     with pytest.raises(AssertionError, match="have different offsets"):
         handled.zoo("two", "skewed", "parallel_rmt")
     with pytest.raises(AssertionError, match="no <!-- models"):
-        handled.written("no tables")
+        handled.written("models", "no tables")
+    page = (handled.ROOT / handled.PAGES["models"]).read_text(encoding="utf-8")
+    changed = page.replace("| ARMT, ", "| Another, ", 1)
+    assert changed != page == handled.written("models", changed)

@@ -18,6 +18,7 @@ from transformers import GenerationMixin, LlamaConfig, PreTrainedModel, Trainer,
 from transformers.modeling_outputs import CausalLMOutput
 
 import rmtcompile
+from rmtcompile import UnsupportedError
 
 
 class Reader(PreTrainedModel, GenerationMixin):
@@ -54,6 +55,39 @@ def test_generate_runs_what_is_installed() -> None:
     captures = program.captures
     rmtcompile.uninstall(model)
     assert torch.equal(expected, model.generate(ids(2), **told)) and program.captures == captures
+
+
+@torch.no_grad()
+def test_a_model_of_transformers_generates_on_a_program() -> None:
+    model = reader()
+    told = {"max_new_tokens": 3, "do_sample": False, "use_cache": False}
+    x = ids(2)
+    expected = model.generate(x, **told)
+    fast = rmtcompile.optimize(model)
+    assert torch.equal(expected, fast.generate(x, **told))
+    assert fast._within.captures > 0 and "forward" not in vars(model)
+
+
+class Caching(Reader):
+    _supports_cache_class = True  # asked for by transformers 4
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, **_: Any) -> CausalLMOutput:
+        out = super().forward(input_ids)
+        kept = out.logits[:, None]
+        past_key_values.update(kept, kept, 0)
+        return out
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **given: Any) -> dict[str, Any]:
+        return {"input_ids": input_ids, "past_key_values": given["past_key_values"]}
+
+
+@torch.no_grad()
+def test_a_cache_among_the_arguments_is_refused() -> None:
+    model = Caching(reader().config).eval()
+    fast = rmtcompile.optimize(model)
+    with pytest.raises(UnsupportedError, match="DynamicCache"):
+        fast.generate(ids(2), max_new_tokens=2, do_sample=False, use_cache=True)
+    assert "forward" not in vars(model)
 
 
 def trained(model: nn.Module, inner: nn.Module) -> list[Tensor]:

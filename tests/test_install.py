@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ print(json.dumps({
     "typed": (files("rmtcompile") / "py.typed").is_file(),
 }))
 """
+README = "import importlib.metadata as m; print(m.metadata('rmtcompile').get_payload())"
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
@@ -92,4 +94,7 @@ def test_passes_are_a_package_of_rmtcompile(way: str, checkout: Path, python: Pa
     assert seen["text"] == "We the People"
     assert seen["typed"]
     if way != "checkout":
+        readme = run(python, "-c", README, cwd=tmp_path / "env")
+        assert "# rmtcompile\n" in readme
+        assert re.findall(r"\]\((?!https://)", readme) == []  # links that a package index can follow
         assert (tmp_path / "env" / "bin" / "rmtcompile").exists()

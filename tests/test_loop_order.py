@@ -367,6 +367,148 @@ def test_gradients(build: Callable[[], nn.Module]) -> None:
         assert_same(theirs, mine, 1e-9)
 
 
+class TwoInside(Stack):
+    """A layer of two modules, called in turn for each segment."""
+
+    class layer(Projections):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.ModuleList([mlp(), mlp()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            memory, out = x.new_zeros(x.shape[0], WIDTH, WIDTH), []
+            for piece in x.split(SEGMENT, 1):
+                piece = piece + torch.sigmoid(self.out(piece)) @ memory
+                for block in self.block:
+                    piece = piece + block(piece)
+                _, k, v = self.qkv(piece).chunk(3, -1)
+                memory = memory + torch.sigmoid(k).transpose(1, 2) @ v / SEGMENT
+                out.append(piece)
+            return torch.cat(out, 1)
+
+
+@torch.no_grad()
+def test_modules_inside_of_layers_named_as_layers() -> None:
+    """They are called layer by layer, two of them in turn."""
+    model = made(TwoInside)
+    fast = rmtcompile.optimize(copy.deepcopy(model), backend="eager", layers=r"layers\.\d+\.block\.\d")
+    assert_equal_runs(model, fast, map(inputs, (12, 6, 15)))
+    assert fast.schedule.n_layers == 2 * N_LAYERS
+
+
+class WholeMask(Stack):
+    """A mask of the whole input, of its padding and of positions, cut into blocks along the diagonal."""
+
+    class layer(Projections):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            memory, out = x.new_zeros(x.shape[0], WIDTH, WIDTH), []
+            for start in range(0, x.shape[1], SEGMENT):
+                end = start + SEGMENT
+                piece = x[:, start:end] + x[:, start:end] @ memory
+                q, k, v = self.qkv(piece).chunk(3, -1)
+                scores = (q @ k.transpose(1, 2)).masked_fill(mask[start:end, start:end], -1e9)
+                piece = piece + scores.softmax(-1) @ v
+                memory = memory + torch.sigmoid(k).transpose(1, 2) @ v / SEGMENT
+                out.append(piece)
+            return torch.cat(out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = torch.arange(x.shape[1])
+        real = torch.concat([piece > 0 for piece in x[0, :, 0].split(SEGMENT)])
+        mask = ~((at[None] <= at[:, None]) & real[at][None])
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+
+@torch.no_grad()
+def test_a_mask_of_the_whole_input() -> None:
+    model = made(WholeMask)
+    fast = rmtcompile.optimize(copy.deepcopy(model), backend="eager")
+    assert_equal_runs(model, fast, map(inputs, (12, 3, 6, 15, 13, 11)))
+    assert fast.schedule.level_rule == "s + l"
+
+
+class MixedLists(nn.Module):
+    """The model's own loop over layers: memories are walked segment by segment, feed-forwards run at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mem = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(N_LAYERS))
+        self.ff, self.norm = nn.ModuleList(mlp() for _ in range(N_LAYERS)), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for mem, ff in zip(self.mem, self.ff, strict=True):
+            memory, out = x.new_zeros(x.shape[0], 1, WIDTH), torch.zeros_like(x)
+            for at in range(0, x.shape[1], SEGMENT):
+                y = x[:, at : at + SEGMENT]
+                y = y + torch.tanh(mem(y)) * memory
+                memory = torch.tanh(memory + y.mean(1, keepdim=True))
+                out[:, at : at + SEGMENT] = y
+            x = x + ff(self.norm(out))
+        return x
+
+
+class PadsAndUnbinds(MixedLists):
+    """The same over whole segments of a padded input, in one reshape; what was padded is cut off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, d = x.shape
+        h = F.pad(x, (0, 0, 0, -n % SEGMENT)).view(b, -1, SEGMENT, d)
+        for mem, ff in zip(self.mem, self.ff, strict=True):
+            memory, out = x.new_zeros(b, 1, d), []
+            for y in h.unbind(1):
+                y = y + torch.tanh(mem(y)) * memory
+                memory = torch.tanh(memory + y.mean(1, keepdim=True))
+                out.append(y)
+            h = torch.stack(out, 1)
+            h = self.norm(h + ff(h))
+        return h.reshape(b, -1, d)[:, :n]
+
+
+class MaskedMean(MixedLists):
+    """A mask says which segments are written, and of which positions the mean is returned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x[..., 0] > -0.5
+        for mem, ff in zip(self.mem, self.ff, strict=True):
+            memory, out = x.new_zeros(x.shape[0], 1, WIDTH), []
+            for y, k in zip(x.split(SEGMENT, 1), mask.split(SEGMENT, 1), strict=True):
+                y = y * k[..., None] + torch.tanh(mem(y)) * memory
+                new = torch.tanh(memory + y.mean(1, keepdim=True))
+                memory = torch.where(k.any(1)[:, None, None], new, memory)
+                out.append(y)
+            x = torch.cat(out, 1)
+            x = self.norm(x + ff(x))
+        return x[mask].mean(0)
+
+
+@pytest.mark.parametrize("build", [MixedLists, PadsAndUnbinds, MaskedMean])
+def test_some_lists_called_for_each_segment_and_some_once(build: Callable[[], nn.Module]) -> None:
+    model = made(build)
+    other = copy.deepcopy(model)
+    fast = rmtcompile.optimize(other, backend="eager")
+    for length in (12, 3, 6, 15, 13):
+        x = inputs(length)
+        expected, got = model(x), fast(x)
+        assert_same(expected, got)
+        theirs = torch.autograd.grad(expected.square().sum(), list(model.parameters()), allow_unused=True)
+        mine = torch.autograd.grad(got.square().sum(), list(other.parameters()), allow_unused=True)
+        assert_same(theirs, mine, 1e-9)
+        if length == 12:
+            assert (fast.schedule.level_rule, fast.schedule.width) == ("s + l", N_LAYERS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", [Pieces, TwoInside])
+def test_two_segments_are_on_diagonals_too(build: Callable[[], nn.Module]) -> None:
+    """Where the second one's writes are dead code, and its reads are of what the first one started from."""
+    model = made(build)
+    fast = rmtcompile.optimize(copy.deepcopy(model), backend="eager", layers=r"layers\.\d+\.(mlp|block\.0)")
+    assert_equal_runs(model, fast, [inputs(6)])
+    assert fast.schedule.level_rule == "s + l"
+
+
 @torch.no_grad()
 def test_it_is_the_schedule_of_the_other_order() -> None:
     """The loops exchanged by hand give the same levels, offsets and number of cells."""

@@ -336,7 +336,7 @@ def _rank(rank: int, port: int) -> None:
     program = rmtcompile.install(installed)
     ours = (mine, DistributedDataParallel(installed))
     for step in range(3):
-        x = features(3 + step) * (rank + 1)  # each its own
+        x = features(3 + step + rank) * (rank + 1)  # each its own, of its own number of segments
         for model in (theirs, *ours):
             model(x).square().mean().backward()
             torch.optim.SGD(model.parameters(), lr=0.1).step()
@@ -346,7 +346,81 @@ def _rank(rank: int, port: int) -> None:
             assert_same(a.detach(), b.detach(), 1e-9)
     assert mine.module.captures == program.captures == 1
     assert list(mine.state_dict()) == list(theirs.state_dict())
+    theirs, mine = (
+        DistributedDataParallel(model, find_unused_parameters=True)
+        for model in (made(Heads), rmtcompile.optimize(made(Heads)))
+    )
+    for model in (theirs, mine):
+        model(features(3), head=0).square().mean().backward()
+    for a, b in zip(theirs.parameters(), mine.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            assert_same(a.grad, b.grad, 1e-9)
     dist.destroy_process_group()
+
+
+class Heads(Toy):
+    """A toy with two heads, one of which a call leaves without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, 2) for _ in range(2))
+
+    def forward(self, x: Tensor, head: int = 0) -> Tensor:
+        return self.heads[head](super().forward(x))
+
+
+def test_gradients_are_scaled_and_clipped() -> None:
+    """`GradScaler`, `clip_grad_norm_` and an optimizer, with a step left out because of an infinity."""
+    theirs, inner = made(Toy), made(Toy)
+    mine = rmtcompile.optimize(inner)
+    seen: list[list[Any]] = []
+    for model in (theirs, mine):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        said = []
+        for step in range(4):
+            loss = model(features(3 + step)).square().mean() * (torch.inf if step == 1 else 1.0)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            said += [float(norm) if norm.isfinite() else -1.0, scaler.get_scale()]
+        seen.append(said)
+    assert seen[0] == pytest.approx(seen[1], rel=1e-9)
+    assert seen[0][3] < seen[0][1], "the infinity was noticed"
+    for a, b in zip(theirs.parameters(), inner.parameters(), strict=True):
+        assert_same(a.detach(), b.detach(), 1e-9)
+
+
+@pytest.mark.parametrize("way", ["before", "after", "around"])
+def test_sharded_parameters_are_refused(way: str) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = made(Toy)
+    fast = rmtcompile.optimize(model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        if way == "around":
+            with pytest.raises(UnsupportedError, match="fully_shard") as caught:
+                fully_shard(fast, mesh=mesh)
+        else:
+            if way == "before":
+                fast = rmtcompile.optimize(model)
+            for layer in model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            with pytest.raises(CaptureError, match="sharded over several processes") as caught:
+                fast(features(3))
+            assert caught.value.evidence[0] == "layers.0.mix.weight: torch.distributed.tensor.DTensor"
+    finally:
+        dist.destroy_process_group()
+    assert "DistributedDataParallel(rmtcompile.optimize(model))" in caught.value.remedy
 
 
 def test_data_parallel_inside_of_optimize_is_refused() -> None:
@@ -412,16 +486,45 @@ class Generates(Toy):
 
 
 @torch.no_grad()
-def test_generate_says_once_that_it_is_the_models_own() -> None:
+def test_generate_runs_a_program_in_the_calls_that_the_model_makes_of_itself() -> None:
     model = made(Generates)
     fast = rmtcompile.optimize(model)
+    expected = model.generate(features(3))
+    for _ in range(2):
+        assert_same(expected, fast.generate(features(3)))
+    assert fast._within.captures == 1 and "forward" not in vars(model)
+    model.forward = model.forward  # as others wrap it
+    assert_same(expected, fast.generate(features(3)))
+    assert "forward" in vars(model)
+    with pytest.raises(TypeError, match="positional argument"):
+        fast.generate()
+    del model.forward
+    program = rmtcompile.install(model)
+    assert_same(expected, model.generate(features(3)))
+    assert_same(expected, fast.generate(features(3)))
+    assert program.captures == 1 and model.forward is program
+
+
+class Speaking:
+    """A callable that is no module."""
+
+    def __init__(self) -> None:
+        self.inner = made(Toy)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+    def generate(self, x: Tensor) -> Tensor:
+        return self(x)[:, -1:]
+
+
+@torch.no_grad()
+def test_generate_of_no_module_says_once_that_it_runs_without_the_program() -> None:
+    fast = rmtcompile.optimize(Speaking())
     with pytest.warns(FallbackWarning, match=r"rmtcompile.install\(model\)"):
         expected = fast.generate(features(3))
     assert_same(expected, fast.generate(features(3)))
     assert fast.captures == 0
-    program = rmtcompile.install(model)
-    assert_same(expected, model.generate(features(3)))
-    assert program.captures == 1
 
 
 class SavedElsewhere(Toy):

@@ -90,8 +90,18 @@ LATE: dict[str, Callable[[], Loop]] = {
     "layer": loop(cell=lambda self, l, h, m, s: Loop.cell(self, l if s < 10 else 1 - l, h, m, s)),
 }
 
+
+
+def nothing_at_first(self: Loop, l: int, h: Tensor, m: list[Tensor], s: int) -> Tensor:
+    """Two additions less in the first segment, so that its result is not the one of that number before."""
+    h = h + torch.tanh(self.layers[l](h if s == 0 else h + m[l][:, None]))
+    m[l] = h.mean(1) if s == 0 else 0.5 * m[l] + h.mean(1)
+    return h
+
+
 REGULAR: dict[str, Callable[[], nn.Module]] = {
     "toy": Toy,
+    "no memory at first": loop(cell=nothing_at_first),
     "attributes": AttributeState,
     "first and last": loop(enter=lambda self, h, s, n: h.relu() if s in (0, n - 1) else h),
     "positions": loop(

@@ -14,6 +14,7 @@ from rmtcompile.binding.captured import Call
 from rmtcompile.errors import PartitionError
 from rmtcompile.frontend.capture import capture
 from rmtcompile.passes.flat.functionalise import functionalise
+from rmtcompile.passes.flat.segments import Segments
 from rmtcompile.passes.flat.value_numbering import number_values
 from rmtcompile.passes.grid.partition import (
     CELL,
@@ -35,7 +36,8 @@ def parts(build: Callable[[], nn.Module], segments: int = 3, layers: str | None 
     module = number_values(functionalise(captured.module).module)
     module.graph.eliminate_dead_code()
     found = find_layers(captured.calls, call_sizes(module.graph, captured.calls), segments, layers)
-    return partition(module.graph, found, segments)
+    inputs = [str(node.target) for node in module.graph.nodes if node.op == "placeholder"]
+    return partition(module.graph, found, Segments({inputs[0]: (1, SEGMENT)}, segments))
 
 
 def placed(found: Partition, name: str) -> list[Region]:

@@ -86,7 +86,7 @@ class ItemOfTensor(Walk):
 
 class ShapeFromValue(Walk):
     def step(self, l: int, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-        return self.layers[l](x, m + x[x > 0].sum())
+        return self.layers[l](x, m + x[x > 0].max())
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ class ShapeFromValue(Walk):
     [
         (BranchOnValue, "if x.sum() > 0:"),
         (ItemOfTensor, "m.max().item()"),
-        (ShapeFromValue, "x[x > 0].sum()"),
+        (ShapeFromValue, "x[x > 0].max()"),
     ],
 )
 @torch.no_grad()
@@ -105,23 +105,24 @@ def test_data_dependent_control_flow(model: Any, line: str) -> None:
     assert lines[-1].startswith("  help: decide it from shapes or Python values")
 
 
-class Growing(Walk):
-    """Each layer keeps all of its outputs: an ordinary key-value cache."""
+class Doubling(Walk):
+    """What each layer keeps doubles with every segment."""
 
     def forward(self, x: Tensor) -> Tensor:
-        seen: list[list[Tensor]] = [[] for _ in self.layers]
+        seen: list[Tensor | None] = [None for _ in self.layers]
         out = []
         for h in x.split(SEGMENT, 1):
             for l, layer in enumerate(self.layers):
-                seen[l].append(h)
-                h, _ = layer(h, torch.cat(seen[l], 1).mean(1))
+                kept = seen[l]
+                seen[l] = kept = h if kept is None else torch.cat([kept, kept, h], 1)
+                h, _ = layer(h, kept.mean(1))
             out.append(h)
         return torch.cat(out, 1)
 
 
 @torch.no_grad()
-def test_growing_cache() -> None:
-    lines = refusal(made(Growing), features(4), kind=RerollError)
+def test_a_cache_that_does_not_grow_evenly() -> None:
+    lines = refusal(made(Doubling), features(4), kind=RerollError)
     assert any("cat" in line and "test_refusals.py:" in line for line in lines[1:])
     assert lines[-1].startswith("  help: ")
 
@@ -375,3 +376,62 @@ def test_registered_dataclasses_are_results(monkeypatch: pytest.MonkeyPatch) -> 
         expected, got = model(features(segments))["answer"], fast(features(segments))["answer"]
         assert isinstance(got, Registered)
         assert_same((expected.hidden, expected.first), (got.hidden, got.first))
+
+
+class Collector:
+    """An object of the user's that keeps count."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+
+class Collects(Toy):
+    """Puts something into what it is given, which may lie inside of it."""
+
+    def forward(self, x: Tensor, into: Any) -> Tensor:
+        y = super().forward(x)
+        match into:
+            case list():
+                into.append(y.mean())
+            case {"inner": list(inner)}:
+                inner[0] = y.mean()
+            case dict():
+                into["mean"] = y.mean()
+            case set():
+                into.add("called")
+            case _:
+                into.seen += 1
+        return y
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("into", "name"),
+    [
+        (list, "into (list)"),
+        (dict, "into (dict)"),
+        (lambda: {"inner": [torch.ones(())]}, "into.inner (list), in a dict"),
+        (set, "into (set)"),
+        (Collector, "into (Collector)"),
+    ],
+    ids=["list", "dict", "nested", "set", "object"],
+)
+def test_arguments_that_the_forward_fills(into: Any, name: str) -> None:
+    given, before = into(), into()
+    lines = refusal(made(Collects), features(3), given, kind=CaptureError)
+    assert lines[0] == "the forward changes a list, a dict or another object among its arguments"
+    assert lines[1].strip() == name
+    assert getattr(given, "seen", given) == getattr(before, "seen", before), "it was put back"
+
+
+@torch.no_grad()
+def test_arguments_that_are_only_read() -> None:
+    fast = rmtcompile.optimize(made(Reading))
+    for into in ({"by": [torch.tensor(2.0)]}, {"by": [torch.tensor(3.0)]}):
+        assert_same(fast.model(features(4), into), fast(features(4), into))
+    assert fast.captures == 1
+
+
+class Reading(Toy):
+    def forward(self, x: Tensor, into: dict[str, list[Tensor]]) -> Tensor:
+        return super().forward(x) * into["by"][0]

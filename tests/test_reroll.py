@@ -240,3 +240,13 @@ def test_outputs() -> None:
     """The result comes from the epilogue, and what is left behind from the last cells."""
     where = [getattr(source, "kind", "") for source in rules(Kept).outputs]
     assert where.count(EPILOGUE) == 1 and where.count(CELL) == 3
+
+
+def test_classes_that_another_region_finds_before() -> None:
+    first_and_rest, rest = Classes(1, 1), Classes(0, 1)
+    assert first_and_rest.met(-1, 0, first_and_rest, 1) == {-1}
+    assert first_and_rest.met(1, 0, first_and_rest, 1) == {1}
+    assert first_and_rest.met(-1, 1, first_and_rest, 1) == {0, 1}
+    assert first_and_rest.met(-1, 1, first_and_rest, 3) == {1}
+    assert rest.met(0, 0, first_and_rest, 1) == {0, 1}
+    assert first_and_rest.met(1, 2, rest, 1) == {0}

@@ -172,3 +172,31 @@ def test_whole_models(build: Any) -> None:
     fast = rmtcompile.optimize(copy.deepcopy(model))
     for segments in (3, 5, 2):
         assert_same(model(features(segments)), fast(features(segments)))
+
+
+class HiddenStates(nn.Module):
+    """Returns what each layer gives for all positions, as `output_hidden_states=True` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        states = [x.new_zeros(x.shape[0], x.shape[2]) for _ in self.layers]
+        hidden: list[list[Tensor]] = [[] for _ in self.layers]
+        for h in x.split(SEGMENT, 1):
+            for l, layer in enumerate(self.layers):
+                h, states[l] = layer(h, states[l])
+                hidden[l].append(h)
+        return tuple(torch.cat(parts, 1) for parts in hidden)
+
+
+@pytest.mark.parametrize("plan", ["auto", "sequential"])
+def test_what_each_layer_gives_with_a_rest(plan: str) -> None:
+    """Results join whole segments and the rest; cells of the rest read what cells of the rest give."""
+    model = made(HiddenStates)
+    fast = rmtcompile.optimize(copy.deepcopy(model), plan=plan)
+    with torch.no_grad():
+        for segments in (3, 5, 2, 1):
+            x = features(segments)[:, :-1]
+            assert_same(model(x), fast(x))

@@ -135,10 +135,26 @@ def test_a_start_of_half_precision_in_a_float32_model() -> None:
     assert_equal_runs(model, rmtcompile.optimize(model), [features(n, dtype=torch.float32) for n in SEGMENTS])
 
 
-def test_a_type_that_alternates_is_refused() -> None:
+def test_a_type_that_alternates() -> None:
+    """Two segments are taken as one."""
     model = made(lambda: Model(Alternates, full(1)))
+    fast = rmtcompile.optimize(model)
+    assert_equal_runs(model, fast, [features(n) for n in (*SEGMENTS, 6, 7)])
+    assert fast.schedule.width == 3
+
+
+class Irregular(Step):
+    """The precision of a state depends on the number of its segment, in a pattern of seven."""
+
+    def forward(self, x: Tensor, h: Any, s: int) -> tuple[Tensor, Any]:
+        y, new = super().forward(x, h, s)
+        return y, new.to((torch.float64, torch.float32)[s * s % 7 in (1, 2)])
+
+
+def test_types_without_a_period_are_refused() -> None:
+    model = made(lambda: Model(Irregular, full(1)))
     with pytest.raises(RerollError, match="do not follow one rule") as refused, torch.no_grad():
-        rmtcompile.optimize(model)(features(6))
+        rmtcompile.optimize(model)(features(20))
     message = str(refused.value)
     assert "float64[2, 3, 4], float64[2, 1, 4]" in message
     assert "float64[2, 3, 4], float32[2, 1, 4]" in message

@@ -94,6 +94,20 @@ def test_gradients_of_the_zoo(name: str, recompute: str | int) -> None:
         assert_same_gradients(gradients(fast, twin, *inputs), gradients(model, model, *inputs))
 
 
+@pytest.mark.parametrize("recompute", ["level", 3])
+def test_parts_whose_last_levels_are_fewer_than_a_block(recompute: str | int) -> None:
+    """The last levels of a part may be fewer than a block."""
+    model = made(Toy)
+    fast, x = rmtcompile.optimize(copy.deepcopy(model), recompute=recompute), features(8)
+    first, state = fast.run(x[:, : 4 * SEGMENT])
+    second, _ = fast.run(x[:, 4 * SEGMENT :], state=state)
+    parts = torch.cat([first, second], 1)
+    assert_same(model(x), parts)
+    for out in (model(x), parts):
+        out.square().sum().backward()
+    assert_same([p.grad for p in model.parameters()], [p.grad for p in fast.parameters()], 1e-9)
+
+
 @pytest.mark.parametrize("recompute", ["level", 2])
 def test_an_incomplete_segment(recompute: str | int) -> None:
     model = made(Toy)

@@ -126,16 +126,6 @@ def test_stacked_gru_cells_against_the_fused_gru() -> None:
 
 
 @torch.no_grad()
-def test_a_growing_cache_is_refused() -> None:
-    entry = ZOO["growing_cache"]
-    with pytest.raises(UnsupportedError) as caught:
-        rmtcompile.optimize(entry.build())(*entry.inputs(1, 3))
-    message = str(caught.value)
-    assert "traps.py:" in message or "blocks.py:" in message
-    assert "help: " in message
-
-
-@torch.no_grad()
 def test_a_branch_on_values_is_refused() -> None:
     entry = ZOO["data_dependent"]
     with pytest.raises(CaptureError) as caught:

@@ -44,7 +44,7 @@ def _placed(lane: Lane, program: Program) -> Lane:
     moved_on = any(
         feed.source == lane.name and not feed.group for other in program.lanes for feed in other.feeds
     )
-    if not lane.feeds or moved_on:
+    if not lane.feeds or moved_on or lane.grows:
         return lane
     if can_overwrite(lane):
         return replace(lane, placement="in_place")

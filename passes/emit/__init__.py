@@ -16,7 +16,8 @@ the captured forward computes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from rmtcompile.ir.program import Lane, Opened, Program
 from rmtcompile.passes.emit.borders import Borders, borders
@@ -31,6 +32,7 @@ from rmtcompile.passes.emit.cells import (
     write_cell,
 )
 from rmtcompile.passes.emit.levels import level_formula, write_forward, write_level
+from rmtcompile.passes.emit.readers import Reader, readers
 from rmtcompile.passes.emit.regions import Regions
 from rmtcompile.passes.emit.rows import write_rows
 from rmtcompile.passes.emit.sizes import Sized
@@ -50,6 +52,7 @@ class Emitted:
     opened: dict[str, Opened]  # functions of a program of free sizes that show them
     borders: Borders = NO_BORDERS
     carried: Carried = NOTHING
+    readers: Mapping[str, frozenset[Reader]] = field(default_factory=dict)  # of each tap
 
 
 def emit(program: Program, title: str = "", sized: Sized | None = None) -> Emitted:
@@ -97,7 +100,8 @@ def emit(program: Program, title: str = "", sized: Sized | None = None) -> Emitt
     openings = regions.openings | {cell.name: one for cell in cells if (one := opened(cell)) is not None}
     shown = {name: one.opened for name, one in openings.items()} if sized else {}
     crossing = carried(program, regions, enter, leave)
-    return Emitted(writer.text(), tuple(cells), phases, shown, found, crossing)
+    by_tap = readers(program, regions, enter, leave)
+    return Emitted(writer.text(), tuple(cells), phases, shown, found, crossing, by_tap)
 
 
 def _describe(program: Program) -> str:

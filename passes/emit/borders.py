@@ -82,6 +82,8 @@ def borders(
             taken = set(case.parts.before)  # whose shapes are looked at when a run is replayed
             if any(case.rule.varying.get(x) for x in case.parts.inputs if x not in taken):
                 found.obstacle = f"the {calls.kind} reads a value whose shape depends on s or S"
+    if grown := [lane.name for lane in program.lanes if lane.grows]:
+        found.obstacle = f"what later segments read is larger ({grown[0]})"
     return Borders(
         found.obstacle,
         _is_fixed(regions),

@@ -11,7 +11,15 @@ from torch import fx
 
 from rmtcompile.ir.program import Group
 from rmtcompile.ir.randomness import drop_dead, is_random
-from rmtcompile.passes.cell.lift import cell_by_cell, lift, vmapped
+from rmtcompile.passes.cell.lift import (
+    SEGMENTS,
+    cell_by_cell,
+    each_cell,
+    grouped_attention,
+    lift,
+    stack_cells,
+    vmapped,
+)
 from rmtcompile.passes.emit.sizes import Opening, opening
 from rmtcompile.passes.emit.text import Writer, comment, plain_name, target_name, write_nodes
 from rmtcompile.passes.grid.if_conversion import class_name
@@ -81,7 +89,8 @@ def _lifted(name: str, group: Group, classes: tuple[int, ...], graph: fx.Graph) 
     output = next(node for node in lifted.nodes if node.op == "output")
     values = list(output.args[0])
     placeholders = [node for node in lifted.nodes if node.op == "placeholder"]
-    reference = next((node for node in placeholders if node.name in batched), None)
+    whole = [node for node in placeholders if node.name in batched and not node.meta.get("grows")]
+    reference = next(iter(whole), None)
     with lifted.inserting_before(output):
         for i, (value, has_axis) in enumerate(zip(values, result.batched_outputs, strict=True)):
             if not has_axis:
@@ -91,7 +100,7 @@ def _lifted(name: str, group: Group, classes: tuple[int, ...], graph: fx.Graph) 
                 rows = [count, *value.meta["val"].shape]
                 with_axis = lifted.call_function(torch.ops.aten.expand.default, (value, rows))
                 values[i] = lifted.call_function(torch.ops.aten.clone.default, (with_axis,))
-            elif _is_view_of_input(value):
+            elif value.target is not each_cell and _is_view_of_input(value):
                 values[i] = lifted.call_function(torch.ops.aten.clone.default, (value,))
                 values[i].meta.update(value.meta)
     output.args = (tuple(values),)
@@ -110,7 +119,9 @@ def _is_view_of_input(node: fx.Node) -> bool:
     return node.op == "placeholder"
 
 
-FALLBACKS = {"cell_by_cell": cell_by_cell, "vmapped": vmapped}
+FALLBACKS = {
+    one.__name__: one for one in (cell_by_cell, each_cell, grouped_attention, stack_cells, vmapped)
+}
 
 
 def uses_own_attention(graph: fx.Graph) -> bool:
@@ -131,7 +142,7 @@ def write_cell(writer: Writer, cell: CellFunction, group: Group) -> None:
         cell.name, [node.name for node in params], f"n cells of {group.name} at once (segments: {which})."
     )
     roles = {port.name: port for port in group.ports}
-    for node in params:
+    for node in (node for node in params if node.name != SEGMENTS):
         port = roles[node.name]
         writer.line(
             f"# {node.name}: {_role(port)}{comment(node, port.has_axis)[3:].join(('  ', ''))}"

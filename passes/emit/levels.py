@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rmtcompile.ir.program import Group, Program
+from rmtcompile.passes.cell.lift import SEGMENTS
 from rmtcompile.passes.emit.calls import Calls
 from rmtcompile.passes.emit.cells import CellFunction
 from rmtcompile.passes.emit.regions import Regions
@@ -26,7 +27,9 @@ def write_level(writer: Writer, program: Program, cells: list[CellFunction]) -> 
         writer.function(
             f"cells_{group.name}", ["run", "w"], f"Run the cells of window w, layers {ranges(group.layers)}."
         )
-        args = {port.name: _argument(port, group) for port in group.ports}
+        grown = {n.name for n in group.graph.nodes if n.op == "placeholder" and n.meta.get("grows")}
+        args = {port.name: _argument(port, group, port.name in grown) for port in group.ports}
+        args[SEGMENTS] = "w.segments"
         for i, cell in enumerate(mine):
             params = [args[node.name] for node in cell.graph.nodes if node.op == "placeholder"]
             if len(mine) > 1 and i < len(mine) - 1:
@@ -43,9 +46,9 @@ def write_level(writer: Writer, program: Program, cells: list[CellFunction]) -> 
     writer.line("CELLS = {" + ", ".join(f"{g.name!r}: cells_{g.name}" for g in program.groups) + "}")
 
 
-def _argument(port: Any, group: Group) -> str:
+def _argument(port: Any, group: Group, grows: bool) -> str:
     if port.role == "lane":
-        return f"run.read({port.source!r}, w)"
+        return f"run.read{'_each' if grows else ''}({port.source!r}, w)"
     if port.role == "weight":
         return f"run.weight({group.name + '.' + port.name!r}, w)"
     if port.role in ("stacked", "rows"):

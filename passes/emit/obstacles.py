@@ -22,6 +22,7 @@ from rmtcompile.passes.emit.calls import Calls, Case
 from rmtcompile.passes.emit.counted import inner, mixed, sources_of
 from rmtcompile.passes.emit.regions import Regions
 from rmtcompile.passes.emit.text import target_name
+from rmtcompile.passes.flat.functionalise import is_pointwise
 from rmtcompile.passes.grid.partition import INIT
 from rmtcompile.passes.grid.reroll import ClassRule
 
@@ -100,8 +101,7 @@ def _opname(node: fx.Node) -> str:
 
 def _is_row_wise(node: fx.Node) -> bool:
     """Whether an operation treats each element, or each row of a view, by itself."""
-    is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return is_view(node) or is_pointwise or _opname(node) in _COPIES
+    return is_view(node) or is_pointwise(node) or _opname(node) in _COPIES
 
 
 def _keeps_extent(node: fx.Node, rule: ClassRule) -> bool:

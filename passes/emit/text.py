@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from rmtcompile.ir.program import Source
+from rmtcompile.passes.cell.lift.growing import PerCell
 from rmtcompile.schedule import short_type
 
 
@@ -67,6 +68,8 @@ def literal(value: Any, name: Callable[[Any], str]) -> str:
         return f'torch.device("{value}")'
     if isinstance(value, torch._ops.OpOverload):
         return target_name(value)
+    if isinstance(value, PerCell):
+        return value.text(lambda one: literal(one, name))
     if isinstance(value, slice):
         return f"slice({', '.join(literal(v, name) for v in (value.start, value.stop, value.step))})"
     return repr(value)

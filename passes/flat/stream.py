@@ -29,7 +29,7 @@ from torch.fx.node import map_arg
 
 from rmtcompile.ir.modes import contexts
 from rmtcompile.ir.randomness import is_random
-from rmtcompile.passes.flat.functionalise import PERMUTES, bind, overload_name
+from rmtcompile.passes.flat.functionalise import PERMUTES, bind, is_pointwise, overload_name
 from rmtcompile.passes.flat.store_forwarding.nodes import (
     SPLITS,
     as_load,
@@ -60,17 +60,18 @@ _FILLED = {
 Dims = dict[fx.Node, int]
 
 
-def stream(gm: fx.GraphModule, inside: Callable[[fx.Node], bool]) -> fx.GraphModule:
+def stream(gm: fx.GraphModule, inside: Callable[[fx.Node], bool], windows: str = "") -> fx.GraphModule:
     """Move loads up through row-wise operations; see the module docstring.
 
     Args:
         inside: whether a node belongs to a layer's call.
+        windows: see `forward_stores`.
 
     Returns:
         A new module, or the same object if there is nothing to do.
     """
     with deep_recursion():
-        return Streamer(gm, inside).run()
+        return Streamer(gm, inside, windows).run()
 
 
 # ---- legality ----------------------------------------------------------------------------------------------
@@ -84,12 +85,11 @@ def row_wise(node: fx.Node, d: int) -> Dims | None:
     """
     if node.op != "call_function" or not is_static_tensor(node):
         return None
-    tags = getattr(node.target, "tags", ())
-    if torch.Tag.nondeterministic_seeded in tags:
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return None
     name, rank = overload_name(node), len(shape_of(node))
     is_cast = name in _CASTS and shape_of(node.all_input_nodes[0]) == shape_of(node)
-    if torch.Tag.pointwise in tags or is_cast:
+    if is_pointwise(node) or is_cast:
         return _aligned([n for n in node.all_input_nodes if is_static_tensor(n)], shape_of(node), d)
     rule = _RULES.get(name)
     return None if rule is None else rule(node, d, rank)
@@ -228,8 +228,8 @@ class Streamer(Forwarder):
 
     moves_layouts = False  # whether constants may be laid out anew
 
-    def __init__(self, gm: fx.GraphModule, inside: Callable[[fx.Node], bool]) -> None:
-        super().__init__(gm)
+    def __init__(self, gm: fx.GraphModule, inside: Callable[[fx.Node], bool], windows: str = "") -> None:
+        super().__init__(gm, windows)
         self.inside = inside
         self.partial: dict[tuple[fx.Node, int], bool] = {}
         self.asked = (Range(0, 0), 0, 0)  # of the load that is visited: range, size of the dimension, end

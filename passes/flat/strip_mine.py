@@ -28,7 +28,7 @@ from torch.fx.node import map_arg
 
 from rmtcompile.ir.modes import graph_module
 from rmtcompile.ir.randomness import is_random
-from rmtcompile.passes.flat.functionalise import bind, overload_name
+from rmtcompile.passes.flat.functionalise import bind, is_pointwise, overload_name
 from rmtcompile.passes.flat.segments import Cuts, Segments
 from rmtcompile.passes.flat.store_forwarding.joins import parts_of
 from rmtcompile.passes.flat.store_forwarding.nodes import (
@@ -150,7 +150,8 @@ class _StripMiner(Streamer):
 
     def rows(self, x: fx.Node, d: int) -> Dims | None:
         if is_random(x):  # once: where its pieces are made
-            return {x.all_input_nodes[0]: d} if x is self.mined and overload_name(x) in DRAWS else None
+            is_drawn = overload_name(x) in DRAWS and len(x.all_input_nodes) == 1
+            return {x.all_input_nodes[0]: d} if x is self.mined and is_drawn else None
         return rows_of(x, d)
 
     def take(self, x: fx.Node, d: int, r: Range) -> fx.Node:
@@ -262,9 +263,8 @@ class _StripMiner(Streamer):
     def _on_rows(self, node: fx.Node) -> fx.Node | None:
         """`f(reshape(x, [B * N, D]))` is `reshape(f(x), [B * N, E])`: the `f(x)`, where that is so."""
         read = [n for n in node.all_input_nodes if n in self.merged]
-        tags = getattr(node.target, "tags", ())
         is_known = overload_name(node) in ("linear", "layer_norm", "rms_norm", "embedding", "matmul")
-        if not read or not is_static_tensor(node) or not (is_known or torch.Tag.pointwise in tags):
+        if not read or not is_static_tensor(node) or not (is_known or is_pointwise(node)):
             return None
         others = [n for n in node.all_input_nodes if n not in self.merged]
         most = 2 if overload_name(node) in ("matmul", "embedding") else len(shape_of(node)) - 1
@@ -281,6 +281,7 @@ class _StripMiner(Streamer):
         rows = self.emit(aten.reshape.default, inner, list(shape_of(node)))
         self.merged[rows] = self.merged[read[0]]
         self._replace(node, rows)
+        self.here = rows  # what stands for the inner one is read by it
         return inner
 
     # ---- padding, triangles, convolutions, buffers -------------------------------------------------------

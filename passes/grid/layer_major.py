@@ -20,7 +20,7 @@ from rmtcompile.errors import PartitionError
 from rmtcompile.passes.flat.functionalise import overload_name
 from rmtcompile.passes.flat.segments import Cuts, Segments
 from rmtcompile.passes.flat.store_forwarding.nodes import as_load
-from rmtcompile.passes.grid.partition import Layers, call_sizes, feeding, find_layers
+from rmtcompile.passes.grid.partition import Layers, call_sizes, feeding, find_layers, split_index
 from rmtcompile.passes.grid.partition.place import cells_of
 
 _MOST = 0.6
@@ -42,6 +42,8 @@ def layer_major(
         named: the user's choice of layers, see `find_layers`.
     """
     sizes, feeds = call_sizes(graph, calls), feeding(graph)
+    if named is None and (mixed := _mixed(calls, n_segments)) is not None:
+        return mixed
     try:
         outer = find_layers(calls, sizes, 1, named, feeds)
     except PartitionError:
@@ -58,6 +60,31 @@ def layer_major(
         return None
     work = [sum(sizes.get(i, 0) for i in layers.cell_of_call) for layers in (inner, outer)]
     return outer if work[0] < _MOST * work[1] else None
+
+
+def _mixed(calls: Sequence[Call], n_segments: int) -> Layers | None:
+    """Layers of several lists, of which some are called for each segment and some once for all of them; the
+    model's own loop goes over layers outside.
+
+        mem.0  mem.0  mem.0  ff.0        layer 0
+        mem.1  mem.1  mem.1  ff.1        layer 1
+    """
+    by_parent: dict[int | None, dict[str, dict[int, list[Call]]]] = defaultdict(dict)
+    for call in calls:
+        if (indexed := split_index(call.path)) is not None:
+            name, index = indexed
+            by_parent[call.parent].setdefault(name, {}).setdefault(index, []).append(call)
+    for lists in by_parent.values():
+        each = list(lists.values())
+        rows = sorted(each[0])
+        times = {tuple({len(found) for found in one.values()}) for one in each}
+        members = sorted((call.index, i) for one in each for i, found in one.items() for call in found)
+        turns = [i for _, i in members]
+        is_even = all(sorted(one) == rows for one in each) and times == {(1,), (n_segments,)}
+        if is_even and turns == sorted(turns) and n_segments > 1 and len(rows) > 1:
+            paths = (" + ".join(one[i][0].path for one in each) for i in rows)
+            return Layers(tuple(paths), {index: (0, rows.index(i)) for index, i in members})
+    return None
 
 
 def _ancestor(call: Call, calls: Sequence[Call], layers: Layers) -> int | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from rmtcompile.bench import documents, training
+    from rmtcompile.bench import bands, documents, serving, training
     from rmtcompile.bench.session import Settings
     from rmtcompile.bench.shapes import Case
 
@@ -35,7 +35,10 @@ examples
   rmtcompile bench --segment 128 256 512 --opponents graphed diagonal
   rmtcompile bench --layers 32 --hidden 4096 --errors --profile --plots plots
   rmtcompile bench --train --tokens 4096 32768              training steps, forward and backward
+  rmtcompile bench --devices 1 2 4 --tokens 32768 131072 524288      bands of layers on several GPUs
   rmtcompile bench --documents 60 --json run.json           60 inputs of random lengths, one at a time
+  rmtcompile bench --map 64 --tokens 4096                   a queue of 64 documents, in several ways
+  rmtcompile bench --generate 200 --tokens 4096 32768       200 tokens after a text
 
 a model of your own is named first, and has flags of its own: rmtcompile bench mymodel:build --help
 
@@ -50,7 +53,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         import torch
 
-        from rmtcompile.bench import documents, plots, report, training
+        from rmtcompile.bench import bands, documents, plots, report, serving, training
         from rmtcompile.bench.session import Session
     except ImportError as error:
         print(f"the benchmark needs {error.name}: pip install 'rmtcompile[models]'", file=sys.stderr)
@@ -70,10 +73,14 @@ def run(argv: Sequence[str] | None = None) -> int:
             report.save(record, args.json)
 
     given = tuple(sys.argv[1:] if argv is None else argv)
-    session: documents.Session | training.Session | Session
+    session: documents.Session | serving.Session | training.Session | bands.Session | Session
     try:
         if args.documents is not None:
             session = documents.Session(documents_of(args, given), device, save)
+        elif args.map or args.generate:
+            session = serving.Session(serving_of(args, given), device, save)
+        elif args.devices:
+            session = bands.Session(bands_of(args, given), device, save)
         elif args.train:
             session = training.Session(training_of(args, given), device, save)
         else:
@@ -89,6 +96,12 @@ def run(argv: Sequence[str] | None = None) -> int:
         save(session.record)
     if args.documents is not None:
         report.show(session.record, documents.tables(session.record))
+        return 1 if session.failed else 0
+    if args.map or args.generate:
+        report.show(session.record, serving.tables(session.record))
+        return 1 if session.failed else 0
+    if args.devices:
+        report.show(session.record, bands.tables(session.record))
         return 1 if session.failed else 0
     if args.train:
         report.show(session.record, training.tables(session.record))
@@ -176,6 +189,14 @@ def parser() -> argparse.ArgumentParser:
     many.add_argument(
         "--max-segments", type=int, default=40, metavar="N", help="whole segments at most; default: 40"
     )
+    served = top.add_argument_group(
+        "documents in a queue, and generation",
+        "Documents of the lengths of --tokens in turn, or of random ones up to --max-segments; continuations "
+        "of texts of all --tokens. --no-own leaves out the model itself.",
+    )
+    served.add_argument("--map", type=int, default=0, metavar="N", help="a queue of N documents")
+    served.add_argument("--generate", type=int, default=0, metavar="N", help="N tokens after each text")
+    served.add_argument("--padded", type=int, default=8, metavar="N", help="documents of a padded batch")
     steps = top.add_argument_group(
         "training steps",
         "forward and backward of --tokens, beside the model as it is and with compiled layers; the opponents "
@@ -192,6 +213,12 @@ def parser() -> argparse.ArgumentParser:
     )
     steps.add_argument(
         "--own", action=argparse.BooleanOptionalAction, default=True, help="steps of the model itself, too"
+    )
+    several = top.add_argument_group(
+        "several devices", "the program in bands of layers, beside the same program on one device"
+    )
+    several.add_argument(
+        "--devices", type=int, nargs="+", metavar="P", help="numbers of devices, such as 1 2 4"
     )
     out = top.add_argument_group("output")
     out.add_argument("--json", type=Path, metavar="FILE", help="everything, written after each piece")
@@ -250,6 +277,25 @@ def documents_of(args: argparse.Namespace, flags: tuple[str, ...]) -> documents.
     return Settings(cases[0], args.documents, args.max_segments, options, args.budget, flags)
 
 
+def serving_of(args: argparse.Namespace, flags: tuple[str, ...]) -> serving.Settings:
+    """What the flags ask for, where they ask for a queue or for generation.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    from rmtcompile.bench.serving import Settings
+
+    chosen, cases = _cases_of(args)
+    if len(cases) != 1:
+        raise ValueError("documents and texts have segments of one length, not of several")
+    if args.map < 0 or args.generate < 0 or args.padded < 1 or args.rounds < 1:
+        raise ValueError("numbers of documents, tokens and rounds are not negative")
+    tokens = chosen["tokens"] if args.generate else args.tokens or ()
+    counts = args.map, tuple(tokens), args.generate, args.max_segments, args.padded
+    options = options_of(args.option)
+    return Settings(cases[0], *counts, args.own, args.rounds, options, args.budget, flags)
+
+
 def training_of(args: argparse.Namespace, flags: tuple[str, ...]) -> training.Settings:
     """What the flags ask for, where they ask for training steps.
 
@@ -264,6 +310,23 @@ def training_of(args: argparse.Namespace, flags: tuple[str, ...]) -> training.Se
     return Settings(
         base.cases[0], base.tokens, args.recompute, args.own, args.rounds, base.options, args.budget, flags
     )
+
+
+def bands_of(args: argparse.Namespace, flags: tuple[str, ...]) -> bands.Settings:
+    """What the flags ask for, where they ask for several devices.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    from rmtcompile.bench.bands import Settings
+
+    base = settings_of(args)
+    if len(base.cases) != 1:
+        raise ValueError("bands are timed with segments of one length, not of several")
+    if min(args.devices) < 1:
+        raise ValueError(f"devices must be at least 1, not {min(args.devices)}")
+    counts = sorted(set(args.devices))
+    return Settings(base.cases[0], base.tokens, counts, args.rounds, base.options, args.budget, flags)
 
 
 def _recompute(text: str) -> str | int:

@@ -15,7 +15,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ import rmtcompile
 from rmtcompile.bench import measure
 from rmtcompile.bench.recording import Recording
 from rmtcompile.bench.report import Table, environment_table
-from rmtcompile.bench.session import environment
 from rmtcompile.bench.shapes import Case
 from rmtcompile.optimized import Optimized
 
@@ -69,18 +68,15 @@ class Session(Recording):
         super().__init__(device, settings.budget, save)
         self.settings = settings
         case = settings.case
-        self.record = {
-            "environment": environment(device, settings.flags),
-            "shape": asdict(case.shape),
-            "case": {k: str(v) for k, v in asdict(case).items() if k != "shape"},
-            "segment": case.segment,
-            "max_segments": settings.max_segments,
-            "lengths": lengths_of(case, settings.documents, settings.max_segments),
-            "documents": [],
-            "repeated_s": {},
-            "eager_s": {},
-            "failed": self.failed,
-        }
+        self.begin(
+            case,
+            settings.flags,
+            max_segments=settings.max_segments,
+            lengths=lengths_of(case, settings.documents, settings.max_segments),
+            documents=[],
+            repeated_s={},
+            eager_s={},
+        )
 
     def run(self) -> None:
         """All documents, then each length again, then the model as it is; saved after each part."""

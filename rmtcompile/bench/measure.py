@@ -133,6 +133,30 @@ class Memory:
         return result
 
 
+def allocated(device: torch.device) -> int:
+    """Bytes of the device that are allocated now; zero on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def peak(function: Callable[[], Any], device: torch.device) -> int:
+    """Bytes allocated at the peak of a run, what was there before included; zero on a CPU. A run that records
+    CUDA graphs allocates what they use; one that replays them does not."""
+    if device.type != "cuda":
+        function()
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def reserved(device: torch.device) -> int:
+    """Bytes that the allocator holds: with the memory pools of CUDA graphs, and with gaps between blocks.
+    Zero on a CPU."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
 def product_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a square matrix product on random data: 8192 wide on CUDA, 512 wide on a CPU."""
     size = 8192 if device.type == "cuda" else 512

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import platform
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import rmtcompile
 from rmtcompile.bench import kernels, measure, numerics
 from rmtcompile.bench.opponents import Diagonal, Full, Graphed, Handwritten, Opponent, Sequential, Skipped
-from rmtcompile.bench.recording import Recording
+from rmtcompile.bench.recording import Recording, environment
 from rmtcompile.bench.shapes import Case, parameter_bytes
 from rmtcompile.models import ARMT
 
@@ -329,30 +325,3 @@ def schedule_of(diagonal: Diagonal) -> dict[str, Any]:
 def stages_of(diagonal: Diagonal) -> dict[str, float]:
     """Seconds of each stage of compilation."""
     return {stage.name: stage.seconds for stage in getattr(diagonal.fast.compiled, "stages", ())}
-
-
-def environment(device: torch.device, flags: Sequence[str]) -> dict[str, Any]:
-    """Versions, date, device and command line."""
-    import transformers
-
-    found: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": ["rmtcompile", "bench", *flags],
-        "rmtcompile": rmtcompile.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": device.type,
-    }
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        found["triton"] = metadata.version("triton")
-    if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
-        found["cuda"] = torch.version.cuda
-        found["cudnn"] = torch.backends.cudnn.version()
-        properties = torch.cuda.get_device_properties(device)
-        found["properties"] = (
-            f"sm_{properties.major}{properties.minor}, {properties.multi_processor_count} multiprocessors, "
-            f"{properties.total_memory / 2**30:.0f} GiB, L2 {properties.L2_cache_size / 2**20:.0f} MiB"
-        )
-    return found

@@ -11,7 +11,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from rmtcompile.bench import measure
 from rmtcompile.bench.opponents import result_of
 from rmtcompile.bench.recording import Recording
 from rmtcompile.bench.report import Table, environment_table
-from rmtcompile.bench.session import environment
 from rmtcompile.bench.shapes import Case
 
 EVERY = 997
@@ -61,14 +60,7 @@ class Session(Recording):
         self.settings = settings
         case = settings.case
         self._grads: dict[tuple[str, int], list[Tensor]] = {}  # by name and tokens
-        self.record = {
-            "environment": environment(device, settings.flags),
-            "shape": asdict(case.shape),
-            "case": {k: str(v) for k, v in asdict(case).items() if k != "shape"},
-            "segment": case.segment,
-            "steps": [],
-            "failed": self.failed,
-        }
+        self.begin(case, settings.flags, steps=[])
 
     def run(self) -> None:
         """All programs, then the model; saved after each length."""
@@ -78,7 +70,9 @@ class Session(Recording):
         self.say(f"building {case.shape.layers} layers of width {case.shape.hidden}")
         model = case.build(self.device).requires_grad_()
         self.target = torch.randn(1, case.segment, case.shape.hidden, device=self.device)
-        self.record["weights_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.others = measure.allocated(self.device) - weights
+        self.record["weights_bytes"] = weights
         for how in self.settings.recompute:
             options = {"progress": self.say, **self.settings.options, "recompute": how}
             self._steps(f"rmtcompile, {how} recomputed", rmtcompile.optimize(model, **options), model)
@@ -121,10 +115,14 @@ class Session(Recording):
 
         self._none(model)
         first = measure.seconds(step, self.device)
-        grads = [p.grad.flatten()[::EVERY].float().cpu() for p in model.parameters() if p.grad is not None]
-        memory = measure.Memory(self.device)
         self._none(model)
-        memory.running(step)
+        start = time.perf_counter()
+        peak = measure.peak(step, self.device) - self.others  # records, where steps are recorded
+        second = time.perf_counter() - start
+        self._none(model)
+        step()
+        reserved = measure.reserved(self.device) - self.others
+        grads = [p.grad.flatten()[::EVERY].float().cpu() for p in model.parameters() if p.grad is not None]
         times, hosts = [], []
         for _ in range(self.settings.rounds):
             start = time.perf_counter()
@@ -140,7 +138,9 @@ class Session(Recording):
                 "first_s": first,
                 "step_s": times,
                 "host_s": statistics.median(hosts),
-                "peak_bytes": memory.peak + self.record["weights_bytes"],
+                "second_s": second,
+                "peak_bytes": peak,
+                "reserved_bytes": reserved,
                 "gradients": [float(g.norm()) for g in grads],
             }
         )
@@ -176,9 +176,12 @@ def tables(record: dict[str, Any]) -> Iterator[Table]:
                 f"{statistics.median(step['step_s']) * 1e3:.1f}",
                 f"{step['host_s'] * 1e3:.1f}",
                 f"{step['peak_bytes'] / 2**30:.1f}",
+                f"{step['reserved_bytes'] / 2**30:.1f}",
                 f"{step['first_s']:.1f}",
+                f"{step['second_s']:.1f}",
                 "{:.1e} {:.1e}".format(*difference) if difference else "",
             )
         )
-    header = ("tokens", "step", "ms", "host ms", "peak GiB", "first s", "gradients off: median, most")
+    times = ("ms", "host ms", "peak GiB", "reserved", "first s", "second")
+    header = ("tokens", "step", *times, "gradients off: median, most")
     yield Table(f"training steps, segments of {record['segment']}", header, rows)

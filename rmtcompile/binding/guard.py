@@ -119,10 +119,11 @@ def program_key(args: Any, kwargs: Any, segmentation: Segmentation) -> tuple[Any
 
 def structure_key(args: Any, kwargs: Any, segmentation: Segmentation) -> tuple[Any, ...]:
     """What calls have in common that differ in sizes only: all of `program_key` but the shapes, and whether
-    there is an incomplete segment."""
+    there is an incomplete segment (of how many segments of the model, where several are one)."""
     flat = pytree.tree_leaves((args, kwargs))
     _, rest = segmentation.count([value.shape for value in flat if isinstance(value, torch.Tensor)])
-    return (call_key(args, kwargs), segmentation, rest > 0)
+    begun = segmentation.pieces(rest) if segmentation.period > 1 else rest > 0
+    return (call_key(args, kwargs), segmentation, begun)
 
 
 def _static(value: Any) -> Any:

@@ -21,6 +21,8 @@ from rmtcompile.errors import CaptureError, UnsupportedError
 _OWN_FUNCTION: Any = torch._C._disabled_torch_function_impl
 _OWN_DISPATCH: Any = torch._C._disabled_torch_dispatch_impl
 
+_SHARDED = ": torch.distributed.tensor.DTensor"
+
 
 @functools.cache
 def _is_plain_class(cls: type) -> bool:
@@ -81,6 +83,15 @@ def refuse_model(fn: Callable[..., Any]) -> None:
             "the model has parameters that are not initialised yet",
             unready[:4],
             "run the model once before optimizing it",
+        )
+    sharded = [text for text in held_oddly(fn) if text.endswith(_SHARDED)]
+    if sharded:
+        raise CaptureError(
+            "the parameters are sharded over several processes (FSDP, tensor parallelism)",
+            sharded[:4],
+            "a program stacks the whole weights of its layers: replicate them, with "
+            "DistributedDataParallel(rmtcompile.optimize(model)), or, without gradients, give each process a "
+            "band of layers, with rmtcompile.optimize(model, devices=group)",
         )
     wrapped = [
         f"{type(module).__module__}.{type(module).__qualname__}"

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from rmtcompile.binding.code import globals_in
 from rmtcompile.binding.objects import (
     ATOMS,
     DELETED,
@@ -44,27 +45,26 @@ _NAMESPACES = ("_parameters", "_buffers", "_modules")
 _WHOLE: Step = ("all", None)
 
 
-@dataclass
-class _Record:
-    """One object as it was: the object itself, what it held, and the module that holds it.
+class Was:
+    """One object as it was: the object itself, the path to it, and what it held.
 
     Attributes:
         items: its items where it is a container that can be filled anew.
-        routes: further ways to it, from modules.
     """
 
-    target: Any
-    path: Path
-    copy: dict[Step, Any]
-    module: nn.Module
-    items: Any = None
-    routes: list[tuple[nn.Module, Path]] = field(default_factory=list)
+    def __init__(self, target: Any, path: Path) -> None:
+        self.target, self.path = target, path
+        self.copy = held(target) if isinstance(target, nn.Module) else parts(target)
+        can_fill = base_of(type(target)) is not object and not is_fixed(target)
+        self.items = items_of(target) if can_fill else None
 
     @property
-    def way(self) -> Path | None:
-        """From the module on, or None for the namespaces that torch keeps in every module: no forward puts
-        another dict in their place."""
-        return None if len(self.path) > 1 and self.path[1][1] in _NAMESPACES else self.path[1:]
+    def is_changed(self) -> bool:
+        """Whether it holds anything else now."""
+        held_now = held(self.target)
+        if held_now.keys() != self.copy.keys():
+            return True
+        return not all(is_same(value, held_now[step]) for step, value in self.copy.items())
 
     def restore(self) -> None:
         """Put back what it held, where that is not there any more."""
@@ -79,15 +79,35 @@ class _Record:
                 put(target, step, value)
 
 
+class _Record(Was):
+    """An object that a module holds.
+
+    Attributes:
+        routes: further ways to it, from modules.
+    """
+
+    def __init__(self, target: Any, path: Path, module: nn.Module) -> None:
+        super().__init__(target, path)
+        self.module = module
+        self.routes: list[tuple[nn.Module, Path]] = []
+
+    @property
+    def way(self) -> Path | None:
+        """From the module on, or None for the namespaces that torch keeps in every module: no forward puts
+        another dict in their place."""
+        return None if len(self.path) > 1 and self.path[1][1] in _NAMESPACES else self.path[1:]
+
+
 class Held(NamedTuple):
     """A tensor that a module keeps, and where: `holder[key]` or `holder.key`, or `way` from a module on,
-    through containers that a forward may replace."""
+    through containers that a forward may replace; `path` is the whole way, from the module's name on."""
 
     tensor: torch.Tensor
     name: str
     holder: Any
     key: Any
     way: Path
+    path: Path = ()
 
 
 class Snapshot:
@@ -119,13 +139,10 @@ class Snapshot:
                 if value is not module:
                     known.routes.append((module, path[1:]))
                 continue
-            copy = held(value) if value is module else parts(value)
-            can_fill = base_of(type(value)) is not object and not is_fixed(value)
-            record = _Record(value, path, copy, module, items_of(value) if can_fill else None)
-            self._records[id(value)] = record
+            record = self._records[id(value)] = _Record(value, path, module)
             if len(self._records) > LIMIT:
                 raise too_large(path)
-            stack += [((*path, step), item) for step, item in reversed(copy.items())]
+            stack += [((*path, step), item) for step, item in reversed(record.copy.items())]
 
     def knows(self, value: object) -> bool:
         """Whether it was there before the forward."""
@@ -160,6 +177,10 @@ class Snapshot:
             found += [Change(record, step, DELETED) for step in gone]
         return [change for change in found if change.step[0] not in ("referent", "member")]
 
+    def records(self) -> Iterator[_Record]:
+        """All that is recorded: an object, the path to it, and what it held."""
+        return iter(self._records.values())
+
     def holders(self) -> Iterator[tuple[Any, dict[Step, Any]]]:
         """(object, what it held) of every record."""
         for record in self._records.values():
@@ -176,11 +197,12 @@ class Snapshot:
         for record in self._records.values():
             for step, value in record.copy.items():
                 if isinstance(value, torch.Tensor):
-                    name = path_name((*record.path, step))
+                    path = (*record.path, step)
+                    name = path_name(path)
                     if record.way is None or record.target is record.module:
-                        yield Held(value, name, record.target, step[1], ())
+                        yield Held(value, name, record.target, step[1], (), path)
                     else:
-                        yield Held(value, name, record.module, step[1], (*record.way, step))
+                        yield Held(value, name, record.module, step[1], (*record.way, step), path)
 
 
 def _is_item(step: Step) -> bool:
@@ -328,14 +350,8 @@ def _referred(value: Any) -> dict[Step, Any]:
         return {("attr", ""): value.__self__, ("item", ""): value.__func__}
     if isinstance(value, types.FunctionType):
         spaces = value.__globals__
-        used = {("attr", name): spaces[name] for name in sorted(names_in(value.__code__)) if name in spaces}
+        used = {("attr", name): spaces[name] for name in sorted(globals_in(value.__code__)) if name in spaces}
         return {**closed_over(value), **used}
     if type(value).__module__.split(".")[0] == "torch":
         return {}
     return parts(value)
-
-
-def names_in(code: types.CodeType) -> frozenset[str]:
-    """Names that a function's code uses, functions inside it included."""
-    inner = (names_in(const) for const in code.co_consts if isinstance(const, types.CodeType))
-    return frozenset(code.co_names).union(*inner)

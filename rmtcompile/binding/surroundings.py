@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from rmtcompile.binding.code import globals_in, names_in
 from rmtcompile.binding.objects import (
     BASES,
     DELETED,
@@ -37,7 +38,7 @@ from rmtcompile.binding.objects import (
     put_items,
     walk,
 )
-from rmtcompile.binding.state import CALL_HOOKS, hooked_around, names_in
+from rmtcompile.binding.state import CALL_HOOKS, hooked_around
 
 _STATIC = (types.ModuleType, types.BuiltinFunctionType, type)
 _OTHERS = frozenset({"torch", "builtins", "numpy", *sys.stdlib_module_names} - {"__main__"})
@@ -82,6 +83,7 @@ class Surroundings:
         self._caches: list[tuple[Any, int]] = []
         inside = [module for root in (modules or {}).values() for module in root.modules()]
         kinds = {type(module): None for module in inside}
+        self._kinds = {base for kind in kinds for base in kind.__mro__}
         self._packages = {_package(kind) for kind in kinds} - _OTHERS
         self._visit("", fn)
         for kind in kinds:
@@ -96,6 +98,16 @@ class Surroundings:
             pass
 
     # ---- what there is -------------------------------------------------------------------------------------
+
+    @property
+    def functions(self) -> dict[int, Any]:
+        """The functions that were looked into, among other objects, by identity."""
+        return self._seen
+
+    @property
+    def classes(self) -> list[type]:
+        """The classes of objects that were met, but for those that are taken to stay as they are."""
+        return list(self._classes)
 
     def _attributes(self, module: nn.Module) -> list[Any]:
         own = vars(module).items()
@@ -114,7 +126,7 @@ class Surroundings:
                 self._seen[id(value)] = value
                 stack += self._callable(name, value)
             elif isinstance(value, type):
-                if not _is_library(_package(value)):  # of a library, those of objects that there are suffice
+                if not is_library(_package(value)):  # of a library, those of objects that there are suffice
                     self._class(value)
             elif not is_leaf(value) and self._is_own(type(value)):
                 self._seen[id(value)] = value
@@ -134,6 +146,16 @@ class Surroundings:
                     self._slot(Slot(value, step, item, inner))
                 yield inner, item
 
+    def _registered(self, name: str, register: Any) -> Iterator[tuple[str, Any]]:
+        """What a register of classes says of those of the modules."""
+        if not isinstance(register, dict):
+            return
+        mine = self._kinds | {str(kind) for kind in self._kinds}
+        for key, entry in register.items():
+            if key in mine:
+                self._slot(Slot(register, ("item", key), entry, f"{name}[{key!r}]"))
+                yield f"{name}[{key!r}]", entry
+
     def _slot(self, slot: Slot) -> None:
         key = (id(slot.owner), slot.step)
         if key not in self._known and not isinstance(slot.value, _STATIC):
@@ -149,8 +171,7 @@ class Surroundings:
             self._caches.append((value, value.cache_info().misses))
             yield name, cached
         elif self._may_change(value):
-            names = names_in(value.__code__)
-            self._names |= names
+            self._names |= names_in(value.__code__)
             for inner, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
                 try:
                     content = cell.cell_contents
@@ -159,8 +180,11 @@ class Surroundings:
                 if not isinstance(content, _STATIC):
                     self.cells.append((cell, content, inner))
                 yield inner, content
-            for inner in sorted(names & value.__globals__.keys()):
+            for inner in sorted(globals_in(value.__code__) & value.__globals__.keys()):
                 item = value.__globals__[inner]
+                if is_register(value, item):
+                    yield from self._registered(inner, item)
+                    continue
                 self._slot(Slot(value.__globals__, ("item", inner), item, inner))
                 yield inner, item
             for item in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
@@ -171,7 +195,7 @@ class Surroundings:
 
     def _may_change(self, value: Any) -> bool:
         package = _package(value)
-        return package in self._packages or not _is_library(package)
+        return package in self._packages or not is_library(package)
 
     def _is_own(self, kind: type) -> bool:
         if kind in (types.SimpleNamespace, types.MappingProxyType, functools.partial) or kind in _BUILT_IN:
@@ -247,8 +271,19 @@ def _package(value: Any) -> str:
     return str(value.__module__ or "").split(".")[0]
 
 
+def is_register(fn: types.FunctionType, value: Any) -> bool:
+    """Whether a value that a library's function names is a set of classes, or says something of classes or of
+    the `str` of them: it grows with what is imported and made, and code asks for those that it knows."""
+    is_of_classes = isinstance(value, (set, dict)) and bool(value) and all(map(_is_class, value))
+    return is_of_classes and is_library(_package(fn))
+
+
+def _is_class(key: Any) -> bool:
+    return isinstance(key, type) or (isinstance(key, str) and key.startswith("<class '"))
+
+
 @functools.cache
-def _is_library(package: str) -> bool:
+def is_library(package: str) -> bool:
     """Whether a package is taken to stay as it is."""
     file = getattr(sys.modules.get(package), "__file__", None) or ""
     return package in _OTHERS or file.startswith(_LIBRARIES)

@@ -25,23 +25,26 @@ class Values:
 
     Args:
         leaves: where the model keeps them.
+
+    Attributes:
+        leaves: as given.
     """
 
     def __init__(self, leaves: Sequence[Leaf]) -> None:
-        self._leaves = list(leaves)
+        self.leaves = list(leaves)
         with torch.inference_mode(False), torch.no_grad():
             self._kept = [leaf.fetch().detach().clone() for leaf in leaves]
             self._small = _by_device([_bytes(x) for x in self._kept if x.numel() < _LARGE])
 
     def changed(self) -> str | None:
         """What differs now, in words, or None."""
-        if not self._leaves:
+        if not self.leaves:
             return None
-        for leaf in self._leaves:
+        for leaf in self.leaves:
             if not leaf.fits():
                 return f"{leaf.name}, from which the forward reads numbers, is another tensor"
         with torch.inference_mode(False), torch.no_grad():
-            now = [leaf.fetch().detach() for leaf in self._leaves]
+            now = [leaf.fetch().detach() for leaf in self.leaves]
             return self._difference(now) if self._differ(now) else None
 
     def _differ(self, now: list[torch.Tensor]) -> bool:
@@ -53,7 +56,7 @@ class Values:
         return any(bool(flag.any()) for flag in flags.values())
 
     def _difference(self, now: list[torch.Tensor]) -> str:
-        for leaf, new, old in zip(self._leaves, now, self._kept, strict=True):
+        for leaf, new, old in zip(self.leaves, now, self._kept, strict=True):
             if bool(_differs(new, old).any()):
                 if new.numel() > 1:
                     return f"the forward reads numbers from {leaf.name}, which holds others now"

@@ -66,6 +66,7 @@ class ModuleGuard:
     Attributes:
         counters: names of the slots whose numbers the forward reads and leaves different: its next call goes
             on from them.
+        reads, changed, kept: as given.
 
     Raises:
         CaptureError: the forward has read what cannot be watched.
@@ -89,7 +90,7 @@ class ModuleGuard:
         self._open: list[tuple[Any, set[str], str]] = []  # namespaces in which these names are missing
         self._children: list[tuple[dict[str, Any], tuple[Any, ...], str]] = []
         self._hooks = [(getattr(nn.modules.module, key), "all modules") for key in _GLOBAL_HOOKS]
-        self._changed, self._kept = changed, kept
+        self.reads, self.changed, self.kept = reads, changed, kept
         self._outer = around.outer if around is not None else None
         self._copies = {id(holder): copy for holder, copy in snapshot.holders()}
         self._shared = list(snapshot.shared())
@@ -155,7 +156,7 @@ class ModuleGuard:
     def _watch(self, slot: Slot) -> bool:
         """Watch one entry; whether what is behind it is to be watched, too."""
         value = slot.value
-        is_changed = (id(slot.owner), slot.step[1]) in self._changed
+        is_changed = (id(slot.owner), slot.step[1]) in self.changed
         if isinstance(value, torch.Tensor):  # the executor looks at those that the graph reads
             if not isinstance(slot.owner, (tuple, *SETS)):
                 self._tensors.append((slot, None if is_changed else value.shape))
@@ -163,7 +164,7 @@ class ModuleGuard:
         if is_changed and type(value) in (int, float):
             self._counting.append(slot)
         is_free = not isinstance(value, ATOMS) and is_changed
-        if base_of(type(value)) in SETS or (is_free and id(value) not in self._kept):
+        if base_of(type(value)) in SETS or (is_free and id(value) not in self.kept):
             self._refilled.append(slot)
             return False
         if slot.step[0] != "member" and not isinstance(slot.owner, (tuple, *SETS)):
@@ -202,6 +203,14 @@ class ModuleGuard:
         self._empty = [space for space in (*containers, *(hooks for hooks, _ in self._hooks)) if not space]
         self._sized = list(filter(None, containers))
         self._lengths = list(map(len, self._sized))
+
+    def entries(self) -> dict[str, Any]:
+        """All that is watched, by kind, for descriptions that another process can compare."""
+        return {
+            "slots": self._slots, "cells": self._cells, "refilled": self._refilled, "tensors": self._tensors,
+            "closed": self._closed, "open": self._open, "children": self._children, "hooks": self._hooks,
+            "shared": self._shared,
+        }  # fmt: skip
 
     def settle(self) -> None:
         """Take the hooks that are registered now for those of the capture: the forward itself has registered

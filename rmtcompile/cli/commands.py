@@ -90,6 +90,7 @@ def _optimized(options: argparse.Namespace, target: Target) -> Optimized:
         plan=options.plan,
         segment_size=options.segment_size,
         layers=options.layers_at,
+        cache=getattr(options, "cache", None),
         progress=False if options.quiet or options.json else progress,
     )
 

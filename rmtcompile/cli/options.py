@@ -54,6 +54,7 @@ examples
   rmtcompile explain config.json --segment 1024 --memory 128 --d-mem 64
   rmtcompile explain examples/04_why_classic_rmt_cannot.py:classic
   rmtcompile explain mymodel:build --json | jq .offsets
+  rmtcompile explain mymodel:build --cache programs    compile ahead, for optimize(model, cache="programs")
   rmtcompile explain mymodel:build --html > why.html
 """
 
@@ -111,6 +112,9 @@ def build_parser(commands_of: Mapping[str, Command]) -> argparse.ArgumentParser:
     )
     _add_model(explain)
     explain.add_argument("--html", action="store_true", help="print a page instead of text")
+    explain.add_argument(
+        "--cache", metavar="FOLDER", help="look for a saved program there, and save one that is compiled"
+    )
     view = _command(
         commands, "view", "write the viewer, or the schedule as a picture", _VIEW, commands_of["view"]
     )

@@ -12,6 +12,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from rmtcompile.binding.arguments import tensors_of
 from rmtcompile.binding.captured import Capture
 from rmtcompile.compiler.checks import check_flat
 from rmtcompile.compiler.stages import Log
@@ -22,11 +23,13 @@ from rmtcompile.ir.modes import autocast_as
 from rmtcompile.ir.randomness import drop_dead
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.options import Options
+from rmtcompile.passes.flat.aliases import aliases
 from rmtcompile.passes.flat.decompose import decompose
 from rmtcompile.passes.flat.foreach import foreach
 from rmtcompile.passes.flat.functionalise import alias_root, functionalise, is_mutating
+from rmtcompile.passes.flat.nest import NESTED, grows, nest, slides
 from rmtcompile.passes.flat.pieces import pieces
-from rmtcompile.passes.flat.segments import Cuts
+from rmtcompile.passes.flat.segments import Cuts, Segments
 from rmtcompile.passes.flat.spread import spread
 from rmtcompile.passes.flat.store_forwarding import forward_stores
 from rmtcompile.passes.flat.stream import stream
@@ -78,6 +81,8 @@ def unrolled_forward(
     with log.stage(f"capture, {count} segments") as box:
         captured = capture(fn, args, kwargs)
         box.append(captured.module)
+    first = segmentation.axes[0]
+    count = segmentation.pieces(tensors_of(args, kwargs)[first.leaf].shape[first.dim])
     try:
         return _placed(captured, count, options, log, segmentation)
     except PartitionError:
@@ -100,6 +105,7 @@ class Flat:
         layers: the user's path of the layers, if there is one.
         cuts: where inputs are cut, by placeholder.
         is_mined: whether operations on the whole input are taken apart in any case.
+        joins: how joins of values of several segments are written; see `Options`.
         written: ("leaf" | "input", name) of each tensor that the forward writes in place.
     """
 
@@ -108,6 +114,7 @@ class Flat:
     layers: str | None
     cuts: Cuts
     is_mined: bool = False
+    joins: str = ""
     written: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -129,13 +136,14 @@ class Flat:
 
 
 def _functional(flat: Flat) -> fx.GraphModule:
-    """No operations over lists, no writes in place; splits by one length; equal literals are one."""
+    """No operations over lists, no writes in place; one name for each operation; splits by one length; equal
+    literals are one."""
     captured = flat.captured
     literal = literals(captured)
     captured.module = foreach(captured.module)
     functional = functionalise(captured.module)
     flat.written = _flatten_writes(functional.module, tuple(functional.writes), captured, literal)
-    captured.module = pieces(functional.module)
+    captured.module = pieces(aliases(functional.module))
     merge_literals(captured, literal)
     return captured.module
 
@@ -154,12 +162,13 @@ def _alive(flat: Flat) -> fx.GraphModule:
 
 PASSES: tuple[tuple[str, Callable[[Flat], fx.GraphModule]], ...] = (
     ("functionalise", _functional),
-    ("forward", lambda flat: forward_stores(flat.module)),
+    ("forward", lambda flat: forward_stores(flat.module, flat.joins)),
     ("strip-mine", _mined),
-    ("stream, spread", lambda flat: spread(stream(flat.module, flat.inside), flat.inside)),
+    ("stream, spread", lambda flat: spread(stream(flat.module, flat.inside, flat.joins), flat.inside)),
     ("decompose", lambda flat: decompose(flat.module)),
     ("number", lambda flat: number_values(flat.module, flat.inside)),
     ("tiles", lambda flat: tiles(flat.module, flat.inside)),
+    ("nest", lambda flat: nest(flat.module, flat.inside) if flat.joins == NESTED else flat.module),
     ("drop", _alive),
 )
 """The passes on the flat graph, in order."""
@@ -174,11 +183,17 @@ def _placed(
     segmentation: Segmentation,
     is_mined: bool = False,
 ) -> tuple[Capture, Unrolled, tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """See `unrolled_forward`: from the capture on; `is_mined`: whether operations on the whole input are
-    taken apart though no module call shows that this is called for."""
+    """See `unrolled_forward`: from the capture on.
+
+    Args:
+        count: segments of the model.
+        is_mined: whether operations on the whole input are taken apart though no module call shows that this
+            is called for.
+    """
     inputs = [str(node.target) for node in captured.graph.nodes if node.op == "placeholder"]
-    cuts = {inputs[axis.leaf]: (axis.dim, axis.length) for axis in reversed(segmentation.axes)}
-    flat = Flat(captured, count, options.layers, cuts, is_mined)
+    own = [(axis, axis.length // segmentation.period) for axis in reversed(segmentation.axes)]
+    cuts = {inputs[axis.leaf]: (axis.dim, length) for axis, length in own}
+    flat = Flat(captured, count, options.layers, cuts, is_mined, options.joins)
     for name, run in PASSES:
         with log.stage(name, captured.module) as box:
             captured.module = run(flat)
@@ -191,9 +206,30 @@ def _placed(
             layers = layers_of(graph, captured.calls, count, options.layers)
         else:
             layers = cells_by_segment(graph, flat.outer, cuts, count)
-        parts = partition(graph, layers, count)
+        segments = Segments(cuts, count)
+        parts = partition(graph, layers, segments, segmentation.period, may_join=options.layers is None)
         unrolled = unroll(graph, parts, {target: leaf.name for target, leaf in captured.leaves.items()})
-    return captured, unrolled, layers.paths, flat.written
+    return captured, unrolled, parts.layers.paths, flat.written
+
+
+@dataclass(frozen=True)
+class Joins:
+    """What layers join of values of several segments.
+
+    Attributes:
+        grow: lists to which each segment adds.
+        slide: windows of the last few segments.
+    """
+
+    grow: bool = False
+    slide: bool = False
+
+
+def joins_of(captured: Capture, count: int, options: Options) -> Joins:
+    """What layers of a capture of `count` segments join."""
+    inside = Flat(captured, count, options.layers, {}).inside
+    is_plain = not options.joins
+    return Joins(is_plain and grows(captured.graph, inside), is_plain and slides(captured.graph))
 
 
 def resize(args: Any, kwargs: Any, segmentation: Segmentation, count: int) -> tuple[Any, Any]:

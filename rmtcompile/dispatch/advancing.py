@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from rmtcompile.binding.arguments import tensors_of
 from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.compiler.results import has_family
 from rmtcompile.dispatch.calls import Call
 from rmtcompile.dispatch.entries import Entry
 from rmtcompile.dispatch.programs import Programs
-from rmtcompile.dispatch.verify import tensors_of
 from rmtcompile.errors import StateError, UnsupportedError
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.passes.emit.carried import Refill
@@ -192,8 +192,9 @@ def _check(programs: Programs, state: RunState, compiled: Compiled, segmentation
     for refill in compiled.emitted.carried.refills:
         lane = lanes[refill.lane]
         for (name, segment), value in state.values.items():
-            kind = tuple(value.shape), value.dtype, value.device
-            if name == refill.name and kind != (tuple(lane.shape), lane.dtype, torch.device(lane.device)):
+            kind = _fixed(value.shape, lane.grows), value.dtype, value.device
+            wanted = _fixed(lane.shape, lane.grows), lane.dtype, torch.device(lane.device)
+            if name == refill.name and kind != wanted:
                 raise StateError(
                     "the state holds a value of another kind than the program carries",
                     [
@@ -202,6 +203,11 @@ def _check(programs: Programs, state: RunState, compiled: Compiled, segmentation
                     ],
                     "the model's dtype, device and batch size must be those that made the state",
                 )
+
+
+def _fixed(shape: Sequence[int], grows: tuple[int, ...]) -> list[int]:
+    """A shape, but for the dims that are larger in later segments."""
+    return [-1 if dim in grows else size for dim, size in enumerate(shape)]
 
 
 def _lost(state: RunState, compiled: Compiled) -> Iterator[str]:

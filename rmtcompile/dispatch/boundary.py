@@ -26,12 +26,14 @@ from torch.utils import checkpoint
 
 from rmtcompile.binding.state import Contents, Snapshot, roots_of
 from rmtcompile.binding.surroundings import Surroundings
-from rmtcompile.errors import InternalError, UnsupportedError, VerificationError
+from rmtcompile.errors import InternalError, RankError, UnsupportedError, VerificationError
 from rmtcompile.frontend.blame import OURS, model_error, raised_at
 from rmtcompile.frontend.tracing import as_written
 
 # Said as they are: they tell of the machine, or were made of warnings by the user's filters.
-_PASSED = (UnsupportedError, VerificationError, torch.OutOfMemoryError, torch.AcceleratorError, Warning)
+_PASSED = (
+    UnsupportedError, VerificationError, RankError, torch.OutOfMemoryError, torch.AcceleratorError, Warning
+)  # fmt: skip
 _STOPS_EARLY: type[Exception] = checkpoint._StopRecomputationError
 """How a checkpoint around the call ends a forward that it runs again, once it has what it needs."""
 

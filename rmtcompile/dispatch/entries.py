@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.dispatch.size_vectors import Columns, Vector
@@ -11,6 +15,7 @@ from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.passes.sizes import Sizes
 from rmtcompile.runtime.costs import Costs
 from rmtcompile.runtime.execute import Executor
+from rmtcompile.saved import Record, Shelved
 
 
 @dataclass
@@ -50,12 +55,14 @@ class Entry:
         longer: what replaces it: rules from longer captures.
         trial: for a program that rules for sizes gave, what would show that they are wrong.
         is_edited: whether its module is one that the user has edited.
+        made_for: the key of its family, and the sizes.
+        asked: the arguments of the call that it was made for, without their tensors; see `asked`.
     """
 
     compiled: Compiled
     executor: Executor
     segmentation: Segmentation
-    example: Any = None  # (args, kwargs) with fake tensors
+    asked: Any = None
     settled: bool = False
     lengths: Lengths = field(default_factory=Lengths)
     verified: set[int] = field(default_factory=set)
@@ -63,6 +70,40 @@ class Entry:
     longer: Entry | None = None
     trial: Trial | None = None
     is_edited: bool = False
+    made_for: tuple[Any, Vector] | None = None
+
+    @property
+    def example(self) -> Any:
+        """(args, kwargs) of the call that it was made for, with fake tensors. To make the first of a process
+        imports what takes seconds."""
+
+        def fake(value: Any) -> Any:
+            if not isinstance(value, _Like):
+                return value
+            return torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=value.device)
+
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return pytree.tree_map(fake, self.asked, is_leaf=lambda value: isinstance(value, _Like))
+
+
+class _Like(NamedTuple):
+    """A tensor without its memory."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def asked(args: Any, kwargs: Any) -> Any:
+    """The arguments of a call with what is known of its tensors in their place."""
+
+    def like(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return _Like(tuple(value.shape), value.stride(), value.dtype, value.device)
+
+    return pytree.tree_map(like, (args, kwargs))
 
 
 @dataclass
@@ -131,6 +172,34 @@ class Rules:
         """The free sizes that are 1 and were not 1 at any corner."""
         seen = {name for name, columns in self.columns.items() if 1 in {c[columns[0]] for c in self.corners}}
         return frozenset(name for name, size in sizes.items() if size == 1 and name not in seen)
+
+
+@dataclass
+class Restored:
+    """A program from a folder.
+
+    Attributes:
+        longer: the fewest segments captured for the rules that replace it; 0 if none do.
+    """
+
+    compiled: Compiled
+    lengths: Lengths
+    costs: Costs | None = None
+    longer: int = 0
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The origin of a program that came from a folder."""
+
+    fingerprint: Any
+    record: Record
+    shelved: Shelved
+
+
+def is_loaded(compiled: Compiled) -> bool:
+    """Whether a program came from a folder: it runs and reports, and has no graphs."""
+    return isinstance(compiled.origin, Loaded)
 
 
 def is_current(compiled: Compiled) -> bool:

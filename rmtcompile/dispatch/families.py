@@ -29,7 +29,7 @@ from rmtcompile.compiler.free_sizes import differ, instance, sized
 from rmtcompile.compiler.pipeline import Compiled, rescheduled
 from rmtcompile.compiler.unrolling import reshaped
 from rmtcompile.dispatch.compared import CHECKED, of_rest
-from rmtcompile.dispatch.entries import Entry, Lengths, Rules, Trial, is_current
+from rmtcompile.dispatch.entries import Entry, Lengths, Restored, Rules, Trial, is_current
 from rmtcompile.dispatch.size_vectors import (
     Columns,
     Vector,
@@ -79,6 +79,7 @@ class Families:
         execute: makes an executor, like another one.
         compare: compares the program of rules with the model for arguments, and settles the trial; raises
             UnsupportedError where the model itself fails on them.
+        saved_rules, saved_program: what a folder has for a key and sizes.
     """
 
     def __init__(
@@ -86,16 +87,25 @@ class Families:
         compile_at: Callable[[Any, Any, Segmentation, int | None, int], Compiled],
         execute: Callable[[Compiled, Segmentation, Executor | None], Executor],
         compare: Callable[[Entry, Any, Any], object],
+        saved_rules: Callable[[Any, Vector], Sequence[Rules]],
+        saved_program: Callable[[Any, Vector], Restored | None],
     ) -> None:
         self._compile_at = compile_at
         self._execute = execute
         self._compare = compare
+        self._saved_rules, self._saved_program = saved_rules, saved_program
         self._families: dict[Any, _Family] = {}
 
     def entry(
-        self, args: Any, kwargs: Any, segmentation: Segmentation, only: int | None = None, fewest: int = 2
+        self,
+        args: Any,
+        kwargs: Any,
+        segmentation: Segmentation,
+        only: int | None = None,
+        fewest: int = 2,
+        anew: bool = False,
     ) -> Entry:
-        """A program for these arguments: of rules that apply, or captured now.
+        """A program for these arguments: of rules that apply, saved, or captured now; `anew`: captured.
 
         Raises:
             UnsupportedError: the forward cannot be compiled.
@@ -104,10 +114,9 @@ class Families:
         family = self._families.setdefault(key, _Family())
         family.forget()
         vector = sizes_of(args, kwargs, segmentation)
-        for rules in family.rules:
-            found = self._instance(family, rules, vector, args, kwargs, segmentation)
-            if found is not None:
-                return found
+        found = None if anew else self._known(family, key, vector, args, kwargs, segmentation)
+        if found is not None:
+            return found
         if vector not in family.known:
             family.known[vector] = self._compile_at(args, kwargs, segmentation, only, fewest)
 
@@ -124,10 +133,49 @@ class Families:
                     self._try_rests(family, new, args, kwargs, segmentation)
                 found = self._instance(family, new, vector, args, kwargs, segmentation)
                 if found is not None:
+                    found.made_for = key, vector
                     return found
         compiled = family.known[vector]
         lengths = family.lengths[vector] = Lengths()
-        return Entry(compiled, self._execute(compiled, segmentation, None), segmentation, lengths=lengths)
+        executor = self._execute(compiled, segmentation, None)
+        return Entry(compiled, executor, segmentation, lengths=lengths, made_for=(key, vector))
+
+    def _known(
+        self, family: _Family, key: Any, vector: Vector, args: Any, kwargs: Any, segmentation: Segmentation
+    ) -> Entry | None:
+        """A program for which nothing has to be captured: of rules, or saved."""
+        found = self._of_rules(family, key, vector, args, kwargs, segmentation)
+        if found is not None or vector in family.known:
+            return found
+        corners = {rules.corners for rules in family.rules}
+        new = [rules for rules in self._saved_rules(key, vector) if rules.corners not in corners]
+        family.rules = [*new, *family.rules][:8]
+        found = self._of_rules(family, key, vector, args, kwargs, segmentation) if new else None
+        return found or self._restored(key, vector, segmentation)
+
+    def _of_rules(
+        self, family: _Family, key: Any, vector: Vector, args: Any, kwargs: Any, segmentation: Segmentation
+    ) -> Entry | None:
+        """The program of the first rules that give one."""
+        for rules in family.rules:
+            found = self._instance(family, rules, vector, args, kwargs, segmentation)
+            if found is not None:
+                found.made_for = key, vector
+                return found
+        return None
+
+    def _restored(self, key: Any, vector: Vector, segmentation: Segmentation) -> Entry | None:
+        """The saved program of these sizes. No rules are read from it: its graphs are not there."""
+        saved = self._saved_program(key, vector)
+        if saved is None:
+            return None
+        executor = self._execute(saved.compiled, segmentation, None)
+        executor.costs = saved.costs
+        made_for = key, vector
+        entry = Entry(saved.compiled, executor, segmentation, lengths=saved.lengths, made_for=made_for)
+        if saved.longer > key[2]:
+            entry.longer = self._restored((*key[:2], saved.longer), vector, segmentation)
+        return entry
 
     def _try_rests(
         self, family: _Family, rules: Rules, args: Any, kwargs: Any, segmentation: Segmentation
@@ -139,8 +187,10 @@ class Families:
             return
         (name,), (length,) = rules.remainders, lengths
         seen = {corner[rules.columns[name][0]] for corner in rules.corners}
+        alike = {segmentation.pieces(rest) for rest in seen}
         unseen = sorted(set(range(2, length)) - seen, key=lambda rest: abs(2 * rest - length))
-        for rest in [*unseen[:1], *{1}.difference(seen)]:
+        unseen = [rest for rest in unseen if segmentation.pieces(rest) in alike]
+        for rest in [*unseen[:1], *({1} - seen if segmentation.pieces(1) in alike else ())]:
             there = of_rest(args, kwargs, segmentation, CHECKED, rest)
             vector = sizes_of(*there, segmentation)
             entry = self._instance(family, rules, vector, *there, segmentation)

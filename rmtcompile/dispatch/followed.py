@@ -48,12 +48,14 @@ class Followed:
         evidence = [self.departs] if self.departs else []
         if cause is not None:
             evidence += [cause.what, *cause.evidence]
-        return RerollError(
+        error = RerollError(
             f"what holds for up to {self.to} segments does not hold for {self.to + 1}",
             evidence,
             "let rules depend on the number of the segment in the first few at most; fallback='sequential' "
             "runs the model as it is",
         )
+        error.period = getattr(cause, "period", 0)
+        return error
 
 
 def followed(

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rmtcompile.compiler.rerolling import SEEN
 from rmtcompile.dispatch.calls import Call, TooFewSegments
 from rmtcompile.dispatch.compared import (
     LONGER,
@@ -30,13 +31,17 @@ from rmtcompile.dispatch.compared import (
     rounding,
     unexplained,
 )
-from rmtcompile.dispatch.entries import Entry
+from rmtcompile.dispatch.entries import Entry, is_loaded
 from rmtcompile.dispatch.followed import FAR, Followed, followed, is_affordable
 from rmtcompile.dispatch.verify import first_difference
 from rmtcompile.errors import RerollError, UnsupportedError, VerificationError
 
 if TYPE_CHECKING:
     from rmtcompile.dispatch.programs import Programs
+
+AGAIN = 3
+"""Segments captured for rules that no departure has replaced yet, at most: after a second one it is asked
+whether what the forward does repeats."""
 
 DOUBTS = 4
 """Longer captures in a row that one call may cost."""
@@ -74,6 +79,8 @@ class Lengthening:
         entry = self._followed(entry, call, args, kwargs)
         count, lengths = call.count, entry.lengths
         self.settle_short(entry, count, args, kwargs)
+        if entry.compiled.rolled.fixed not in (None, count):  # no input is as long as rules need
+            lengths.uncovered.add(count)
         if goes_on and count in lengths.uncovered:
             raise UnsupportedError(
                 f"no rules go on to {count} segments: the program of so few is one of its own",
@@ -105,6 +112,8 @@ class Lengthening:
     def _located_difference(
         self, entry: Entry, count: int, found: str, args: Any, kwargs: Any
     ) -> VerificationError:
+        if is_loaded(entry.compiled):
+            return VerificationError(f"{found}\n  the program was saved: its cells cannot be looked at")
         model, options = self._programs.model, self._programs.options
         program = entry.compiled, entry.executor, entry.segmentation
         where = first_difference(model, *program, options, count, args, kwargs)
@@ -140,6 +149,9 @@ class Lengthening:
                 return entry
             model, wanted = self._programs.model, (call.count, known, far)
             found = followed(model, entry.compiled, args, kwargs, entry.segmentation, *wanted)
+            if is_loaded(entry.compiled) and (found.to < call.count or found.unknown):
+                entry = self._anew(entry, call, args, kwargs)
+                continue
             lengths.followed_to, lengths.unknown = found.to, found.unknown
             if found.unknown:
                 lengths.tried_to = max(call.count, 2 * known)
@@ -153,6 +165,12 @@ class Lengthening:
         """The entry, or rules of longer captures, where the forward departs from the rules, or cannot be
         followed."""
         fewest = found.to + 1 if found.departs else call.count - 1
+        rolled = entry.compiled.rolled
+        if found.departs and rolled.proved_on[0] > AGAIN and is_affordable(entry.compiled, SEEN):
+            error = found.error()
+            error.period = self._programs.period(call, args, kwargs)
+            if error.period > 1:
+                raise error
         if not is_affordable(entry.compiled, fewest + 1):
             if found.departs:
                 raise found.error()
@@ -163,8 +181,9 @@ class Lengthening:
             if found.departs or isinstance(error, RerollError):
                 raise found.error(error) from error
             return entry  # these lengths cannot be captured: it stays unknown
-        is_same = longer.compiled.rolled.is_like(entry.compiled.rolled)
-        if not is_same and fewest >= self._programs.options.max_segments_captured + LONGER:
+        is_same = longer.compiled.rolled.is_like(rolled)
+        is_late = fewest >= self._programs.options.max_segments_captured + LONGER
+        if not is_same and is_late and not rolled.grows:  # a window that fills up seems to grow
             raise found.error()
         if is_same and not found.departs:
             entry.lengths.followed_to, entry.lengths.unknown = longer.compiled.rolled.proved_on[-1], ""
@@ -188,6 +207,9 @@ class Lengthening:
                 if found is None or (settled and self._is_rounding(entry, length, part)):
                     entry.lengths.checked_to = length
                     break
+                if is_loaded(entry.compiled):
+                    entry = self._anew(entry, call, args, kwargs)
+                    continue
                 if length <= proved:
                     raise self._located_difference(entry, length, found, *part)
                 if proved >= longest:
@@ -206,6 +228,13 @@ class Lengthening:
                 break
             length = max(length, length_to_check(entry.compiled, call.count, 0) or 0)
         return entry
+
+    def _anew(self, entry: Entry, call: Call, args: Any, kwargs: Any) -> Entry:
+        """What replaces a saved program in doubt, which has no graphs to settle it: it is captured again."""
+        assert entry.made_for is not None
+        (_, only, fewest), _ = entry.made_for
+        entry.longer = self._programs.made(call, args, kwargs, only, fewest, anew=True)
+        return entry.longer
 
     def _is_rounding(self, entry: Entry, length: int, part: tuple[Any, Any]) -> bool:
         """Whether a difference that the rules of longer captures do not explain is small enough."""

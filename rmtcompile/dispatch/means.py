@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.ir.randomness import draws
+from rmtcompile.ir.schema import bound
 from rmtcompile.runtime.contexts import same_numbers
 from rmtcompile.runtime.execute import Executor
 
@@ -45,7 +46,7 @@ class Means(TorchDispatchMode):
         kwargs = kwargs or {}
         if not draws(func):
             return func(*args, **kwargs)
-        given = _named(func, args, kwargs)
+        given = bound(func, args, kwargs)
         idle = next((name for name in ("dropout_p", "dropout") if given.get(name)), None)
         if idle is not None:
             return func(**_spelt(func, {**given, idle: 0.0}))
@@ -60,13 +61,6 @@ class Means(TorchDispatchMode):
 def _apart(value: Any) -> Any:
     """A copy of a tensor: the operation may write over what its mean is computed from."""
     return value.clone() if isinstance(value, torch.Tensor) else value
-
-
-def _named(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call by schema name, defaults filled in."""
-    arguments = func._schema.arguments
-    named = {a.name: a.default_value for a in arguments if a.has_default_value()}
-    return {**named, **{a.name: value for a, value in zip(arguments, args, strict=False)}, **kwargs}
 
 
 def _spelt(func: Any, named: dict[str, Any]) -> dict[str, Any]:

@@ -14,23 +14,27 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
+from rmtcompile.binding.arguments import tensors_of
 from rmtcompile.binding.guard import call_key, program_key
 from rmtcompile.binding.kinds import refuse_model, refuse_odd_arguments
 from rmtcompile.compiler.pipeline import Compiled, compile_forward
-from rmtcompile.compiler.stages import Progress, said_when_long
+from rmtcompile.compiler.rerolling import period_of_forward
+from rmtcompile.compiler.stages import Log, Progress, said_when_long
 from rmtcompile.dispatch.boundary import explained
 from rmtcompile.dispatch.calls import Call, TooFewSegments
 from rmtcompile.dispatch.compared import CHECKED, ENOUGH, LONGER, of_segments, rounding
-from rmtcompile.dispatch.entries import Entry, is_current
+from rmtcompile.dispatch.entries import Entry, Restored, Rules, asked, is_current, is_loaded
 from rmtcompile.dispatch.families import Families
 from rmtcompile.dispatch.lengths import Lengthening
-from rmtcompile.dispatch.verify import difference, tensors_of
+from rmtcompile.dispatch.shelf import Key, Shelf
+from rmtcompile.dispatch.size_vectors import Vector
+from rmtcompile.dispatch.verify import difference
 from rmtcompile.errors import (
+    BoundedError,
     IgnoredWarning,
     RecaptureWarning,
+    RerollError,
     SequentialScheduleWarning,
     UnsupportedError,
     warn,
@@ -39,9 +43,10 @@ from rmtcompile.frontend.probe import probe
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.options import Options
 from rmtcompile.passes.cell.optimise import FOR_COMPILED_CELLS
-from rmtcompile.runtime.execute import Executor, backend_for
+from rmtcompile.runtime.bands import executor_for
+from rmtcompile.runtime.engine import backend_for
+from rmtcompile.runtime.execute import Executor
 from rmtcompile.runtime.graphs import Started
-from rmtcompile.runtime.rows import executor_for
 from rmtcompile.schedule import blocking
 
 MAX_SIZES = 32
@@ -62,6 +67,7 @@ class Programs:
     Attributes:
         model: the callable, which may be exchanged.
         captures: how many programs were captured.
+        shelf: saved programs.
     """
 
     def __init__(self, model: Callable[..., Any], options: Options, progress: Progress | None) -> None:
@@ -71,7 +77,10 @@ class Programs:
         self.captures = 0
         self._segmentations: dict[Any, Segmentation] = {}
         self._entries: OrderedDict[Any, list[Entry]] = OrderedDict()
-        self._families = Families(self._compile, self._execute, self._compare)
+        self.shelf = Shelf(options, options.cache)
+        self._families = Families(
+            self._compile, self._execute, self._compare, self._saved_rules, self._saved_program
+        )
         self._ready: dict[tuple[Any, int], Entry] = {}  # what ran the last call of a key and length
         self._ignored: set[str] = set()
         self._changes = 0  # captures in a row for states of the model that were new
@@ -85,6 +94,7 @@ class Programs:
         Raises:
             UnsupportedError: the input is empty, of a kind that no program can hold, or has no segments.
         """
+        self.shelf.close()
         segmentation = self.segmentation(args, kwargs)
         count, _ = segmentation.count([tensor.shape for tensor in tensors_of(args, kwargs)])
         if count == 0:
@@ -99,7 +109,10 @@ class Programs:
             raise _empty()
         if key not in self._segmentations:
             refuse_model(self.model)
-            self._segmentations[key] = probe(self.model, args, kwargs, self.options.segment_size)
+            found = self.shelf.segmentation(self.model, key)
+            if found is None:
+                found = probe(self.model, args, kwargs, self.options.segment_size)
+            self._segmentations[key] = found
         return self._segmentations[key]
 
     def start(self, call: Call, args: Any, kwargs: Any) -> tuple[Entry, Started] | None:
@@ -123,12 +136,32 @@ class Programs:
             return call, self._entry_of(call, args, kwargs)
         except TooFewSegments:
             raise
-        except UnsupportedError:
+        except UnsupportedError as error:
+            if isinstance(error, RerollError) and error.period > 1 and not call.first:
+                return self._periodic(call, error, args, kwargs)
             known = self._segmentations.pop(call_key(args, kwargs), call.segmentation)
             again = replace(self.located(args, kwargs), first=call.first)
             if again.segmentation == known:
                 raise
             return again, self._entry_of(again, args, kwargs)
+
+    def _periodic(self, call: Call, error: RerollError, args: Any, kwargs: Any) -> tuple[Call, Entry]:
+        """The same with several segments taken as one.
+
+        Raises:
+            RerollError: there are no rules for these either.
+        """
+        key = call_key(args, kwargs)
+        self._segmentations[key] = call.segmentation.times(error.period)
+        try:
+            again = self.located(args, kwargs)
+            return again, self._entry_of(again, args, kwargs)
+        except TooFewSegments:
+            raise
+        except UnsupportedError as other:
+            self._segmentations[key] = call.segmentation
+            evidence = [*error.evidence, f"{error.period} segments at a time: {other.what}", *other.evidence]
+            raise RerollError(error.what, evidence, error.remedy) from other
 
     def instead(self, call: Call, entry: Entry, args: Any, kwargs: Any) -> tuple[Call, Entry] | None:
         """What to run instead of a program that rules for sizes gave and that has stopped, if this is one."""
@@ -142,6 +175,7 @@ class Programs:
     def has_run(self, call: Call, entry: Entry) -> None:
         """Note which program ran a call, so that the next such call may start it before it is checked."""
         self._ready[call.key, call.count] = entry
+        self.shelf.close()
 
     # ---- programs ------------------------------------------------------------------------------------------
 
@@ -153,6 +187,7 @@ class Programs:
         entry = next((e for e in entries if is_current(e.compiled)), None)
         if call.first and entry is not None and self._lengths.is_settled(entry, call.total):
             return entry
+        self.shelf.is_dirty = True
         if call.first:
             args, kwargs = of_segments(args, kwargs, call.segmentation, min(call.total, ENOUGH))
         if entry is not None:
@@ -181,25 +216,49 @@ class Programs:
                 RecaptureWarning,
             )
 
-    def made(self, call: Call, args: Any, kwargs: Any, only: int | None = None, fewest: int = 2) -> Entry:
-        """A program captured now, or given by rules for its sizes.
+    def made(
+        self,
+        call: Call,
+        args: Any,
+        kwargs: Any,
+        only: int | None = None,
+        fewest: int = 2,
+        anew: bool = False,
+    ) -> Entry:
+        """A program captured now, saved, or given by rules for its sizes.
 
         Args:
             only: a number of segments, for a program of that length alone.
             fewest: segments to capture at least.
+            anew: whether it is captured in any case.
         """
-        entry = self._families.entry(args, kwargs, call.segmentation, only, fewest)
-        entry.example = _faked(args, kwargs)
+        entry = self._families.entry(args, kwargs, call.segmentation, only, fewest, anew)
+        entry.asked = asked(args, kwargs)
+        if entry.longer is not None:
+            entry.longer.asked = entry.asked
         return entry
+
+    def period(self, call: Call, args: Any, kwargs: Any) -> int:
+        """After how many segments what the forward does repeats."""
+        given = self._compile_options(args, kwargs), Log(None)
+        return period_of_forward(self.model, args, kwargs, call.segmentation, *given)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All programs that are kept."""
+        return [entry for entries in self._entries.values() for entry in entries]
 
     def is_refuted(self, entry: Entry, count: int, args: Any, kwargs: Any) -> bool:
         """Compare the first use of rules for sizes with the model, or each with `verify`; short lengths have
         no say."""
         rolled, trial = entry.compiled.rolled, entry.trial
+        if rolled.fixed not in (None, count):  # it does not run so many
+            return False
         is_short = rolled.fixed is None and count < rolled.proved_on[0]
         if trial is None or trial.is_corner or is_short or not (trial.is_new or self.options.verify):
             return False
-        length = count if self.options.verify else min(count, max(CHECKED, rolled.proved_on[0]))
+        is_all = self.options.verify or rolled.fixed is not None
+        length = count if is_all else min(count, max(CHECKED, rolled.proved_on[0]))
         part = of_segments(args, kwargs, entry.segmentation, length)
         with entry.executor.uncompiled():
             is_right = self.difference(entry, length, *part, tolerance=rounding(entry.compiled)) is None
@@ -231,8 +290,10 @@ class Programs:
         return difference(self.model, entry.compiled, entry.executor, count, args, kwargs, tolerance)
 
     def choose_plan(self, entry: Entry, args: Any, kwargs: Any) -> None:
-        """Once a program has run on CUDA: keep its wavefronts only if they are measured to pay."""
-        if self.options.plan != "auto" or entry.executor.costs is not None:
+        """Once a program has run on CUDA: keep its wavefronts only if they are measured to pay. A saved one
+        keeps the plan that it was saved with."""
+        is_kept = entry.executor.costs is not None or is_loaded(entry.compiled)
+        if self.options.plan != "auto" or is_kept:
             return
         costs = entry.executor.measure(tensors_of(args, kwargs))
         if costs is not None and not costs.wavefront_pays:
@@ -244,7 +305,8 @@ class Programs:
 
     def _compile_options(self, args: Any, kwargs: Any) -> Options:
         """The options, less the passes that pay for compiled cells alone where the cells are not compiled."""
-        device = next((tensor.device for tensor in tensors_of(args, kwargs)), torch.device("cpu"))
+        given = (tensor.device for tensor in tensors_of(args, kwargs))
+        device = next(iter((*self.options.devices, *given)), torch.device("cpu"))
         if backend_for(self.options.backend, device) != "eager":
             return self.options
         return replace(self.options, passes_off=self.options.passes_off | FOR_COMPILED_CELLS)
@@ -252,13 +314,31 @@ class Programs:
     def _compile(
         self, args: Any, kwargs: Any, segmentation: Segmentation, only: int | None, fewest: int
     ) -> Compiled:
+        self.shelf.missed()
         options = self._compile_options(args, kwargs)
         if fewest > options.min_segments_captured:
             longest = max(options.max_segments_captured + LONGER, fewest + 2)
             options = replace(options, min_segments_captured=fewest, max_segments_captured=longest)
         with said_when_long(_CAPTURING) if self.progress is None else nullcontext():
-            compiled = compile_forward(self.model, args, kwargs, segmentation, options, self.progress, only)
+            given = (self.model, args, kwargs, segmentation, options, self.progress)
+            try:
+                compiled = compile_forward(*given, only)
+            except BoundedError:
+                if fewest > self.options.min_segments_captured:
+                    raise
+                count, _ = segmentation.count([tensor.shape for tensor in tensors_of(args, kwargs)])
+                compiled = compile_forward(*given, count)
         self.captures += 1
+        compiled.origin = self.shelf.origin(self.model, compiled)
+        self._announce(compiled)
+        return compiled
+
+    def _announce(self, compiled: Compiled) -> None:
+        """Say what the user is to know of a program.
+
+        Raises:
+            UnsupportedError: no two cells can run together, though that was asked for.
+        """
         self._say_ignored(compiled.capture.ignored)
         n_layers, offsets = compiled.program.n_layers, compiled.program.offsets
         blocked = blocking(offsets, n_layers)
@@ -274,7 +354,15 @@ class Programs:
                     message, remedy="use plan='auto' to run it as a compiled sequential program"
                 )
             warn(message, SequentialScheduleWarning)
-        return compiled
+
+    def _saved_rules(self, key: Key, vector: Vector) -> list[Rules]:
+        return self.shelf.rules(self.model, key, vector)
+
+    def _saved_program(self, key: Key, vector: Vector) -> Restored | None:
+        saved = self.shelf.program(self.model, key, vector)
+        if saved is not None:
+            self._announce(saved.compiled)
+        return saved
 
     def _say_ignored(self, what: Iterable[str]) -> None:
         """Warn once of each thing that is switched on and has no effect."""
@@ -286,21 +374,16 @@ class Programs:
     def _execute(self, compiled: Compiled, segmentation: Segmentation, like: Executor | None) -> Executor:
         options = self.options
         return executor_for(
-            compiled, segmentation, options.backend, options.cuda_graphs, like, options.recompute
+            compiled,
+            segmentation,
+            options.backend,
+            options.cuda_graphs,
+            like,
+            options.recompute,
+            options.devices,
+            options.group,
         )
 
 
 def _empty() -> UnsupportedError:
     return UnsupportedError("the input is empty", remedy="pass at least one token of one sequence")
-
-
-def _faked(args: Any, kwargs: Any) -> Any:
-    """The arguments without the memory of their tensors."""
-
-    def fake(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return pytree.tree_map(fake, (args, kwargs))

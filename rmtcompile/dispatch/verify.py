@@ -13,16 +13,17 @@ run with each of them at its mean (`means.py`).
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.exc import TorchDynamoException
 from torch.utils import _pytree as pytree
 
+from rmtcompile.binding.arguments import tensors_of
 from rmtcompile.binding.captured import Capture, Out
 from rmtcompile.binding.objects import ATOMS
 from rmtcompile.binding.state import Snapshot, roots_of
@@ -51,16 +52,13 @@ that do not fit, a value that nobody gives."""
 
 def is_no_fault(error: Exception) -> bool:
     """Whether an error says nothing of the program's rules: no memory is left, a backend does not compile."""
-    return isinstance(error, (torch.OutOfMemoryError, TorchDynamoException))
+    dynamo: Any = sys.modules.get("torch._dynamo.exc")  # its import takes seconds
+    is_of_backend = dynamo is not None and isinstance(error, dynamo.TorchDynamoException)
+    return is_of_backend or isinstance(error, torch.OutOfMemoryError)
 
 
 def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "")
-
-
-def tensors_of(args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """The tensors among the arguments of a call, in pytree order."""
-    return [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
 
 
 # ---- the whole ---------------------------------------------------------------------------------------------
@@ -199,6 +197,7 @@ def first_difference(
 ) -> list[str]:
     """Where the program parts from the model, as lines of a message: segment, layer, operation, source."""
     try:
+        options = replace(options, joins=compiled.joins)
         captured, unrolled = capture_at(fn, args, kwargs, segmentation, options, count)
     except UnsupportedError as error:
         return [f"where it begins is not known: {error.what}"]

@@ -39,6 +39,16 @@ def user_source(frame: Any) -> str:
     return next((source for source, _ in user_places(frame)), "?")
 
 
+def user_line(frame: Any) -> str:
+    """The same with the source text of that line where it can be read."""
+    while frame is not None and is_ours(frame.f_code.co_filename):
+        frame = frame.f_back
+    if frame is None:
+        return "?"
+    name, number = frame.f_code.co_filename, frame.f_lineno
+    return f"{_short(name)}:{number}  {linecache.getline(name, number).strip()}".rstrip()
+
+
 def user_places(frame: Any) -> Iterator[tuple[str, int]]:
     """`file.py:123` and the instruction (one line may call several things) of each frame outside torch and
     outside this package, from the innermost on."""

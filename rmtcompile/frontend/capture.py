@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
+from rmtcompile.binding.arguments import left_alone
 from rmtcompile.binding.captured import Call, Capture, Effect, Leaf, Out
 from rmtcompile.binding.guard import ReadTracker
 from rmtcompile.binding.kinds import held_oddly, is_plain, kind_name
@@ -38,6 +39,7 @@ from rmtcompile.binding.watch import ModuleGuard
 from rmtcompile.errors import CaptureError
 from rmtcompile.frontend.blame import refusal, user_places
 from rmtcompile.frontend.known import NUMBERS, Known, Reads
+from rmtcompile.frontend.masks import Masks
 from rmtcompile.frontend.tracing import (
     SharedData,
     as_written,
@@ -182,19 +184,21 @@ def _captured(
         for position, tensor in zip(positions, tensors, strict=True):
             values[position] = tensor
         call_args, call_kwargs = pytree.tree_unflatten(values, in_spec)
-        result = fn(*call_args, **call_kwargs)
+        with left_alone(fn, call_args, call_kwargs):
+            result = fn(*call_args, **call_kwargs)
         outputs: list[torch.Tensor] = []
         result_leaves, result_spec = pytree.tree_flatten(result)
         _refuse_objects(result_leaves)
         produced["result"] = (_refer(result_leaves, outputs), result_spec)
         produced["effects"] = list(_effects(snapshot, tracker.written, outputs))
+        masks.refuse_left(outputs)
         return outputs
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [fake_like(mode, flat[i]) for i in positions]
     trace = proxy_tensor.make_fx(traced, tracing_mode="fake", pre_dispatch=whole, _allow_non_fake_inputs=True)
     grad = torch.is_grad_enabled()
-    tracker, known = ReadTracker(), Known()
+    tracker, known, masks = ReadTracker(), Known(), Masks()
     checkpoints: list[str] = []
     contents, around, shared = Contents(snapshot), Surroundings(fn, roots), SharedData()
     try:
@@ -213,6 +217,7 @@ def _captured(
             refused_functions(checkpoints),
             refused_draws(),
             saved_in_their_way(checkpoints) as ignored,
+            masks,
         ):
             module = trace(*fakes)
         shared.refuse_swallowed()

@@ -33,11 +33,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rmtcompile.binding.arguments import left_alone
 from rmtcompile.binding.objects import ATOMS, held
 from rmtcompile.binding.state import Contents, Snapshot, roots_of
 from rmtcompile.binding.surroundings import Surroundings
 from rmtcompile.binding.trees import leaves_with_paths
 from rmtcompile.frontend.blame import raised_at, user_source
+from rmtcompile.frontend.masks import Masks
 from rmtcompile.frontend.outline_arguments import (
     Arguments,
     Known,
@@ -53,6 +55,7 @@ from rmtcompile.ir.modes import uncached_autocast
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]
 """Labels of the operation before and of what is read; integers, sizes, and the numbers to these labels."""
+Rows = dict[int, list[Row]]
 
 _CONTENTS = frozenset(
     (
@@ -70,11 +73,15 @@ class Outline:
     Attributes:
         count: segments of its input.
         rows: by label, in the order of the calls.
+        lists: by the label of a call, what its lists hold, told in both of two ways, see `_runs`.
         size: how many there are.
     """
 
     count: int
-    rows: dict[int, list[Row]] = field(default_factory=lambda: defaultdict(list))
+    rows: Rows = field(default_factory=lambda: defaultdict(list))
+    lists: dict[int, tuple[Rows, Rows]] = field(
+        default_factory=lambda: defaultdict(lambda: (defaultdict(list), defaultdict(list)))
+    )
     size: int = 0
 
 
@@ -125,6 +132,8 @@ class Outliner:
                 self.mode,
                 SharedData(),
                 recorder,
+                Masks(),
+                left_alone(self.fn, args, kwargs),
             ):
                 result = self.fn(*args, **kwargs)
             recorder.leave("result", result)
@@ -190,16 +199,21 @@ class _Recorder:
         self, key: Any, reads: Sequence[Place] = (), ints: Sequence[int] = (), sizes: tuple[int, ...] = ()
     ) -> tuple[int, int]:
         """Note one operation; gives its label and number."""
+        self.before = self._add(self.outline.rows, key, reads, ints, sizes)
+        self.outline.size += 1
+        return self.before
+
+    def _add(
+        self, rows: Rows, key: Any, reads: Sequence[Place], ints: Sequence[int], sizes: tuple[int, ...] = ()
+    ) -> tuple[int, int]:
         label = self.owner.label(key)
-        rows = self.outline.rows[label]
         before, number = self.before
         numbers = [n for place in reads for n in (place.number, place.which)]
-        rows.append(((before, *(place.label for place in reads)), (*ints, *sizes, number, *numbers)))
-        self.outline.size += 1
-        self.before = (label, len(rows) - 1)
-        if self.before == self.where:
+        rows[label].append(((before, *(place.label for place in reads)), (*ints, *sizes, number, *numbers)))
+        at = label, len(rows[label]) - 1
+        if at == self.where:
             self.found = user_source(sys._getframe(1))
-        return self.before
+        return at
 
     def stamp(self, value: Any, made: tuple[int, int], which: int) -> None:
         """Remember where a tensor comes from."""
@@ -237,10 +251,15 @@ class _Recorder:
 
     def noted(self, func: Any, said: Arguments, known: Known, modes: Any) -> tuple[int, int]:
         """Note a call."""
-        for item in said.items:
-            made = [place.label for place in item.reads]  # lists of lists are told apart by what is in them
-            self.row((func, "item", self.parameter, *item.symbols, *made), item.reads, item.ints)
         key = (func, *said.symbols, self.parameter, modes, known.symbol)
+        if said.items:
+            for start, rows in enumerate(self.outline.lists[self.owner.label(key)]):
+                for run in _runs(said.items, start):
+                    item = run[0]
+                    made = [place.label for place in item.reads]  # lists of lists: by what is in them
+                    ints = [*item.ints, len(run), *_integers(run[-1])]
+                    self._add(rows, (func, start, self.parameter, *item.symbols, *made), item.reads, ints)
+                    self.outline.size += 1
         if said.parameter is not None:
             self.parameter = said.parameter
         return self.row(key, said.reads, said.ints, known.sizes)
@@ -323,6 +342,38 @@ class _Below(_Recorder, TorchDispatchMode):
         if known is not None:
             self.stamp_all(known, result, self.noted(func, said, known, None))
         return result
+
+
+def _runs(items: Sequence[Arguments], start: int) -> Iterator[Sequence[Arguments]]:
+    """Items of a list in runs, each of items that differ by the same integers, one from the next: the first,
+    the last and their number say all of them. A list of all earlier segments is one run, which grows.
+
+    Args:
+        start: where runs may begin. Two items, of which the first comes from a special first segment, do not
+            show that they are no run: from the second item on, what grows does so evenly.
+    """
+    yield from (items[i : i + 1] for i in range(min(start, len(items))))
+    while start < len(items):
+        steps, end = _steps(items, start), start + 1
+        while steps is not None and _steps(items, end - 1) == steps:
+            end += 1
+        yield items[start:end]
+        start = end
+
+
+def _steps(items: Sequence[Arguments], i: int) -> list[int] | None:
+    """By how much the integers of the next item of a list differ; None where more does, or there is none."""
+    if i + 1 >= len(items):
+        return None
+    a, b = items[i], items[i + 1]
+    if a.symbols != b.symbols or [x.label for x in a.reads] != [x.label for x in b.reads]:
+        return None
+    return [y - x for x, y in zip(_integers(a), _integers(b), strict=True)]
+
+
+def _integers(item: Arguments) -> list[int]:
+    """Everything of an item that is another one in another segment."""
+    return [*item.ints, *(n for place in item.reads for n in (place.number, place.which))]
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rmtcompile.binding.arguments import left_alone
 from rmtcompile.binding.kinds import held_oddly
 from rmtcompile.binding.state import Contents, Snapshot, roots_of
 from rmtcompile.binding.surroundings import Surroundings
@@ -27,6 +28,7 @@ from rmtcompile.errors import PartitionError, UnsupportedError
 from rmtcompile.frontend.blame import refusal
 from rmtcompile.frontend.growing import Growth, box
 from rmtcompile.frontend.known import Known, Reads
+from rmtcompile.frontend.masks import Masks
 from rmtcompile.frontend.tracing import SharedData, as_written, uncompiled_callables
 from rmtcompile.ir.modes import uncached_autocast
 from rmtcompile.ir.segmentation import Axis, Segmentation
@@ -270,6 +272,8 @@ def _attempt(
             mode,
             known,
             views,
+            Masks(),
+            left_alone(fn, args, kwargs),
         ):
             fn(*args, **kwargs)
     except _Enough:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rmtcompile.frontend.outline import Outline, Row
+from rmtcompile.frontend.outline import Outline, Row, Rows
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,21 @@ def departure(small: Outline, large: Outline, long: Outline) -> Departure | None
     Of several such rows the one that says most is given.
     """
     counts = _Lengths(small.count, large.count, long.count)
-    labels = small.rows.keys() | large.rows.keys() | long.rows.keys()
-    rows = {label: [o.rows.get(label, []) for o in (small, large, long)] for label in labels}
-    found = [place for label, (a, b, c) in rows.items() for place in _of_label(label, a, b, c, counts)]
+    outlines = (small, large, long)
+    found = list(_of_outlines([outline.rows for outline in outlines], counts))
+    for label in small.lists.keys() | large.lists.keys() | long.lists.keys():
+        told = [outline.lists.get(label, ({}, {})) for outline in outlines]
+        ways = [list(_of_outlines([both[way] for both in told], counts)) for way in (0, 1)]
+        if all(ways):  # each way tells all there is: one that is as promised is enough
+            found += ways[0]
     return min(found, key=lambda place: (place.rank, place.number, place.label), default=None)
+
+
+def _of_outlines(outlines: list[Rows], counts: _Lengths) -> Iterator[Departure]:
+    """Departures among rows of the three outlines."""
+    for label in {label for rows in outlines for label in rows}:
+        small, large, long = (rows.get(label, []) for rows in outlines)
+        yield from _of_label(label, small, large, long, counts)
 
 
 def _of_label(

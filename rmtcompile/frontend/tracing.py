@@ -8,9 +8,9 @@ import random
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +27,6 @@ from torch.overrides import TorchFunctionMode
 
 from rmtcompile.errors import CaptureError
 from rmtcompile.frontend.blame import is_ours, user_source
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-_dynamo: Any = torch._C._dynamo.eval_frame
 
 
 @contextmanager
@@ -55,18 +52,6 @@ _here = _Here()
 def is_as_written() -> bool:
     """Whether models run as they were written in this thread, without programs of theirs."""
     return _here.as_written > 0
-
-
-def uncompiled(fn: _F) -> _F:
-    """Marks a function that `torch.compile` around it runs as it is, with all that it calls. Dynamo, whose
-    import takes seconds, reads these marks once it is there."""
-    skip = _dynamo._FrameAction.SKIP
-    _dynamo.set_code_exec_strategy(fn.__code__, _dynamo._FrameExecStrategy(skip, skip))
-    vars(fn)["_torchdynamo_disable"] = True
-    vars(fn)["_torchdynamo_disable_msg"] = (
-        "a program of rmtcompile runs as it is: compile what is around it, export fast.model"
-    )
-    return fn
 
 
 @contextmanager

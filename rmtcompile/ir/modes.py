@@ -1,13 +1,29 @@
-"""Modes: graph modules whose code is made late, and the state of autocast as a value."""
+"""Modes: graph modules whose code is made late, functions that are never compiled, the state of autocast."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_dynamo: Any = torch._C._dynamo.eval_frame
+
+
+def uncompiled(fn: _F) -> _F:
+    """Marks a function that `torch.compile` around it runs as it is, with all that it calls. Dynamo, whose
+    import takes seconds, reads these marks once it is there."""
+    skip = _dynamo._FrameAction.SKIP
+    _dynamo.set_code_exec_strategy(fn.__code__, _dynamo._FrameExecStrategy(skip, skip))
+    vars(fn)["_torchdynamo_disable"] = True
+    vars(fn)["_torchdynamo_disable_msg"] = (
+        "a program of rmtcompile runs as it is: compile what is around it, export fast.model"
+    )
+    return fn
 
 
 def graph_module(like: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:

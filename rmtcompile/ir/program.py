@@ -279,6 +279,7 @@ class Lane:
         feeds: writes by cells.
         placement: how cells' results get here: "copy" after all cells of a level have run, "in_place" over
             what the cell has read, or "double", into a second buffer that the next level reads.
+        grows: dims along which later segments put larger values in; there `shape` is that of one of them.
         spare: further places, where cells store what nobody reads, so that a window's results are one slice.
     """
 
@@ -292,6 +293,7 @@ class Lane:
     feeds: tuple[Feed, ...]
     placement: str = "copy"
     spare: tuple[int, ...] = ()
+    grows: tuple[int, ...] = ()
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -366,6 +368,7 @@ class Program:
             those; empty where no size is free.
         segmented: inputs of the forward that hold segments, by name.
         open_lanes: lanes whose shape depends on free sizes that only the last segments know.
+        band: the layers that this program runs; None: all of them. Groups and lanes are then those layers'.
     """
 
     n_layers: int
@@ -379,8 +382,9 @@ class Program:
     opened: Mapping[str, Opened] = field(default_factory=dict)
     segmented: frozenset[str] = frozenset()
     open_lanes: frozenset[str] = frozenset()
+    band: range | None = None
 
     def grid(self, segments: int, first: int = 0) -> Grid:
         """Which cell of a run of so many segments, of which those before `first` have run, runs on which
         level."""
-        return Grid(self.n_layers, segments, self.alpha, self.block, first)
+        return Grid(self.n_layers, segments, self.alpha, self.block, first, self.band)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from rmtcompile.ir.schema import bind
+
 
 def draws(target: Any) -> bool:
     """Whether an operation may draw random numbers."""
@@ -24,7 +26,7 @@ def is_random(node: fx.Node) -> bool:
 
 def is_idle(node: fx.Node) -> bool:
     """Whether an operation that may draw numbers does nothing of the kind with its arguments."""
-    given = _bound(node)
+    given = bind(node)
     if "dropout_p" in given:
         return not given["dropout_p"]
     if "num_layers" in given and "dropout" in given:  # recurrent layers: dropped out between two of them
@@ -37,17 +39,3 @@ def is_idle(node: fx.Node) -> bool:
 def drop_dead(graph: fx.Graph) -> None:
     """Erase what nobody reads, random numbers too."""
     graph.eliminate_dead_code(lambda node: node.is_impure() and not draws(node.target))
-
-
-def _bound(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an operation by schema name, defaults filled in."""
-    target: Any = node.target
-    bound: dict[str, Any] = {}
-    for position, argument in enumerate(target._schema.arguments):
-        if position < len(node.args) and not argument.kwarg_only:
-            bound[argument.name] = node.args[position]
-        elif argument.name in node.kwargs:
-            bound[argument.name] = node.kwargs[argument.name]
-        elif argument.has_default_value():
-            bound[argument.name] = argument.default_value
-    return bound

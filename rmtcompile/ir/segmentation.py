@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,9 +25,23 @@ class Axis:
 
 @dataclass(frozen=True)
 class Segmentation:
-    """The axes along which inputs are cut; the first one counts the segments."""
+    """The axes along which inputs are cut; the first one counts the segments.
+
+    Attributes:
+        period: how many segments of the model are one here, where its rules repeat after so many.
+    """
 
     axes: tuple[Axis, ...]
+    period: int = 1
+
+    def times(self, period: int) -> Segmentation:
+        """The same with `period` segments taken as one."""
+        axes = tuple(replace(axis, length=axis.length * period) for axis in self.axes)
+        return Segmentation(axes, self.period * period)
+
+    def pieces(self, length: int) -> int:
+        """How many segments of the model are begun in `length` elements of the first axis."""
+        return -(-length // (self.axes[0].length // self.period))
 
     def count(self, shapes: list[torch.Size]) -> tuple[int, int]:
         """(segments, elements in an incomplete one) for inputs of these shapes."""

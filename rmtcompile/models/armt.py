@@ -139,6 +139,27 @@ class MemoryCell(nn.Module):
             hidden_states=tuple(h[:, :length] for h in entering) if output_hidden_states else None,
         )
 
+    def decode(self, inputs_embeds: Tensor, cache: Any, attention_mask: Tensor | None = None) -> Tensor:
+        """Some more tokens of a segment: f[B, n, D] -> logits f[B, n, V]; nothing is written to memory.
+
+        Args:
+            cache: keys and values of the segment's tokens so far, to which those of these are added.
+            attention_mask: i64[B, tokens of the segment with these], or None.
+        """
+        return self._cached(inputs_embeds, cache, attention_mask, write=False)["logits"]
+
+    def close(self, cache: Any, attention_mask: Tensor | None, batch: int) -> None:
+        """Reads the memory tokens behind a segment's tokens, and writes them to memory."""
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (0, self.config.num_mem_tokens), value=1)
+        self._cached(self.memory.expand(batch, -1, -1), cache, attention_mask, write=True)
+
+    def _cached(self, inputs_embeds: Tensor, cache: Any, attention_mask: Tensor | None, write: bool) -> Any:
+        for layer in self.layers:
+            layer.writes = write
+        given = {} if attention_mask is None else {"attention_mask": attention_mask}
+        return self.model(inputs_embeds=inputs_embeds, past_key_values=cache, use_cache=True, **given)
+
     @contextlib.contextmanager
     def _entering(self, wanted: bool) -> Iterator[list[Tensor]]:
         """Collects what enters each layer, if wanted: versions of transformers differ in what they record."""
@@ -184,6 +205,7 @@ class ARMT(nn.Module):
         labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool = False,
+        logits_to_keep: int = 0,
     ) -> ARMTOutput:
         """Runs the segments in order, from an empty memory; the last segment may be shorter.
 
@@ -194,13 +216,16 @@ class ARMT(nn.Module):
                 With a mask and sdpa, transformers 4.51 branches on its values (`torch.all(mask == 1)`).
             labels: i64[B, T], -100 where there is no loss; shifted here, over segment borders too.
             output_hidden_states: whether to give the hidden states.
+            logits_to_keep: of how many positions at the end to give logits; 0 for all.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`, or labels for a model without
-                language head.
+                language head, or with logits of some positions only.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if labels is not None and logits_to_keep:
+            raise ValueError("labels need the logits of all positions")
         if inputs_embeds is None:
             inputs_embeds = self.memory_cell.model.get_input_embeddings()(input_ids)
         size = self.config.segment_size
@@ -209,28 +234,41 @@ class ARMT(nn.Module):
         for start in range(0, inputs_embeds.shape[1], size):
             piece = slice(start, start + size)
             mask = None if attention_mask is None else attention_mask[:, piece]
-            outputs.append(
-                self.memory_cell(inputs_embeds[:, piece], mask, output_hidden_states=output_hidden_states)
+            out = self.memory_cell(
+                inputs_embeds[:, piece], mask, output_hidden_states=output_hidden_states
             )
-        return self._join(outputs, labels)
+            if logits_to_keep and out.logits is not None:
+                out.logits = out.logits[:, -logits_to_keep:]
+            outputs.append(out)
+        joined = self._join(outputs, labels)
+        if logits_to_keep and joined.logits is not None:
+            joined.logits = joined.logits[:, -logits_to_keep:]
+        return joined
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
-        """Greedy continuation: i64[B, T] -> i64[B, T + max_new_tokens], T >= 1.
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """Continuations: i64[B, T] -> i64[B * num_return_sequences, up to T + max_new_tokens], T >= 1.
 
-        The same tokens as taking the best last token of `forward` again and again; only the open segment
-        is run again.  A segment that is full is written to memory.
+        Greedy, the same tokens as taking the best last token of `forward` again and again. Whole segments are
+        read by one call of the model, and every further token reads the keys and values of its segment.
+        Rows that have ended are filled up with `pad_token_id`.
+
+        Args:
+            options: attention_mask: i64[B, T], 0 for padding.
+                do_sample, temperature, top_k, top_p: whether tokens are drawn, and of which.
+                num_return_sequences: continuations of each text, which share one reading of it.
+                eos_token_id: a token that ends a row, or several.  pad_token_id: the first of these, or 0.
+                logits_processor, stopping_criteria, streamer: as of transformers.
+                use_cache: False computes the open segment again for each token, as is done for decoders
+                whose cache is not the usual one of transformers.
+
+        Raises:
+            ValueError: several continuations without sampling, a cache of a decoder that has another one, or
+                an option that a class of transformers refuses.
         """
-        size, embed = self.config.segment_size, self.memory_cell.model.get_input_embeddings()
-        closed = 0
-        self.memory_cell.reset()
-        for _ in range(max_new_tokens):
-            while input_ids.shape[1] - closed > size:
-                self.memory_cell(embed(input_ids[:, closed : closed + size]))
-                closed += size
-            out = self.memory_cell(embed(input_ids[:, closed:]), write=False)
-            input_ids = torch.cat([input_ids, out.logits[:, -1:].argmax(-1)], dim=1)
-        return input_ids
+        from .generation import generate
+
+        return generate(self, input_ids, max_new_tokens, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the model to a folder; see `rmtcompile.models.save`."""

@@ -132,6 +132,15 @@ class AssociativeLayer(nn.Module):
         """Forgets everything: the next segment is the first."""
         self.association = self.normaliser = None
 
+    def repeat(self, n: int) -> None:
+        """Each memory of the batch n times, one after the other; of a single one there are views."""
+        if self.association is None or self.normaliser is None:
+            return
+        memories = self.association, self.normaliser
+        self.association, self.normaliser = (
+            m.expand(n, *m.shape[1:]) if len(m) == 1 else m.repeat_interleave(n, 0) for m in memories
+        )
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Reads, runs the layer, writes: f[B, T + M, D] -> whatever the layer gives."""
         hidden_states = self.read(hidden_states)

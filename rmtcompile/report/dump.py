@@ -64,12 +64,14 @@ def use(fast: Optimized, path: str | Path) -> None:
     touched.
 
     Raises:
-        RMTCompileError: nothing was captured yet, the file defines no `forward`, or levels are replayed as
-            CUDA graphs, which hold the functions as they were.
+        RMTCompileError: nothing was captured yet, the file defines no `forward`, layers are cut into bands,
+            or levels are replayed as CUDA graphs, which hold the functions as they were.
     """
     if fast._last is None:
         raise RMTCompileError("nothing is captured yet: call the optimized model once")
     entry, _ = fast._last
+    if fast.options.has_bands:
+        raise RMTCompileError("bands have modules of their own: edit the program without devices")
     if fast.options.cuda_graphs is not False and entry.executor.device.type == "cuda":
         raise RMTCompileError(
             "recorded CUDA graphs do not see edited code: optimize(model, cuda_graphs=False)"
@@ -107,7 +109,8 @@ def _front(fast: Optimized) -> list[tuple[str, str]]:
     leaves = {target: leaf.name for target, leaf in base.leaves.items()}
     log = _Notes([call.path for call in base.calls], leaves)
     count = entry.compiled.rolled.base.count
-    unrolled_forward(fast.model, args, kwargs, entry.segmentation, count, fast.options, log)
+    options = replace(fast.options, joins=entry.compiled.joins)
+    unrolled_forward(fast.model, args, kwargs, entry.segmentation, count, options, log)
     return log.found
 
 

@@ -128,8 +128,11 @@ class Explanation:
         workspace_seconds: of one call as a CUDA graph, "with" and "without" cuBLAS's workspace, where both
             were measured; the faster one is kept.
         recorded: how runs are recorded as CUDA graphs, in words; empty where they are not.
+        bands: how the layers are cut into bands, and what goes from one to another; empty where they are not.
         recomputed: the levels of a block that backward computes again; 0 where it keeps all values.
         checkpoint: where the forward asks for that itself; empty where it does not.
+        loaded: whether the program came from a folder.
+        unused: why programs of a folder were not used.
     """
 
     model: str
@@ -163,8 +166,11 @@ class Explanation:
     compile_seconds: float | None = None
     workspace_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     recorded: str = ""
+    bands: tuple[str, ...] = ()
     recomputed: int = 0
     checkpoint: str = ""
+    loaded: bool = False
+    unused: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:

@@ -44,6 +44,8 @@ def sections(found: Explanation) -> Iterator[Section]:
     if found.apart:
         yield "cell by cell", list(found.apart)
     yield "parallel", list(_parallel(found))
+    if found.bands:
+        yield "bands", list(found.bands)
     yield (
         "plan",
         [
@@ -54,7 +56,15 @@ def sections(found: Explanation) -> Iterator[Section]:
             *_recomputed(found),
         ],
     )
+    if found.loaded or found.unused:
+        yield "saved", list(_saved(found))
     yield "compiled", [f"in {found.seconds:.1f} s", *map(_stage, found.stages), *_compiled(found)]
+
+
+def _saved(found: Explanation) -> Iterator[str]:
+    if found.loaded:
+        yield "loaded from a folder; what is said of its operations was found when it was compiled"
+    yield from (f"a saved program is not used: {why}" for why in found.unused)
 
 
 def _segments(found: Explanation) -> Iterator[str]:

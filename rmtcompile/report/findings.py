@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,9 +9,7 @@ from torch.utils import _pytree as pytree
 
 from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.errors import UnsupportedError
-from rmtcompile.passes.cell.lift import cell_by_cell
-from rmtcompile.passes.emit import target_name
-from rmtcompile.passes.grid.partition import CELL, INIT
+from rmtcompile.passes.grid.partition import CELL
 from rmtcompile.passes.grid.wavefront import wavefront
 from rmtcompile.report.explanation import (
     Axis,
@@ -24,10 +21,10 @@ from rmtcompile.report.explanation import (
     StageReport,
     Variant,
 )
-from rmtcompile.report.names import input_labels, model_name, op_name, type_of
+from rmtcompile.report.facts import Facts, facts_of, is_loaded
+from rmtcompile.report.names import input_labels, model_name, type_of
 from rmtcompile.report.plans import Measured, measured_plans
 from rmtcompile.report.scheduled import schedule_of
-from rmtcompile.report.stages import changes
 from rmtcompile.schedule import Schedule, blocking, blocking_reason, short_type, skew
 
 if TYPE_CHECKING:
@@ -60,7 +57,8 @@ def explain_last(fast: Optimized) -> Explanation:
     """The explanation of the program that the last call ran."""
     entry, count = fast._ran
     compiled, backend = entry.compiled, entry.executor.backend
-    schedule = schedule_of(compiled, count)
+    facts = facts_of(compiled)
+    schedule = schedule_of(compiled, count, facts)
     inputs, axes = inputs_of(fast)
     rolled = compiled.rolled
     measured = measured_plans(entry.executor, count)
@@ -77,16 +75,16 @@ def explain_last(fast: Optimized) -> Explanation:
         unfollowed=entry.lengths.unknown,
         shortest=rolled.minimum,
         only=rolled.fixed,
-        variants=_variants(compiled, schedule),
-        kinds=_kinds(compiled, schedule),
+        variants=_variants(compiled, schedule, facts),
+        kinds=_kinds(compiled, schedule, facts),
         offsets=_offsets(compiled),
         carries=schedule.carries,
-        operations=_operations(compiled),
-        hoisted=_hoisted(compiled),
-        apart=_apart(compiled),
+        operations=(_captured(compiled), facts.rules),
+        hoisted=facts.hoisted,
+        apart=facts.apart,
         merged=_shrunk_by(compiled, "number"),
         dropped=_shrunk_by(compiled, "drop"),
-        optimised=tuple(changes(compiled, compiled.passes_off)),
+        optimised=facts.optimised,
         schedule=schedule,
         plan=plan,
         why=why,
@@ -99,8 +97,11 @@ def explain_last(fast: Optimized) -> Explanation:
         compile_seconds=measured.compile_seconds,
         workspace_seconds=measured.workspace_seconds,
         recorded=measured.recorded,
+        bands=measured.bands,
         recomputed=entry.executor.recomputed,
         checkpoint=compiled.capture.checkpoint,
+        loaded=is_loaded(compiled),
+        unused=tuple(fast._programs.shelf.notes),
     )
 
 
@@ -114,8 +115,7 @@ def inputs_of(fast: Optimized) -> tuple[tuple[str, ...], tuple[Axis, ...]]:
         for label, value in zip(input_labels(fast.model, spec), flat, strict=True)
         if isinstance(value, torch.Tensor)
     ]
-    capture = entry.compiled.capture
-    values = [node.meta["val"] for node in capture.graph.nodes if node.op == "placeholder"]
+    values = [value for value in flat if isinstance(value, torch.Tensor)]
     shapes = entry.segmentation.shapes([value.shape for value in values], count)
     inputs = tuple(
         f"{label}: {short_type(str(value.dtype), shape)}"
@@ -128,10 +128,10 @@ def inputs_of(fast: Optimized) -> tuple[tuple[str, ...], tuple[Axis, ...]]:
     return inputs, axes
 
 
-def _variants(compiled: Compiled, schedule: Schedule) -> tuple[Variant, ...]:
+def _variants(compiled: Compiled, schedule: Schedule, facts: Facts) -> tuple[Variant, ...]:
     layer = schedule.n_layers // 2
     return tuple(
-        Variant(name, segments, _operations_of(compiled, schedule, layer, segments[0]))
+        Variant(name, segments, _operations_of(compiled, schedule, facts, layer, segments[0]))
         for name, segments in _segments_of(schedule).items()
     )
 
@@ -144,11 +144,14 @@ def _segments_of(schedule: Schedule) -> dict[str, tuple[int, ...]]:
     return {name: tuple(segments) for name, segments in found.items()}
 
 
-def _operations_of(compiled: Compiled, schedule: Schedule, layer: int, segment: int) -> int:
-    return len(compiled.rolled.rule(CELL, layer, segment, schedule.n_segments).body.nodes)
+def _operations_of(
+    compiled: Compiled, schedule: Schedule, facts: Facts, layer: int, segment: int
+) -> int:
+    number = compiled.rolled.classes[(CELL, layer)].of(segment, schedule.n_segments)
+    return facts.bodies[layer, number]
 
 
-def _kinds(compiled: Compiled, schedule: Schedule) -> tuple[Kind, ...]:
+def _kinds(compiled: Compiled, schedule: Schedule, facts: Facts) -> tuple[Kind, ...]:
     groups = {group.name: group for group in compiled.program.groups}
     found = []
     for name in dict.fromkeys(schedule.layer_kinds):
@@ -156,7 +159,7 @@ def _kinds(compiled: Compiled, schedule: Schedule) -> tuple[Kind, ...]:
             continue
         group = groups[name]
         operations = tuple(
-            (variant, _operations_of(compiled, schedule, group.layers[0], segments[0]))
+            (variant, _operations_of(compiled, schedule, facts, group.layers[0], segments[0]))
             for variant, segments in _segments_of(schedule).items()
         )
         weights = sum(port.is_weight for port in group.ports)
@@ -173,29 +176,11 @@ def _offsets(compiled: Compiled) -> tuple[Offset, ...]:
     )
 
 
-def _operations(compiled: Compiled) -> tuple[int, int]:
-    captured = next(
-        (s for s in reversed(compiled.stages) if s.name.startswith("capture")), compiled.stages[0]
-    )
-    rules = compiled.rolled.rules
-    kinds: dict[Any, int] = {}
-    for by_class in rules.values():
-        for rule in by_class.values():
-            kinds[rule.body.key] = len(rule.body.nodes)
-    return sum(captured.after.values()), sum(kinds.values())
-
-
-def _hoisted(compiled: Compiled) -> tuple[tuple[str, int], ...]:
-    nodes = compiled.rolled.rules[(INIT, -1)][0].body.nodes
-    return tuple(Counter(op_name(node) for node in nodes).most_common())
-
-
-def _apart(compiled: Compiled) -> tuple[str, ...]:
-    """Operations of the cells that no grouped call can do, each with its line."""
-    nodes = [node for cell in compiled.emitted.cells for node in cell.graph.nodes]
-    found = (node for node in nodes if node.target is cell_by_cell)
-    words = (f"{target_name(node.args[0])} at {node.meta.get('source', '?')}" for node in found)
-    return tuple(dict.fromkeys(words))
+def _captured(compiled: Compiled) -> int:
+    """Operations of the largest capture."""
+    stages = reversed(compiled.stages)
+    captured = next((s for s in stages if s.name.startswith("capture")), compiled.stages[0])
+    return sum(captured.after.values())
 
 
 def _shrunk_by(compiled: Compiled, name: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from rmtcompile.binding.arguments import by_name
 from rmtcompile.binding.captured import Call
 from rmtcompile.binding.trees import leaves_with_paths
 from rmtcompile.compiler.results import outs_of
@@ -49,13 +49,8 @@ def model_name(model: Any) -> str:
 def input_labels(fn: Any, spec: pytree.TreeSpec) -> list[str]:
     """The name of each leaf of (args, kwargs) as the signature of `fn` has it: `input_ids`, `cache[0]`."""
     args, kwargs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    forward = fn.forward if isinstance(fn, nn.Module) else fn
-    try:
-        bound = inspect.signature(forward).bind(*args, **kwargs).arguments
-    except (TypeError, ValueError):
-        bound = {f"input {i}": arg for i, arg in enumerate(args)} | kwargs
     labels = [f"input {i}" for i in range(spec.num_leaves)]
-    for path, index in leaves_with_paths(dict(bound)):
+    for path, index in leaves_with_paths(by_name(fn, args, kwargs)):
         if isinstance(index, int) and 0 <= index < len(labels):
             labels[index] = str(getattr(path[0], "key", path[0])) + pytree.keystr(path[1:])
     return labels

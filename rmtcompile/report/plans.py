@@ -19,6 +19,7 @@ class Measured:
         workspace_seconds: of one recorded call "with" and "without" cuBLAS's workspace; empty if it measured
             none.
         recorded: how runs are recorded as CUDA graphs, in words; empty where they are not.
+        bands: how the layers are cut into bands; empty where they are not.
     """
 
     seconds: Mapping[str, float]
@@ -26,6 +27,7 @@ class Measured:
     compile_seconds: float | None = None
     workspace_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     recorded: str = ""
+    bands: tuple[str, ...] = ()
 
 
 def measured_plans(executor: Executor, segments: int) -> Measured:
@@ -36,4 +38,5 @@ def measured_plans(executor: Executor, segments: int) -> Measured:
         executor.compile_seconds,
         executor.workspace_seconds(segments),
         executor.recorded,
+        tuple(executor.bands),
     )

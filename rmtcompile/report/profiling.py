@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rmtcompile.dispatch.verify import tensors_of
+from rmtcompile.binding.arguments import tensors_of
+from rmtcompile.errors import RMTCompileError
 from rmtcompile.passes.flat.attention import KERNELS
 from rmtcompile.runtime.base import Level, OnLevel
 from rmtcompile.schedule import Schedule
@@ -158,6 +159,8 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
     """
     from rmtcompile.binding.state import Contents, Snapshot, roots_of
 
+    if fast.options.has_bands:
+        raise RMTCompileError("levels of bands overlap: measure the program without devices")
     entry, count, tensors = _prepared(fast, args, kwargs)
     executor = entry.executor
     device = executor.device

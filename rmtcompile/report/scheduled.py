@@ -6,13 +6,18 @@ from dataclasses import replace
 
 from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.passes.grid.wavefront import wavefront
-from rmtcompile.report.carries import carries_of, reads_of
 from rmtcompile.report.cells import operations_of
+from rmtcompile.report.facts import Facts, facts_of, is_loaded
 from rmtcompile.schedule import Schedule
 
 
-def schedule_of(compiled: Compiled, count: int) -> Schedule:
-    """The schedule of a compiled program over `count` segments, with its carries, variants and kinds."""
+def schedule_of(compiled: Compiled, count: int, facts: Facts | None = None) -> Schedule:
+    """The schedule of a compiled program over `count` segments, with its carries, variants and kinds.
+
+    Args:
+        facts: of the program, where they are known already.
+    """
+    facts = facts or facts_of(compiled)
     program = compiled.program
     classes = [program.rolled.classes[("cell", layer)] for layer in range(program.n_layers)]
     finest = max(classes, key=lambda one: one.head + one.tail)
@@ -24,11 +29,12 @@ def schedule_of(compiled: Compiled, count: int) -> Schedule:
         count,
         alpha=program.alpha,
         block=program.block,
-        carries=carries_of(compiled),
+        carries=facts.carries,
         segment_variants=variants,
         layer_kinds=tuple(kinds.get(layer, "unused") for layer in range(program.n_layers)),
     )
-    return replace(schedule, reads=reads_of(compiled), operations=operations_of(compiled, count))
+    operations = None if is_loaded(compiled) else operations_of(compiled, count)
+    return replace(schedule, reads=facts.reads, operations=operations)
 
 
 def _variant(number: int, head: int) -> str:

@@ -11,6 +11,8 @@ from torch.utils import _pytree as pytree
 
 from rmtcompile.ir.program import Lane, Program
 from rmtcompile.runtime.crossing import Crossing
+from rmtcompile.runtime.gradients import is_transformed
+from rmtcompile.runtime.lookups import Divided, Embedded, Lookup
 from rmtcompile.runtime.storage import TapStore, Target, dense
 
 Outputs = dict[str, torch.Tensor]
@@ -40,6 +42,7 @@ class Engine(Protocol):
     def region(
         self, function: Callable[..., Any], args: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...]: ...
+    def divided(self, function: Callable[..., Any]) -> Divided | None: ...
     def prefers_mixed(self, width: int) -> bool: ...
     def mask(self, bits: tuple[bool, ...]) -> torch.Tensor: ...
     def buffers(self, lane: Lane) -> tuple[torch.Tensor, torch.Tensor] | None: ...
@@ -50,7 +53,7 @@ class BaseRun:
 
     Attributes:
         segments: S.
-        first: the first segment that runs; earlier ones have run before, and this run's inputs begin with it.
+        first: the segment with which this run's inputs and its lists over segments begin.
         grid: its cells and their levels.
         inputs: tensor arguments of the forward, by placeholder name.
         leaves: parameters, buffers and constants by name.
@@ -76,8 +79,9 @@ class BaseRun:
     ) -> None:
         self.program = program
         self.segments = segments
-        self.first = crossing.first if crossing is not None else 0
-        self.grid = program.grid(segments, self.first)
+        start = crossing.first if crossing is not None else 0
+        self.first = 0 if crossing is not None and crossing.is_whole else start
+        self.grid = program.grid(segments, start)
         self.crossing = crossing
         self.inputs = inputs
         self.leaves = leaves
@@ -89,6 +93,7 @@ class BaseRun:
         self.taps = {tap.name: TapStore(tap.keep, self.first) for tap in program.taps}
         self._cell_taps = [tap for tap in program.taps if tap.value.kind == "cell"]
         self._handed: dict[tuple[str, int], tuple[Any, ...]] = {}
+        self._embedded: dict[int, Embedded] = {}  # by the weight, which is one of the leaves
         for name, segment, value in crossing.taps() if crossing is not None else ():
             self.taps[name].put(segment, value)
 
@@ -102,7 +107,7 @@ class BaseRun:
 
     def is_last(self, level: int) -> bool:
         """Whether no other level follows that runs on the same segments."""
-        return level == self.grid.n_levels - 1
+        return level == self.grid.levels.stop - 1
 
     def copied(self) -> Self:
         """This run as it is now, with values of its own places: what runs on does not change it. Runs with
@@ -135,10 +140,22 @@ class BaseRun:
         return function(self, segment)
 
     def region(
-        self, function: Callable[..., tuple[torch.Tensor, ...]], *args: torch.Tensor
+        self, function: Callable[..., tuple[torch.Tensor, ...]], *args: Any
     ) -> tuple[torch.Tensor, ...]:
-        """Run the body of a prologue or an epilogue, in the form that the engine has compiled."""
+        """Run the body of a prologue or an epilogue, in the form that the engine has compiled. With gradients
+        rows of embeddings are looked up before it."""
+        if torch.is_grad_enabled() and _any_requires_grad(args) and not is_transformed():
+            found = self.engine.divided(function)
+            if found is not None and any(args[lookup.weight].requires_grad for lookup in found.lookups):
+                rows = (self._rows_of(lookup, args) for lookup in found.lookups)
+                return self.engine.region(found.rest, (*args, *rows))
         return self.engine.region(function, args)
+
+    def _rows_of(self, lookup: Lookup, args: Sequence[torch.Tensor]) -> torch.Tensor:
+        weight = args[lookup.weight]
+        if id(weight) not in self._embedded:
+            self._embedded[id(weight)] = Embedded(weight)
+        return self._embedded[id(weight)].rows(args[lookup.indices], lookup.padding_idx)
 
     def keep(self, names: Sequence[str], segment: int, values: Sequence[Any]) -> None:
         """Keep a prologue's or epilogue's results for their readers."""
@@ -200,3 +217,8 @@ def _resuming(step: Level) -> Level:
         step(run, level)
 
     return resumed
+
+
+def _any_requires_grad(args: Sequence[Any]) -> bool:
+    """Whether a tensor among arguments, or in a list of one a segment, requires gradients."""
+    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in pytree.tree_leaves(args))

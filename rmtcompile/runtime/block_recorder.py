@@ -75,7 +75,7 @@ class BlockRecorder(Recordings):
         """See `Device`. The values' memory is free for the recordings that follow, since it is copied out
         before another one is replayed."""
         graph, values = self.captured(body, self._workspaces)
-        return graph, [_unowned(value) for value in values]
+        return graph, [unowned(value) for value in values]
 
     def record_again(self, segments: int) -> None:
         """Record a short length once more, since there are faster forms for its width now."""
@@ -117,7 +117,7 @@ class _Bytes:
         }  # fmt: skip
 
 
-def _unowned(value: torch.Tensor) -> torch.Tensor:
+def unowned(value: torch.Tensor) -> torch.Tensor:
     """The same tensor, without a hold on its memory."""
     if not value.numel():
         return value
@@ -125,4 +125,4 @@ def _unowned(value: torch.Tensor) -> torch.Tensor:
     return flat.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
-__all__ = ["BlockRecorder"]
+__all__ = ["BlockRecorder", "unowned"]

@@ -135,10 +135,14 @@ class BlockRun(Run):
     def rest(self, function: Callable[[Any, int], None], segment: int) -> None:
         self.events.append(Event("rest", function, segment - self.base))
 
-    def close(self, level: int) -> None:
-        """Leave lanes and values where the next block, which starts at `level`, looks for them."""
+    def settle(self) -> None:
+        """Leave what the next level reads in the first one of two buffers."""
         for lane in self.lanes.values():
             lane.settle()
+
+    def close(self, level: int) -> None:
+        """Leave lanes and values where the next block, which starts at `level`, looks for them."""
+        self.settle()
         base = -(-level // self.program.alpha)
         for name in self.blocks.borders.reach:
             held = self.blocks.held(name, level, self.segments)

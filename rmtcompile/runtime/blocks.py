@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from rmtcompile.schedule import Grid
 
 LONGEST = 16
 """Levels of a block, unless one period of a skewed schedule is longer."""
 
-Key = tuple[str, int]
-"""Names a recording: ("head", 0), ("steady", periods), ("tail", 0) or ("whole", segments)."""
+Key = tuple[Any, ...]
+"""Names a recording: ("head", 0), ("steady", periods), ("tail", 0) or ("whole", segments); in bands of
+layers: all that a level does (`bands/recorded.py`)."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rmtcompile.ir.program import Program
+from rmtcompile.ir.streams import capture_stream
 from rmtcompile.runtime.base import Level, OnLevel
 from rmtcompile.schedule import Grid
 
@@ -67,12 +68,13 @@ def measured(
         run_all: runs all levels, wide ones among them; its results are spoiled.
     """
     found: dict[int, float] = {}
+    device = next(lane.device for lane in program.lanes)
 
     def timed(run: Any, t: int, step: Level) -> None:
         width = sum(len(window.layers) for window in run.windows(t))
         step(run, t)
         if width and width not in found and (t == 0 or t == run.steady.start):
-            found[width] = _seconds(lambda: level(run, t))
+            found[width] = _seconds(lambda: level(run, t), device)
             level(run, t)  # lanes with two buffers have changed roles an odd number of times again
 
     run_all(timed)
@@ -82,10 +84,10 @@ def measured(
     return Costs(found[1], found[widest], widest, program.n_layers, program.alpha)
 
 
-def _seconds(body: Callable[[], Any], repeat: int = 7) -> float:
+def _seconds(body: Callable[[], Any], device: torch.device, repeat: int = 7) -> float:
     """Median time of one replay of `body` as a CUDA graph."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=capture_stream(device), capture_error_mode="thread_local"):
         body()
     times = []
     for _ in range(repeat):

@@ -27,6 +27,8 @@ class Crossing:
         border: the segment before which the next run starts; what its cells read is kept.
         values: what earlier segments have left.
         owned: whether values that are kept are memory of their own already (runs with gradients).
+        is_whole: whether the inputs of the run, and its lists over segments, begin with segment 0 all the
+            same: it is told what those lists hold.
     """
 
     def __init__(
@@ -36,7 +38,9 @@ class Crossing:
         border: int,
         values: Mapping[Key, torch.Tensor],
         owned: bool,
+        is_whole: bool = False,
     ) -> None:
+        self.is_whole = is_whole
         self.carried = carried
         self.first = first
         self.border = border
@@ -59,6 +63,10 @@ class Crossing:
         other = copy.copy(self)
         other._found = dict(self._found)
         return other
+
+    def like(self, values: Mapping[Key, torch.Tensor]) -> Crossing:
+        """The same borders, with these values in front of them."""
+        return Crossing(self.carried, self.first, self.border, values, self._owned)
 
     # ---- leaving -------------------------------------------------------------------------------------------
 
@@ -86,6 +94,15 @@ class Crossing:
 
     def _keep(self, key: Key, value: torch.Tensor) -> None:
         self._found[key] = value if self._owned else value.clone()
+
+    @property
+    def found(self) -> Mapping[Key, torch.Tensor]:
+        """What was kept on the way."""
+        return self._found
+
+    def take(self, values: Mapping[Key, torch.Tensor]) -> None:
+        """Keep what another run of the same borders has kept."""
+        self._found.update(values)
 
     def left(self) -> dict[Key, torch.Tensor]:
         """What segments after the border read of those before it."""

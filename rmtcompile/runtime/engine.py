@@ -10,12 +10,21 @@ from typing import Any
 import torch
 
 from rmtcompile.ir.program import Group, Lane, Program
+from rmtcompile.passes.cell.lift import SEGMENTS
+from rmtcompile.runtime.lookups import Divided, divided
 from rmtcompile.runtime.storage import Target, dense, lane_buffers
 
 Marks = tuple[tuple[int, ...], ...]
 """Dims, by argument."""
 
 _PLACE = -1  # an output that goes to a tensor of its own
+
+
+def backend_for(backend: str | Callable[..., Any], device: torch.device) -> str | Callable[..., Any]:
+    """What "auto" stands for: inductor on CUDA, eager elsewhere."""
+    if backend != "auto":
+        return backend
+    return "inductor" if device.type == "cuda" else "eager"
 
 
 class Engine:
@@ -33,6 +42,9 @@ class Engine:
         passes_off: those of `passes/inductor` that Inductor does not run on graphs of cells; None for all.
         has_one: whether a free size is one here. The compiler takes a size of one for a fixed one, wherever
             it turns up, so that functions which depend on free sizes run as they are.
+
+    Attributes:
+        mixes_often: whether wavefronts of the full width are often of mixed classes: those of several texts.
     """
 
     MAX_FIXED_WIDTHS = 2
@@ -54,10 +66,13 @@ class Engine:
         widths = [len(group.layers) for group in program.groups]
         self.full = 1 if self.is_sequential else min(widths, default=1)
         self.fixed_widths: set[int] = {1, self.full}
+        self.mixes_often = False
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self._regions: dict[str, tuple[Any, Callable[..., Any]]] = {}
         self._masks: dict[tuple[bool, ...], torch.Tensor] = {}
-        kept = [lane for lane in program.lanes if keeps_buffers and lane.name not in program.open_lanes]
+        self._divided: dict[str, Divided | None] = {}
+        open_lanes = program.open_lanes | {lane.name for lane in program.lanes if lane.grows}
+        kept = [lane for lane in program.lanes if keeps_buffers and lane.name not in open_lanes]
         self._kept = {lane.name: lane_buffers(lane) for lane in kept}
 
     @property
@@ -118,6 +133,14 @@ class Engine:
         first, form = self._regions[function.__name__]
         return form(*args) if shapes == first and not _has_one(args, marks) else function(*args)
 
+    def divided(self, function: Callable[..., Any]) -> Divided | None:
+        """A region's function whose embeddings come before the rest; None where it has none, or where sizes
+        are free."""
+        name = function.__name__
+        if name not in self._divided:
+            self._divided[name] = None if self.program.opened else divided(function)
+        return self._divided[name]
+
     def call(
         self,
         function: Callable[..., Any],
@@ -164,6 +187,7 @@ class Engine:
         """Whether a function has a form for just this width. Of wavefronts of the full width few are of mixed
         classes, which is not worth one."""
         is_rare = width == self.full and not self.is_sequential and self._is_mixed(function)
+        is_rare = is_rare and not self.mixes_often
         return width in self.fixed_widths and not is_rare
 
     def _is_mixed(self, function: Callable[..., Any]) -> bool:
@@ -184,6 +208,8 @@ class Engine:
         modes: tuple[int | None, ...] = (),
     ) -> Callable[..., Any]:
         marks = self._marks(function, size, modes)
+        if _grows(function):
+            return stored
         if _runs_apart(function) and any(marks):  # what comes behind such an operation has no open sizes
             return stored
         own = _renamed(stored, f"{function.__name__}_{size or 'n'}")  # a cache of compiled forms for itself
@@ -234,7 +260,7 @@ class Engine:
     def _has_axis(self, function: Callable[..., Any]) -> list[bool]:
         """For each parameter of a cell function, whether it has the axis of cells in front."""
         has_axis = {port.name: port.has_axis for port in self._group(function).ports}
-        return [has_axis[name] for name in _parameters(function)]
+        return [has_axis.get(name, False) for name in _parameters(function)]
 
     def _group(self, function: Callable[..., Any]) -> Group:
         """The group that a cell function is of."""
@@ -247,6 +273,11 @@ class Engine:
 def _runs_apart(function: Callable[..., Any]) -> bool:
     """Whether an operation of a cell function runs cell by cell, between two compiled parts."""
     return "cell_by_cell" in function.__code__.co_names
+
+
+def _grows(function: Callable[..., Any]) -> bool:
+    """Whether a cell function works on values that grow with the segments: its sizes are never the same."""
+    return SEGMENTS in _parameters(function)
 
 
 def _passes(switched_off: frozenset[str]) -> dict[str, Any]:

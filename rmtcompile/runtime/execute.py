@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,19 +20,13 @@ from rmtcompile.runtime.base import OnLevel, OnValue
 from rmtcompile.runtime.contexts import own_modes, plain_tensors, same_numbers
 from rmtcompile.runtime.costs import Costs, measured
 from rmtcompile.runtime.crossing import Crossing, Key
-from rmtcompile.runtime.engine import Engine
+from rmtcompile.runtime.engine import Engine, backend_for
 from rmtcompile.runtime.graphs import Started
 from rmtcompile.runtime.recompute import Recompute
 from rmtcompile.runtime.replays import Replays
 from rmtcompile.runtime.run import Run
-from rmtcompile.runtime.stacks import Stacks
-
-
-def backend_for(backend: str | Callable[..., Any], device: torch.device) -> str | Callable[..., Any]:
-    """What "auto" stands for: inductor on CUDA, eager elsewhere."""
-    if backend != "auto":
-        return backend
-    return "inductor" if device.type == "cuda" else "eager"
+from rmtcompile.runtime.stacks import Alone, Stacks
+from rmtcompile.runtime.steps import Steps
 
 
 @dataclass
@@ -55,7 +50,10 @@ class Executor:
 
     Attributes:
         recomputed: the levels of a block that backward computes again; 0 where it keeps all values.
+        records_steps: whether training steps are recorded, too.
     """
+
+    records_steps = True
 
     def __init__(
         self,
@@ -99,6 +97,11 @@ class Executor:
         self.replays: Replays = Replays(self, like.replays if like is not None else None)
         self.costs: Costs | None = None
         self.compile_seconds: float | None = None  # of the first run, nearly all of it `torch.compile`
+
+    @cached_property
+    def steps(self) -> Steps:
+        """Recorded training steps."""
+        return Steps(self)
 
     @property
     def engine(self) -> Engine:
@@ -184,7 +187,7 @@ class Executor:
     def _outputs(
         self, segments: int, inputs: list[torch.Tensor], graphs: bool, on_level: OnLevel | None
     ) -> tuple[Any, ...]:
-        has_new_form = self._compile_forms(segments, inputs)
+        has_new_form = self.compile_forms(segments, inputs)
         if has_new_form and self.replays.blocks is not None and on_level is None:
             return self._recorded_again(segments, inputs)
         return self._run_once(segments, inputs, graphs and on_level is None, on_level)
@@ -209,12 +212,12 @@ class Executor:
             The captured graph's outputs, with lists over these segments only, and what segments before the
             border leave to later ones.
         """
-        self._compile_forms(segments - first, inputs)
+        self.compile_forms(segments - first, inputs)
         is_functional = self._records_gradients([*inputs, *values.values()])
         crossing = Crossing(self.compiled.emitted.carried, first, border, values, is_functional)
         with self.replays.alone(), nullcontext() if is_functional else plain_tensors():
             again = self._again() if is_functional else None
-            outputs = self._run(segments, inputs, self._leaves(), is_functional, again, crossing=crossing)
+            outputs = self._run(segments, inputs, self.held(), is_functional, again, crossing=crossing)
         return outputs, crossing.left()
 
     def _run_once(
@@ -225,16 +228,19 @@ class Executor:
         on_level: OnLevel | None = None,
     ) -> tuple[Any, ...]:
         if self._records_gradients(inputs):
-            return self._run(segments, inputs, self._leaves(), True, on_level or self._again())
+            if graphs and self._use_graphs and self.records_steps:
+                return self.steps.run(segments, inputs)
+            return self._run(segments, inputs, self.held(), True, on_level or self._again())
         with plain_tensors():
             if not (graphs and self._use_graphs):
-                return self._run(segments, inputs, self._leaves(), False, on_level)
+                return self._run(segments, inputs, self.held(), False, on_level)
             return self.replays.run(segments, inputs)
 
     def measure(self, inputs: list[torch.Tensor]) -> Costs | None:
         """Measure what levels cost, once, on CUDA with compiled cells; None elsewhere."""
         can_choose = self.program.alpha > 0 and not self.engine.is_sequential
-        can_choose = can_choose and self.compiled.rolled.fixed is None
+        rolled = self.compiled.rolled  # a level that comes twice would let values grow twice
+        can_choose = can_choose and rolled.fixed is None and not rolled.grows
         if self.costs is None and self._use_graphs and self.engine.is_compiled and can_choose:
             enough = self.program.n_layers + 1
             with plain_tensors(), same_numbers(self.device):
@@ -242,7 +248,7 @@ class Executor:
                 self.costs = measured(
                     self.program,
                     self.compiled.namespace["level"],
-                    lambda on_level: self._run(enough, inputs, self._leaves(), False, on_level),
+                    lambda on_level: self._run(enough, inputs, self.held(), False, on_level),
                 )
         return self.costs
 
@@ -256,13 +262,20 @@ class Executor:
 
     @property
     def recorded(self) -> str:
-        """How runs without gradients are recorded, in words; empty where they are not."""
-        return str(self.replays) if self._use_graphs else ""
+        """How runs are recorded, in words; empty where they are not."""
+        if not self._use_graphs:
+            return ""
+        return f"{self.replays}; {self.steps}" if self.records_steps else str(self.replays)
 
     def workspace_seconds(self, segments: int) -> dict[str, float]:
         """Seconds of what was recorded "with" and "without" cuBLAS's workspace, a block of levels or a whole
         run; empty if that was not measured."""
         return self.replays.workspace_seconds(segments)
+
+    @property
+    def bands(self) -> list[str]:
+        """How the layers are cut into bands, in words; empty where they are not."""
+        return []
 
     def has_seen(self, segments: int) -> None:
         """Note that a run of this length is on its way."""
@@ -283,7 +296,7 @@ class Executor:
                 self.replays.record_again(segments)
         return outputs
 
-    def _compile_forms(self, segments: int, inputs: list[torch.Tensor]) -> bool:
+    def compile_forms(self, segments: int, inputs: list[torch.Tensor]) -> bool:
         """Make sure that all forms are compiled; whether this length's width has got one of its own."""
         if not self.engine.is_compiled:
             return False
@@ -307,31 +320,55 @@ class Executor:
     def dry_run(self, segments: int, shapes: Sequence[Sequence[int]], like: list[torch.Tensor]) -> Any:
         """Run on fake tensors of these shapes, typed like `like`; the shapes of the outputs."""
         with plain_tensors():
-            self.stacks.current(self._leaves())  # weights are stacked for real
+            self.stacks.current(self.held())  # weights are stacked for real
         with self.uncompiled(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             inputs = [
                 torch.empty(tuple(shape), dtype=x.dtype, device=x.device)
                 for shape, x in zip(shapes, like, strict=True)
             ]
-            outputs = self._run(segments, inputs, self._leaves(), False)
+            outputs = self._run(segments, inputs, self.held(), False)
         return [[tuple(t.shape) for t in x] if isinstance(x, list) else tuple(x.shape) for x in outputs]
 
     def launch(
         self, segments: int, inputs: list[torch.Tensor], leaves: dict[str, torch.Tensor] | None = None
     ) -> tuple[Any, ...]:
         """Run without gradients, level by level; the leaves are the model's own where none are given."""
-        return self._run(segments, inputs, self._leaves() if leaves is None else leaves, False)
+        return self._run(segments, inputs, self.held() if leaves is None else leaves, False)
 
-    def _leaves(self) -> dict[str, torch.Tensor]:
+    def launch_with_gradients(
+        self,
+        segments: int,
+        inputs: list[torch.Tensor],
+        leaves: dict[str, torch.Tensor] | None = None,
+        alone: Sequence[Alone] = (),
+        rooms: Mapping[str, torch.Tensor] | None = None,
+    ) -> tuple[Any, ...]:
+        """Run with gradients, level by level.
+
+        Args:
+            leaves: in place of the model's own.
+            alone: stacked weights that are read apart from their parameters.
+            rooms: memory for sums of their gradients, by name.
+        """
+        leaves = self.held() if leaves is None else leaves
+        if not alone:
+            return self._run(segments, inputs, leaves, True, self._again())
+        weights, named = self.stacks.current(leaves, alone), self.named(inputs)
+        run = Run(self.program, segments, named, leaves, weights, self.engine, True, self._again())
+        run.rooms = rooms or {}
+        return self._execute(run)
+
+    def held(self) -> dict[str, torch.Tensor]:
+        """The model's tensors as they are now, by the name in the program."""
         return {name: leaf.fetch() for name, leaf in self.compiled.leaves.items()}
 
     def _records_gradients(self, inputs: list[torch.Tensor]) -> bool:
         return torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (*inputs, *self._leaves().values())
+            tensor.requires_grad for tensor in (*inputs, *self.held().values())
         )
 
     def _again(self) -> Recompute | None:
-        return Recompute(self.recomputed) if self.recomputed else None
+        return Recompute(self.recomputed, self.compiled.longest.draws) if self.recomputed else None
 
     def _run(
         self,
@@ -348,6 +385,11 @@ class Executor:
         run = Run(self.program, segments, named, leaves, weights, self.engine, functional, *looking, crossing)
         return self._execute(run)
 
+    @property
+    def is_replayed(self) -> bool:
+        """Whether runs without gradients are put together of recordings."""
+        return self._use_graphs
+
     def _execute(self, run: Any) -> tuple[Any, ...]:
         with own_modes():
             return self.compiled.namespace["forward"](run)
@@ -355,4 +397,4 @@ class Executor:
     def observe(self, segments: int, inputs: list[torch.Tensor], on_value: OnValue) -> None:
         """Run without CUDA graphs and gradients; `on_value` is called with what leaves each region."""
         with plain_tensors():
-            self._run(segments, inputs, self._leaves(), False, on_value=on_value)
+            self._run(segments, inputs, self.held(), False, on_value=on_value)

@@ -14,6 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from rmtcompile.binding.captured import Leaf
+from rmtcompile.ir.streams import capture_stream
 from rmtcompile.runtime.copies import copies_of, is_tensor
 from rmtcompile.runtime.workspaces import can_choose, no_workspaces, own_workspaces
 
@@ -75,13 +76,21 @@ class Recordings:
         self.leaves = leaves
         self.replaced = replaced
         self._pool = torch.cuda.graph_pool_handle()
+        devices = (leaf.tensor.device for leaf in leaves.values())
+        found = next((device for device in devices if device.type == "cuda"), torch.device("cpu"))
+        self._stream: torch.cuda.Stream | None = capture_stream(found)
         self._done = torch.cuda.Event()
+
+    def wait(self) -> torch.cuda.Stream:
+        """Let what is launched next wait for every earlier run; gives the stream that it is launched on."""
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self._done)
+        return stream
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """What is launched here runs after every earlier run, maybe on another stream: they share storage."""
-        stream = torch.cuda.current_stream()
-        stream.wait_event(self._done)
+        stream = self.wait()
         try:
             yield
         finally:
@@ -111,21 +120,24 @@ class Recordings:
         fails, `body` is run as it is, and recorded once more.
         """
         try:
-            return self._recorded(body, workspaces)
+            return self.captured_once(body, workspaces)
         except RuntimeError:
-            _free_generators()
+            free_generators()
             body()
         try:
-            return self._recorded(body, workspaces)
+            return self.captured_once(body, workspaces)
         except RuntimeError:
-            _free_generators()
+            free_generators()
             raise
 
-    def _recorded(self, body: Callable[[], Any], workspaces: Workspaces) -> tuple[torch.cuda.CUDAGraph, Any]:
+    def captured_once(
+        self, body: Callable[[], Any], workspaces: Workspaces
+    ) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """The same, and the error where it fails."""
         with workspaces(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, self._stream, "thread_local"):
                 result = body()
         return graph, result
 
@@ -215,7 +227,7 @@ class Recorder(Recordings):
         state = {name: leaves[name].clone() for name in sorted(self.replaced)}
         addresses = {name: x.data_ptr() for name, x in leaves.items() if name not in state}
         kept = [x.detach() for x in leaves.values()]
-        torch.cuda.current_stream().wait_event(self._done)
+        self.wait()
 
         def recorded(workspaces: Workspaces) -> Recording:
             graph, outputs = self.captured(lambda: forward(static, {**leaves, **state}), workspaces)
@@ -238,7 +250,7 @@ class Recorder(Recordings):
         return self._seconds.setdefault(min(segments, self.widest), {})
 
 
-def _free_generators() -> None:
+def free_generators() -> None:
     """Let random numbers be drawn again after a recording that failed, which leaves the state of CUDA's
     generators in the hands of its graph."""
     for generator in torch.cuda.default_generators:

@@ -26,10 +26,11 @@ class Recompute:
 
     Args:
         levels: of one block.
+        draws: whether levels draw random numbers, which are drawn again.
     """
 
-    def __init__(self, levels: int) -> None:
-        self._most = levels
+    def __init__(self, levels: int, draws: bool) -> None:
+        self._most, self._draws = levels, draws
         self._waiting: list[int] = []
 
     def __call__(self, run: BaseRun, level: int, step: Level) -> None:
@@ -37,10 +38,10 @@ class Recompute:
         self._waiting.append(level)
         if len(self._waiting) == self._most or run.is_last(level):
             levels, self._waiting = tuple(self._waiting), []
-            again(run, levels, step)
+            again(run, levels, step, self._draws)
 
 
-def again(run: BaseRun, levels: Sequence[int], step: Level) -> None:
+def again(run: BaseRun, levels: Sequence[int], step: Level, draws: bool) -> None:
     """Run levels so that backward runs them again, those of a block one by one."""
     before = run.copied()
     first = [run]  # not held by what backward holds, which the run's own values lead to
@@ -52,11 +53,12 @@ def again(run: BaseRun, levels: Sequence[int], step: Level) -> None:
                 if len(levels) == 1:
                     step(mine, level)
                 else:
-                    again(mine, (level,), step)
+                    again(mine, (level,), step, draws)
 
     # Of its arguments it takes the devices whose random numbers are drawn again.
-    devices = {x.device for x in run.inputs.values()}
-    checkpoint(body, *(torch.empty(0, device=device) for device in devices), use_reentrant=False)
+    devices = {x.device for x in run.inputs.values()} if draws else ()
+    places = (torch.empty(0, device=device) for device in devices)
+    checkpoint(body, *places, use_reentrant=False, preserve_rng_state=draws)
 
 
 __all__ = ["Recompute"]

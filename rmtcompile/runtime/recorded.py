@@ -25,6 +25,7 @@ from rmtcompile.runtime.block_run import BlockRun, Device, Graph, Parts, Recordi
 from rmtcompile.runtime.blocks import LONGEST, Block, Key, blocks_of, steady_lengths
 from rmtcompile.runtime.copies import copies_of, copy_all, filled_from, is_tensor, paired, room_for
 from rmtcompile.runtime.run import Run
+from rmtcompile.runtime.storage import is_kept
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class RecordedBlocks:
         weights: gives the stacked weights of these leaves.
         has_ends: whether the last blocks of runs are recorded, too, and runs that are a single block.
     """
+
+    SPLITS_ENDS = False
+    """Whether the segments that differ from all others may be of several blocks."""
 
     def __init__(
         self,
@@ -87,13 +91,13 @@ class RecordedBlocks:
     def held(self, name: str, level: int, segments: int) -> list[int]:
         """The segments whose value of a tap was made before a level and is read on it or later, ascending."""
         tap = next(tap for tap in self.program.taps if tap.name == name)
-        if tap.when[0] != "each":  # made and read among the segments that differ from all others
-            return []
+        if tap.when[0] != "each" and not self.SPLITS_ENDS:
+            return []  # made and read among the segments that differ from all others
         skew, top = self.program.alpha, self.program.n_layers - 1
         made = {"prologue": 0, "epilogue": top}.get(tap.value.kind, tap.value.layer)
         last = min((level - 1 - made) // skew, segments - 1)
         first = max(-((self.borders.reach[name] - level) // skew), 0)
-        return list(range(first, last + 1))
+        return [s for s in range(first, last + 1) if is_kept(tap.when, s, segments)]
 
     def place(self, name: str, age: int) -> Any:
         """Where a tap's value of `age` segments before a block's base is kept from block to block."""
@@ -227,7 +231,7 @@ class RecordedBlocks:
             run = BlockRun(self, block, segments, parts)
             made.append(run)
             for level in block.levels:
-                self.functions["step"](run, level)
+                run.level(level, self.functions["step"])
             if block.key[0] in ("head", "steady"):
                 run.close(block.levels.stop)
             return [x for event in run.events for x in pytree.tree_leaves(event.values) if is_tensor(x)]
@@ -320,7 +324,7 @@ class RecordedBlocks:
                 continue
             own = filled_from(remaining, event.values)
             if event.kind == "keep":
-                host.taps[event.name].put(segment, own)
+                host.keep_tap(event.name, segment, own)
             else:
                 host.hand(event.name, segment, own)
 

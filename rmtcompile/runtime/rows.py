@@ -14,13 +14,12 @@ from typing import Any, Self
 
 import torch
 
-from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.ir.program import Feed, Lane, Program, Source
-from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.runtime.base import BaseRun, OnLevel, OnValue, Outputs
 from rmtcompile.runtime.crossing import Crossing
 from rmtcompile.runtime.engine import Engine
 from rmtcompile.runtime.execute import Executor
+from rmtcompile.runtime.stacks import Alone
 from rmtcompile.runtime.storage import Target
 
 Row = tuple[torch.Tensor, int]  # values [n, ...] of several segments, and which of them
@@ -290,9 +289,20 @@ class RowExecutor(Executor):
         """An engine for the program; nothing outlives a run in it."""
         return RowEngine(self.program, backend)
 
-    def _compile_forms(self, segments: int, inputs: list[torch.Tensor]) -> bool:
+    def compile_forms(self, segments: int, inputs: list[torch.Tensor]) -> bool:
         """Forms are compiled when they are first needed."""
         return False
+
+    def launch_with_gradients(
+        self,
+        segments: int,
+        inputs: list[torch.Tensor],
+        leaves: dict[str, torch.Tensor] | None = None,
+        alone: Sequence[Alone] = (),
+        rooms: Mapping[str, torch.Tensor] | None = None,
+    ) -> tuple[Any, ...]:
+        """See `Executor`; no weights are stacked."""
+        return super().launch_with_gradients(segments, inputs, leaves)
 
     def _run(
         self,
@@ -308,16 +318,3 @@ class RowExecutor(Executor):
         assert isinstance(self.engine, RowEngine)
         run = RowRun(self.program, segments, named, leaves, self.engine, on_level, on_value, crossing)
         return self._execute(run)
-
-
-def executor_for(
-    compiled: Compiled,
-    segmentation: Segmentation,
-    backend: str | Callable[..., Any],
-    cuda_graphs: str | bool,
-    like: Executor | None = None,
-    recompute: str | int = "auto",
-) -> Executor:
-    """What runs a compiled program; for the arguments see `Executor`."""
-    kind = Executor if compiled.program.alpha else RowExecutor
-    return kind(compiled, segmentation, backend, cuda_graphs, like, recompute)

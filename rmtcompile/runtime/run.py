@@ -13,7 +13,7 @@ from rmtcompile.ir.program import Feed, Lane, Program
 from rmtcompile.runtime.base import BaseRun, Engine, OnLevel, OnValue, Outputs
 from rmtcompile.runtime.crossing import Crossing
 from rmtcompile.runtime.gradients import Rows, is_transformed
-from rmtcompile.runtime.storage import LaneStore, Target, as_slice
+from rmtcompile.runtime.storage import LaneStore, Target, as_slice, is_kept
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,17 @@ class Window:
         return (self.group, self.layers, self.classes)
 
 
+Stored = tuple[str, tuple[int, ...], str]
+"""An output of a window's cells: group, layers, output."""
+
+
 class Run(BaseRun):
     """State of one run over S segments, with a skew of 1 and more: cells of several layers run together.
 
     Attributes:
         weights: stacked weights by "group.port".
-        lanes: what cells read of other cells.
+        lanes: what cells read of other cells; those that are given are shared with other runs.
+        rooms: memory for sums of gradients of stacked weights, by their names, where it is given.
     """
 
     def __init__(
@@ -53,17 +58,22 @@ class Run(BaseRun):
         on_level: OnLevel | None = None,
         on_value: OnValue | None = None,
         crossing: Crossing | None = None,
+        lanes: Mapping[str, LaneStore] | None = None,
     ) -> None:
         super().__init__(program, segments, inputs, leaves, engine, on_level, on_value, crossing)
         self.weights = weights
+        given = lanes or {}
         self.lanes = {
-            lane.name: LaneStore(lane, functional, None if functional else engine.buffers(lane))
+            lane.name: given[lane.name]
+            if lane.name in given
+            else LaneStore(lane, functional, None if functional else engine.buffers(lane))
             for lane in program.lanes
         }
         self._groups = {group.name: group for group in program.groups}
+        self.rooms: Mapping[str, torch.Tensor] = {}
         self._rows: dict[str, Rows] = {}  # of weights with gradients
         self._feeds_of = _feeds_by_producer(program)
-        self._stored: dict[tuple[str, str], Target] = {}  # what cells of this level have stored themselves
+        self.stored: dict[Stored, Target] = {}  # what cells of this level have stored themselves
         self._ports = {
             (group.name, port.source): port.name
             for group in program.groups
@@ -75,7 +85,7 @@ class Run(BaseRun):
         """See `BaseRun`."""
         other = super().copied()
         other.lanes = {name: store.copied() for name, store in self.lanes.items()}
-        other._stored = {}
+        other.stored = {}
         return other
 
     # ---- levels --------------------------------------------------------------------------------------------
@@ -139,6 +149,10 @@ class Run(BaseRun):
         """Lane values of a window's cells, [n, ...]."""
         return self.lanes[lane].read(window.layers)
 
+    def read_each(self, lane: str, window: Window) -> tuple[torch.Tensor, ...]:
+        """Values of a lane that grows, one a cell."""
+        return self.lanes[lane].each(window.layers)
+
     def weight(self, name: str, window: Window) -> torch.Tensor:
         """Stacked weights of a window's layers, [n, ...], a view."""
         group, stack = self._groups[window.group], self.weights[name]
@@ -146,7 +160,7 @@ class Run(BaseRun):
         if not (stack.requires_grad and torch.is_grad_enabled()) or is_transformed():
             return _rows(stack, ranks)
         if name not in self._rows:
-            self._rows[name] = Rows(stack)
+            self._rows[name] = Rows(stack, self.rooms.get(name))
         return self._rows[name].of(ranks)
 
     def invariant(self, name: str, window: Window) -> torch.Tensor:
@@ -161,7 +175,8 @@ class Run(BaseRun):
         that a lane may receive directly are stored there."""
         outputs = self._groups[window.group].outputs
         targets = [self._target(window, output) for output in outputs]
-        self._stored.update({(window.group, name): t for name, t in zip(outputs, targets, strict=True) if t})
+        given = zip(outputs, targets, strict=True)
+        self.stored.update({(window.group, window.layers, name): t for name, t in given if t})
         return self.engine.call(function, len(window.layers), args, targets)
 
     def _target(self, window: Window, output: str) -> Target | None:
@@ -183,15 +198,16 @@ class Run(BaseRun):
         """Whether to run the window by the function for these classes alone."""
         return set(window.classes) <= classes and not self.engine.prefers_mixed(len(window.layers))
 
-    def moves(self, level: int) -> list[tuple[LaneStore, list[int], torch.Tensor]]:
+    def moves(self, level: int) -> list[tuple[LaneStore, list[int], Any]]:
         """Values that move from lane to lane with their segment, also past cells that compute nothing; read
         before anything of this level is written."""
         found = []
         for lane, feed in self._feeds_of.get("", ()):
             layers = [layer for _, layer in self.alive(level, feed.layers)]
             if layers:
-                values = self.lanes[feed.source].read(layers)
-                values = values if self.lanes[feed.source].functional else values.clone()
+                source = self.lanes[feed.source]
+                values: Any = source.each(layers) if source.spec.grows else source.read(layers)
+                values = values if source.functional else values.clone()
                 found.append((self.lanes[lane.name], [layer + feed.offset[1] for layer in layers], values))
         return found
 
@@ -202,50 +218,62 @@ class Run(BaseRun):
             self.show_cells(
                 window.group, zip(window.layers, window.segments, window.classes, strict=True), outputs
             )
-            for lane, feed in self._feeds_of.get(window.group, ()):
-                layers = [layer for layer in window.layers if layer in feed.layers]
-                stored = self._stored.get((window.group, feed.source))
-                if not layers or (stored and (stored.lane, stored.offset) == (lane.name, feed.offset)):
-                    continue
-                values = outputs[feed.source]
-                if len(layers) < len(window.layers):
-                    values = _rows(values, [window.layers.index(layer) for layer in layers])
-                self.lanes[lane.name].write([layer + feed.offset[1] for layer in layers], values)
-            self._tap(window, outputs)
+            self.store(window, outputs)
+            self.keep_cells(window, outputs, range(len(window.layers)), self.stored)
             if self.crossing is not None:
                 self.crossing.keep_cells(window.group, window.layers, window.segments, outputs)
         for store in self.lanes.values():
             store.turn()
-        self._stored.clear()
+        self.stored.clear()
 
-    def _tap(self, window: Window, outputs: Outputs) -> None:
+    def store(self, window: Window, outputs: Outputs) -> None:
+        """Store what a window's cells have given in the lanes that it feeds, where they have not done so."""
+        for lane, feed in self._feeds_of.get(window.group, ()):
+            layers = [layer for layer in window.layers if layer in feed.layers]
+            stored = self.stored.get((window.group, window.layers, feed.source))
+            if not layers or (stored and (stored.lane, stored.offset) == (lane.name, feed.offset)):
+                continue
+            values = outputs[feed.source]
+            if len(layers) < len(window.layers):
+                values = _rows(values, [window.layers.index(layer) for layer in layers])
+            self.lanes[lane.name].write([layer + feed.offset[1] for layer in layers], values)
+
+    def keep_cells(
+        self, window: Window, outputs: Outputs, rows: range, stored: Mapping[Stored, Target]
+    ) -> None:
+        """Keep what is read outside the cells.
+
+        Args:
+            rows: which rows of the window and its outputs are cells of this run.
+            stored: the outputs that stand in lanes, whose places will be written again.
+        """
         for tap in self._cell_taps:
             if tap.value.layer not in window.layers:
                 continue
             row = window.layers.index(tap.value.layer)
             segment = window.segments[row]
-            if tap.when[0] == "end" and segment != self.segments - 1 - tap.when[1]:
-                continue
-            if tap.when[0] == "at" and segment != tap.when[1]:
+            if row not in rows or not is_kept(tap.when, segment, self.segments):
                 continue
             for group, output in tap.group_outputs:
                 if group == window.group:
                     value = outputs[output][row]
-                    stored = (group, output) in self._stored  # and its place will be written again
-                    self.keep_cell(tap.name, segment, value.clone() if stored else value)
+                    is_stored = (group, window.layers, output) in stored
+                    self.keep_cell(tap.name, segment, value.clone() if is_stored else value)
 
     def keep_cell(self, name: str, segment: int, value: torch.Tensor) -> None:
         """Keep a cell's result for its readers outside the cells."""
         self.keep_tap(name, segment, value)
 
 
-def move(moved: list[tuple[LaneStore, list[int], torch.Tensor]]) -> None:
+def move(moved: list[tuple[LaneStore, list[int], Any]]) -> None:
     """Store the values that `Run.moves` has read."""
     for lane, layers, values in moved:
         lane.write(layers, values)
 
 
-def _rows(stacked: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
+def _rows(stacked: Any, ranks: Sequence[int]) -> Any:
+    if isinstance(stacked, tuple):  # values that grow, one a cell
+        return tuple(stacked[i] for i in ranks)
     window = as_slice(ranks)
     return stacked[window] if window is not None else stacked[list(ranks)]
 

@@ -4,7 +4,7 @@ are views."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
 from weakref import WeakSet
@@ -120,6 +120,31 @@ class Stack:
         return sum(leaf.tensor.numel() * leaf.tensor.element_size() for leaf in leaves)
 
 
+@dataclass(frozen=True)
+class Alone:
+    """A stack apart from its parameters: a leaf of autograd of its own.
+
+    Attributes:
+        stack: what it is of.
+        tensor: [L, ...], the stack's memory, with gradients.
+        ports: names under which it is read, as it is.
+    """
+
+    stack: Stack
+    tensor: torch.Tensor
+    ports: tuple[str, ...]
+
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        """The parameters, layer by layer."""
+        return [leaf.fetch() for parts in self.stack.leaves for leaf in parts]
+
+    @property
+    def parts(self) -> list[int]:
+        """How many parameters each layer has."""
+        return [len(parts) for parts in self.stack.leaves]
+
+
 class Derived:
     """A stack whose leaves already live in other stacks: rows of one where they are evenly spaced there, else
     a copy a call."""
@@ -137,6 +162,11 @@ class Derived:
         if views and not gradients and (found := self._rows(views)) is not None:
             return found
         return torch.stack([parts[0] if len(parts) == 1 else torch.cat(parts) for parts in tensors])
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a leaf wants a gradient."""
+        return any(leaf.fetch().requires_grad for parts in self.leaves for leaf in parts)
 
     def _rows(self, views: list[torch.Tensor]) -> torch.Tensor | None:
         owner = self.owners[0]
@@ -210,13 +240,38 @@ class Stacks:
             stack.is_large = stack.nbytes > _LARGE * whole
         self.stacks = {name: made[weight] for name, weight in weights.items()}
 
-    def current(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    @property
+    def can_be_alone(self) -> bool:
+        """Whether stacks can be leaves of autograd in the place of their parameters: no weight is put
+        together of parameters that live in another stack."""
+        return not any(isinstance(stack, Derived) and stack.has_gradients for stack in self._in_order)
+
+    def alone(self) -> list[Alone]:
+        """The stacks whose parameters want gradients, apart from them."""
+        found = []
+        for stack in self._in_order:
+            leaves = [leaf.fetch() for parts in stack.leaves for leaf in parts]
+            if isinstance(stack, Stack) and any(leaf.requires_grad for leaf in leaves):
+                names = [name for name, other in self.stacks.items() if other is stack]
+                with torch.no_grad():
+                    tensor = stack.current().detach().requires_grad_()
+                ports = tuple(name for name in names if name not in self.dtypes)
+                found.append(Alone(stack, tensor, ports))
+        return found
+
+    def current(
+        self, held: Mapping[str, torch.Tensor], alone: Sequence[Alone] = ()
+    ) -> dict[str, torch.Tensor]:
         """Stacked tensors by port name, checked against the model's parameters.
 
         Args:
             held: what this run reads as the leaves that are replaced.
+            alone: stacks that are read apart from their parameters.
         """
-        found = {id(stack): stack.current() for stack in self._in_order}
+        found = {id(part.stack): part.tensor.view_as(part.tensor) for part in alone}
+        for stack in self._in_order:
+            if id(stack) not in found:
+                found[id(stack)] = stack.current()
         values = {
             name: stack.current(held) if isinstance(stack, Gathered) else found[id(stack)]
             for name, stack in self.stacks.items()

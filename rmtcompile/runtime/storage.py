@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch._prims_common import make_contiguous_strides_for
@@ -58,7 +59,7 @@ class LaneStore:
 
     Writes replace what a layer's place holds; a cell reads what was written last. Without gradients the lane
     is one buffer, or two that change roles after each level, and a window of layers is a view. With gradients
-    each place is a tensor of its own, so that autograd sees no write.
+    each place is a tensor of its own, so that autograd sees no write; so it is where values grow.
 
     Args:
         lane: what it stores.
@@ -71,7 +72,7 @@ class LaneStore:
     ) -> None:
         self.spec = lane
         self.rank = {layer: i for i, layer in enumerate(lane.places)}
-        self.functional = functional
+        self.functional = functional = functional or bool(lane.grows)
         if functional:
             zero = torch.zeros(lane.shape, dtype=lane.dtype, device=lane.device)
             self.places = [zero] * len(lane.places)
@@ -88,11 +89,15 @@ class LaneStore:
 
     def fill(self, layer: int, value: torch.Tensor) -> None:
         """What a layer's place holds before its cell reads it on this level."""
-        value = value.expand(self.spec.shape)
+        value = value if self.spec.grows else value.expand(self.spec.shape)
         if self.functional:
             self.places[self.rank[layer]] = value
         else:
             self.buffer[self.rank[layer]].copy_(value)
+
+    def each(self, layers: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """Values for these layers one by one, each in its size; of a lane that grows."""
+        return tuple(self.places[self.rank[layer]] for layer in layers)
 
     def read(self, layers: Sequence[int]) -> torch.Tensor:
         """Values for these layers, [n, ...]."""
@@ -110,11 +115,12 @@ class LaneStore:
         window = as_slice([self.rank[layer] for layer in layers])
         return self.other[window] if window is not None else None
 
-    def write(self, layers: Sequence[int], values: torch.Tensor) -> None:
-        """Store values [n, ...] for these layers."""
+    def write(self, layers: Sequence[int], values: Any) -> None:
+        """Store values [n, ...] for these layers, or a tuple of one a layer."""
         ranks = [self.rank[layer] for layer in layers]
         if self.functional:
-            for i, value in zip(ranks, values.unbind(0), strict=True):
+            parts = values if isinstance(values, tuple) else values.unbind(0)
+            for i, value in zip(ranks, parts, strict=True):
                 self.places[i] = value
             return
         window = as_slice(ranks)
@@ -137,6 +143,13 @@ def lane_buffers(lane: Lane) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (len(lane.places), *lane.shape)
     first = torch.zeros(shape, dtype=lane.dtype, device=lane.device)
     return first, torch.zeros_like(first) if lane.placement == "double" else first
+
+
+def is_kept(when: Sequence[object], segment: int, count: int) -> bool:
+    """Whether a segment's value is one that a tap keeps; see `Tap.when`."""
+    if when[0] == "end":
+        return when[1] == count - 1 - segment
+    return when[0] != "at" or when[1] == segment
 
 
 class TapStore:

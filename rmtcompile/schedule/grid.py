@@ -48,6 +48,7 @@ class Grid:
         block: with skew 0, how many segments run together at most; 0: all of them. Blocks run one after the
             other, each through all layers.
         first: the first segment that runs; earlier ones have run before.
+        band: the layers that run here, with a skew above 0; None: all. Levels are those of the whole grid.
     """
 
     n_layers: int
@@ -55,12 +56,19 @@ class Grid:
     skew: int
     block: int = 0
     first: int = 0
+    band: range | None = None
+
+    @property
+    def own(self) -> range:
+        """The layers that run here."""
+        return range(self.n_layers) if self.band is None else self.band
 
     @property
     def levels(self) -> range:
         """The steps that run one after the other."""
         if self.skew:
-            return range(self.skew * self.first, self.skew * (self.n_segments - 1) + self.n_layers)
+            start = self.skew * self.first + self.own.start
+            return range(start, self.skew * (self.n_segments - 1) + self.own.stop)
         return range(self.n_layers * -(-(self.n_segments - self.first) // self._together))
 
     @property
@@ -80,7 +88,8 @@ class Grid:
         if not self.skew:
             return Phases(range(0), range(n), range(n, n))
         # Layers up to `full` have a cell on each level that is theirs; from `drained` on no segment enters.
-        full, drained = start + self.n_layers - self.skew, self.skew * self.n_segments
+        full = start + max(len(self.own) - self.skew, 0)  # a band may have fewer layers than the skew
+        drained = min(self.skew * self.n_segments + self.own.start, n)
         if full >= drained:
             return Phases(range(start, drained), range(drained, drained), range(drained, n))
         return Phases(range(start, full), range(full, drained), range(drained, n))
@@ -107,24 +116,24 @@ class Grid:
         if not self.skew:
             block, layer = divmod(level, self.n_layers)
             return tuple((s, layer) for s in self.blocks[block])
-        return self.alive(level, reversed(range(self.n_layers)))
+        return self.alive(level, reversed(self.own))
 
     def alive(self, level: int, layers: Iterable[int]) -> tuple[Cell, ...]:
         """The cells of a level among some layers, in the order of those; for a skew above 0."""
         found = []
         for layer in layers:
             segment, rest = divmod(level - layer, self.skew)
-            if not rest and self.first <= segment < self.n_segments:
+            if not rest and self.first <= segment < self.n_segments and layer in self.own:
                 found.append((segment, layer))
         return tuple(found)
 
     def entering(self, level: int) -> int | None:
         """The segment that enters layer 0 on this level, for a skew above 0."""
-        return self._segment(level)
+        return self._segment(level) if self.own.start == 0 else None
 
     def leaving(self, level: int) -> int | None:
         """The segment that has left the last layer after this level, for a skew above 0."""
-        return self._segment(level - self.n_layers + 1)
+        return self._segment(level - self.n_layers + 1) if self.own.stop == self.n_layers else None
 
     def _segment(self, distance: int) -> int | None:
         segment, rest = divmod(distance, self.skew)

@@ -110,9 +110,7 @@ ZOO: dict[str, ZooEntry] = {
     "skip_connections": ZooEntry(memories.SkipConnections, _offsets((0, 2), (1, 0)), n_layers=5),
     "no_carry": ZooEntry(memories.NoCarry, _offsets(), n_layers=3, skew=0),
     "running_mean": ZooEntry(memories.RunningMean, n_layers=3, rerolls=False),
-    "growing_cache": ZooEntry(
-        traps.GrowingCache, frozenset(), parallel=False, n_layers=3, skew=None, refused=True
-    ),
+    "growing_cache": ZooEntry(traps.GrowingCache, n_layers=3),
     "data_dependent": ZooEntry(
         traps.DataDependent, frozenset(), parallel=False, n_layers=3, skew=None, refused=True
     ),

@@ -51,7 +51,7 @@ def plain_function(
 
 
 class GrowingCache(nn.Module):
-    """Each layer sees all of its outputs so far: the state grows, so no two segments are alike."""
+    """Each layer sees all of its outputs so far: the state grows by a segment each time."""
 
     def __init__(self, d: int = 16, heads: int = 2, n_layers: int = 3, segment: int = 4) -> None:
         super().__init__()

@@ -19,6 +19,7 @@ from torch._inductor.codecache import PyCodeCache
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rmtcompile.ir.streams import capture_stream
 from rmtcompile.passes.cell.inductor.gated import FUNCTIONS
 
 _log = logging.getLogger(__name__)
@@ -207,7 +208,7 @@ def fastest(
         near = [c for c, result in results.items() if (result - expected).norm() <= 0.01 * expected.norm()]
         for config in results.keys() - near:
             _log.warning("%s computes something else here, and is not used", config)
-        seconds = _measured({config: ways[config] for config in near})
+        seconds = _measured({config: ways[config] for config in near}, expected.device)
     best = min(seconds, key=seconds.__getitem__)
     _log.debug("%s cells of %s rows, %s to 2 x %s: %s", cells, rows, inner, half, seconds)
     return best if seconds[best] < (1 - LEAST_GAIN) * seconds[None] else None
@@ -231,12 +232,15 @@ def _product_apart(a: torch.Tensor, b: torch.Tensor, gate: str) -> torch.Tensor:
     return out
 
 
-def _measured(ways: dict[Config | None, Callable[[], Any]], launches: int = 4) -> dict[Config | None, float]:
+def _measured(
+    ways: dict[Config | None, Callable[[], Any]], device: torch.device, launches: int = 4
+) -> dict[Config | None, float]:
     """Seconds of each way, in turn: medians of bursts that keep the device busy."""
     graphs = {}
     for config, way in ways.items():
         graphs[config] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[config], capture_error_mode="thread_local"):
+        own = capture_stream(device)
+        with torch.cuda.graph(graphs[config], stream=own, capture_error_mode="thread_local"):
             for _ in range(launches):
                 way()
     times: dict[Config | None, list[float]] = {config: [] for config in graphs}

@@ -14,12 +14,15 @@ depend on no batched placeholder are computed once, without the axis.  n is nowh
 `rules.RULES` is the table from operation to batching rule.  Rules by family: `algebra` (linear, matmul,
 einsum, attention, convolution), `shapes` (views, dims, indexing, reductions), `elementwise` (pointwise,
 norms, embedding).  Pointwise operations are recognised by their tag; everything else goes through `vmapped`,
-or `cell_by_cell` where that cannot be.
+or `cell_by_cell` where that cannot be. What has to do with values that grow with the segment is in `growing`.
 """
 
 from __future__ import annotations
 
 from rmtcompile.passes.cell.lift.fallback import cell_by_cell, vmapped
+from rmtcompile.passes.cell.lift.growing import SEGMENTS, each_cell, grouped_attention, stack_cells
 from rmtcompile.passes.cell.lift.walk import Lifted, lift
 
-__all__ = ["Lifted", "cell_by_cell", "lift", "vmapped"]
+__all__ = [
+    "SEGMENTS", "Lifted", "cell_by_cell", "each_cell", "grouped_attention", "lift", "stack_cells", "vmapped"
+]  # fmt: skip

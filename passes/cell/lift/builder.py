@@ -26,11 +26,13 @@ class Value:
         node: the lifted node (or nodes, or a plain number).
         batched: whether the value has the axis in front.
         cell: fake value of one cell, without the axis; its shape is what rules reason with.
+        grows: whether it is a tuple of one value a cell (`growing.py`) instead.
     """
 
     node: Any
     batched: bool
     cell: Any
+    grows: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -150,8 +152,8 @@ class Builder:
     def emit(self, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
         """Add one call; operands may be nodes or `Value`s."""
         args, kwargs = replaced((args, kwargs), lambda a: a.node if isinstance(a, Value) else a)
-        op = args[0] if args and isinstance(args[0], torch._ops.OpOverload) else target  # vmapped(op, ...)
-        name = op._opname if isinstance(op, torch._ops.OpOverload) else op.__name__
+        ops = [x for x in (*args[:1], target) if isinstance(x, torch._ops.OpOverload)]  # vmapped(op, ...)
+        name = ops[0]._opname if ops else getattr(args[0], "name", _last_word(target))
         assert self.source is not None
         examples = replaced((args, kwargs), lambda a: a.meta["val"] if isinstance(a, fx.Node) else a)
         with self.mode, torch.no_grad(), contexts(self.source):
@@ -208,6 +210,11 @@ class Builder:
             for _ in range(rank - value.rank):
                 node = self.emit(aten.unsqueeze.default, node, 1)
         return node
+
+
+def _last_word(function: Callable[..., Any]) -> str:
+    """A name for what a function gives: `attention` of `grouped_attention`."""
+    return function.__name__.rpartition("_")[2]
 
 
 def inherited(node: fx.Node) -> dict[str, Any]:

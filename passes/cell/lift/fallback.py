@@ -17,6 +17,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from rmtcompile.errors import LiftError
+from rmtcompile.ir.modes import uncompiled
 from rmtcompile.passes.cell.lift.builder import Builder, Call, values_in
 
 
@@ -42,7 +43,7 @@ def vmapped(op: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...], kwa
     return pytree.tree_unflatten([None if is_none else next(results) for is_none in nothing], spec)
 
 
-@torch.compiler.disable
+@uncompiled
 def cell_by_cell(
     op: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:

@@ -12,10 +12,21 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rmtcompile.errors import InternalError, LiftError
+from rmtcompile.ir.grown import is_grown
 from rmtcompile.ir.randomness import is_random
-from rmtcompile.passes.cell.lift.builder import EXAMPLE_N, Builder, Rule, Value, bind, inherited, replaced
+from rmtcompile.passes.cell.lift.builder import (
+    EXAMPLE_N,
+    Builder,
+    Rule,
+    Value,
+    aten,
+    bind,
+    inherited,
+    replaced,
+)
 from rmtcompile.passes.cell.lift.draws import drawing
 from rmtcompile.passes.cell.lift.fallback import refusal
+from rmtcompile.passes.cell.lift.growing import SEGMENTS, each, grouped_attention
 from rmtcompile.passes.cell.lift.rules import rule_for, without_pattern
 
 _METADATA = ("aten.sym_", "aten.size.", "aten.dim.", "aten.numel.")
@@ -39,7 +50,9 @@ def lift(graph: fx.Graph, batched: Collection[str]) -> Lifted:
 
     Args:
         graph: the cell, functional aten operations; not modified. Its output is a node or a flat tuple.
-        batched: names of the placeholders that get the axis; the cells share all others.
+        batched: names of the placeholders that get the axis; the cells share all others. Those with meta
+            `grows` are tuples of one value a cell. Where sizes or integers depend on the segment, the graph
+            has a placeholder `segments` more.
 
     Raises:
         LiftError: an operation has no rule and `torch.vmap` cannot do it either, or it writes or reads
@@ -62,6 +75,10 @@ class _Walk:
         self.batched = batched
         self.values: dict[fx.Node, Value] = {}
         self.flags: tuple[bool, ...] = ()
+        self.segments: fx.Node | None = None
+        if any(node.meta.get("grows") or is_grown((node.args, dict(node.kwargs))) for node in graph.nodes):
+            self.segments = self.b.graph.placeholder(SEGMENTS)
+            self.segments.meta["val"] = (None,) * EXAMPLE_N
 
     def visit(self, node: fx.Node) -> None:
         self.b.source = node
@@ -69,6 +86,8 @@ class _Walk:
             self.values[node] = self.placeholder(node)
         elif node.op == "output":
             self.output(node)
+        elif self.is_growing(node):
+            self.values[node] = self.each(node)
         else:
             is_reached = any(self.values[operand].batched for operand in node.all_input_nodes)
             is_own = is_reached or is_random(node)  # each cell draws its own numbers
@@ -87,11 +106,40 @@ class _Walk:
         is_batched = node.name in self.batched
         copy.meta = inherited(node)
         copy.meta["val"] = cell
+        if is_batched and node.meta.get("grows"):
+            copy.meta["val"] = (cell,) * EXAMPLE_N
+            return Value(copy, True, cell, grows=True)
         if is_batched:
             with self.b.mode:
                 copy.meta["val"] = torch.empty((EXAMPLE_N, *cell.shape), dtype=cell.dtype, device=cell.device)
             self.b.reference = self.b.reference or copy
         return Value(copy, is_batched, cell)
+
+    def is_growing(self, node: fx.Node) -> bool:
+        """Whether an operation has to do with values of other sizes in other cells."""
+        is_read = any(self.values[operand].grows for operand in node.all_input_nodes)
+        return is_read or bool(node.meta.get("grows")) or is_grown((node.args, dict(node.kwargs)))
+
+    def each(self, node: fx.Node) -> Value:
+        """An operation cell by cell, where its operands or its result grow."""
+        assert self.segments is not None and node.op == "call_function"
+        cell = self.b.refake(_val(node))
+        if not isinstance(cell, torch.Tensor | tuple | list):
+            raise refusal(node, "it reads the size of a value that grows with the segments")
+        if (grouped := self.attention(node)) is not None:
+            return Value(grouped, True, cell)
+        return each(self.b, node, self.segments, self.values, cell)
+
+    def attention(self, node: fx.Node) -> fx.Node | None:
+        """Attention to keys that grow as one call, where the query does not."""
+        if node.target is not aten.scaled_dot_product_attention.default or node.meta.get("grows"):
+            return None
+        args = bind(node, node.target, *replaced((node.args, node.kwargs), self.value_of)).args
+        query, key, value, mask = (args.pop(name) for name in ("query", "key", "value", "attn_mask"))
+        own = query.batched and not query.grows and key.grows and value.grows
+        if not own or {query.rank, key.rank, value.rank} != {4} or not (mask is None or mask.batched):
+            return None
+        return self.b.emit(grouped_attention, query, key, value, mask, **args)
 
     def copied(self, node: fx.Node) -> Value:
         """A node that no batched placeholder reaches: computed once for all cells."""

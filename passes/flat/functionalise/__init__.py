@@ -27,13 +27,14 @@ rewrite.py   the walk
 
 from __future__ import annotations
 
+from rmtcompile.ir.schema import bind
 from rmtcompile.passes.flat.functionalise.nodes import (
     PERMUTES,
     RESHAPES,
     alias_root,
-    bind,
     grad_mode,
     is_mutating,
+    is_pointwise,
     is_removable,
     overload_name,
     remove_dead,
@@ -53,6 +54,7 @@ __all__ = [
     "functionalise",
     "grad_mode",
     "is_mutating",
+    "is_pointwise",
     "is_removable",
     "overload_name",
     "remove_dead",

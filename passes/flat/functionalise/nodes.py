@@ -24,6 +24,8 @@ RESHAPES = {
 }
 PERMUTES = {"permute", "transpose", "t", "numpy_T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis"}
 # fmt: on
+_POINTWISE = {"where", "masked_fill", "isclose", "hardswish", "floor_divide", "rsub", "log_sigmoid"}
+"""Operations that treat each element by itself and are not tagged so."""
 _PYTHON_WRITES = {operator.setitem, operator.delitem, operator.iadd, operator.isub, operator.imul}
 
 
@@ -33,18 +35,10 @@ def overload_name(node: fx.Node) -> str:
     return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else ""
 
 
-def bind(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an operator call by schema name, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    bound = {}
-    for position, argument in enumerate(node.target._schema.arguments):
-        if position < len(node.args) and not argument.kwarg_only:
-            bound[argument.name] = node.args[position]
-        elif argument.name in node.kwargs:
-            bound[argument.name] = node.kwargs[argument.name]
-        elif argument.has_default_value():
-            bound[argument.name] = argument.default_value
-    return bound
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether an operation treats each element by itself, after broadcasting."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags or overload_name(node) in _POINTWISE
 
 
 def grad_mode(node: fx.Node, before: bool | None) -> bool | None:

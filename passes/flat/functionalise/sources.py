@@ -9,10 +9,10 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from rmtcompile.ir.schema import bind
 from rmtcompile.passes.flat.functionalise.memory import PARENT, Alias, Base, Link, Object
 from rmtcompile.passes.flat.functionalise.nodes import (
     UNDECLARED,
-    bind,
     fill,
     has_tag,
     nodes_in,

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from rmtcompile.ir.schema import bind
 from rmtcompile.passes.flat.functionalise.memory import Link
-from rmtcompile.passes.flat.functionalise.nodes import PERMUTES, RESHAPES, UNDECLARED, bind, overload_name
+from rmtcompile.passes.flat.functionalise.nodes import PERMUTES, RESHAPES, UNDECLARED, overload_name
 from rmtcompile.passes.flat.functionalise.values import dense_order, same_strides
 
 aten = torch.ops.aten

@@ -11,10 +11,10 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from rmtcompile.errors import UnsupportedError
+from rmtcompile.ir.schema import bind
 from rmtcompile.passes.flat.functionalise.memory import Alias, Base, Object, Several
 from rmtcompile.passes.flat.functionalise.nodes import (
     attribute,
-    bind,
     functional_overload,
     has_tag,
     is_mutating,

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from rmtcompile.passes.flat.functionalise import bind, overload_name
-from rmtcompile.passes.flat.store_forwarding.constants import literal
+from rmtcompile.passes.flat.store_forwarding.constants import literal, positions
 from rmtcompile.passes.flat.store_forwarding.loads import Loads, Rule
 from rmtcompile.passes.flat.store_forwarding.nodes import is_static_tensor, operand_of, shape_of, val_of
 from rmtcompile.passes.flat.store_forwarding.ranges import Range
@@ -47,6 +47,8 @@ def load_stack(w: Loads, x: fx.Node, d: int, r: Range) -> fx.Node | None:
         return _load_each(w, aten.stack.default, parts, at, d, r)
     if r.drop:
         return parts[r.lo]
+    if w.holds and r.n > 1:
+        return None
     return w.join(aten.stack.default, [parts[r.at(k)] for k in range(r.n)], at)
 
 
@@ -67,11 +69,13 @@ def load_cat(w: Loads, x: fx.Node, d: int, r: Range) -> fx.Node | None:
         if first < last:
             pieces.append((part, r.part(first, last - first, r.at(first) - offset, r.step)))
         offset += size
+    if w.holds and len(pieces) > 1:
+        return None
     found = [w.try_load(p, d, piece) for p, piece in pieces]
     moved = [
         f for f, (p, piece) in zip(found, pieces, strict=True) if f is not None and piece.n < shape_of(p)[d]
     ]
-    if len(pieces) == len(parts) and not moved and not r.drop:
+    if len(pieces) == len(parts) and not moved and not r.drop and not w.lists:
         return None
     loaded = [w.take(p, d, i) if f is None else f for f, (p, i) in zip(found, pieces, strict=True)]
     return w.join(aten.cat.default, loaded, d)
@@ -89,6 +93,8 @@ def load_roll(w: Loads, x: fx.Node, d: int, r: Range) -> fx.Node | None:
     else:
         start = (r.lo - shift) % size
         first = min(r.n, -((start - size) // r.step))
+        if w.holds and first < r.n:
+            return None
         pieces = [w.load(source, d, r.part(0, first, start, r.step))]
         if first < r.n:
             again = start + first * r.step - size
@@ -137,6 +143,18 @@ def load_gather(w: Loads, x: fx.Node, d: int, r: Range) -> fx.Node | None:
 
 def _gather(w: Loads, x: fx.Node) -> tuple[fx.Node, int, list[int]] | None:
     """Operand, dimension and indices of `index_select` or `index` by one literal list of integers."""
+    index = _index(x)
+    written = None if index is None else literal(w, index[2])
+    if index is None or written is None or written.dim() != 1:
+        return None
+    if written.dtype not in (torch.int32, torch.int64):
+        return None
+    source, dim, _ = index
+    return source, dim, [i % shape_of(source)[dim] for i in written.tolist()]
+
+
+def _index(x: fx.Node) -> tuple[fx.Node, int, fx.Node] | None:
+    """Operand, dimension and index of `index_select` or of `index` along one dimension."""
     bound = bind(x)
     source = bound["self"]
     if not is_static_tensor(source):
@@ -148,11 +166,7 @@ def _gather(w: Loads, x: fx.Node) -> tuple[fx.Node, int, list[int]] | None:
         if len(given) != 1:
             return None
         dim, index = given[0]
-    written = literal(w, index)
-    if written is None or written.dim() != 1 or written.dtype not in (torch.int32, torch.int64):
-        return None
-    dim %= len(shape_of(source))
-    return source, dim, [i % shape_of(source)[dim] for i in written.tolist()]
+    return (source, dim % len(shape_of(source)), index) if shape_of(source) else None
 
 
 def fewer(w: Loads, node: fx.Node) -> fx.Node | None:
@@ -168,6 +182,26 @@ def fewer(w: Loads, node: fx.Node) -> fx.Node | None:
     if any(val_of(part).dtype != val_of(node).dtype for part in kept):
         return None
     return w.join(aten.stack.default if is_stack else aten.cat.default, kept, dim)
+
+
+def listed(w: Loads, node: fx.Node) -> fx.Node | None:
+    """A concatenation of concatenations along the same dimension, of the parts of these."""
+    known = parts_of(node)
+    if known is None:
+        return None
+    parts, dim = known
+    found = [inner for part in parts for inner in _listed_parts(w, part, dim)]
+    return w.emit(aten.cat.default, found, dim) if len(found) > len(parts) else None
+
+
+def _listed_parts(w: Loads, part: fx.Node, dim: int) -> list[fx.Node]:
+    """The parts of one part of a concatenation, or the part itself."""
+    below = operand_of(part) if overload_name(part) == "detach" else part
+    known = parts_of(below) if overload_name(below) == "cat" and below not in w.pinned else None
+    if known is None or known[1] != dim:
+        return [part]
+    inner = [one for given in known[0] for one in _listed_parts(w, given, dim)]
+    return inner if below is part and w.is_open(part) else [w.emit(aten.detach.default, one) for one in inner]
 
 
 def _is_empty(part: fx.Node, dim: int) -> bool:
@@ -195,7 +229,10 @@ def reordered(w: Loads, node: fx.Node) -> fx.Node | None:
 
 
 def gathered(w: Loads, node: fx.Node) -> fx.Node | None:
-    """A gather of a few stored values is a stack of them."""
+    """A gather at evenly spaced positions is a load; one of a few stored values is a stack of them."""
+    index = _index(node)
+    if index is not None and (places := positions(w, index[2], shape_of(index[0])[index[1]])) is not None:
+        return w.load(index[0], index[1], places)
     gather = _gather(w, node)
     if gather is None or not 0 < len(gather[2]) <= _LONGEST_GATHER:
         return None

@@ -15,6 +15,9 @@ from rmtcompile.passes.flat.store_forwarding.ranges import Range
 
 aten = torch.ops.aten
 
+HELD, LISTED = "held", "listed"
+"""Forms of windows, see `forward_stores`."""
+
 # What a load of range `r` of dimension `d` of a node gives, if it can be had without this node; else None.
 Rule = Callable[["Loads", fx.Node, int, Range], fx.Node | None]
 
@@ -24,11 +27,13 @@ class Loads(Builder):
 
     Args:
         rules: by name of operation.
+        windows: see `forward_stores`.
     """
 
-    def __init__(self, gm: fx.GraphModule, rules: dict[str, Rule]) -> None:
+    def __init__(self, gm: fx.GraphModule, rules: dict[str, Rule], windows: str = "") -> None:
         super().__init__(gm)
         self.rules = rules
+        self.holds, self.lists = windows == HELD, windows == LISTED
         self.memo: dict[Any, fx.Node | None] = {}
 
     def load(self, x: fx.Node, d: int, r: Range) -> fx.Node:

@@ -51,8 +51,8 @@ def deep_recursion() -> Iterator[None]:
 class Forwarder(Loads):
     """Rewrites a copy of a graph, node by node in order."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
-        super().__init__(gm, {**shapes.RULES, **joins.RULES, **stores.RULES})
+    def __init__(self, gm: fx.GraphModule, windows: str = "") -> None:
+        super().__init__(gm, {**shapes.RULES, **joins.RULES, **stores.RULES}, windows)
         self.dirty: set[fx.Node] = set()
         self.original = set(self.graph.nodes)
         self.count = 0
@@ -111,6 +111,8 @@ class Forwarder(Loads):
             found = operand_of(node) if shape_of(operand_of(node)) == shape_of(node) else None
         elif name in ("stack", "cat"):
             found = joins.fewer(self, node)
+            if found is None and self.lists and name == "cat":
+                found = joins.listed(self, node)
         elif name in ("select_scatter", "slice_scatter"):
             found = stores.stored(self, node)
         elif name in ("roll", "flip"):
@@ -130,7 +132,13 @@ class Forwarder(Loads):
         node.replace_all_uses_with(found)
 
 
-def forward_stores(gm: fx.GraphModule) -> fx.GraphModule:
-    """Rewrites loads of stored values into the values; the same module object if there is nothing to do."""
+def forward_stores(gm: fx.GraphModule, windows: str = "") -> fx.GraphModule:
+    """Rewrites loads of stored values into the values; the same module object if there is nothing to do.
+
+    Args:
+        windows: what a window of the last few segments is, which is cut and put together anew in each.
+            "held": one value, as it is written: a load that meets several stored values at once stays a load.
+            "listed": its parts: what joins it with something else joins them.
+    """
     with deep_recursion():
-        return Forwarder(gm).run()
+        return Forwarder(gm, windows).run()

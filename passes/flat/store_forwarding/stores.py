@@ -131,7 +131,7 @@ def _load_pieces(
     """A load of the dimension that the store cuts."""
     base, src, _, stored = store
     runs = runs_of(r, stored)
-    if runs is None:
+    if runs is None or (w.holds and len(runs) > 1):
         return None
     pieces = [w.load(src if inside else base, d, piece) for inside, piece in runs]
     return w.join(aten.cat.default, pieces, d)

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rmtcompile.passes.grid.if_conversion.matching import Rules
+from rmtcompile.passes.grid.if_conversion.matching import Rules, are_twins
 from rmtcompile.passes.grid.if_conversion.merging import Merged, Merging, class_name
 from rmtcompile.passes.grid.if_conversion.rows import CannotMergeError
 from rmtcompile.passes.grid.reroll import ClassRule, shape_of
@@ -32,7 +32,9 @@ from rmtcompile.passes.grid.reroll import ClassRule, shape_of
 __all__ = ["Merged", "class_name", "if_convert", "ports_key"]
 
 
-def if_convert(rules: Rules, steady: int, others: Sequence[Rules] = ()) -> list[Merged]:
+def if_convert(
+    rules: Rules, steady: int, others: Sequence[Rules] = (), apart: Sequence[frozenset[int]] = ()
+) -> list[Merged]:
     """Merge the classes of one kind, the steady class first; classes that cannot be merged come as graphs of
     their own.
 
@@ -40,21 +42,38 @@ def if_convert(rules: Rules, steady: int, others: Sequence[Rules] = ()) -> list[
         rules: the body of each class, all of one layer.
         steady: the class that most segments belong to.
         others: the same of the other layers of the kind, whose values come from elsewhere.
+        apart: pairs of classes that a mask has to tell apart though their bodies are one.
     """
-    distinct: dict[Any, list[int]] = {}
+
+    def are_one(a: int, b: int) -> bool:
+        alike = all(are_twins(layer[a], layer[b]) for layer in (rules, *others))
+        return alike and frozenset((a, b)) not in apart
+
+    distinct: list[list[int]] = []
     for number in sorted(rules, key=lambda c: (c != steady, c)):
-        distinct.setdefault((rules[number].body.key, ports_key(rules[number])), []).append(number)
+        rule = rules[number]
+        same = (known for known in distinct if _body(rules[known[0]]) == _body(rule))
+        mine = next((known for known in same if all(are_one(c, number) for c in known)), None)
+        if mine is None:
+            distinct.append([number])
+        else:
+            mine.append(number)
     merged: list[Merging] = []
-    for numbers in distinct.values():
-        for merging in merged:
+    for numbers in distinct:
+        for merging in merged if not rules[numbers[0]].grows else ():
             try:
-                merging.fold(numbers, rules[numbers[0]])
+                merging.fold(numbers)
                 break
             except CannotMergeError:
                 continue
         else:
-            merged.append(Merging(numbers, rules[numbers[0]], others))
+            merged.append(Merging(numbers, rules, others))
     return [merging.finish() for merging in merged]
+
+
+def _body(rule: ClassRule) -> Any:
+    """What classes have in common that one function serves."""
+    return (rule.body.key, rule.ints, ports_key(rule))
 
 
 def ports_key(rule: ClassRule) -> Any:

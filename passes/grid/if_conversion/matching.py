@@ -71,20 +71,26 @@ def _val(node: Any) -> Any:
     return node.meta.get("val")
 
 
+Twins = Mapping[int, Sequence[int]]
+"""All classes of one body, by the first of them."""
+
+
 class Binding:
     """Which live-in of one more class stands at which port.
 
     Attributes:
         ports: the ports there are.
-        rules: the classes that they serve.
-        number, rule: the class to be bound.
+        rules: all classes.
+        twins: classes of one body, those that the ports serve and the one to be bound.
+        number: the class to be bound, the first of its twins.
         others: the classes of the other layers of the kind.
     """
 
     def __init__(
-        self, ports: Sequence[Port], rules: Rules, number: int, rule: ClassRule, others: Sequence[Rules]
+        self, ports: Sequence[Port], rules: Rules, twins: Twins, number: int, others: Sequence[Rules]
     ) -> None:
-        self.ports, self.rules, self.number, self.rule, self.others = ports, rules, number, rule, others
+        self.ports, self.rules, self.twins, self.number, self.others = ports, rules, twins, number, others
+        self.rule = rule = rules[number]
         self._index = {node: j for j, node in enumerate(rule.body.live_ins)}
         self._bound: dict[Port, int] = {}
 
@@ -123,12 +129,16 @@ class Binding:
                 self._visit(mine[key], item)
 
     def _fits(self, port: Port, j: int) -> bool:
-        """Whether one lane, weight or invariant can serve both, in all layers of the kind: equal invariants,
-        or a carry and what it holds at first."""
-        c, i = next(iter(port.index.items()))
-        layers = [(self.rules[c], self.rule), *((layer[c], layer[self.number]) for layer in self.others)]
+        """Whether one lane, weight or invariant can serve both, in all layers of the kind and in all classes
+        of either body: equal invariants, or a carry and what it holds at first."""
         start = self.rule.body.live_ins[j]
-        return all(self._fit(mine.sources[i], theirs.sources[j], port.val, start) for mine, theirs in layers)
+        return all(
+            self._fit(layer[c].sources[i], layer[number].sources[j], port.val, start)
+            for first, i in port.index.items()
+            for c in self.twins[first]
+            for number in self.twins[self.number]
+            for layer in (self.rules, *self.others)
+        )
 
     def _fit(self, mine: LiveIn, theirs: LiveIn, lane: Any, start: Any) -> bool:
         if mine.is_invariant:
@@ -138,6 +148,14 @@ class Binding:
         if _is_fed_anew(mine):
             return mine.key == theirs.key and shape_of(_val(start)) == shape_of(lane)
         return can_fill(start, lane, self.rule.body)
+
+
+def are_twins(mine: ClassRule, theirs: ClassRule) -> bool:
+    """Whether two classes of one body read the same invariants and values, each at its place."""
+    pairs = zip(mine.sources, theirs.sources, strict=True)
+    return all(
+        a.key == b.key if a.is_invariant and b.is_invariant else _is_one_value(a, b) for a, b in pairs
+    )
 
 
 def _is_one_value(mine: LiveIn, theirs: LiveIn) -> bool:

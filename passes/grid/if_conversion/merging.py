@@ -10,6 +10,7 @@ from torch import fx
 
 from rmtcompile.passes.grid.if_conversion.matching import Binding, Rules, check_lengths, matched
 from rmtcompile.passes.grid.if_conversion.rows import (
+    CannotMergeError,
     Mask,
     Port,
     Row,
@@ -56,32 +57,45 @@ def class_name(number: int) -> str:
 class Merging:
     """A program that classes are folded into one by one.
 
+    Args:
+        numbers: the classes of the first body.
+        rules: all classes.
+        others: those of the other layers of the kind.
+
     Attributes:
         values: the row of each operation of a class, by class.
         masks: the classes that a mask stands for, by the first of them.
         twins: all classes of one body, by the first of them.
     """
 
-    def __init__(self, numbers: list[int], rule: ClassRule, others: Sequence[Rules]) -> None:
-        number, live_ins = numbers[0], cast("tuple[fx.Node, ...]", rule.body.live_ins)
-        self.others = others
+    def __init__(self, numbers: list[int], rules: Rules, others: Sequence[Rules]) -> None:
+        number, rule = numbers[0], rules[numbers[0]]
+        live_ins = cast("tuple[fx.Node, ...]", rule.body.live_ins)
+        self.all, self.others = rules, others
         self.rules = {number: rule}
         self.ports = [port_of(node, number, j) for j, node in enumerate(live_ins)]
         self.rows: list[Row] = []
         values: dict[fx.Node, Row | Port] = dict(zip(live_ins, self.ports, strict=True))
+        ints = rule.integers() if rule.grows else {}
         for node in rule.body.nodes:
-            values[node] = row = row_of(node, values.__getitem__)
+            values[node] = row = row_of(node, values.__getitem__, ints.get(node))
             self.rows.append(row)
+        for node, dims in rule.varying.items():
+            if dims:
+                values[node].meta["grows"] = tuple(sorted(dims))
         self.values: dict[int, list[Row]] = {number: list(self.rows)}
         self.masks: dict[int, tuple[int, ...]] = {}
         self.twins: dict[int, tuple[int, ...]] = {number: tuple(numbers)}
 
-    def fold(self, numbers: list[int], rule: ClassRule) -> None:
+    def fold(self, numbers: list[int]) -> None:
         """Merge one more class in, or raise `CannotMergeError` and leave the program as it was."""
-        number = numbers[0]
+        number, rule = numbers[0], self.all[numbers[0]]
+        if any(known.grows for known in self.rules.values()):
+            raise CannotMergeError
         check_lengths(self.rules, rule)
         pairs = matched(self.rows, rule.body)
-        bound = Binding(self.ports, self.rules, number, rule, self.others).find(pairs)
+        twins = {**self.twins, number: tuple(numbers)}
+        bound = Binding(self.ports, self.all, twins, number, self.others).find(pairs)
         folded = _Folding(number, rule, bound)
         folded.run(self.rows, dict(pairs))
         for port, j in bound.items():

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from rmtcompile.ir.grown import grown
+from rmtcompile.ir.program import Affine
+
 aten = torch.ops.aten
 
 
@@ -51,9 +54,14 @@ def port_of(node: fx.Node, number: int, index: int) -> Port:
     return Port({number: index}, node.meta.get("val"), kept_meta(node.meta))
 
 
-def row_of(node: fx.Node, get: Callable[[fx.Node], Any]) -> Row:
-    """An operation of a body as a row, its operands as `get` has them."""
-    return Row(node.target, mapped(node.args, get), mapped(node.kwargs, get), dict(node.meta))
+def row_of(node: fx.Node, get: Callable[[fx.Node], Any], ints: Sequence[Affine] | None = None) -> Row:
+    """An operation of a body as a row, its operands as `get` has them.
+
+    Args:
+        ints: of each integer among its arguments, in order, its value as a function of the segment.
+    """
+    args, kwargs = (node.args, node.kwargs) if ints is None else grown((node.args, dict(node.kwargs)), ints)
+    return Row(node.target, mapped(args, get), mapped(kwargs, get), dict(node.meta))
 
 
 def selection(number: int, theirs: Row | Port, mine: Row | Port) -> Row:

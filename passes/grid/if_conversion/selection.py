@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from rmtcompile.ir.program import Body
+from rmtcompile.passes.flat.functionalise import is_pointwise
 from rmtcompile.passes.grid.if_conversion.rows import CannotMergeError, aten
 
 
@@ -49,7 +50,7 @@ def _hides(node: Any, shape: Sequence[int], wide: Sequence[int]) -> bool:
         if min(len(shape), len(wide)) < 3 or shape[-2:] != wide[-2:]:
             return False
         shape, wide, covered = shape[:-2], wide[:-2], result.shape[:-2]
-    elif torch.Tag.pointwise in node.target.tags:
+    elif is_pointwise(node):
         covered = result.shape
     else:
         return False

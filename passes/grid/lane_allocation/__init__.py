@@ -24,9 +24,10 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from rmtcompile.errors import InternalError
 from rmtcompile.ir.program import Group, Port, Program
 from rmtcompile.passes.grid.if_conversion import class_name, if_convert, ports_key
-from rmtcompile.passes.grid.lane_allocation.drafts import GroupDraft
+from rmtcompile.passes.grid.lane_allocation.drafts import ApartError, GroupDraft
 from rmtcompile.passes.grid.lane_allocation.hops import hops
 from rmtcompile.passes.grid.lane_allocation.lanes import Lanes
 from rmtcompile.passes.grid.lane_allocation.ports import invariant_port, mask_ports
@@ -44,8 +45,28 @@ def allocate_lanes(rolled: Rolled, offsets: frozenset[tuple[int, int]], alpha: i
     Raises:
         DependenceError: a value cannot reach its reader in time on the given schedule.
     """
+    apart: set[tuple[tuple[int, ...], frozenset[int]]] = set()
+    while True:
+        try:
+            return _allocated(rolled, offsets, alpha, apart)
+        except ApartError as found:
+            apart.add((found.layers, found.classes))
+
+
+def _allocated(
+    rolled: Rolled,
+    offsets: frozenset[tuple[int, int]],
+    alpha: int,
+    apart: set[tuple[tuple[int, ...], frozenset[int]]],
+) -> Program:
+    """See `allocate_lanes`.
+
+    Args:
+        apart: layers of a kind, and two classes of theirs that no one function serves, though their bodies
+            are one: other cells read other results of it.
+    """
     block = 0 if alpha else block_size(rolled.n_layers)
-    drafts = _drafts(rolled)
+    drafts = _drafts(rolled, apart)
     lanes = Lanes(rolled, alpha, drafts)
     for draft in drafts:
         _add_ports(draft, lanes)
@@ -60,7 +81,7 @@ def allocate_lanes(rolled: Rolled, offsets: frozenset[tuple[int, int]], alpha: i
     return Program(rolled.n_layers, alpha, offsets, tuple(groups), made, kept, rolled, block)
 
 
-def _drafts(rolled: Rolled) -> list[GroupDraft]:
+def _drafts(rolled: Rolled, apart: set[tuple[tuple[int, ...], frozenset[int]]]) -> list[GroupDraft]:
     """A group for each kind of layer; more than one where its classes cannot be merged."""
     drafts: list[GroupDraft] = []
     for i, layers in enumerate(_kinds(rolled)):
@@ -70,7 +91,9 @@ def _drafts(rolled: Rolled) -> list[GroupDraft]:
             continue
         head = rolled.classes[(CELL, sample)].head
         others = [rolled.rules[(CELL, layer)] for layer in layers if layer != sample]
-        for j, merged in enumerate(if_convert(rules, head if head in rules else min(rules), others)):
+        steady = head if head in rules else min(rules)
+        two = [classes for kind, classes in apart if kind == layers]
+        for j, merged in enumerate(if_convert(rules, steady, others, two)):
             name = f"kind{i}" + (f"_{class_name(merged.classes[0])}" if j else "")
             drafts.append(GroupDraft(name, layers, merged))
     if len(drafts) == 1:
@@ -83,7 +106,7 @@ def _kinds(rolled: Rolled) -> list[tuple[int, ...]]:
     kinds: dict[Any, list[int]] = defaultdict(list)
     for layer in range(rolled.n_layers):
         rules = rolled.rules[(CELL, layer)]
-        key = tuple((c, rules[c].body.key, ports_key(rules[c])) for c in sorted(rules))
+        key = tuple((c, rules[c].body.key, rules[c].ints, ports_key(rules[c])) for c in sorted(rules))
         kinds[(rolled.classes[(CELL, layer)], key)].append(layer)
     return [tuple(layers) for layers in kinds.values()]
 
@@ -94,11 +117,13 @@ def _add_ports(group: GroupDraft, lanes: Lanes) -> None:
     for node, index in group.merged.live_ins.items():
         sources = {layer: [rules[layer][c].sources[j] for c, j in index.items()] for layer in group.layers}
         if all(source.is_invariant for found in sources.values() for source in found):
+            if any(source.key != found[0].key for found in sources.values() for source in found):
+                raise InternalError("classes that read different invariants have one port", [str(sources)])
             by_layer = [sources[layer][0].steady for layer in group.layers]
             group.ports.append(invariant_port(node, by_layer, lanes.alpha, lanes.rolled))
         else:
             name = f"{group.name}_{node.name}" if len(lanes.groups) > 1 else node.name
-            lanes.add(name, group, index, node.meta["val"])
+            lanes.add(name, group, index, node.meta["val"], node.meta.get("grows", ()))
             group.ports.append(Port(node.name, "lane", name))
     group.ports += mask_ports(group.merged)
 

@@ -18,6 +18,19 @@ from rmtcompile.passes.grid.reroll import shape_of, typed
 aten = torch.ops.aten
 
 
+class ApartError(Exception):
+    """Two classes of one body, for which no mask tells them apart, give an output by different operations.
+
+    Attributes:
+        layers: of the group.
+        classes: the two.
+    """
+
+    def __init__(self, layers: tuple[int, ...], classes: frozenset[int]) -> None:
+        super().__init__()
+        self.layers, self.classes = layers, classes
+
+
 @dataclass
 class GroupDraft:
     """A group under construction."""
@@ -45,10 +58,21 @@ class GroupDraft:
         self.outputs[tuple(sorted(mine.items()))] = name
         return name
 
+    def grows(self, nodes: dict[int, int]) -> tuple[int, ...]:
+        """The dims that are larger in later segments of an output, asked for as for `output`."""
+        made = [self.merged.values[c][i] for c, i in nodes.items() if c in self.merged.classes]
+        return tuple(sorted({dim for node in made for dim in node.meta.get("grows", ())}))
+
     def finish(self) -> Group:
-        """The group with a graph that makes the outputs asked for, and the ports that they need."""
+        """The group with a graph that makes the outputs asked for, and the ports that they need.
+
+        Raises:
+            ApartError: no mask tells two classes apart that give an output by different operations.
+        """
         graph = self.merged.graph
         ordered = sorted(self.outputs.items(), key=lambda item: int(item[1][3:]))
+        for nodes, _ in ordered:
+            self._check_masks(dict(nodes))
         graph.output(tuple(_by_class(graph, self.merged, dict(nodes)) for nodes, _ in ordered))
         drop_dead(graph)
         kept = {node.name for node in graph.nodes if node.op == "placeholder"}
@@ -61,6 +85,15 @@ class GroupDraft:
         return Group(self.name, self.layers, self.merged.classes, graph, ports, names, values)
 
 
+    def _check_masks(self, nodes: dict[int, int]) -> None:
+        made: dict[fx.Node | None, tuple[int, fx.Node]] = {}
+        for c, i in nodes.items():
+            if c in self.merged.classes:
+                first, node = made.setdefault(self.merged.masks.get(c), (c, self.merged.values[c][i]))
+                if node is not self.merged.values[c][i]:
+                    raise ApartError(self.layers, frozenset((first, c)))
+
+
 @dataclass
 class LaneDraft:
     """A lane under construction; its feeds by group, output (or lane) and offset, with the layers they come
@@ -70,6 +103,7 @@ class LaneDraft:
     layers: set[int]
     val: Any
     classes: tuple[int, ...] | None = None
+    grows: tuple[int, ...] = ()
     entries: dict[int, LaneEntry] = field(default_factory=dict)
     feeds: dict[tuple[str, str, tuple[int, int]], set[int]] = field(default_factory=lambda: defaultdict(set))
 
@@ -82,7 +116,8 @@ class LaneDraft:
         val = self.val
         entries = tuple(self.entries[layer] for layer in sorted(self.entries))
         layers = tuple(sorted(self.layers))
-        return Lane(self.name, layers, self.classes, tuple(val.shape), val.dtype, val.device, entries, feeds)
+        kind = (tuple(val.shape), val.dtype, val.device)
+        return Lane(self.name, layers, self.classes, *kind, entries, feeds, grows=self.grows)
 
 
 def _by_class(graph: fx.Graph, merged: Merged, nodes: dict[int, int]) -> fx.Node:

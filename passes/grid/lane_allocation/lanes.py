@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
-from rmtcompile.errors import DependenceError
+from rmtcompile.errors import DependenceError, InternalError
 from rmtcompile.ir.program import LaneEntry, Source
 from rmtcompile.passes.grid.lane_allocation.drafts import GroupDraft, LaneDraft
 from rmtcompile.passes.grid.lane_allocation.hops import hops
@@ -24,16 +24,19 @@ class Lanes:
         self.lanes: dict[str, LaneDraft] = {}
         self._delays: dict[Any, str] = {}
 
-    def add(self, name: str, group: GroupDraft, index: dict[int, int], val: Any) -> None:
+    def add(
+        self, name: str, group: GroupDraft, index: dict[int, int], val: Any, grows: tuple[int, ...] = ()
+    ) -> None:
         """A lane for a port of a group.
 
         Args:
             index: the live-in of each class that stands at the port.
             val: what the lane holds.
+            grows: its dims that are larger in later segments.
         """
         is_all = set(group.merged.classes) == set(self.rolled.rules[(CELL, group.layers[0])])
         classes = None if is_all else group.merged.classes
-        lane = self.lanes[name] = LaneDraft(name, set(group.layers), val, classes)
+        lane = self.lanes[name] = LaneDraft(name, set(group.layers), val, classes, grows)
         steady = {layer: self._steady(layer, index) for layer in group.layers}
         for layer in group.layers:
             self._early(lane, layer, index, steady[layer])
@@ -74,7 +77,10 @@ class Lanes:
         return 1 <= self.alpha * ds + dl <= self.alpha
 
     def _steady(self, layer: int, index: dict[int, int]) -> Source:
-        """Where a layer reads in most segments, with the operation that makes it in each class."""
+        """Where a layer reads in most segments, with the operation that makes it in each class met there.
+
+        Classes that this port never meets may make values of another shape: a whole segment and a rest.
+        """
         classes = self.rolled.classes[(CELL, layer)]
         number = classes.head if classes.head in index else max(index)
         source = self._rule(layer, number).sources[index[number]].steady
@@ -83,7 +89,15 @@ class Lanes:
         for other, j in index.items():
             again = self._rule(layer, other).sources[j].steady
             if isinstance(again, Source) and again.way == source.way:
-                nodes.update(again.nodes)
+                if any(nodes.setdefault(c, node) != node for c, node in again.nodes):
+                    raise InternalError(
+                        "classes that read different values have one lane",
+                        [f"layer {layer}, class {other}: {again}", f"class {number}: {source}"],
+                    )
+        if source.kind == CELL and source.relative:
+            of_producer, fewest = self.rolled.classes[(CELL, source.layer)], self.rolled.minimum
+            met = {c for other in index for c in classes.met(other, source.segment, of_producer, fewest)}
+            nodes = {c: node for c, node in nodes.items() if c in met}
         return replace(source, nodes=tuple(sorted(nodes.items())))
 
     def _early(self, lane: LaneDraft, layer: int, index: dict[int, int], steady: Source) -> None:
@@ -116,12 +130,13 @@ class Lanes:
             if i < len(way) - 1:
                 key = (tuple(way[: i + 1]), lane.name, source.nodes)
                 name = self._delays.setdefault(key, f"{lane.name}_delay{len(self._delays)}")
-                target = self.lanes.setdefault(name, LaneDraft(name, set(), lane.val))
+                target = self.lanes.setdefault(name, LaneDraft(name, set(), lane.val, grows=lane.grows))
                 target.layers.add(at + dl)
             if held is None:
                 for group in self.groups:
                     if at in group.layers and (output := group.output(nodes)) is not None:
                         target.feeds[(group.name, output, (ds, dl))].add(at)
+                        target.grows = target.grows or group.grows(nodes)
             else:
                 target.feeds[("", held, (ds, dl))].add(at)
             held, at = target.name, at + dl

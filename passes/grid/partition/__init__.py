@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import operator
 
-import networkx as nx
 from torch import fx
 
 from rmtcompile.errors import PartitionError
+from rmtcompile.passes.flat.segments import Segments
 from rmtcompile.passes.grid.partition.claim import claim
 from rmtcompile.passes.grid.partition.layers import call_sizes, feeding, find_layers, split_index
 from rmtcompile.passes.grid.partition.lists import complete_lists
+from rmtcompile.passes.grid.partition.parts import joined, period_of_parts, skew_of
 from rmtcompile.passes.grid.partition.place import cells_of, constant_nodes, place_dependent
 from rmtcompile.passes.grid.partition.regions import (
     CELL,
@@ -39,12 +40,28 @@ from rmtcompile.passes.grid.partition.regions import (
 from rmtcompile.passes.grid.partition.sources import place_sources
 
 
-def partition(graph: fx.Graph, layers: Layers, n_segments: int) -> Partition:
+def partition(
+    graph: fx.Graph, layers: Layers, segments: Segments, period: int = 1, may_join: bool = True
+) -> Partition:
     """Place every node of `graph`; see the module docstring.
+
+    Args:
+        segments: of the model's inputs.
+        period: how many of them are taken as one.
+        may_join: whether layers may be parts of larger ones, see `parts`.
 
     Raises:
         PartitionError: the regions cannot be ordered.
     """
+    found = _partition(graph, layers, segments, period)
+    if may_join and skew_of(found.region) > 1 and (parts := period_of_parts(found.region, layers)) > 1:
+        whole = _partition(graph, joined(layers, parts), segments, period)
+        return whole if skew_of(whole.region) == 1 else found
+    return found
+
+
+def _partition(graph: fx.Graph, layers: Layers, segments: Segments, period: int) -> Partition:
+    n_segments = segments.n_segments
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     region: dict[fx.Node, Region] = {}
     constant = constant_nodes(nodes)
@@ -53,19 +70,40 @@ def partition(graph: fx.Graph, layers: Layers, n_segments: int) -> Partition:
         if len(cells) == 1 and node not in constant:
             region[node] = Region(CELL, *next(iter(cells)))
     scoped = set(region)
-    place_dependent(nodes, region, layers)
-    place_sources(nodes, region, n_segments)
+    place_dependent(nodes, region, layers, segments)
+    place_sources(nodes, region, segments)
     claim(region, scoped, n_segments, len(layers.paths))
     for node in nodes:  # what crosses a border is a tensor, no tuple of them
         if node.target is operator.getitem and region[node.all_input_nodes[0]].kind == CELL:
             region[node] = region[node.all_input_nodes[0]]
+    if period > 1:
+        region = _coarse(graph, region, period)
     complete_lists(graph, region)
     ordered = {node: region[node] for node in graph.nodes if node in region}
     _check_acyclic(ordered)
-    return Partition(n_segments, layers, ordered)
+    return Partition(-(-n_segments // period), layers, ordered)
+
+
+def _coarse(graph: fx.Graph, region: dict[fx.Node, Region], period: int) -> dict[fx.Node, Region]:
+    """Places with `period` segments as one. What one of them leaves to the prologue of the next is then
+    within one segment, and belongs to the cell that made it."""
+    found: dict[fx.Node, Region] = {}
+    for node in graph.nodes:
+        if node not in region:
+            continue
+        at = region[node]
+        at = at if at.kind == INIT else at._replace(segment=at.segment // period)
+        if at.kind == PROLOGUE:
+            read = [found[operand] for operand in node.all_input_nodes if operand in found]
+            layers = [place.layer for place in read if place.kind == CELL and place.segment == at.segment]
+            at = Region(CELL, at.segment, max(layers)) if layers else at
+        found[node] = at
+    return found
 
 
 def _check_acyclic(region: dict[fx.Node, Region]) -> None:
+    import networkx as nx  # a loaded program needs none
+
     grid: nx.DiGraph = nx.DiGraph()
     witness: dict[tuple[Region, Region], tuple[fx.Node, fx.Node]] = {}
     for node, place in region.items():

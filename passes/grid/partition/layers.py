@@ -125,32 +125,26 @@ def _in_turn(a: list[Call], b: list[Call]) -> bool:
 
 
 def _grid(members: list[Call], n_segments: int) -> Layers:
-    """Give each layer call its (segment, layer): calls come segment by segment, or layer by layer."""
-    per_segment, rest = divmod(len(members), n_segments)
+    """Give each layer call its (segment, layer): a module is called equally often in each segment."""
     counts: dict[int, int] = defaultdict(int)
     for call in members:
         counts[call.module] += 1
     uneven = [call for call in members if counts[call.module] % n_segments]
-    if rest or uneven:
+    if uneven:
         raise PartitionError(
             "layers are not called equally often in each segment",
             [f"{call.path}: {counts[call.module]} calls for {n_segments} segments" for call in uneven[:6]],
             "layers whose number of calls depends on the segment or on data cannot be scheduled; use "
             "fallback='sequential' to run the model as it is",
         )
-    blocks = [members[i * per_segment : (i + 1) * per_segment] for i in range(n_segments)]
-    order = [call.module for call in blocks[0]]
-    if all([call.module for call in block] == order for block in blocks):
-        rows = blocks  # segment by segment
-    else:
-        columns = [members[i * n_segments : (i + 1) * n_segments] for i in range(per_segment)]
-        if any(len({call.module for call in column}) != 1 for column in columns):
-            raise PartitionError(
-                "the order in which layers are called differs between segments",
-                [f"segment {s}: " + ", ".join(c.path for c in block) for s, block in enumerate(blocks[:3])],
-                "call the layers in one order, or use fallback='sequential'",
-            )
-        rows = [[column[s] for column in columns] for s in range(n_segments)]
+    orders = [order(members, n_segments) for order in (_by_segment, _by_layer, _in_turns)]
+    rows = next((found for found in orders if _are_alike(found)), None)
+    if rows is None:
+        raise PartitionError(
+            "the order in which layers are called differs between segments",
+            [f"segment {s}: " + ", ".join(c.path for c in row) for s, row in enumerate(orders[0][:3])],
+            "call the layers in one order, or use fallback='sequential'",
+        )
     layer_of = _merge_columns(rows[0])
     paths: dict[int, list[str]] = defaultdict(list)
     for call, layer in zip(rows[0], layer_of, strict=True):
@@ -161,6 +155,36 @@ def _grid(members: list[Call], n_segments: int) -> Layers:
         for call, layer in zip(row, layer_of, strict=True)
     }
     return Layers(tuple(" + ".join(paths[layer]) for layer in sorted(paths)), cells)
+
+
+def _by_segment(members: list[Call], n_segments: int) -> list[list[Call]]:
+    """All layers of a segment, then those of the next."""
+    each = len(members) // n_segments
+    return [members[s * each : (s + 1) * each] for s in range(n_segments)]
+
+
+def _by_layer(members: list[Call], n_segments: int) -> list[list[Call]]:
+    """All segments of a layer, then those of the next."""
+    return [members[s::n_segments] for s in range(n_segments)]
+
+
+def _in_turns(members: list[Call], n_segments: int) -> list[list[Call]]:
+    """Anything between: several modules of a layer in turn, segment by segment, then those of the next."""
+    counts: dict[int, int] = defaultdict(int)
+    for call in members:
+        counts[call.module] += 1
+    rows: list[list[Call]] = [[] for _ in range(n_segments)]
+    met: dict[int, int] = defaultdict(int)
+    for call in members:
+        rows[met[call.module] * n_segments // counts[call.module]].append(call)
+        met[call.module] += 1
+    return rows
+
+
+def _are_alike(rows: list[list[Call]]) -> bool:
+    """Whether all segments call the same modules in the same order."""
+    order = [call.module for call in rows[0]]
+    return all([call.module for call in row] == order for row in rows)
 
 
 def _merge_columns(row: list[Call]) -> list[int]:

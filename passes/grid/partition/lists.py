@@ -47,12 +47,11 @@ def _join_by_segment(graph: fx.Graph, node: fx.Node, region: dict[fx.Node, Regio
     members: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
     segments = [region.get(member, Region(INIT)).segment for member in members]
     count = max(segments, default=0) + 1
-    each = len(members) // max(1, count)
-    if each < 2 or segments != [s for s in range(count) for _ in range(each)]:
+    if len(members) == count or segments != sorted(segments) or set(segments) != set(range(count)):
         return
     pieces = []
     for s in range(count):
-        own = members[s * each : (s + 1) * each]
+        own = [member for member, segment in zip(members, segments, strict=True) if segment == s]
         with graph.inserting_before(node):
             piece = graph.call_function(join, (own, *node.args[1:]), dict(node.kwargs))
         values = [member.meta["val"] for member in own]

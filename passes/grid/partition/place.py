@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from torch import fx
 
 from rmtcompile.ir.randomness import is_random
+from rmtcompile.passes.flat.segments import Segments
 from rmtcompile.passes.grid.partition.regions import CELL, EPILOGUE, PROLOGUE, Layers, Region, site_of
 
 
@@ -32,11 +34,11 @@ def constant_nodes(nodes: list[fx.Node]) -> set[fx.Node]:
     return constant
 
 
-def place_dependent(nodes: list[fx.Node], region: dict[fx.Node, Region], layers: Layers) -> None:
-    """Place nodes outside layer calls that depend on a cell: between the cells they read and the cells that
-    read them."""
-    last = len(layers.paths) - 1
-    reads: dict[fx.Node, set[tuple[int, int]]] = {}  # cells a node depends on, seen through unplaced nodes
+def cells_read(
+    nodes: Iterable[fx.Node], region: dict[fx.Node, Region]
+) -> dict[fx.Node, set[tuple[int, int]]]:
+    """The (segment, layer) of the cells that each node depends on, seen through nodes that lie in none."""
+    reads: dict[fx.Node, set[tuple[int, int]]] = {}
     for node in nodes:
         found: set[tuple[int, int]] = set()
         for operand in node.all_input_nodes:
@@ -45,6 +47,39 @@ def place_dependent(nodes: list[fx.Node], region: dict[fx.Node, Region], layers:
             else:
                 found |= reads.get(operand, set())
         reads[node] = found
+    return reads
+
+
+@dataclass
+class _Glue:
+    """What decides where a node between cells lies.
+
+    Attributes:
+        feeds: for each node, the cells reached from it through nodes that lie in none.
+        last: the last layer.
+        kept: places in the code that make what a later segment reads.
+        segments: of the inputs.
+        habits: on which side of it the code of a place lies in later segments.
+    """
+
+    feeds: dict[fx.Node, set[tuple[int, int]]]
+    last: int
+    kept: set[object]
+    segments: Segments
+    habits: dict[object, str] = field(default_factory=dict)
+
+
+def place_dependent(
+    nodes: list[fx.Node], region: dict[fx.Node, Region], layers: Layers, segments: Segments
+) -> None:
+    """Place nodes outside layer calls that depend on a cell: between the cells they read and the cells that
+    read them.
+
+    Args:
+        segments: of the inputs.
+    """
+    last = len(layers.paths) - 1
+    reads = cells_read(nodes, region)
     feeds = _first_hits(nodes, region)
     # What reads an earlier segment lies with the layer above, unless it is kept for a later one itself: the
     # further up a reader lies, the earlier it may run.
@@ -56,7 +91,7 @@ def place_dependent(nodes: list[fx.Node], region: dict[fx.Node, Region], layers:
     results = _for_results([n for n in nodes if n not in region and reads[n]], reads, feeds, last)
     # Where later segments have the same code: with the cell below it or above it. Where any segment has it in
     # the midst of a cell: there, also in the last one, in which what follows may be dead code.
-    habits: dict[object, str] = {}
+    glue = _Glue(feeds, last, kept, segments)
     turns = _turns(nodes, reads)
     midst: set[object] = set()
     for first_pass in (True, False):
@@ -69,12 +104,12 @@ def place_dependent(nodes: list[fx.Node], region: dict[fx.Node, Region], layers:
                 placed[node] = Region(EPILOGUE, max([*before, *(s for s, _ in reads[node])]))
                 continue
             in_midst = turns[node] in midst and not first_pass
-            place, habit = _between(node, reads[node], placed, feeds, last, habits, kept, in_midst)
+            place, habit = _between(node, reads[node], placed, glue, in_midst)
             placed[node] = place
             if first_pass and habit == "midst":
                 midst.add(turns[node])
             elif first_pass and habit and place.segment > 0:
-                habits.setdefault(site_of(node), habit)
+                glue.habits.setdefault(site_of(node), habit)
     region.update(placed)
 
 
@@ -116,32 +151,25 @@ def _turns(nodes: list[fx.Node], reads: dict[fx.Node, set[tuple[int, int]]]) -> 
 
 
 def _between(
-    node: fx.Node,
-    reads: set[tuple[int, int]],
-    region: dict[fx.Node, Region],
-    feeds: dict[fx.Node, set[tuple[int, int]]],
-    last: int,
-    habits: dict[object, str],
-    kept: set[object],
-    in_midst: bool,
+    node: fx.Node, reads: set[tuple[int, int]], region: dict[fx.Node, Region], glue: _Glue, in_midst: bool
 ) -> tuple[Region, str]:
     """Region of a node between cells, and on which side of it: "below", "above", or in the "midst" of one (""
     where there is no choice)."""
+    feeds, last = glue.feeds, glue.last
     segments = [s for s, _ in reads]
     segments += [region[op].segment for op in node.all_input_nodes if op in region]
-    entering = {s for s, _ in _source_segments(node, region, feeds)}
-    segment = max([*segments, *entering])
+    segment = max([*segments, *_source_segments(node, region, glue)])
     inside = [layer for s, layer in reads if s == segment]
     later = [layer for s, layer in feeds.get(node, ()) if s == segment]
     if not inside:
         return Region(PROLOGUE, segment), ""
     placed = (region[op] for op in node.all_input_nodes if op in region)
     low = max(*inside, *(place.layer for place in placed if place.segment == segment), -1)
-    if low in later or in_midst:
-        return Region(CELL, segment, low), "midst"
+    if low in later or in_midst:  # "midst" only where the cell is read, not just glue that lies in it
+        return Region(CELL, segment, low), "midst" if low == max(inside) else ""
     if later and (high := min(later)) > low:
-        carried = any(s < segment and (layer >= high or site_of(node) not in kept) for s, layer in reads)
-        habit = "above" if carried else habits.get(site_of(node), "below") if segment == 0 else "below"
+        carried = any(s < segment and (layer >= high or site_of(node) not in glue.kept) for s, layer in reads)
+        habit = "above" if carried else glue.habits.get(site_of(node), "below") if segment == 0 else "below"
         return Region(CELL, segment, high if habit == "above" else low), habit
     if low < last and all(s > segment for s, _ in feeds.get(node, ())):
         return Region(CELL, segment, low), ""
@@ -162,15 +190,18 @@ def _first_hits(nodes: list[fx.Node], region: dict[fx.Node, Region]) -> dict[fx.
     return feeds
 
 
-def _source_segments(
-    node: fx.Node, region: dict[fx.Node, Region], feeds: dict[fx.Node, set[tuple[int, int]]]
-) -> set[tuple[int, int]]:
-    """Segments that enter through operands which depend on no cell: an embedding that feeds one segment
-    only."""
-    found: set[tuple[int, int]] = set()
+def _source_segments(node: fx.Node, region: dict[fx.Node, Region], glue: _Glue) -> set[int]:
+    """Segments that enter through operands which depend on no cell: those of the pieces of the input that
+    they are made of, or else, of what is made of the whole input, the only one that it feeds. What depends on
+    no segment (numbers that are written out, parameters, other arguments) belongs to none, whoever reads it.
+    """
+    found: set[int] = set()
     for operand in node.all_input_nodes:
-        if operand not in region and operand.op == "call_function":
-            hits = feeds.get(operand, set())
-            if len({s for s, _ in hits}) == 1:
-                found |= hits
+        hits = {s for s, _ in glue.feeds.get(operand, ())}
+        if operand in region or operand.op != "call_function" or glue.segments.of(operand) < 0 or not hits:
+            continue
+        if not glue.segments.is_whole(operand):
+            found.add(min(glue.segments.of(operand), *hits))
+        elif len(hits) == 1:
+            found |= hits
     return found

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 from torch import fx
 
 from rmtcompile.ir.randomness import is_random
+from rmtcompile.passes.flat.segments import Segments
 from rmtcompile.passes.grid.partition.regions import CELL, EPILOGUE, INIT, PROLOGUE, Region, site_of
 
 
-def place_sources(nodes: list[fx.Node], region: dict[fx.Node, Region], n_segments: int) -> None:
+def place_sources(nodes: list[fx.Node], region: dict[fx.Node, Region], segments: Segments) -> None:
     """Place nodes that depend on no cell: prologue of the segment they feed first, or init.
 
     What a segment reads of its input may be read again one segment later (a cached embedding); only what all
     segments read, or what depends on no input and serves several, is the same for all.
     """
+    n_segments = segments.n_segments
     from_input: set[fx.Node] = set()
     for node in nodes:
         if any(operand.op == "placeholder" or operand in from_input for operand in node.all_input_nodes):
@@ -28,6 +31,8 @@ def place_sources(nodes: list[fx.Node], region: dict[fx.Node, Region], n_segment
                 drawn.add(node)
     leaving = _leaving(nodes, region, from_input | drawn)
     region.update(_counters(nodes, region, from_input, n_segments))
+    region.update(_totals(nodes, region, from_input - leaving.keys(), n_segments))
+    region.update(_joined_at_the_end(nodes, region, from_input - leaving.keys(), segments))
     region.update(_draws(nodes, region, drawn - leaving.keys(), n_segments))
     for node in reversed(nodes):
         if node in region or node in leaving:
@@ -75,17 +80,10 @@ def _counters(
     All of it could be computed before the segments, but would be more with each one; the prologue of each
     segment counts on instead, and computes what it makes of the count.
     """
-    first_use: dict[fx.Node, int] = {}
-    by_site: dict[object, list[fx.Node]] = defaultdict(list)
-    for node in reversed(nodes):
-        if node not in region:
-            users = [region[u].segment if u in region else first_use.get(u, n_segments) for u in node.users]
-            first_use[node] = min(users, default=n_segments)
+    first_use = _first_uses(nodes, region, n_segments)
     candidates = [node for node in nodes if node not in region and node not in from_input]
-    for node in candidates:
-        by_site[site_of(node)].append(node)
     found: dict[fx.Node, Region] = {}
-    for chain in by_site.values():
+    for chain in _by_site(candidates):
         once_each = all(first_use[node] in (s, s + 1, n_segments) for s, node in enumerate(chain))
         if n_segments - 1 <= len(chain) <= n_segments and len(chain) > 1 and once_each:
             if _is_chain(chain, set(candidates)):
@@ -95,6 +93,64 @@ def _counters(
         if counts and node not in found:
             found[node] = Region(PROLOGUE, max(counts))
     return found
+
+
+def _totals(
+    nodes: list[fx.Node], region: dict[fx.Node, Region], from_input: set[fx.Node], n_segments: int
+) -> dict[fx.Node, Region]:
+    """What is added up over the input, once a segment, and is read at the end: the number of labels by which
+    a sum of losses is divided. The last segment would read all of it; the prologue of each adds its own."""
+    first_use = _first_uses(nodes, region, n_segments)
+    candidates = [node for node in nodes if node not in region and node in from_input]
+    found: dict[fx.Node, Region] = {}
+    for chain in _by_site(candidates):
+        if len(chain) == n_segments > 1 and _is_chain(chain, set(candidates)):
+            if all(s <= first_use[node] for s, node in enumerate(chain)):
+                found |= {node: Region(PROLOGUE, s) for s, node in enumerate(chain)}
+    return found
+
+
+def _joined_at_the_end(
+    nodes: list[fx.Node], region: dict[fx.Node, Region], from_input: set[fx.Node], segments: Segments
+) -> dict[fx.Node, Region]:
+    """What is made of each segment's piece of the input for the end alone, where all of it is joined (a mask
+    by which a loss is divided). The last segment would make all of it; the prologue of each makes its own."""
+    n_segments = segments.n_segments
+    first_use = _first_uses(nodes, region, n_segments)
+    candidates = [node for node in nodes if node not in region and node in from_input]
+    found: dict[fx.Node, Region] = {}
+    for alike in _by_rank([node for node in candidates if not segments.is_whole(node)]):
+        own = [segments.of(node) for node in alike]
+        if own == list(range(n_segments)) and all(first_use[node] == n_segments - 1 for node in alike):
+            found |= {node: Region(PROLOGUE, s) for s, node in enumerate(alike)}
+    return found
+
+
+def _first_uses(nodes: list[fx.Node], region: dict[fx.Node, Region], n_segments: int) -> dict[fx.Node, int]:
+    """The first segment that reads what is made outside of regions, or `n_segments` where none does."""
+    found: dict[fx.Node, int] = {}
+    for node in reversed(nodes):
+        if node not in region:
+            users = [region[u].segment if u in region else found.get(u, n_segments) for u in node.users]
+            found[node] = min(users, default=n_segments)
+    return found
+
+
+def _by_site(nodes: list[fx.Node]) -> Iterable[list[fx.Node]]:
+    """Nodes that come from the same place of the user's code, together."""
+    found: dict[object, list[fx.Node]] = defaultdict(list)
+    for node in nodes:
+        found[site_of(node)].append(node)
+    return found.values()
+
+
+def _by_rank(nodes: list[fx.Node]) -> Iterator[list[fx.Node]]:
+    """The same, apart by the number of dimensions of their values."""
+    for alike in _by_site(nodes):
+        found: dict[int, list[fx.Node]] = defaultdict(list)
+        for node in alike:
+            found[len(getattr(node.meta.get("val"), "shape", ()))].append(node)
+        yield from found.values()
 
 
 def _is_chain(chain: list[fx.Node], among: set[fx.Node]) -> bool:

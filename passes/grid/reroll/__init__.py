@@ -27,16 +27,27 @@ from rmtcompile.errors import RerollError
 from rmtcompile.ir.program import Body, Each, Source
 from rmtcompile.passes.grid.partition import CELL, EPILOGUE, INIT, PROLOGUE, Region
 from rmtcompile.passes.grid.reroll.classes import classes_of, members_of
+from rmtcompile.passes.grid.reroll.loosened import check_growth, loosened
 from rmtcompile.passes.grid.reroll.rules import Classes, ClassRule, LiveIn, Rolled
 from rmtcompile.passes.grid.reroll.sources import affine, live_in_of, outputs_of
-from rmtcompile.passes.grid.reroll.unrolled import EMPTY, Key, Unrolled, body_at, shape_of, typed, unroll
+from rmtcompile.passes.grid.reroll.unrolled import (
+    EMPTY,
+    Key,
+    Unrolled,
+    body_at,
+    period_of,
+    shape_of,
+    typed,
+    unroll,
+)
 
 
-def reroll(small: Unrolled, large: Unrolled, older: Unrolled | None = None) -> Rolled:
+def reroll(small: Unrolled, large: Unrolled, older: Unrolled | None = None, may_grow: bool = False) -> Rolled:
     """Read rules from `small` (k segments) and prove that they give `large` (k + 1 segments).
 
     Args:
         older: a capture of fewer segments, for integers that two captures show too seldom.
+        may_grow: whether sizes inside of cells may grow with the segment.
 
     Raises:
         RerollError: the two captures do not follow one rule; the message shows the first place where they
@@ -53,10 +64,23 @@ def reroll(small: Unrolled, large: Unrolled, older: Unrolled | None = None) -> R
     keys: list[Key] = [(PROLOGUE, -1), *((CELL, layer) for layer in range(small.n_layers)), (EPILOGUE, -1)]
     classes: dict[Key, Classes] = {(INIT, -1): Classes(0, 0)}
     rules: dict[Key, dict[int, ClassRule]] = {(INIT, -1): {0: _init_rule(small, large)}}
+    growing: set[int] = set()
     for key in keys:
-        classes[key] = classes_of(key, small, large)
+        try:
+            classes[key] = classes_of(key, small, large)
+        except RerollError:
+            if not may_grow or key[0] != CELL:
+                raise
+            growing.add(key[1])
+    if growing:
+        small, large = loosened(small, growing), loosened(large, growing)
+        older = loosened(older, growing) if older is not None else None
+        classes |= {(CELL, layer): classes_of((CELL, layer), small, large) for layer in sorted(growing)}
     for key in keys:
         rules[key] = _class_rules(key, classes, small, large, older)
+    for layer in growing:
+        for rule in rules[(CELL, layer)].values():
+            check_growth(layer, rule)
     outputs = outputs_of(small, large, classes)
     rules, outputs = _complete(rules, outputs)
     minimum = max(c.head + c.tail if c.head and c.tail else 1 for c in classes.values())
@@ -64,13 +88,22 @@ def reroll(small: Unrolled, large: Unrolled, older: Unrolled | None = None) -> R
 
 
 def fixed(only: Unrolled) -> Rolled:
-    """Rules for one number of segments: every segment is its own class. Needs no proof, predicts nothing."""
+    """Rules for one number of segments. They need no proof, and predict nothing: segments are of one class
+    where that gives rules, and else each is its own."""
+    try:
+        return _fixed(only, is_apart=False)
+    except RerollError:
+        return _fixed(only, is_apart=True)
+
+
+def _fixed(only: Unrolled, is_apart: bool) -> Rolled:
     keys: list[Key] = [(PROLOGUE, -1), *((CELL, layer) for layer in range(only.n_layers)), (EPILOGUE, -1)]
     classes: dict[Key, Classes] = {(INIT, -1): Classes(0, 0)}
     rules: dict[Key, dict[int, ClassRule]] = {(INIT, -1): {0: _init_rule(only, only)}}
     for key in keys:
         bodies = [body_at(only, key, s) for s in range(only.count)]
-        head = next((h for h in range(only.count) if all(b.key == bodies[h].key for b in bodies[h:])), 0)
+        heads = range(only.count - 1 if is_apart else 0, only.count)
+        head = next((h for h in heads if all(b.key == bodies[h].key for b in bodies[h:])), 0)
         classes[key] = Classes(head, 0)
     for key in keys:
         rules[key] = _class_rules(key, classes, only, only)
@@ -84,16 +117,33 @@ def _class_rules(
     members = members_of(key, classes[key], small, large)
     before = members_of(key, classes[key], older, older) if older is not None else {}
     rules: dict[int, ClassRule] = {}
+    predicts = small is not large
     for number, found in members.items():
         base, first = found[0]
         body = body_at(base, key, first)
         body = body.lender or body
-        sources = tuple(live_in_of(key, j, found, classes) for j in range(len(body.live_ins)))
+        readers = [_readers(key, j, found, members) for j in range(len(body.live_ins))]
+        sources = tuple(live_in_of(key, j, some, classes, predicts) for j, some in enumerate(readers))
         alike = [(u, s) for u, s in before.get(number, ()) if body_at(u, key, s).key == body.key]
-        ints = tuple(affine(key, j, found, others=alike) for j in range(len(body.ints)))
+        ints = tuple(affine(key, j, found, others=alike, predicts=predicts) for j in range(len(body.ints)))
         others = [body_at(unrolled, key, s) for unrolled, s in found]
         rules[number] = ClassRule(body, sources, ints, _varying(body, others))
     return rules
+
+
+def _readers(
+    key: Key, j: int, found: list[tuple[Unrolled, int]], members: dict[int, list[tuple[Unrolled, int]]]
+) -> list[tuple[Unrolled, int]]:
+    """The instances of a class that read live-in j; where it is dead in all of them (nobody reads the memory
+    that last cells write), those of a class with the same code."""
+
+    def read_by(others: list[tuple[Unrolled, int]]) -> bool:
+        bodies = [body_at(unrolled, key, s) for unrolled, s in others]
+        return bodies[0].key == mine and any(body.live_ins[j] is not None for body in bodies)
+
+    base, first = found[0]
+    mine = body_at(base, key, first).key
+    return next((others for others in (found, *members.values()) if read_by(others)), found)
 
 
 def _init_rule(small: Unrolled, large: Unrolled) -> ClassRule:
@@ -188,5 +238,6 @@ def _complete(
 
 
 __all__ = [
-    "ClassRule", "Classes", "LiveIn", "Rolled", "Unrolled", "fixed", "reroll", "shape_of", "typed", "unroll"
+    "ClassRule", "Classes", "LiveIn", "Rolled", "Unrolled", "fixed", "period_of", "reroll", "shape_of",
+    "typed", "unroll",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rmtcompile.errors import RerollError
+from rmtcompile.passes.grid.partition import CELL
 from rmtcompile.passes.grid.reroll.rules import Classes
 from rmtcompile.passes.grid.reroll.sources import affine
 from rmtcompile.passes.grid.reroll.unrolled import Key, Unrolled, body_at, region_name, typed
@@ -129,11 +130,12 @@ def members_of(
 
 
 def _follow(key: Key, members: list[tuple[Unrolled, int]]) -> bool:
-    """Whether every integer of a class is affine."""
+    """Whether every integer of a class is affine, those of cells in the segment alone."""
     unrolled, segment = members[0]
     try:
         for j in range(len(body_at(unrolled, key, segment).ints)):
-            affine(key, j, members)
+            if affine(key, j, members).by_count and key[0] == CELL:
+                return False
     except RerollError:
         return False
     return True

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from rmtcompile.ir.program import Affine, Body, Each, Source
-from rmtcompile.passes.grid.partition import INIT
+from rmtcompile.passes.grid.partition import CELL, INIT
 from rmtcompile.passes.grid.reroll.unrolled import Key, Unrolled
 
 
@@ -29,6 +29,11 @@ class ClassRule:
     sources: tuple[LiveIn, ...]
     ints: tuple[Affine, ...]
     varying: Mapping[fx.Node, frozenset[int]] = field(default_factory=dict, compare=False)
+
+    @property
+    def grows(self) -> bool:
+        """Whether a cell's sizes or integers depend on the segment."""
+        return bool(self.varying) or not all(a.is_constant for a in self.ints)
 
     def integers(self) -> dict[fx.Node, tuple[Affine, ...]]:
         """The integers of each operation, in the order of its arguments."""
@@ -85,6 +90,17 @@ class Classes:
             return segment - count
         return min(segment, self.head)
 
+    def met(self, number: int, back: int, other: Classes, minimum: int) -> set[int]:
+        """The classes of another region that this one's class `number` finds `back` segments before, in
+        inputs of `minimum` segments or more."""
+        enough = minimum + self.head + self.tail + other.head + other.tail + back + 1
+        return {
+            other.of(segment - back, count)
+            for count in range(minimum, enough + 1)
+            for segment in range(back, count)
+            if self.of(segment, count) == number
+        }
+
 
 @dataclass(frozen=True)
 class Rolled:
@@ -99,6 +115,12 @@ class Rolled:
     minimum: int = 1
     fixed: int | None = None
     proved_on: tuple[int, ...] = field(default=())
+
+    @property
+    def grows(self) -> bool:
+        """Whether some cells' sizes or integers depend on the segment."""
+        cells = (rules.values() for (kind, _), rules in self.rules.items() if kind == CELL)
+        return any(rule.grows for by_class in cells for rule in by_class)
 
     def is_like(self, other: Rolled) -> bool:
         """Whether two captures gave the same rules: the same operations, sources and integers throughout."""

@@ -22,9 +22,11 @@ def affine(
     members: list[tuple[Unrolled, int]],
     by_count_only: bool = False,
     others: Sequence[tuple[Unrolled, int]] = (),
+    predicts: bool = True,
 ) -> Affine:
     """Fit one integer over all instances of a class; every instance must lie on the fit. A few points lie on
-    one anyway: then the step is a usual one, or `others`, instances in an earlier capture, lie on it too."""
+    one anyway: then the step is a usual one, or `others`, instances in an earlier capture, lie on it too.
+    Where it predicts nothing, for no other number of segments, any fit will do."""
 
     def point(unrolled: Unrolled, s: int) -> tuple[int, int, int]:
         return s, unrolled.count, body_at(unrolled, key, s if key[0] != INIT else -1).ints[j]
@@ -42,7 +44,7 @@ def affine(
         (sp, np, vp), (sq, nq, vq) = across
         by_count = (vq - vp - by_segment * (sq - sp)) // (nq - np)
     fit = Affine(v0 - by_segment * s0 - by_count * n0, by_segment, by_count)
-    if by_segment and len(points) <= 3 and abs(by_segment) not in _steps(members):
+    if predicts and by_segment and len(points) <= 3 and abs(by_segment) not in _steps(members):
         known = [*points, *(point(*other) for other in others)]
         if len(known) <= _freedom(known) or any(fit.at(s, n) != v for s, n, v in known):
             raise RerollError(
@@ -73,8 +75,15 @@ def _steps(members: list[tuple[Unrolled, int]]) -> set[int]:
     return {1, *(b - a for a, b in zip(small, large, strict=True))}
 
 
-def live_in_of(key: Key, j: int, members: list[tuple[Unrolled, int]], classes: dict[Key, Classes]) -> LiveIn:
-    """One live-in over the instances of a class: sources of the early segments, then one rule."""
+def live_in_of(
+    key: Key,
+    j: int,
+    members: list[tuple[Unrolled, int]],
+    classes: dict[Key, Classes],
+    predicts: bool = True,
+) -> LiveIn:
+    """One live-in over the instances of a class: sources of the early segments, then one rule. One segment
+    shows a rule where it predicts nothing."""
     nodes = [(unrolled, s, body_at(unrolled, key, s).live_ins[j]) for unrolled, s in members]
     nodes = [entry for entry in nodes if entry[2] is not None]  # live-ins of code that is dead there
     if any(isinstance(node, tuple) for _, _, node in nodes):
@@ -105,7 +114,7 @@ def live_in_of(key: Key, j: int, members: list[tuple[Unrolled, int]], classes: d
             f"segment {s} of {region_name(key)} reads from another place with one more segment",
             [f"segment {s} of {unrolled.count}: {found}" for unrolled, t, found in seen if t == s],
         )
-    if early and (max(early) >= last_segment or len(regular) < 2):
+    if early and (max(early) >= last_segment or (predicts and len(regular) < 2)):
         raise RerollError(
             f"a value that {region_name(key)} reads comes from another place in each segment",
             [f"segment {s}: {found}" for _, s, found in seen],

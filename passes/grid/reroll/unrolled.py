@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import fx
 from rmtcompile.ir.program import Body, Source
 from rmtcompile.ir.weights import row_of
 from rmtcompile.passes.flat.value_numbering import key_of
-from rmtcompile.passes.grid.partition import CELL, INIT, Partition, Region
+from rmtcompile.passes.grid.partition import CELL, EPILOGUE, INIT, PROLOGUE, Partition, Region
 
 Key = tuple[str, int]  # (region kind, layer)
 
@@ -27,6 +27,7 @@ class Unrolled:
             segment.
         leaf_names: name of the tensor behind each `get_attr` target, equal in all captures of one model.
         sizes: lengths of the inputs' axes, in order.
+        written: what each region does, dead code left out.
     """
 
     count: int
@@ -36,6 +37,7 @@ class Unrolled:
     outputs: tuple[fx.Node | tuple[fx.Node, ...], ...]
     leaf_names: dict[str, str]
     sizes: tuple[int, ...] = ()
+    written: Mapping[Region, Any] = field(default_factory=dict)
 
     def source(self, node: fx.Node) -> Source:
         """Where `node` is computed, its segment absolute."""
@@ -68,12 +70,36 @@ def unroll(graph: fx.Graph, parts: Partition, leaf_names: dict[str, str]) -> Unr
         for index, node in enumerate(kept):
             if region.kind != CELL or parts.region[node] == region:
                 place[node] = (region, index)
+    written = {region: body.key for region, body in bodies.items()}
     _restore_dead(bodies, place, parts)
     output = next(node for node in graph.nodes if node.op == "output")
     outputs: list[fx.Node] = []
     fx.node.map_arg(output.args, outputs.append)
     sizes = tuple(n for node in graph.nodes if node.op == "placeholder" for n in node.meta["val"].shape)
-    return Unrolled(parts.n_segments, parts.n_layers, bodies, place, tuple(outputs), leaf_names, sizes)
+    return Unrolled(
+        parts.n_segments, parts.n_layers, bodies, place, tuple(outputs), leaf_names, sizes, written
+    )
+
+
+_FILLED = 7
+"""Segments after which it has to repeat."""
+
+
+def period_of(unrolled: Unrolled, longest: int) -> int:
+    """After how many segments, `longest` at most, what the regions do repeats, the first ones and the last,
+    where much is dead code, left out; 0 where this does not show."""
+    last = unrolled.count - 1
+    rows = [(PROLOGUE, -1), *((CELL, layer) for layer in range(unrolled.n_layers)), (EPILOGUE, -1)]
+
+    def repeats(period: int) -> bool:
+        at = unrolled.written.get
+        return all(
+            at(Region(kind, s, layer)) == at(Region(kind, s + period, layer))
+            for kind, layer in rows
+            for s in range(_FILLED, last - 2 * period)
+        )
+
+    return next((period for period in range(1, longest + 1) if repeats(period)), 0)
 
 
 def _restore_dead(
@@ -253,7 +279,7 @@ def _body(nodes: list[fx.Node], region: Region, parts: Partition) -> Body:
             j = live_ins.setdefault(value, len(live_ins))
             return ("x", j) if loose else ("x", j, shape_of(value.meta.get("val")))
         if isinstance(value, (list, tuple)):
-            if loose and (each := _each_segment(value, parts, index)) is not None:
+            if loose and (each := _each_segment(value, parts, region)) is not None:
                 return ("each", live_ins.setdefault(each, len(live_ins)))
             return (type(value).__name__, *map(encode, value))
         if isinstance(value, dict):
@@ -271,15 +297,17 @@ def _body(nodes: list[fx.Node], region: Region, parts: Partition) -> Body:
     return Body(tuple(rows), tuple(nodes), tuple(live_ins), tuple(ints))
 
 
-def _each_segment(values: Any, parts: Partition, own: dict[fx.Node, int]) -> tuple[fx.Node, ...] | None:
+def _each_segment(values: Any, parts: Partition, reader: Region) -> tuple[fx.Node, ...] | None:
     """The nodes of a list argument that holds one value of each of several consecutive segments, or None."""
     if len(values) < 2 or not all(isinstance(value, fx.Node) and value in parts.region for value in values):
         return None
     regions = [parts.region[value] for value in values]
     if len({(r.kind, r.layer) for r in regions}) != 1 or regions[0].kind == INIT:
         return None
-    start = regions[0].segment
-    return tuple(values) if [r.segment for r in regions] == list(range(start, start + len(regions))) else None
+    start, n = regions[0].segment, len(regions)
+    if reader.kind == EPILOGUE and start >= max(n, 2):  # the last few segments, however many there are
+        return None
+    return tuple(values) if [r.segment for r in regions] == list(range(start, start + n)) else None
 
 
 def shape_of(val: Any) -> Any:

@@ -1,0 +1,98 @@
+"""Loosened cells: where what a cell reads grows from segment to segment, its sizes are integers to be fitted.
+
+    cell (1, l)  k = cat([k0, new], 2)   [B, H, 16, D]
+    cell (2, l)  k = cat([k1, new], 2)   [B, H, 24, D]     ->   class later:  k = cat([k, new], 2)   8 * s + 8
+    cell (3, l)  k = cat([k2, new], 2)   [B, H, 32, D]
+
+The bodies of such cells are equal up to their integers: those among the arguments of operations, and the
+sizes of all values. Each has to be an affine function of the segment alone, and no size may shrink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from rmtcompile.errors import RerollError
+from rmtcompile.ir.program import Body
+from rmtcompile.passes.flat.value_numbering import key_of
+from rmtcompile.passes.grid.partition import CELL
+from rmtcompile.passes.grid.reroll.rules import ClassRule
+from rmtcompile.passes.grid.reroll.unrolled import Unrolled
+
+
+def loosened(unrolled: Unrolled, layers: Collection[int]) -> Unrolled:
+    """The same capture with integers instead of sizes in the cells of these layers."""
+    bodies = {
+        region: _loose(body) if region.kind == CELL and region.layer in layers else body
+        for region, body in unrolled.bodies.items()
+    }
+    return replace(unrolled, bodies=bodies)
+
+
+def _loose(body: Body) -> Body:
+    index = {node: i for i, node in enumerate(body.nodes)}
+    places = {node: j for j, node in enumerate(_live_ins(body.nodes, index))}
+    ints: list[int] = []
+
+    def encode(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return ("n", index[value]) if value in index else ("x", places[value], _kind(value))
+        if isinstance(value, (list, tuple)):
+            return (type(value).__name__, *map(encode, value))
+        if isinstance(value, dict):
+            return ("dict", *((k, encode(v)) for k, v in value.items()))
+        if type(value) is int:
+            ints.append(value)
+            return ("int",)
+        return key_of(value)
+
+    rows = [
+        (node.target, encode(node.args), encode(node.kwargs), node.meta.get("context", ()), _kind(node))
+        for node in body.nodes
+    ]
+    sizes = [n for node in (*body.nodes, *places) for n in _sizes(node.meta.get("val"))]
+    lender = _loose(body.lender) if body.lender is not None else None
+    return replace(body, key=("loose", *rows), ints=(*ints, *sizes), lender=lender)
+
+
+def _live_ins(nodes: Sequence[fx.Node], index: dict[fx.Node, int]) -> list[fx.Node]:
+    """What the operations read from outside, in order of first use."""
+    return list(dict.fromkeys(x for node in nodes for x in node.all_input_nodes if x not in index))
+
+
+def _kind(node: fx.Node) -> Any:
+    """Number of dims, type and place of a value, or of each in a tuple of them."""
+
+    def visit(val: Any) -> Any:
+        if isinstance(val, torch.Tensor):
+            return (val.dim(), val.dtype, val.device)
+        return tuple(map(visit, val)) if isinstance(val, (list, tuple)) else None
+
+    return visit(node.meta.get("val"))
+
+
+def _sizes(val: Any) -> Iterator[int]:
+    if isinstance(val, torch.Tensor):
+        yield from map(int, val.shape)
+    elif isinstance(val, (list, tuple)):
+        for one in val:
+            yield from _sizes(one)
+
+
+def check_growth(layer: int, rule: ClassRule) -> None:
+    """Check that the integers of a loosened cell follow from the segment, and that nothing shrinks.
+
+    Raises:
+        RerollError: with the operation.
+    """
+    of_arguments = sum(len(ints) for ints in rule.integers().values())
+    for j, affine in enumerate(rule.ints):
+        if affine.by_count or (j >= of_arguments and affine.by_segment < 0):
+            raise RerollError(
+                f"sizes in layer {layer} do not grow evenly with the segment", [f"one of them is {affine}"]
+            )

@@ -1,0 +1,338 @@
+"""Shelf: the programs that lie in folders, and which of them serves a call.
+
+    a call      -> the same call, options, versions, structure and code?     the programs to look at
+    a program   -> has the forward read the same as it would read now?       the program, on this model
+
+Where nothing on the shelf serves a call it is captured as ever; `notes` says in words what differed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from rmtcompile.compiler.pipeline import Compiled
+from rmtcompile.compiler.stages import Stage
+from rmtcompile.dispatch.entries import Entry, Lengths, Loaded, Restored, Rules
+from rmtcompile.dispatch.size_vectors import Vector
+from rmtcompile.errors import IgnoredWarning, UnsupportedError, warn
+from rmtcompile.ir.segmentation import Segmentation
+from rmtcompile.options import Options
+from rmtcompile.saved import (
+    Damaged,
+    Differs,
+    Moment,
+    Shelved,
+    decode,
+    differences,
+    digest_of,
+    encode,
+    fingerprint,
+    fingerprints,
+    know,
+    origin_of,
+    program_of,
+    read_compiled,
+    record_of,
+    shelved,
+    write,
+    write_compiled,
+)
+
+know(Lengths)
+
+Key = tuple[Any, int | None, int]
+"""What calls have in common that differ in sizes only; a single number of segments; the fewest captured."""
+
+_LOGGER = logging.getLogger("rmtcompile")
+_NOT_SAVED = frozenset({"samples", "compiled", "executor"})
+
+
+@dataclass
+class _Open:
+    """The programs in a folder that the model of now may use."""
+
+    moment: Moment
+    fingerprint: Any
+    programs: list[Shelved] = field(default_factory=list)
+    made: dict[Path, Compiled | None] = field(default_factory=dict)
+
+
+class Shelf:
+    """Saved programs of one callable.
+
+    Args:
+        options: of the user.
+        folder: where programs are looked for.
+
+    Attributes:
+        notes: why programs of the folder were not used, in words.
+        unsaved: why programs were not saved, in words.
+        loaded: how many programs of the folder were used.
+    """
+
+    def __init__(self, options: Options, folder: str | Path | None = None) -> None:
+        self.options = options
+        self.folder = Path(folder) if folder is not None else None
+        self.notes: dict[str, None] = {}
+        self.unsaved: dict[str, None] = {}
+        self.loaded = 0
+        self.is_dirty = False  # whether there may be something new to be saved
+        self._is_loud = False  # whether the user is warned where nothing fits
+        self._open: _Open | None = None
+        self._doubts: list[str] = []  # why programs were not used for this call, should none be
+        self._read: set[Path] = set()  # folders whose compiled code torch has been given
+        self._written: set[str] = set()
+
+    # ---- looking -------------------------------------------------------------------------------------------
+
+    def look_in(self, folder: str | PathLike[str]) -> None:
+        """Look for programs there, and warn where none fits."""
+        self.folder, self._is_loud = Path(folder), True
+
+    def close(self) -> None:
+        """Forget how the model is: the next call finds it as it is then."""
+        self._open = None
+        self._doubts.clear()
+
+    def missed(self) -> None:
+        """A program is captured: say why none of the folder was used."""
+        for text in self._doubts:
+            if text not in self.notes:
+                self.notes[text] = None
+                _LOGGER.info("rmtcompile: a saved program is not used: %s", text)
+                if self._is_loud:
+                    warn(f"a saved program is not used: {text}", IgnoredWarning)
+        self._doubts.clear()
+
+    def segmentation(self, fn: Callable[..., Any], call: Any) -> Segmentation | None:
+        """How the calls of a key are cut, if a program that serves one of them fits the model."""
+        said = _text(call)
+        for one in self._candidates(fn):
+            if one.serves["call"] == said and self._program(one) is not None:
+                found: Segmentation = decode(one.serves["segmentation"])
+                return found
+        return None
+
+    def rules(self, fn: Callable[..., Any], key: Key, vector: Vector) -> list[Rules]:
+        """Programs of free sizes, for these sizes among others."""
+        found = []
+        for one in self._candidates(fn):
+            if "rules" in one.known and _serves(one, key):
+                given = {name: decode(value) for name, value in one.known["rules"].items()}
+                rules = Rules(samples=[], compiled=None, **given)  # type: ignore[arg-type]
+                if rules.sizes(vector) is not None and (compiled := self._program(one)) is not None:
+                    rules.compiled = compiled
+                    found.append(rules)
+        return found
+
+    def program(self, fn: Callable[..., Any], key: Key, vector: Vector) -> Restored | None:
+        """The program of these sizes."""
+        for one in self._candidates(fn):
+            if one.serves["vector"] == list(vector) and _serves(one, key):
+                compiled = self._program(one)
+                if compiled is not None:
+                    known = {name: decode(value) for name, value in one.known.items()}
+                    return Restored(compiled, **known)
+        return None
+
+    def _candidates(self, fn: Callable[..., Any]) -> list[Shelved]:
+        """The programs whose fingerprint is that of the model."""
+        if self.folder is None or not self.folder.is_dir() or self.options.has_bands:
+            return []
+        if self._open is None:
+            started = time.perf_counter()
+            damaged: list[str] = []
+            try:
+                moment = Moment(fn)
+                now = fingerprint(moment, self.options)
+            except Exception as error:  # of the user's own objects: then the call is captured
+                self._doubts.append(f"the model cannot be told: {error}")
+                return []
+            found = list(shelved(self.folder, digest_of(now), damaged))
+            self._open = _Open(moment, now, found)
+            self._doubts += damaged
+            if not found and not damaged:
+                self._say_others(now)
+            self._log("looked for programs", started)
+        return self._open.programs
+
+    def _program(self, one: Shelved) -> Compiled | None:
+        """A program on the model of now; None where it does not fit."""
+        assert self._open is not None and self.folder is not None
+        if one.path not in self._open.made:
+            started = time.perf_counter()
+            try:
+                record = one.record()
+                compiled = program_of(record, self._open.moment)
+                compiled.origin = Loaded(self._open.fingerprint, record, one)
+                self._read_compiled(one.path.parent)
+                seconds = time.perf_counter() - started
+                compiled.stages.append(Stage("loaded", seconds, {}, {}))
+                self.loaded += 1
+                self._log(f"loaded {one.path.name}", started)
+                self._open.made[one.path] = compiled
+            except (Differs, Damaged, UnsupportedError) as error:
+                self._open.made[one.path] = None
+                self._doubts.append(str(error))
+            except Exception as error:  # of the user's own objects: then the call is captured
+                self._open.made[one.path] = None
+                self._doubts.append(f"{one.path} cannot be used: {type(error).__name__}: {error}")
+        return self._open.made[one.path]
+
+    def _read_compiled(self, inside: Path) -> None:
+        if inside not in self._read:
+            self._read.add(inside)
+            try:
+                read_compiled(inside.parent, inside.name)
+            except Damaged as error:
+                self._doubts.append(str(error))
+
+    def _say_others(self, now: Any) -> None:
+        """Say what differs from the most similar model that has programs here; a folder that is shared by
+        many models says nothing of those of other classes."""
+        assert self.folder is not None
+        all_models = [then for _, then in fingerprints(self.folder)]
+        alike = [then for then in all_models if self._is_loud or _class_of(then) == _class_of(now)]
+        found = [differences(then, now) for then in alike]
+        if found:
+            nearest = min(found, key=len)
+            more = f", and {len(nearest) - 3} more" if len(nearest) > 3 else ""
+            self._doubts.append("; ".join(nearest[:3]) + more)
+
+    def _log(self, what: str, started: float) -> None:
+        _LOGGER.info("rmtcompile: %s in %.3f s", what, time.perf_counter() - started)
+
+    # ---- saving --------------------------------------------------------------------------------------------
+
+    def origin(self, fn: Callable[..., Any], compiled: Compiled) -> Any:
+        """What a program that was captured now depends on, or why it cannot be told."""
+        try:
+            return origin_of(fn, compiled.capture, compiled.leaves, compiled.values, self.options)
+        except UnsupportedError as error:
+            return error
+        except Exception as error:  # of the user's own objects: it stops no capture
+            return UnsupportedError(
+                "what the program depends on cannot be told", [f"{type(error).__name__}: {error}"]
+            )
+
+    def save(
+        self, entries: Sequence[Entry], folder: Path, report: Callable[[Entry], Any], strict: bool = True
+    ) -> None:
+        """Write the programs of these entries, and those that replace them.
+
+        Args:
+            report: what only reports need of an entry, as JSON.
+            strict: whether one that cannot be saved stops all.
+
+        Raises:
+            UnsupportedError: a program cannot be saved.
+        """
+        new, seen = set(), set()
+        for entry in _all(entries):
+            mark = id(entry.trial.rules) if entry.trial is not None else id(entry)
+            if mark in seen:
+                continue
+            seen.add(mark)
+            try:
+                new |= self._save(entry, folder, report)
+            except UnsupportedError as error:
+                if strict:
+                    raise
+                if str(error) not in self.unsaved:
+                    self.unsaved[str(error)] = None
+                    _LOGGER.warning("rmtcompile: a program is not saved: %s", error)
+        if any(entry.executor.backend != "eager" for entry in _all(entries)):
+            for digest in new:
+                write_compiled(folder, digest)
+        self.is_dirty = False
+
+    def _save(self, entry: Entry, folder: Path, report: Callable[[Entry], Any]) -> set[str]:
+        """Write the program of an entry, unless all that is known of it is written; gives the name of the
+        folder inside of `folder` that it was written to."""
+        if self.options.has_bands:
+            raise UnsupportedError("programs in bands are not saved yet", remedy="leave out devices")
+        compiled = entry.trial.rules.compiled if entry.trial is not None else entry.compiled
+        origin = compiled.origin
+        if isinstance(origin, UnsupportedError):
+            raise origin
+        if entry.is_edited:
+            raise UnsupportedError(
+                "a program runs a module that was edited by hand",
+                remedy="save it before use(), and call that again",
+            )
+        serves, known = _served(entry), _known(entry)
+        said = digest_of([str(folder.absolute()), serves, known, compiled.emitted.source])
+        again = origin if isinstance(origin, Loaded) else None
+        told = again.fingerprint if again is not None else origin.fingerprint
+        if said in self._written:
+            return set()
+        record = again.record if again is not None else record_of(compiled)
+        shown = again.shelved.report() if again is not None else report(entry)
+        digest = digest_of(told)
+        write(folder, digest, told, record, serves, known, shown)
+        self._written.add(said)
+        return {digest}
+
+
+def _served(entry: Entry) -> dict[str, Any]:
+    """Which calls an entry's program serves.
+
+    Raises:
+        UnsupportedError: an argument has no name in another process.
+    """
+    assert entry.made_for is not None
+    (structure, only, fewest), vector = entry.made_for
+    call, segmentation, has_rest = structure
+    if not _text(call):
+        raise UnsupportedError(
+            "an argument is an object that has no name in another process",
+            [repr(call)],
+            "pass tensors, numbers, strings, lists and dicts",
+        )
+    sizes = list(vector) if entry.trial is None else encode(entry.trial.rules.corners)
+    return {
+        "call": _text(call), "segmentation": encode(segmentation), "rest": has_rest, "only": only,
+        "fewest": fewest, "vector": sizes,
+    }  # fmt: skip
+
+
+def _known(entry: Entry) -> dict[str, Any]:
+    """What has been found out about an entry's program."""
+    if entry.trial is not None:
+        kept = (one.name for one in fields(Rules) if one.name not in _NOT_SAVED)
+        return {"rules": {name: encode(getattr(entry.trial.rules, name)) for name in kept}}
+    longer = entry.longer.made_for[0][2] if entry.longer and entry.longer.made_for else 0
+    return {"lengths": encode(entry.lengths), "costs": encode(entry.executor.costs), "longer": longer}
+
+
+def _class_of(told: Any) -> Any:
+    return next(iter(told.get("modules", {}).values()), None)
+
+
+def _all(entries: Sequence[Entry]) -> Iterator[Entry]:
+    """Entries, and those for single lengths and for longer inputs that belong to them."""
+    for entry in entries:
+        if entry.longer is None or entry.longer.made_for != entry.made_for:  # else it is captured anew
+            yield entry
+        yield from _all([*entry.only.values(), *([entry.longer] if entry.longer is not None else [])])
+
+
+def _serves(one: Shelved, key: Key) -> bool:
+    call, segmentation, has_rest = key[0]
+    asked = (_text(call), encode(segmentation), has_rest, key[1], key[2])
+    return asked == tuple(one.serves[name] for name in ("call", "segmentation", "rest", "only", "fewest"))
+
+
+def _text(call: Any) -> str:
+    """The key of a call as text; empty where it holds an object that has no name in another process."""
+    text = repr(call)
+    return "" if " at 0x" in text else text
+
+
+__all__ = ["Key", "Shelf"]
