@@ -283,22 +283,26 @@ CARDS = [
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @torch.no_grad()
 def test_cards(home: str, devices: list[str], backend: str) -> None:
-    """Launched, recorded, replayed; a ragged end; written weights."""
+    """Launched, recorded, replayed; a ragged end; written weights.
+
+    Llama's norms are in float32, and Inductor sums them in another order.
+    """
+    tolerance = 1e-6 if backend == "inductor" else None
     model = armt("llama", torch.float64, n_layers=4).to(home)
     twin = copy.deepcopy(model)
     fast = rmtcompile.optimize(twin, devices=devices, backend=backend)
     for segments in (5, 9, 5, 33, 9, 2, 2):
         x = ids(segments).to(home)
-        assert_same(model(x), fast(x))
+        assert_same(model(x), fast(x), tolerance)
     assert fast._last[0].executor.replays._bands is not None, fast._last[0].executor.recorded
     for write in WRITES.values():
         for one in (model, twin):
             write(one.memory_cell.layers[3].W_mv.weight)
         for segments in (9, 9):
             x = ids(segments).to(home)
-            assert_same(model(x), fast(x))
+            assert_same(model(x), fast(x), tolerance)
     x = ids(6).to(home)[:, :-3]
-    assert_same(model(x), fast(x))
+    assert_same(model(x), fast(x), tolerance)
 
 
 @pytest.mark.gpu

@@ -80,7 +80,7 @@ class AttributeLayer(nn.Module):
 
     def reset(self) -> None:
         self.first, self.count = True, 0
-        self.memory = torch.zeros(1, self.inner.mix.in_features, dtype=self.inner.mix.weight.dtype)
+        self.memory = self.inner.mix.weight.new_zeros(1, self.inner.mix.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.first:
