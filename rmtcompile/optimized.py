@@ -143,6 +143,7 @@ class Optimized(Inspected, Opaque):
             if running is None:
                 self._programs.choose_plan(entry, args, kwargs)
                 entry.executor.record(tensors_of(args, kwargs))
+                self._programs.rehearse(entry, args, kwargs)
             self._programs.has_run(call, entry)
             self._keep()
             return result
@@ -258,7 +259,7 @@ class Optimized(Inspected, Opaque):
         """Save what is new, where the user has named a folder for that."""
         shelf, folder = self._programs.shelf, self.options.cache
         if folder is not None and shelf.is_dirty:
-            shelf.save(self._programs.entries, Path(folder), _report, strict=False)
+            shelf.save(self._programs.entries, Path(folder), _report, asked=False)
 
     def _outputs(
         self, call: Call, entry: Entry, args: Any, kwargs: Any, running: Started | None

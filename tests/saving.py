@@ -126,7 +126,7 @@ def main(folder: Path) -> None:
             if heavy is None:
                 heavy = [name for name in ("torch._dynamo", "sympy", "networkx") if name in sys.modules]
             found |= {"captures": fast.captures, "explained": str(fast.explain()), "code": fast.code}
-            found |= {"heavy": heavy, "missed": _missed()}
+            found |= {"heavy": heavy, "missed": _missed(), "traced": _traced()}
             torch.save(found, folder / f"{name}.pt")
 
 
@@ -137,6 +137,15 @@ def _missed() -> int:
     from torch._dynamo.utils import counters
 
     return int(counters["inductor"]["fxgraph_cache_miss"])
+
+
+def _traced() -> int:
+    """Graphs that Dynamo has traced."""
+    if "torch._dynamo" not in sys.modules:
+        return 0
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
 
 
 if __name__ == "__main__":

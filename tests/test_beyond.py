@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import SEGMENT, WIDTH, Toy, assert_equal_runs, features, made
+from toys import SEGMENT, WIDTH, Toy, assert_equal_runs, assert_same, features, made
 
 import rmtcompile
 import rmtcompile.dispatch.followed
@@ -344,3 +344,21 @@ def test_where_it_cannot_be_followed_longer_captures_do(monkeypatch: pytest.Monk
     monkeypatch.setattr(rmtcompile.dispatch.followed, "CAPTURED", 100)
     assert_equal_runs(model, fast, [features(19)])
     assert fast.explain().unfollowed == "for this test"
+
+
+@torch.no_grad()
+def test_a_compiled_program_knows_shorter_inputs_after_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(Toy)
+    fast = rmtcompile.optimize(model, backend=lambda module, inputs: module.forward)
+    assert_same(model(features(6)), fast(features(6)))
+    compared: list[int] = []
+    difference = type(fast._programs).difference
+
+    def noting(self: Any, entry: Any, count: int, *given: Any, **more: Any) -> Any:
+        compared.append(count)
+        return difference(self, entry, count, *given, **more)
+
+    monkeypatch.setattr(type(fast._programs), "difference", noting)
+    for segments in (1, 2, 4):
+        assert_same(model(features(segments)), fast(features(segments)))
+    assert not compared

@@ -10,6 +10,10 @@ import types
 from collections import Counter
 from collections.abc import Mapping
 
+SOURCE, SIZES = "__source__", "__sizes__"
+"""Names in a module under which its source and its free sizes stand: what `linecache` holds may be dropped by
+others."""
+
 _numbers = itertools.count(1)
 _users: Counter[str] = Counter()  # modules by the file that their code is said to be of
 
@@ -29,7 +33,7 @@ def load(source: str, sizes: Mapping[str, int] | None = None) -> types.ModuleTyp
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     sys.modules[module.__name__] = module
     exec(_copied(code), module.__dict__)  # our own emitted module
-    module.__dict__.update(sizes or {})
+    module.__dict__.update(sizes or {}, **{SOURCE: source, SIZES: dict(sizes or {})})
     return module
 
 

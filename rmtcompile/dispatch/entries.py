@@ -25,6 +25,7 @@ class Lengths:
     Attributes:
         checked: short lengths that are right.
         uncovered: short lengths that are not.
+        are_shorter_known: whether all lengths shorter than that of a first call were looked at.
         refused: why there is no program for some of these alone.
         checked_to: the longest input that was compared because it is longer than the captures.
         too_short: whether the captures were too short for longer inputs.
@@ -35,6 +36,7 @@ class Lengths:
 
     checked: set[int] = field(default_factory=set)
     uncovered: set[int] = field(default_factory=set)
+    are_shorter_known: bool = False
     refused: dict[int, str] = field(default_factory=dict)
     checked_to: int = 0
     too_short: bool = False
@@ -136,7 +138,9 @@ class Rules:
         shapes: shapes of the outputs.
         executor: the first one; others share its compiled forms.
         costs: measured, for the choice of the plan.
+        workspaces: measured, for the choice of how blocks are recorded; see `BlockRecorder.seconds`.
         lengths, trusted, refuted: what comparisons with the model have shown, by which free sizes are 1.
+        is_rehearsed: whether they were run for sizes all over a segment; see `Programs.rehearse`.
     """
 
     columns: dict[str, Columns]
@@ -147,9 +151,11 @@ class Rules:
     shapes: Any
     executor: Executor | None = None
     costs: Costs | None = None
+    workspaces: dict[str, float] = field(default_factory=dict)
     lengths: dict[frozenset[str], Lengths] = field(default_factory=dict)
     trusted: set[frozenset[str]] = field(default_factory=set)
     refuted: set[frozenset[str]] = field(default_factory=set)
+    is_rehearsed: bool = False
 
     def sizes(self, vector: Vector) -> Sizes | None:
         """The free sizes in a vector, or None if it differs from the corners elsewhere too."""
@@ -179,12 +185,14 @@ class Restored:
     """A program from a folder.
 
     Attributes:
+        workspaces: see `Rules`.
         longer: the fewest segments captured for the rules that replace it; 0 if none do.
     """
 
     compiled: Compiled
     lengths: Lengths
     costs: Costs | None = None
+    workspaces: dict[str, float] = field(default_factory=dict)
     longer: int = 0
 
 

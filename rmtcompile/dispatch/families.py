@@ -171,6 +171,8 @@ class Families:
             return None
         executor = self._execute(saved.compiled, segmentation, None)
         executor.costs = saved.costs
+        if saved.workspaces:
+            executor.replays.trust(saved.workspaces)
         made_for = key, vector
         entry = Entry(saved.compiled, executor, segmentation, lengths=saved.lengths, made_for=made_for)
         if saved.longer > key[2]:
@@ -197,6 +199,14 @@ class Families:
             if entry is not None:
                 with suppress(UnsupportedError):  # a model need not run on every rest: it stays untried
                     self._compare(entry, *there)
+
+    def of_same_rules(self, entry: Entry, args: Any, kwargs: Any) -> Entry | None:
+        """The program of the rules that gave an entry, for arguments of other sizes; None where they give
+        none."""
+        if entry.trial is None or entry.made_for is None:
+            return None
+        family, vector = self._families[entry.made_for[0]], sizes_of(args, kwargs, entry.segmentation)
+        return self._instance(family, entry.trial.rules, vector, args, kwargs, entry.segmentation)
 
     def settle(self, trial: Trial, is_right: bool) -> None:
         """Note whether a use of rules gave what the model gives; where not, they are not used again."""
@@ -240,6 +250,8 @@ class Families:
             return None
         rules.executor = rules.executor or executor
         executor.costs = rules.costs
+        if rules.workspaces:
+            executor.replays.trust(rules.workspaces)
         if ones not in rules.lengths:  # what was followed at the corners need not be followed again
             followed = [family.lengths[v].followed_to for v in rules.corners if v in family.lengths]
             rules.lengths[ones] = Lengths(followed_to=min(followed, default=0))

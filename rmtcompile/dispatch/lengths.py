@@ -17,12 +17,14 @@ segments of its first longer input, uncompiled, and is compared with the model (
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rmtcompile.compiler.rerolling import SEEN
+from rmtcompile.dispatch.boundary import explained
 from rmtcompile.dispatch.calls import Call, TooFewSegments
 from rmtcompile.dispatch.compared import (
     LONGER,
@@ -79,6 +81,7 @@ class Lengthening:
         entry = self._followed(entry, call, args, kwargs)
         count, lengths = call.count, entry.lengths
         self.settle_short(entry, count, args, kwargs)
+        self._settle_shorter(entry, count, args, kwargs)
         if entry.compiled.rolled.fixed not in (None, count):  # no input is as long as rules need
             lengths.uncovered.add(count)
         if goes_on and count in lengths.uncovered:
@@ -102,6 +105,17 @@ class Lengthening:
             lengths.checked.add(count)
         else:
             lengths.uncovered.add(count)
+
+    def _settle_shorter(self, entry: Entry, count: int, args: Any, kwargs: Any) -> None:
+        """Find out the same of all shorter lengths, at a first call that takes long: later calls need not."""
+        if entry.lengths.are_shorter_known or not entry.executor.engine.is_compiled:
+            return
+        entry.lengths.are_shorter_known = True
+        for shorter in range(1, min(count, entry.compiled.rolled.proved_on[0])):
+            part = of_segments(args, kwargs, entry.segmentation, shorter)
+            model, as_written = self._programs.model, entry.executor.uncompiled()
+            with suppress(UnsupportedError), explained(model, *part), as_written:
+                self.settle_short(entry, shorter, *part)
 
     def _check(self, entry: Entry, count: int, args: Any, kwargs: Any) -> None:
         """Raise VerificationError if the program differs from the model; the message says where."""

@@ -12,17 +12,19 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from rmtcompile.compiler.pipeline import Compiled
-from rmtcompile.compiler.stages import Stage
+from rmtcompile.compiler.stages import Stage, said_when_long
 from rmtcompile.dispatch.entries import Entry, Lengths, Loaded, Restored, Rules
 from rmtcompile.dispatch.size_vectors import Vector
 from rmtcompile.errors import IgnoredWarning, UnsupportedError, warn
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.options import Options
+from rmtcompile.runtime.forms import offer
 from rmtcompile.saved import (
     Damaged,
     Differs,
@@ -34,6 +36,7 @@ from rmtcompile.saved import (
     encode,
     fingerprint,
     fingerprints,
+    forms_in,
     know,
     origin_of,
     program_of,
@@ -42,6 +45,7 @@ from rmtcompile.saved import (
     shelved,
     write,
     write_compiled,
+    write_forms,
 )
 
 know(Lengths)
@@ -50,7 +54,7 @@ Key = tuple[Any, int | None, int]
 """What calls have in common that differ in sizes only; a single number of segments; the fewest captured."""
 
 _LOGGER = logging.getLogger("rmtcompile")
-_NOT_SAVED = frozenset({"samples", "compiled", "executor"})
+_NOT_SAVED = frozenset({"samples", "compiled", "executor", "is_rehearsed"})
 
 
 @dataclass
@@ -188,10 +192,13 @@ class Shelf:
     def _read_compiled(self, inside: Path) -> None:
         if inside not in self._read:
             self._read.add(inside)
-            try:
-                read_compiled(inside.parent, inside.name)
-            except Damaged as error:
-                self._doubts.append(str(error))
+            offer(forms_in(inside.parent, inside.name), partial(self._give_caches, inside))
+
+    def _give_caches(self, inside: Path) -> None:
+        try:
+            read_compiled(inside.parent, inside.name)
+        except Damaged as error:
+            _LOGGER.warning("rmtcompile: cells are compiled again: %s", error)
 
     def _say_others(self, now: Any) -> None:
         """Say what differs from the most similar model that has programs here; a folder that is shared by
@@ -222,34 +229,39 @@ class Shelf:
             )
 
     def save(
-        self, entries: Sequence[Entry], folder: Path, report: Callable[[Entry], Any], strict: bool = True
+        self, entries: Sequence[Entry], folder: Path, report: Callable[[Entry], Any], asked: bool = True
     ) -> None:
         """Write the programs of these entries, and those that replace them.
 
         Args:
             report: what only reports need of an entry, as JSON.
-            strict: whether one that cannot be saved stops all.
+            asked: whether the user waits for that: one that cannot be saved stops all, and compiled forms
+                are made ready to be called, which takes about as long again as to compile them.
 
         Raises:
             UnsupportedError: a program cannot be saved.
         """
-        new, seen = set(), set()
+        new: dict[str, list[Entry]] = {}
+        seen = set()
         for entry in _all(entries):
             mark = id(entry.trial.rules) if entry.trial is not None else id(entry)
             if mark in seen:
                 continue
             seen.add(mark)
             try:
-                new |= self._save(entry, folder, report)
+                for digest in self._save(entry, folder, report):
+                    new.setdefault(digest, []).append(entry)
             except UnsupportedError as error:
-                if strict:
+                if asked:
                     raise
                 if str(error) not in self.unsaved:
                     self.unsaved[str(error)] = None
                     _LOGGER.warning("rmtcompile: a program is not saved: %s", error)
         if any(entry.executor.backend != "eager" for entry in _all(entries)):
-            for digest in new:
+            for digest, written in new.items():
                 write_compiled(folder, digest)
+                if asked:
+                    write_forms(folder, digest, _forms(written))
         self.is_dirty = False
 
     def _save(self, entry: Entry, folder: Path, report: Callable[[Entry], Any]) -> set[str]:
@@ -304,11 +316,24 @@ def _served(entry: Entry) -> dict[str, Any]:
 
 def _known(entry: Entry) -> dict[str, Any]:
     """What has been found out about an entry's program."""
+    workspaces = encode(entry.executor.replays.measured)
     if entry.trial is not None:
         kept = (one.name for one in fields(Rules) if one.name not in _NOT_SAVED)
-        return {"rules": {name: encode(getattr(entry.trial.rules, name)) for name in kept}}
+        rules = {name: encode(getattr(entry.trial.rules, name)) for name in kept}
+        return {"rules": {**rules, "workspaces": workspaces}}
     longer = entry.longer.made_for[0][2] if entry.longer and entry.longer.made_for else 0
-    return {"lengths": encode(entry.lengths), "costs": encode(entry.executor.costs), "longer": longer}
+    return {
+        "lengths": encode(entry.lengths), "costs": encode(entry.executor.costs), "workspaces": workspaces,
+        "longer": longer,
+    }  # fmt: skip
+
+
+def _forms(entries: Sequence[Entry]) -> dict[str, bytes]:
+    """The compiled forms of entries, for processes that do not compile them."""
+    forms = {id(form): form for entry in entries for form in entry.executor.forms}
+    with said_when_long("compiling the cells ahead of time, for processes that load them"):
+        kept = [form.kept() for form in forms.values()]
+    return dict(one for one in kept if one is not None)
 
 
 def _class_of(told: Any) -> Any:

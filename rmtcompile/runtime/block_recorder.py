@@ -28,7 +28,8 @@ class BlockRecorder(Recordings):
     ) -> None:
         super().__init__(leaves, replaced)
         self.seconds: dict[str, float] = {}
-        """Of a block of steady levels, "with" and "without" cuBLAS's workspace; empty if not measured."""
+        """Of a block of steady levels, "with" and "without" cuBLAS's workspace; empty if not measured. What
+        another process has measured may be put here before anything is recorded."""
         self._times = 0
         self._blocks: RecordedBlocks | None = None
         self._state: dict[str, torch.Tensor] = {}
@@ -60,16 +61,20 @@ class BlockRecorder(Recordings):
         blocks = make(self, {**leaves, **self._state})
         with self.alone():
             blocks.begin(inputs(blocks.example_segments))
-        if can_choose() and not self.seconds:
-            graphs = {}
-            for name, workspaces in (("with", own_workspaces), ("without", no_workspaces)):
-                self._workspaces = workspaces
-                graphs[name] = blocks.steady()
-            self.seconds = self.timed(graphs)
+        if can_choose():
+            self.seconds = self.seconds or self._measured(blocks)
             is_without = self.seconds["without"] < self.seconds["with"]
             self._workspaces = no_workspaces if is_without else own_workspaces
         blocks.record_all()
         self._blocks = blocks
+
+    def _measured(self, blocks: RecordedBlocks) -> dict[str, float]:
+        """See `seconds`."""
+        graphs = {}
+        for name, workspaces in (("with", own_workspaces), ("without", no_workspaces)):
+            self._workspaces = workspaces
+            graphs[name] = blocks.steady()
+        return self.timed(graphs)
 
     def record(self, body: Callable[[], list[torch.Tensor]]) -> tuple[Any, list[torch.Tensor]]:
         """See `Device`. The values' memory is free for the recordings that follow, since it is copied out

@@ -11,11 +11,9 @@ import torch
 
 from rmtcompile.ir.program import Group, Lane, Program
 from rmtcompile.passes.cell.lift import SEGMENTS
+from rmtcompile.runtime.forms import Form, Marks
 from rmtcompile.runtime.lookups import Divided, divided
 from rmtcompile.runtime.storage import Target, dense, lane_buffers
-
-Marks = tuple[tuple[int, ...], ...]
-"""Dims, by argument."""
 
 _PLACE = -1  # an output that goes to a tensor of its own
 
@@ -44,6 +42,7 @@ class Engine:
             it turns up, so that functions which depend on free sizes run as they are.
 
     Attributes:
+        forms: all that were compiled.
         mixes_often: whether wavefronts of the full width are often of mixed classes: those of several texts.
     """
 
@@ -67,6 +66,7 @@ class Engine:
         self.full = 1 if self.is_sequential else min(widths, default=1)
         self.fixed_widths: set[int] = {1, self.full}
         self.mixes_often = False
+        self.forms: list[Form] = []
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self._regions: dict[str, tuple[Any, Callable[..., Any]]] = {}
         self._masks: dict[tuple[bool, ...], torch.Tensor] = {}
@@ -82,7 +82,7 @@ class Engine:
     def share(self, other: Engine) -> None:
         """Use the compiled forms and the masks of an engine of the same code at other sizes."""
         self.fixed_widths, self._compiled, self._regions = other.fixed_widths, other._compiled, other._regions
-        self._masks = other._masks
+        self._masks, self.forms = other._masks, other.forms
 
     def share_buffers(self, other: Engine) -> None:
         """Run on the lane buffers of an engine whose lanes are the same, but for open ones."""
@@ -128,8 +128,10 @@ class Engine:
         args = tuple(dense(arg) for arg in args)
         shapes = tuple(_fixed(arg.shape, marks[i] if marks else ()) for i, arg in enumerate(args))
         if function.__name__ not in self._regions:
-            form = torch.compile(function, backend=self.backend, dynamic=False, fullgraph=True)
-            self._regions[function.__name__] = (shapes, _marked(form, marks))
+            shows = opened is not None
+            made = Form(function, (), marks, shows, backend=self.backend, dynamic=False, fullgraph=True)
+            self.forms.append(made)
+            self._regions[function.__name__] = (shapes, made)
         first, form = self._regions[function.__name__]
         return form(*args) if shapes == first and not _has_one(args, marks) else function(*args)
 
@@ -213,14 +215,17 @@ class Engine:
         if _runs_apart(function) and any(marks):  # what comes behind such an operation has no open sizes
             return stored
         own = _renamed(stored, f"{function.__name__}_{size or 'n'}")  # a cache of compiled forms for itself
-        compiled = torch.compile(
+        form = Form(
             own,
+            (size, modes),
+            marks,
+            function.__name__ in self.program.opened,
             backend=self.backend,
             dynamic=False if size else None,
             fullgraph=not _runs_apart(function),
             options=self._options(size),
         )
-        form = _marked(compiled, marks)
+        self.forms.append(form)
         free = opened.inputs if (opened := self.program.opened.get(function.__name__)) is not None else ()
 
         def call(*args: torch.Tensor) -> Any:
@@ -288,50 +293,6 @@ def _passes(switched_off: frozenset[str]) -> dict[str, Any]:
     except ImportError:
         return {}
     return dict(options(switched_off))
-
-
-def _marked(form: Callable[..., Any], marks: Marks) -> Callable[..., Any]:
-    """A compiled form that leaves the dims in `marks` open.
-
-    Where a dim is open the compiler looks at where in its memory an argument starts, too: what it makes for
-    a part that starts later is for such parts only, what it makes for one that starts at 0 is for all. So the
-    form is made for copies that do.
-    """
-    if not any(marks):
-        return form
-    made: set[bool] = set()  # with and without gradients
-
-    def call(*args: torch.Tensor) -> Any:
-        if (kind := torch.is_grad_enabled()) not in made:
-            made.add(kind)
-            if any(arg.storage_offset() for arg in args):
-                form(*_open([_from_start(arg) for arg in args], marks))
-        return form(*_open(args, marks))
-
-    return call
-
-
-def _open(args: Sequence[torch.Tensor], marks: Marks) -> list[torch.Tensor]:
-    """The arguments with marks, which stay on their tensor objects, and so go on views of this call; the
-    backward of a whole view costs nothing."""
-    views = [arg.view_as(arg) if dims else arg for arg, dims in zip(args, marks, strict=True)]
-    for view, dims in zip(views, marks, strict=True):
-        for dim in dims:
-            torch._dynamo.mark_dynamic(view, dim)
-    return views
-
-
-def _from_start(value: torch.Tensor) -> torch.Tensor:
-    """A copy of the same kind and strides that starts where its memory does; parameters, which nothing
-    writes, are copied only where they do not."""
-    is_parameter = isinstance(value, torch.nn.Parameter)
-    if is_parameter and not value.storage_offset():
-        return value
-    if not value.numel():
-        return value.clone()
-    extent = sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True)) + 1
-    copy = value.as_strided((extent,), (1,)).clone().as_strided(value.shape, value.stride(), 0)
-    return torch.nn.Parameter(copy.detach(), value.requires_grad) if is_parameter else copy
 
 
 def _has_one(args: Sequence[torch.Tensor], marks: Marks) -> bool:

@@ -21,6 +21,7 @@ from rmtcompile.runtime.contexts import own_modes, plain_tensors, same_numbers
 from rmtcompile.runtime.costs import Costs, measured
 from rmtcompile.runtime.crossing import Crossing, Key
 from rmtcompile.runtime.engine import Engine, backend_for
+from rmtcompile.runtime.forms import Form
 from rmtcompile.runtime.graphs import Started
 from rmtcompile.runtime.recompute import Recompute
 from rmtcompile.runtime.replays import Replays
@@ -115,6 +116,11 @@ class Executor:
                 if self._like is not None and self.replays.are_shared:
                     self._engine.share_buffers(self._like.engine)
         return self._engine
+
+    @property
+    def forms(self) -> Sequence[Form]:
+        """The compiled forms of cell functions; none before the first run."""
+        return self._engine.forms if self._engine is not None else ()
 
     def new_engine(self, backend: str | Callable[..., Any], keeps_buffers: bool) -> Engine:
         """An engine for the program; for the arguments see `Engine`."""

@@ -158,6 +158,16 @@ class Replays:
             return self.blocks.seconds
         return self._runs.workspace_seconds(segments) if self._runs is not None else {}
 
+    @property
+    def measured(self) -> dict[str, float]:
+        """What was measured of blocks of levels, for another process; see `BlockRecorder.seconds`."""
+        return self.blocks.seconds if self.blocks is not None else {}
+
+    def trust(self, measured: Mapping[str, float]) -> None:
+        """Take over what another process has measured, where nothing was measured here."""
+        if measured and self._by_blocks and not self._block_recorder().seconds:
+            self._block_recorder().seconds = dict(measured)
+
     def _block_recorder(self) -> BlockRecorder:
         executor = self._executor
         if self._shared.blocks is None:

@@ -19,6 +19,9 @@ from rmtcompile.runtime.gradients import Stacked, is_transformed
 _LARGE = 0.1
 """Share of all weights above which a stack is large."""
 
+_SPARE = 0.2
+"""Share of a device's free memory that a large stack may take before its parameters are moved into it."""
+
 
 class Stack:
     """One stacked weight [layers, rows, ...]; leaf p of layer l is `tensor[l, start:stop]`, the same
@@ -100,10 +103,10 @@ class Stack:
 
     def _room(self, tensors: Sequence[Sequence[torch.Tensor]], shape: tuple[int, ...]) -> torch.Tensor:
         """Memory for the stack. A large one would hold a good part of the weights twice until they are moved:
-        then the weights wait in the host's memory."""
+        unless the device has plenty of room, the weights wait in the host's memory."""
         flat = [tensor for parts in tensors for tensor in parts]
         device, dtype = flat[0].device, flat[0].dtype
-        if self.is_large and device.type != "cpu":
+        if self.is_large and device.type != "cpu" and not _has_plenty(device, self.nbytes):
             for tensor in flat:
                 tensor.data = tensor.data.cpu()
         try:
@@ -118,6 +121,11 @@ class Stack:
         """Bytes of the weights as they were captured."""
         leaves = [leaf for parts in self.leaves for leaf in parts]
         return sum(leaf.tensor.numel() * leaf.tensor.element_size() for leaf in leaves)
+
+
+def _has_plenty(device: torch.device, nbytes: int) -> bool:
+    """Whether so many bytes are a small part of what a device has free."""
+    return device.type == "cuda" and nbytes < _SPARE * torch.cuda.mem_get_info(device)[0]
 
 
 @dataclass(frozen=True)

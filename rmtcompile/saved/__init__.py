@@ -14,10 +14,12 @@ from rmtcompile.saved.folder import (
     Damaged,
     Shelved,
     fingerprints,
+    forms_in,
     read_compiled,
     shelved,
     write,
     write_compiled,
+    write_forms,
 )
 from rmtcompile.saved.moment import Moment, digest_of
 from rmtcompile.saved.origin import Origin, origin_of
@@ -25,6 +27,6 @@ from rmtcompile.saved.record import Differs, Record, program_of, record_of
 
 __all__ = [
     "Damaged", "Differs", "Moment", "Origin", "Record", "Shelved", "decode", "differences", "digest_of",
-    "encode", "fingerprint", "fingerprints", "know", "origin_of", "program_of", "read_compiled", "record_of",
-    "shelved", "write", "write_compiled",
+    "encode", "fingerprint", "fingerprints", "forms_in", "know", "origin_of", "program_of", "read_compiled",
+    "record_of", "shelved", "write", "write_compiled", "write_forms",
 ]  # fmt: skip

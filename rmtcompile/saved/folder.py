@@ -5,7 +5,8 @@
     FOLDER/3f09.../c41d....py            the emitted module
     FOLDER/3f09.../77e0....state.json    what the forward had read of the model's Python state, in words
     FOLDER/3f09.../90b2....safetensors   constants
-    FOLDER/3f09.../compiled.bin          what torch has compiled
+    FOLDER/3f09.../compiled.bin          what torch has compiled, for its caches
+    FOLDER/3f09.../5d7c....form          a form of a cell function that is called without being traced
 
 Files that others refer to are named by their contents. Each file is written under another name and renamed,
 the one that refers to others last, so that a reader finds whole files or none; what has another digest than
@@ -18,9 +19,10 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from rmtcompile.errors import UnsupportedError
 from rmtcompile.saved.record import FORMAT, Record
 
 COMPILED = "compiled.bin"
+FORM = ".form"
 FINGERPRINT = "fingerprint.json"
 
 
@@ -153,6 +156,21 @@ def read_compiled(folder: Path, digest: str) -> None:
         torch.compiler.load_cache_artifacts(_checked(path))
 
 
+def write_forms(folder: Path, digest: str, forms: Mapping[str, bytes]) -> None:
+    """Write compiled forms, by their keys."""
+    for key, content in forms.items():
+        path = folder / digest / f"{key}{FORM}"
+        with suppress(OSError):  # it is compiled again
+            if not path.exists():
+                _put(path, b"\n".join([hashlib.sha256(content).hexdigest().encode(), content]))
+
+
+def forms_in(folder: Path, digest: str) -> dict[str, Callable[[], bytes]]:
+    """What reads each compiled form, by its key; it raises `Damaged`."""
+    paths = (folder / digest).glob(f"*{FORM}")
+    return {path.name.removesuffix(FORM): partial(_checked, path) for path in paths}
+
+
 def _main(path: Path) -> Mapping[str, Any]:
     body: Mapping[str, Any] = json.loads(_checked(path))
     if body.get("record", {}).get("format") != FORMAT:
@@ -224,4 +242,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     return load(_whole(path))
 
 
-__all__ = ["Damaged", "Shelved", "fingerprints", "read_compiled", "shelved", "write", "write_compiled"]
+__all__ = [
+    "Damaged", "Shelved", "fingerprints", "forms_in", "read_compiled", "shelved", "write", "write_compiled",
+    "write_forms",
+]  # fmt: skip

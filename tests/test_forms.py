@@ -1,0 +1,136 @@
+"""Forms of cell functions that are kept: called without being traced, and compiled where they do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from toys import Toy, assert_same, features, made
+
+import rmtcompile
+from rmtcompile.compiler.loading import load
+from rmtcompile.runtime import forms
+from rmtcompile.runtime.forms import Form
+
+MODULE = """
+import torch
+
+def cell(x, w, place):
+    h = torch.tanh(x @ w)
+    return h, h.sum(-1)
+"""
+
+
+@pytest.fixture(autouse=True)
+def nothing_offered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(forms, "_READY", {})
+    monkeypatch.setattr(forms, "_CACHES", [])
+    GIVEN.clear()
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def emitted() -> Any:
+    return vars(load(MODULE))["cell"]
+
+
+def form(about: int = 0, function: Any = None) -> Form:
+    """A form whose number of cells is open, and that stores its first result."""
+    cell = function or emitted()
+
+    def run(*args: Tensor) -> tuple[Tensor, ...]:
+        results = cell(*args)
+        args[2].copy_(results[0])
+        return results[1:]
+
+    return Form(run, (about,), ((0,), (), (0,)), backend="inductor", fullgraph=True)
+
+
+def arguments(cells: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(cells)
+    x = torch.randn(cells, 3, 4, generator=generator, dtype=torch.float64)
+    return x, torch.nn.Parameter(torch.eye(4, dtype=torch.float64).flip(0)), torch.empty_like(x)
+
+
+def assert_right(one: Form, cells: int) -> None:
+    x, w, place = arguments(cells)
+    (total,) = one(x, w, place)
+    assert_same([torch.tanh(x @ w), torch.tanh(x @ w).sum(-1)], [place, total])
+
+
+def caches() -> None:
+    """What torch has compiled before is asked for when something is to be compiled."""
+    GIVEN.append(True)
+
+
+GIVEN: list[bool] = []
+
+
+def traced() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+@torch.no_grad()
+def test_a_kept_form_is_not_traced() -> None:
+    one = form()
+    assert one.kept() is None, "it was not called yet"
+    assert_right(one, 5)
+    key, content = one.kept()  # type: ignore[misc]
+    torch.compiler.reset()
+    forms.offer({key: lambda: content}, caches)
+    before, other = traced(), form()
+    for cells in (2, 5, 7):
+        assert_right(other, cells)
+    assert traced() == before
+    assert not GIVEN
+    assert other.kept() == (key, content)
+    assert_right(other, 1)  # its guards want two cells or more
+    assert GIVEN == [True]
+    assert traced() == before + 1
+
+
+@torch.no_grad()
+def test_what_does_not_fit_is_compiled() -> None:
+    one = form()
+    assert_right(one, 5)
+    key, content = one.kept()  # type: ignore[misc]
+    torch.compiler.reset()
+    for ready, about in (({key: lambda: content}, 1), ({key: lambda: b"no form"}, 0)):
+        forms.offer(ready, caches)
+        before, other = traced(), form(about)
+        assert_right(other, 5)
+        assert traced() == before + 1
+        torch.compiler.reset()
+
+
+def test_gradients_are_those_of_a_compiled_form() -> None:
+    one = form()
+    with torch.no_grad():
+        assert_right(one, 5)
+        key, content = one.kept()  # type: ignore[misc]
+    forms.offer({key: lambda: content}, caches)
+    other = form()
+    x, w, place = arguments(5)
+    with torch.no_grad():
+        other(x, w, place)
+    (total,) = other(x, w, torch.empty_like(place))
+    (gradient,) = torch.autograd.grad(total.sum(), [w])
+    (wanted,) = torch.autograd.grad(torch.tanh(x @ w).sum(), [w])
+    assert_same(wanted, gradient)
+
+
+@torch.no_grad()
+def test_a_folder_that_was_asked_for_holds_forms(tmp_path: Path) -> None:
+    """`cache=` writes none: its first call would take twice as long."""
+    x = features(4)
+    fast = rmtcompile.optimize(made(lambda: Toy(2)), backend="inductor", cache=tmp_path / "cache")
+    fast(x)
+    fast.save(tmp_path / "saved")
+    assert not list((tmp_path / "cache").glob("*/*.form"))
+    assert len(list((tmp_path / "saved").glob("*/*.form"))) >= 3
