@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from toys import SEGMENT, Toy, assert_same, features, made
 
 import rmtcompile
-from rmtcompile.dispatch.programs import CHANGES
+from rmtcompile.dispatch.told import CHANGES
 from rmtcompile.errors import CaptureError, UnsupportedError
 
 D = 4

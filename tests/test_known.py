@@ -207,7 +207,7 @@ def test_numbers_of_what_the_forward_writes(order: str) -> None:
 
 @torch.no_grad()
 def test_a_buffer_that_counts_calls_and_is_read_warns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rmtcompile.dispatch.programs.CHANGES", 2)
+    monkeypatch.setattr("rmtcompile.dispatch.told.CHANGES", 2)
     fast = rmtcompile.optimize(made(lambda: Tally("after")))
     fast(features(2)), fast(features(2))
     with pytest.warns(RecaptureWarning, match=r"reads a number from count, which was 3 and is 4"):

@@ -252,9 +252,12 @@ class Families:
         executor.costs = rules.costs
         if rules.workspaces:
             executor.replays.trust(rules.workspaces)
-        if ones not in rules.lengths:  # what was followed at the corners need not be followed again
-            followed = [family.lengths[v].followed_to for v in rules.corners if v in family.lengths]
-            rules.lengths[ones] = Lengths(followed_to=min(followed, default=0))
+        if ones not in rules.lengths:  # what is known of lengths at the corners need not be found out again
+            known = [family.lengths[v] for v in rules.corners if v in family.lengths]
+            rules.lengths[ones] = Lengths(
+                followed_to=min((one.followed_to for one in known), default=0),
+                checked_to=min((one.checked_to for one in known), default=0),
+            )
         lengths = rules.lengths[ones]
         trial = Trial(rules, sizes, ones, ones not in rules.trusted, vector in rules.corners)
         return Entry(compiled, executor, segmentation, lengths=lengths, trial=trial)

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -30,15 +30,12 @@ from rmtcompile.dispatch.families import Families
 from rmtcompile.dispatch.lengths import Lengthening
 from rmtcompile.dispatch.shelf import Key, Shelf
 from rmtcompile.dispatch.size_vectors import Vector
+from rmtcompile.dispatch.told import Told
 from rmtcompile.dispatch.verify import difference
 from rmtcompile.errors import (
     BoundedError,
-    IgnoredWarning,
-    RecaptureWarning,
     RerollError,
-    SequentialScheduleWarning,
     UnsupportedError,
-    warn,
 )
 from rmtcompile.frontend.probe import probe
 from rmtcompile.ir.segmentation import Segmentation
@@ -48,7 +45,6 @@ from rmtcompile.runtime.bands import executor_for
 from rmtcompile.runtime.engine import backend_for
 from rmtcompile.runtime.execute import Executor
 from rmtcompile.runtime.graphs import Started
-from rmtcompile.schedule import blocking
 
 MAX_SIZES = 32
 """Sizes of inputs whose programs are kept loaded."""
@@ -57,10 +53,6 @@ _CAPTURING = (
     "capturing the forward for inputs of a new kind (batch size, incomplete segment, mode, arguments); any "
     "number of segments will run it; optimize(..., progress=True) says more"
 )
-
-CHANGES = 8
-"""Captures in a row for new states of the model after which the user is told."""
-
 
 class Programs:
     """All programs of one model.
@@ -83,8 +75,7 @@ class Programs:
             self._compile, self._execute, self._compare, self._saved_rules, self._saved_program
         )
         self._ready: dict[tuple[Any, int], Entry] = {}  # what ran the last call of a key and length
-        self._ignored: set[str] = set()
-        self._changes = 0  # captures in a row for states of the model that were new
+        self._told = Told(options)
         self._lengths = Lengthening(self)
 
     # ---- a call --------------------------------------------------------------------------------------------
@@ -192,9 +183,9 @@ class Programs:
         if call.first:
             args, kwargs = of_segments(args, kwargs, call.segmentation, min(call.total, ENOUGH))
         if entry is not None:
-            self._changes = 0
+            self._told.changes = 0
         else:
-            self._count_changes(entries)
+            self._told.captured_anew(entries[-1].compiled if entries else None)
             entry = self.made(call, args, kwargs)
             entries.append(entry)
             del entries[:-8]
@@ -204,18 +195,6 @@ class Programs:
         if self.is_refuted(entry, call.total, args, kwargs):
             entries[entries.index(entry)] = entry = self.made(call, args, kwargs)
         return self._lengths.entry(entry, call, args, kwargs)
-
-    def _count_changes(self, entries: list[Entry]) -> None:
-        """Say so where the model's state was another one for each of the last captures."""
-        change = entries[-1].compiled.changed() if entries else None
-        self._changes += change is not None
-        if change is not None and self._changes == CHANGES:
-            warn(
-                f"captured anew at {self._changes} calls in a row, since what the forward reads has changed: "
-                f"{change}. Each such call costs a capture; a number that only counts calls can be a buffer "
-                "(a tensor), which is carried from call to call",
-                RecaptureWarning,
-            )
 
     def made(
         self,
@@ -260,14 +239,21 @@ class Programs:
             return False
         is_all = self.options.verify or rolled.fixed is not None
         length = count if is_all else min(count, max(CHECKED, rolled.proved_on[0]))
-        part = of_segments(args, kwargs, entry.segmentation, length)
-        with entry.executor.uncompiled():
-            is_right = self.difference(entry, length, *part, tolerance=rounding(entry.compiled)) is None
+        is_right = self._agrees(entry, length, args, kwargs)
+        if not is_right and rounding(entry.compiled) and not is_all and length > rolled.proved_on[-1]:
+            length = rolled.proved_on[-1]  # rounding in 16 bits grows from segment to segment
+            is_right = self._agrees(entry, length, args, kwargs)
         self._families.settle(trial, is_right)
         trial.is_new = False
         if is_right and length > rolled.proved_on[-1]:
             entry.lengths.checked_to = max(entry.lengths.checked_to, length)
         return not is_right
+
+    def _agrees(self, entry: Entry, count: int, args: Any, kwargs: Any) -> bool:
+        """Whether so many segments of these arguments give what the model gives, but for rounding."""
+        part = of_segments(args, kwargs, entry.segmentation, count)
+        with entry.executor.uncompiled():
+            return self.difference(entry, count, *part, tolerance=rounding(entry.compiled)) is None
 
     def _compare(self, entry: Entry, args: Any, kwargs: Any) -> None:
         """Compare the program of rules with the model, short lengths too; see `Families`.
@@ -336,30 +322,8 @@ class Programs:
                 compiled = compile_forward(*given, count)
         self.captures += 1
         compiled.origin = self.shelf.origin(self.model, compiled)
-        self._announce(compiled)
+        self._told.of(compiled)
         return compiled
-
-    def _announce(self, compiled: Compiled) -> None:
-        """Say what the user is to know of a program.
-
-        Raises:
-            UnsupportedError: no two cells can run together, though that was asked for.
-        """
-        self._say_ignored(compiled.capture.ignored)
-        n_layers, offsets = compiled.program.n_layers, compiled.program.offsets
-        blocked = blocking(offsets, n_layers)
-        if blocked and self.options.plan != "sequential":
-            witness = "; ".join(
-                compiled.dependences[offset].described(compiled.layer_paths) for offset in blocked
-            )
-            message = (
-                f"no two cells can run together, the {n_layers} layers run one after the other: {witness}"
-            )
-            if self.options.plan == "diagonal":
-                raise UnsupportedError(
-                    message, remedy="use plan='auto' to run it as a compiled sequential program"
-                )
-            warn(message, SequentialScheduleWarning)
 
     def _saved_rules(self, key: Key, vector: Vector) -> list[Rules]:
         return self.shelf.rules(self.model, key, vector)
@@ -367,15 +331,8 @@ class Programs:
     def _saved_program(self, key: Key, vector: Vector) -> Restored | None:
         saved = self.shelf.program(self.model, key, vector)
         if saved is not None:
-            self._announce(saved.compiled)
+            self._told.of(saved.compiled)
         return saved
-
-    def _say_ignored(self, what: Iterable[str]) -> None:
-        """Warn once of each thing that is switched on and has no effect."""
-        for text in what:
-            if text not in self._ignored:
-                self._ignored.add(text)
-                warn(f"without effect in the program: {text}", IgnoredWarning)
 
     def _execute(self, compiled: Compiled, segmentation: Segmentation, like: Executor | None) -> Executor:
         options = self.options

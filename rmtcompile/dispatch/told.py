@@ -1,0 +1,77 @@
+"""Told: what the user is warned of when there is a new program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rmtcompile.compiler.pipeline import Compiled
+from rmtcompile.errors import (
+    IgnoredWarning,
+    RecaptureWarning,
+    SequentialScheduleWarning,
+    UnsupportedError,
+    warn,
+)
+from rmtcompile.options import Options
+from rmtcompile.schedule import blocking
+
+CHANGES = 8
+"""Captures in a row for new states of the model after which the user is told."""
+
+
+class Told:
+    """What was said of the programs of one model.
+
+    Attributes:
+        changes: captures in a row for states of the model that were new.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.changes = 0
+        self._ignored: set[str] = set()
+
+    def of(self, compiled: Compiled) -> None:
+        """Say what the user is to know of a program.
+
+        Raises:
+            UnsupportedError: no two cells can run together, though that was asked for.
+        """
+        self._say_ignored(compiled.capture.ignored)
+        n_layers, offsets = compiled.program.n_layers, compiled.program.offsets
+        blocked = blocking(offsets, n_layers)
+        if blocked and self.options.plan != "sequential":
+            witness = "; ".join(
+                compiled.dependences[offset].described(compiled.layer_paths) for offset in blocked
+            )
+            message = (
+                f"no two cells can run together, the {n_layers} layers run one after the other: {witness}"
+            )
+            if self.options.plan == "diagonal":
+                raise UnsupportedError(
+                    message, remedy="use plan='auto' to run it as a compiled sequential program"
+                )
+            warn(message, SequentialScheduleWarning)
+
+    def captured_anew(self, last: Compiled | None) -> None:
+        """Say so where the model's state was another one for each of the last captures.
+
+        Args:
+            last: the newest program of such calls.
+        """
+        change = last.changed() if last is not None else None
+        self.changes += change is not None
+        if change is not None and self.changes == CHANGES:
+            warn(
+                f"captured anew at {self.changes} calls in a row, since what the forward reads has changed: "
+                f"{change}. Each such call costs a capture; a number that only counts calls can be a buffer "
+                "(a tensor), which is carried from call to call",
+                RecaptureWarning,
+            )
+
+    def _say_ignored(self, what: Iterable[str]) -> None:
+        """Warn once of each thing that is switched on and has no effect."""
+        for text in what:
+            if text not in self._ignored:
+                self._ignored.add(text)
+                warn(f"without effect in the program: {text}", IgnoredWarning)
