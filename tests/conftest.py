@@ -22,7 +22,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-USES_TRANSFORMERS = re.compile(r"\b(transformers|rmtcompile\.models|zoo)\b")
+USES_TRANSFORMERS = re.compile(r"\b(transformers|rmtcompile\.models|zoo\.(authors|hugging))\b")
 
 torch.set_num_threads(1)
 

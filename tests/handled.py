@@ -179,6 +179,7 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
         use("Losses, sums and means of what a boolean mask selects: `cross_entropy(logits[mask], labels[mask])`, `x[mask].mean()`, `masked_select`, `nonzero`, `y[mask] = x[mask]`; of the whole input, a segment or in layers; nothing selected", "test_masks.py::test_equal_on_diagonals", "test_nothing_is_selected", "test_in_segments_and_layers", "test_what_is_not_selected_may_be_undefined"),
         use("Tensors written out in the forward's code", "test_literals.py::test_a_literal_in_every_cell"),
         use("Inductor: new lengths and a third rest compile nothing, batch sizes from the third on once", end + "test_inductor_compiles_nothing_for_new_lengths", "test_sizes.py::test_nothing_is_compiled_for_a_third_rest", "test_later_batch_sizes_are_compiled_once"),
+        use("Compiled cells of a saved program are called in another process without being traced", "test_saved.py::test_compiled_cells_are_not_compiled_again", "test_forms.py::test_a_kept_form_is_not_traced", "test_what_does_not_fit_is_compiled"),
         use("On CUDA: recorded runs, other streams, modes and weights in between", "test_cuda.py::test_recorded_runs", "test_changed_weights_are_seen", "test_modes", "test_streams_and_threads"),
     ]  # fmt: skip
     refusals = [

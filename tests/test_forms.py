@@ -134,3 +134,17 @@ def test_a_folder_that_was_asked_for_holds_forms(tmp_path: Path) -> None:
     fast.save(tmp_path / "saved")
     assert not list((tmp_path / "cache").glob("*/*.form"))
     assert len(list((tmp_path / "saved").glob("*/*.form"))) >= 3
+
+
+@torch.no_grad()
+def test_arguments_that_share_memory_are_left_to_the_compiler() -> None:
+    x, w, _ = arguments(5)
+    one = form()
+    wanted = torch.tanh(x @ w)
+    one(x, w, x)
+    assert_same(wanted, x)
+    assert one.kept() is None
+    rows = torch.arange(12.0).view(4, 3)
+    assert forms.are_apart([rows[:2], rows[2:], torch.empty(0)])
+    assert not forms.are_apart([rows[:3], rows[2:]])
+    assert not forms.are_apart([rows[:, :1], rows[:, 1:]]), "they interleave"

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -86,7 +87,8 @@ class Form:
         self._about = tuple(about)
         self._options = options
         is_ours = SOURCE in _emitted(function).__globals__
-        self._can_be_kept = options.get("backend") == "inductor" and options.get("fullgraph") and is_ours
+        can_be = options.get("backend") == "inductor" and options.get("fullgraph", False)
+        self._can_be_kept: bool = can_be and is_ours
         self._kinds: list[_Kind] | None = None  # of the first call without gradients
         self._content: bytes | None = None
         self._ready: Any = None
@@ -109,6 +111,7 @@ class Form:
         wants_gradients = torch.is_grad_enabled()
         if not wants_gradients and self._kinds is None:
             self._kinds = [_kind(arg) for arg in args]
+            self._can_be_kept = self._can_be_kept and are_apart(args)
             self._look()
         if self._ready is not None and not wants_gradients and self._ready.guard_check(*args):
             return self._ready.fn(*args)
@@ -156,9 +159,6 @@ class Form:
     def _key(self) -> str:
         """Names what it does, and the kinds of its arguments but for open dims."""
         assert self._kinds is not None
-        function = _emitted(self.function)
-        known = function.__globals__
-        module = known[SOURCE], {} if self._shows_sizes else known[SIZES]
         kinds = [
             (
                 [None if d in dims else n for d, n in enumerate(kind.shape)],
@@ -166,17 +166,20 @@ class Form:
             )
             for kind, dims in zip(self._kinds, self.marks or ((),) * len(self._kinds), strict=True)
         ]  # fmt: skip
-        said = repr((module, function.__name__, self._about, self.marks, kinds))
-        return hashlib.sha256(said.encode()).hexdigest()[:24]
+        return _digest(self._module, _emitted(self.function).__name__, self._about, self.marks, kinds)
+
+    @property
+    def _module(self) -> tuple[str, Any]:
+        """What the emitted module is, for this form."""
+        known = _emitted(self.function).__globals__
+        return known[SOURCE], {} if self._shows_sizes else known[SIZES]
 
     @contextmanager
     def _under_one_name(self) -> Iterator[None]:
         """For a while the emitted module is called by its contents. Modules are numbered in the order in
         which a process makes them, and what is kept imports the one that it was made of."""
         known = _emitted(self.function).__globals__
-        own = known["__name__"]
-        said = repr((known[SOURCE], known[SIZES]))
-        name = f"rmtcompile_{hashlib.sha256(said.encode()).hexdigest()[:24]}"
+        own, name = known["__name__"], f"rmtcompile_{_digest(self._module)}"
         sys.modules[name], known["__name__"] = sys.modules[own], name
         try:
             yield
@@ -188,6 +191,26 @@ class Form:
         """What is no part of the content, by its name in the closure."""
         cells = zip(self.function.__code__.co_freevars, self.function.__closure__ or (), strict=True)
         return {name: cell.cell_contents for name, cell in cells if callable(cell.cell_contents)}
+
+
+def are_apart(args: Sequence[torch.Tensor]) -> bool:
+    """Whether no two arguments lie in the same memory. The compiler looks at that in the arguments that it is
+    given, and guards nothing where they do not."""
+    try:
+        spans = sorted(_span(arg) for arg in args if arg.numel())
+    except RuntimeError:  # one of them has no memory of its own: under a transform
+        return False
+    return all(end <= start for (_, end), (start, _) in pairwise(spans))
+
+
+def _span(arg: torch.Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte, and behind its last."""
+    last = sum((n - 1) * stride for n, stride in zip(arg.shape, arg.stride(), strict=True))
+    return arg.data_ptr(), arg.data_ptr() + (last + 1) * arg.element_size()
+
+
+def _digest(*said: Any) -> str:
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:24]
 
 
 def _ahead_of_time() -> AbstractContextManager[Any]:
