@@ -215,8 +215,12 @@ class LastDiffers(Kept):
 @pytest.mark.parametrize("segments", [4, 5])
 def test_an_edge_that_is_special_in_one_capture_alone_is_no_rule(segments: int) -> None:
     """The last segment of the smaller capture is not the last of the larger one."""
-    with pytest.raises(RerollError, match="reads from another place with one more segment"):
+    with pytest.raises(RerollError, match="reads from another place with one more segment") as caught:
         rules(LastDiffers, segments)
+    said = str(caught.value)
+    assert "Source(" not in said and "fallback='sequential'" in said
+    assert all(f"layer {layer} of segment {segments - 2}   " in said for layer in (1, 2))
+    assert "test_reroll.py" in said, "the user's lines"
 
 
 @pytest.mark.parametrize("segments", [pytest.param(2, marks=WEAK), 3])

@@ -128,6 +128,19 @@ class Source:
     node: int = -1
     nodes: tuple[tuple[int, int], ...] = field(default=(), compare=False)
 
+    def __str__(self) -> str:
+        """In the user's words: "layer 2 of segment 4", "layer 2, one segment before"."""
+        if self.kind in ("leaf", "input"):
+            return self.name
+        where = f"layer {self.layer}" if self.kind == "cell" else self.kind
+        if self.kind == "init":
+            return "what is computed before the segments"
+        if not self.relative:
+            return f"{where} of segment {self.segment}"
+        if not self.segment:
+            return f"{where} of the same segment"
+        return f"{where}, {self.segment} segment{'s' * (self.segment > 1)} before"
+
     @property
     def way(self) -> tuple[object, ...]:
         """What stays equal between classes of one producer: everything but the position in its body."""
@@ -159,6 +172,14 @@ class Each:
     kind: str
     layer: int
     nodes: tuple[tuple[int, int], ...] = field(default=(), compare=False)  # (class, index) as in `Source`
+
+    def __str__(self) -> str:
+        """In the user's words."""
+        where = f"layer {self.layer}" if self.kind == "cell" else self.kind
+        if self.first < 0:
+            return f"values of {where} that several operations of the same code give"
+        last = "the same one" if not self.back else f"the one {self.back} before"
+        return f"a value of {where} of each segment from {self.first} to {last}"
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,11 @@ def _init_rule(small: Unrolled, large: Unrolled) -> ClassRule:
         source = small.source(node)  # type: ignore[arg-type]
         other = large.source(b.live_ins[j])  # type: ignore[arg-type]
         if source != other:
-            raise RerollError("init reads other values with one more segment", [f"{source} against {other}"])
+            raise RerollError(
+                "what is computed before the segments reads other values with one more segment",
+                [f"{small.count} segments: {source}", f"{large.count} segments: {other}"],
+                "compute per segment what depends on the segment",
+            )
         sources.append(LiveIn({}, source))
     ints = tuple(affine(key, j, members, by_count_only=True) for j in range(len(a.ints)))
     return ClassRule(a, tuple(sources), ints, _varying(a, [b]))

@@ -15,6 +15,11 @@ from rmtcompile.passes.grid.partition import CELL, EPILOGUE, INIT, PROLOGUE
 from rmtcompile.passes.grid.reroll.rules import Classes, LiveIn
 from rmtcompile.passes.grid.reroll.unrolled import Key, Unrolled, body_at, region_name
 
+_AS_FAR_BACK = (
+    "dependences must be the same number of segments back in every segment, but for the first few and the "
+    "last few; fallback='sequential' runs the model as it is"
+)
+
 
 def affine(
     key: Key,
@@ -105,22 +110,33 @@ def live_in_of(
         elif early.setdefault(s, _ruled([(unrolled, found)], classes)) != found:
             raise RerollError(
                 f"segment {s} of {region_name(key)} reads from another place with one more segment",
-                [str(early[s]), str(found)],
+                [str(early[s]), _told(unrolled, found)],
+                _AS_FAR_BACK,
             )
     regular = {s for _, s, found in seen if _agrees(rule, s, found)}
     if both := regular & early.keys():
         s = min(both)
         raise RerollError(
             f"segment {s} of {region_name(key)} reads from another place with one more segment",
-            [f"segment {s} of {unrolled.count}: {found}" for unrolled, t, found in seen if t == s],
+            [f"segment {s} of {one.count}: {_told(one, found)}" for one, t, found in seen if t == s],
+            _AS_FAR_BACK,
         )
     if early and (max(early) >= last_segment or (predicts and len(regular) < 2)):
         raise RerollError(
             f"a value that {region_name(key)} reads comes from another place in each segment",
-            [f"segment {s}: {found}" for _, s, found in seen],
-            "dependences must be the same number of segments back in every segment",
+            [f"segment {s}: {_told(one, found)}" for one, s, found in seen],
+            _AS_FAR_BACK,
         )
     return LiveIn(early, replace(rule, nodes=_ruled(steady_seen, classes).nodes))
+
+
+def _told(unrolled: Unrolled, source: Source) -> str:
+    """Where a value comes from, with the user's line."""
+    if source.relative or source.node < 0:
+        return str(source)
+    nodes = body_at(unrolled, (source.kind, source.layer), source.segment).nodes
+    line = nodes[source.node].meta.get("source", "") if source.node < len(nodes) else ""
+    return f"{source}   {line}".rstrip()
 
 
 def _ruled(
@@ -136,7 +152,12 @@ def _ruled(
         if nodes.setdefault(number, found.node) != found.node:
             raise RerollError(
                 "one value comes from two operations of the same code",
-                [f"{region_name((found.kind, found.layer))}: operations {nodes[number]} and {found.node}"],
+                [
+                    _told(one, other)
+                    for one, other in seen
+                    if other.kind == found.kind and other.node in (nodes[number], found.node)
+                ],
+                _AS_FAR_BACK,
             )
     return replace(seen[0][1], nodes=tuple(sorted(nodes.items())))
 
@@ -181,6 +202,7 @@ def _each(key: Key, seen: list[tuple[Unrolled, int, Any]], classes: dict[Key, Cl
         raise RerollError(
             f"a list over segments in {region_name(key)} does not follow one rule",
             [str(each) for each in found],
+            _AS_FAR_BACK,
         )
     return replace(found.pop(), nodes=tuple(sorted(nodes.items())))
 
