@@ -281,8 +281,10 @@ def test_numbers_are_drawn_after_a_recording_has_failed() -> None:
 
 
 @torch.no_grad()
-def test_weights_are_never_held_twice() -> None:
-    """While they are stacked, one tenth of the weights at most is there twice."""
+def test_weights_are_never_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While they are stacked on a device without plenty of room, one tenth of the weights at most is there
+    twice."""
+    monkeypatch.setattr("rmtcompile.runtime.stacks._SPARE", 0.0)
     torch.manual_seed(0)
     model = Wide().cuda()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -295,6 +297,26 @@ def test_weights_are_never_held_twice() -> None:
     got = fast(x)
     assert torch.cuda.max_memory_allocated() - before < 0.15 * weights
     assert torch.cuda.memory_allocated() - before < 0.01 * weights
+    assert_same(expected, got, 1e-4)
+
+
+@torch.no_grad()
+def test_weights_are_moved_on_the_device_where_it_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("through the host's memory")
+
+    torch.manual_seed(0)
+    model = Wide().cuda()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    x = torch.randn(1, 6, 2048, device="cuda")
+    expected = model(x)
+    monkeypatch.setattr("rmtcompile.runtime.stacks._SPARE", 1.0)
+    monkeypatch.setattr(torch.Tensor, "cpu", refused)
+    before = torch.cuda.memory_allocated()
+    got = rmtcompile.optimize(model, backend="eager", cuda_graphs=False)(x)
+    monkeypatch.undo()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() - before < 0.05 * weights
     assert_same(expected, got, 1e-4)
 
 
