@@ -101,11 +101,16 @@ def test_sums_leave_the_first_two_out() -> None:
     assert "yes: at least 5" in text
 
 
-def test_a_length_that_was_not_measured_again_is_in_no_sum() -> None:
+def test_a_length_that_was_not_measured_again_is_in_no_sum_that_needs_it() -> None:
     record = record_of(document(10, 1.0), document(13, 1.0), document(14, 1.0), document(15, 7.0))
     del record["eager_s"]["15"]
-    assert documents.summary(record)["documents"] == 1
+    found = documents.summary(record)
+    assert (found["documents"], found["eager_documents"], found["first_s"]) == (2, 1, 8.0)
+    assert found["eager_over_first"] == found["eager_s"] / 1.0
     record["eager_s"].clear()
+    assert documents.summary(record)["documents"] == 2
+    assert "eager / first" not in "\n".join(map(str, documents.tables(record)))
+    record["repeated_s"].clear()
     assert documents.summary(record)["worst"] is None
     assert [table.title for table in documents.tables(record)][1:] == [
         "documents of random lengths, segments of 10 (*: not counted)"

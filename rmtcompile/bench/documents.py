@@ -276,6 +276,14 @@ def _each(record: Mapping[str, Any]) -> Table:
 def _sums(record: Mapping[str, Any], found: Mapping[str, Any]) -> Table:
     worst = found["worst"]
     over, under = found["first_over_repeated"], found["eager_over_first"]
+    eager = (
+        ("eager", f"{found['eager_s']:.3f} s", f"of {found['eager_documents']} documents"),
+        (
+            "eager / first",
+            f"{under:.2f}",
+            f"{_held(under >= LEAST_UNDER_EAGER)}: at least {LEAST_UNDER_EAGER:g}",
+        ),
+    )
     rows = [
         ("first calls", f"{found['first_s']:.3f} s", ""),
         ("repeated calls", f"{found['repeated_s']:.3f} s", ""),
@@ -284,12 +292,7 @@ def _sums(record: Mapping[str, Any], found: Mapping[str, Any]) -> Table:
             f"{over:.3f}",
             f"{_held(over <= MOST_OVER_REPEATED)}: at most {MOST_OVER_REPEATED:g}",
         ),
-        ("eager", f"{found['eager_s']:.3f} s", f"of {found['eager_documents']} documents"),
-        (
-            "eager / first",
-            f"{under:.2f}",
-            f"{_held(under >= LEAST_UNDER_EAGER)}: at least {LEAST_UNDER_EAGER:g}",
-        ),
+        *(eager if found["eager_documents"] else ()),
         ("programs captured", str(found["captures"]), ""),
         ("graphs compiled", str(found["compilations"]), ""),
         (
