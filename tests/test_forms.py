@@ -72,6 +72,12 @@ def caches() -> None:
 GIVEN: list[bool] = []
 
 
+def kept(one: Form) -> tuple[str, bytes]:
+    key, content = one.key, one.content()
+    assert key is not None and content is not None
+    return key, content
+
+
 def traced() -> int:
     return int(counters["stats"]["unique_graphs"])
 
@@ -79,9 +85,9 @@ def traced() -> int:
 @torch.no_grad()
 def test_a_kept_form_is_not_traced() -> None:
     one = form()
-    assert one.kept() is None, "it was not called yet"
+    assert one.key is None and one.content() is None, "it was not called yet"
     assert_right(one, 5)
-    key, content = one.kept()  # type: ignore[misc]
+    key, content = kept(one)
     torch.compiler.reset()
     forms.offer({key: lambda: content}, caches)
     before, other = traced(), form()
@@ -89,7 +95,7 @@ def test_a_kept_form_is_not_traced() -> None:
         assert_right(other, cells)
     assert traced() == before
     assert not GIVEN
-    assert other.kept() == (key, content)
+    assert kept(other) == (key, content)
     assert_right(other, 1)  # its guards want two cells or more
     assert GIVEN == [True]
     assert traced() == before + 1
@@ -99,7 +105,7 @@ def test_a_kept_form_is_not_traced() -> None:
 def test_what_does_not_fit_is_compiled() -> None:
     one = form()
     assert_right(one, 5)
-    key, content = one.kept()  # type: ignore[misc]
+    key, content = kept(one)
     torch.compiler.reset()
     for ready, about in (({key: lambda: content}, 1), ({key: lambda: b"no form"}, 0)):
         forms.offer(ready, caches)
@@ -113,7 +119,7 @@ def test_gradients_are_those_of_a_compiled_form() -> None:
     one = form()
     with torch.no_grad():
         assert_right(one, 5)
-        key, content = one.kept()  # type: ignore[misc]
+        key, content = kept(one)
     forms.offer({key: lambda: content}, caches)
     other = form()
     x, w, place = arguments(5)
@@ -127,13 +133,20 @@ def test_gradients_are_those_of_a_compiled_form() -> None:
 
 @torch.no_grad()
 def test_a_folder_that_was_asked_for_holds_forms(tmp_path: Path) -> None:
-    """`cache=` writes none: its first call would take twice as long."""
-    x = features(4)
-    fast = rmtcompile.optimize(made(lambda: Toy(2)), backend="inductor", cache=tmp_path / "cache")
-    fast(x)
-    fast.save(tmp_path / "saved")
-    assert not list((tmp_path / "cache").glob("*/*.form"))
-    assert len(list((tmp_path / "saved").glob("*/*.form"))) >= 3
+    """`cache=` writes none: its first call would take twice as long; `save` writes them there, too, and
+    again where one is damaged."""
+    fast = rmtcompile.optimize(made(lambda: Toy(2)), backend="inductor", cache=tmp_path)
+    fast(features(4))
+    assert not list(tmp_path.glob("*/*.form"))
+    fast.save(tmp_path)
+    first, *others = sorted(tmp_path.glob("*/*.form"))
+    assert len(others) >= 2
+    times = {path: path.stat().st_mtime_ns for path in others}
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-1])
+    fast.save(tmp_path)
+    assert first.read_bytes() == whole
+    assert {path: path.stat().st_mtime_ns for path in others} == times
 
 
 @torch.no_grad()
@@ -143,7 +156,7 @@ def test_arguments_that_share_memory_are_left_to_the_compiler() -> None:
     wanted = torch.tanh(x @ w)
     one(x, w, x)
     assert_same(wanted, x)
-    assert one.kept() is None
+    assert one.key is None and one.content() is None
     rows = torch.arange(12.0).view(4, 3)
     assert forms.are_apart([rows[:2], rows[2:], torch.empty(0)])
     assert not forms.are_apart([rows[:3], rows[2:]])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from os import PathLike
@@ -43,6 +43,7 @@ from rmtcompile.saved import (
     read_compiled,
     record_of,
     shelved,
+    whole_forms,
     write,
     write_compiled,
     write_forms,
@@ -241,7 +242,8 @@ class Shelf:
         Raises:
             UnsupportedError: a program cannot be saved.
         """
-        new: dict[str, list[Entry]] = {}
+        new: set[str] = set()
+        by_digest: dict[str, list[Entry]] = {}
         seen = set()
         for entry in _all(entries):
             mark = id(entry.trial.rules) if entry.trial is not None else id(entry)
@@ -249,8 +251,10 @@ class Shelf:
                 continue
             seen.add(mark)
             try:
-                for digest in self._save(entry, folder, report):
-                    new.setdefault(digest, []).append(entry)
+                digest, is_new = self._save(entry, folder, report)
+                by_digest.setdefault(digest, []).append(entry)
+                if is_new:
+                    new.add(digest)
             except UnsupportedError as error:
                 if asked:
                     raise
@@ -258,15 +262,15 @@ class Shelf:
                     self.unsaved[str(error)] = None
                     _LOGGER.warning("rmtcompile: a program is not saved: %s", error)
         if any(entry.executor.backend != "eager" for entry in _all(entries)):
-            for digest, written in new.items():
+            for digest in new:
                 write_compiled(folder, digest)
-                if asked:
-                    write_forms(folder, digest, _forms(written))
+            for digest, alike in by_digest.items() if asked else ():
+                write_forms(folder, digest, _forms(alike, whole_forms(folder, digest)))
         self.is_dirty = False
 
-    def _save(self, entry: Entry, folder: Path, report: Callable[[Entry], Any]) -> set[str]:
+    def _save(self, entry: Entry, folder: Path, report: Callable[[Entry], Any]) -> tuple[str, bool]:
         """Write the program of an entry, unless all that is known of it is written; gives the name of the
-        folder inside of `folder` that it was written to."""
+        folder inside of `folder` that it lies in, and whether anything was written."""
         if self.options.has_bands:
             raise UnsupportedError("programs in bands are not saved yet", remedy="leave out devices")
         compiled = entry.trial.rules.compiled if entry.trial is not None else entry.compiled
@@ -282,14 +286,14 @@ class Shelf:
         said = digest_of([str(folder.absolute()), serves, known, compiled.emitted.source])
         again = origin if isinstance(origin, Loaded) else None
         told = again.fingerprint if again is not None else origin.fingerprint
+        digest = digest_of(told)
         if said in self._written:
-            return set()
+            return digest, False
         record = again.record if again is not None else record_of(compiled)
         shown = again.shelved.report() if again is not None else report(entry)
-        digest = digest_of(told)
         write(folder, digest, told, record, serves, known, shown)
         self._written.add(said)
-        return {digest}
+        return digest, True
 
 
 def _served(entry: Entry) -> dict[str, Any]:
@@ -328,12 +332,12 @@ def _known(entry: Entry) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _forms(entries: Sequence[Entry]) -> dict[str, bytes]:
-    """The compiled forms of entries, for processes that do not compile them."""
-    forms = {id(form): form for entry in entries for form in entry.executor.forms}
+def _forms(entries: Sequence[Entry], known: Container[str]) -> dict[str, bytes]:
+    """The compiled forms of entries by key, but for known ones, for processes that do not compile them."""
+    forms = {form.key: form for entry in entries for form in entry.executor.forms}
     with said_when_long("compiling the cells ahead of time, for processes that load them"):
-        kept = [form.kept() for form in forms.values()]
-    return dict(one for one in kept if one is not None)
+        made = {key: form.content() for key, form in forms.items() if key is not None and key not in known}
+    return {key: content for key, content in made.items() if content is not None}
 
 
 def _class_of(told: Any) -> Any:

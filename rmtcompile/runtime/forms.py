@@ -37,7 +37,7 @@ def offer(ready: Mapping[str, Callable[[], bytes]], otherwise: Callable[[], obje
     """Let forms of these keys be called without being compiled.
 
     Args:
-        ready: what reads the contents of each, as `Form.kept` gives them; may raise.
+        ready: what reads the contents of each, as `Form.content` gives them; may raise.
         otherwise: called before a form is compiled all the same: gives torch what it has compiled before.
     """
     _READY.update(ready)
@@ -123,23 +123,28 @@ class Form:
 
     # ---- another process -----------------------------------------------------------------------------------
 
-    def kept(self) -> tuple[str, bytes] | None:
-        """(key, content) with which another process runs it without compiling; None where it was never
-        called without gradients, or torch cannot compile it ahead of time."""
+    @property
+    def key(self) -> str | None:
+        """Under which it is kept; None where it was never called without gradients, or cannot be kept."""
+        return self._key() if self._kinds is not None and self._can_be_kept else None
+
+    def content(self) -> bytes | None:
+        """With what another process runs it without compiling; None where it has no key, or torch cannot
+        compile it ahead of time, which is logged."""
         if self._kinds is None or not self._can_be_kept:
             return None
         if self._content is None:
             try:
                 with plain_tensors(), own_modes(), _ahead_of_time(), self._under_one_name():
                     args = opened_at([kind.empty() for kind in self._kinds], self.marks)
-                    compiled: Any = torch.compile(self.function, **self._options)  # not as it was made before
+                    compiled: Any = torch.compile(self.function, **self._options)
                     ahead = compiled.aot_compile((tuple(args), {}))
                     self._content = ahead.serialize(ahead, self._outside()).serialized_data
             except Exception as error:  # an interface that is young: the form is compiled there again
-                _LOGGER.info("rmtcompile: %s is not kept: %s", self.function.__name__, error)
+                text = "rmtcompile: %s is not saved, processes that load it compile it again: %s"
+                _LOGGER.warning(text, self.function.__name__, error)
                 self._can_be_kept = False
-                return None
-        return self._key(), self._content
+        return self._content
 
     def _look(self) -> None:
         """Take it from a folder, if it lies in one that was read."""

@@ -17,6 +17,7 @@ from rmtcompile.saved.folder import (
     forms_in,
     read_compiled,
     shelved,
+    whole_forms,
     write,
     write_compiled,
     write_forms,
@@ -28,5 +29,5 @@ from rmtcompile.saved.record import Differs, Record, program_of, record_of
 __all__ = [
     "Damaged", "Differs", "Moment", "Origin", "Record", "Shelved", "decode", "differences", "digest_of",
     "encode", "fingerprint", "fingerprints", "forms_in", "know", "origin_of", "program_of", "read_compiled",
-    "record_of", "shelved", "write", "write_compiled", "write_forms",
+    "record_of", "shelved", "whole_forms", "write", "write_compiled", "write_forms",
 ]  # fmt: skip

@@ -157,18 +157,33 @@ def read_compiled(folder: Path, digest: str) -> None:
 
 
 def write_forms(folder: Path, digest: str, forms: Mapping[str, bytes]) -> None:
-    """Write compiled forms, by their keys."""
-    for key, content in forms.items():
-        path = folder / digest / f"{key}{FORM}"
-        with suppress(OSError):  # it is compiled again
-            if not path.exists():
-                _put(path, b"\n".join([hashlib.sha256(content).hexdigest().encode(), content]))
+    """Write compiled forms, by their keys.
+
+    Raises:
+        UnsupportedError: the folder cannot be written.
+    """
+    try:
+        for key, content in forms.items():
+            said = hashlib.sha256(content).hexdigest().encode()
+            _put(folder / digest / f"{key}{FORM}", b"\n".join([said, content]))
+    except OSError as error:
+        raise UnsupportedError(f"compiled cells cannot be saved in {folder}", [str(error)]) from error
 
 
 def forms_in(folder: Path, digest: str) -> dict[str, Callable[[], bytes]]:
     """What reads each compiled form, by its key; it raises `Damaged`."""
     paths = (folder / digest).glob(f"*{FORM}")
     return {path.name.removesuffix(FORM): partial(_checked, path) for path in paths}
+
+
+def whole_forms(folder: Path, digest: str) -> set[str]:
+    """The keys of the compiled forms that are what was written."""
+    found = set()
+    for key, read in forms_in(folder, digest).items():
+        with suppress(Damaged):  # it is written again
+            read()
+            found.add(key)
+    return found
 
 
 def _main(path: Path) -> Mapping[str, Any]:
@@ -243,6 +258,6 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 __all__ = [
-    "Damaged", "Shelved", "fingerprints", "forms_in", "read_compiled", "shelved", "write", "write_compiled",
-    "write_forms",
+    "Damaged", "Shelved", "fingerprints", "forms_in", "read_compiled", "shelved", "whole_forms", "write",
+    "write_compiled", "write_forms",
 ]  # fmt: skip
