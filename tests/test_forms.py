@@ -16,6 +16,7 @@ import rmtcompile
 from rmtcompile.compiler.loading import load
 from rmtcompile.runtime import forms
 from rmtcompile.runtime.forms import Form
+from rmtcompile.saved import whole_forms
 
 MODULE = """
 import torch
@@ -141,9 +142,14 @@ def test_a_folder_that_was_asked_for_holds_forms(tmp_path: Path) -> None:
     fast.save(tmp_path)
     first, *others = sorted(tmp_path.glob("*/*.form"))
     assert len(others) >= 2
+    keys = {path.stem for path in (first, *others)}
+    assert whole_forms(tmp_path, first.parent.name) == keys
     times = {path: path.stat().st_mtime_ns for path in others}
     whole = first.read_bytes()
     first.write_bytes(whole[:-1])
+    assert whole_forms(tmp_path, first.parent.name) == keys - {first.stem}
+    first.write_bytes(others[0].read_bytes())  # whole, but of another name
+    assert whole_forms(tmp_path, first.parent.name) == keys - {first.stem}
     fast.save(tmp_path)
     assert first.read_bytes() == whole
     assert {path: path.stat().st_mtime_ns for path in others} == times

@@ -159,7 +159,7 @@ class Form:
                 )
             self._content = content
         except Exception as error:  # whatever it is, it is compiled instead
-            _LOGGER.info("rmtcompile: %s is compiled again: %s", self.function.__name__, error)
+            _LOGGER.warning("rmtcompile: %s is compiled again: %s", self.function.__name__, error)
 
     def _key(self) -> str:
         """Names what it does, and the kinds of its arguments but for open dims."""

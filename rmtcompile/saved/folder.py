@@ -164,8 +164,9 @@ def write_forms(folder: Path, digest: str, forms: Mapping[str, bytes]) -> None:
     """
     try:
         for key, content in forms.items():
-            said = hashlib.sha256(content).hexdigest().encode()
-            _put(folder / digest / f"{key}{FORM}", b"\n".join([said, content]))
+            named = b"\n".join([key.encode(), content])  # that it is the form of this name is checked, too
+            said = hashlib.sha256(named).hexdigest().encode()
+            _put(folder / digest / f"{key}{FORM}", b"\n".join([said, named]))
     except OSError as error:
         raise UnsupportedError(f"compiled cells cannot be saved in {folder}", [str(error)]) from error
 
@@ -173,7 +174,14 @@ def write_forms(folder: Path, digest: str, forms: Mapping[str, bytes]) -> None:
 def forms_in(folder: Path, digest: str) -> dict[str, Callable[[], bytes]]:
     """What reads each compiled form, by its key; it raises `Damaged`."""
     paths = (folder / digest).glob(f"*{FORM}")
-    return {path.name.removesuffix(FORM): partial(_checked, path) for path in paths}
+    return {path.name.removesuffix(FORM): partial(_form, path) for path in paths}
+
+
+def _form(path: Path) -> bytes:
+    key, _, content = _checked(path).partition(b"\n")
+    if key.decode(errors="replace") != path.name.removesuffix(FORM):
+        raise Damaged(f"{path} is damaged: it holds another form")
+    return content
 
 
 def whole_forms(folder: Path, digest: str) -> set[str]:
