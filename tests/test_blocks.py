@@ -179,7 +179,8 @@ def test_blocks_serve_texts_that_end_within_a_segment(
         assert executor.compiled.emitted is owner.compiled.emitted
         engine = Engine(executor.program, "eager", keeps_buffers=False)
         engine.share_buffers(blocks.engine)  # type: ignore[arg-type]
-        ending = recorded.Ending(executor.program, executor.compiled.namespace, engine)
+        compiled = executor.compiled
+        ending = recorded.Ending(executor.program, compiled.namespace, engine, compiled.sizes)
         shortest = blocks.example_segments
         for segments in (1, shortest, shortest + 1, 19, 27):
             x = input_of(segments, rest)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import toys
 import transformers
+from test_end_to_end import armt, ids
 from test_reroll import FirstDiffers, Kept
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -255,6 +256,7 @@ def test_a_new_rest_records_nothing(build: Any, backend: str, monkeypatch: pytes
         run(9, rest)
     blocks = fast._last[0].executor.replays.blocks
     assert {kind for kind, _ in blocks._blocks._recordings} == {"head", "steady"}
+    assert {kind for kind, _ in blocks._blocks.padded._recordings} == {"whole", "tail"}
     monkeypatch.setattr(torch.cuda, "CUDAGraph", None)
     captures, compiled = fast.captures, counters["stats"]["unique_graphs"]
     for rest in (1, 2, 5, 6):
@@ -262,6 +264,19 @@ def test_a_new_rest_records_nothing(build: Any, backend: str, monkeypatch: pytes
             run(segments, rest)
     assert fast.captures == captures and fast._last[0].executor.replays.blocks is blocks
     assert counters["stats"]["unique_graphs"] == compiled
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_an_armt_reads_any_rest(name: str, batch: int) -> None:
+    """With compiled cells; norms in float32 are summed in another order."""
+    model = armt(name, torch.float64).cuda()
+    fast = rmtcompile.optimize(copy.deepcopy(model), backend="inductor")
+    text = ids(20, batch).cuda()
+    for tokens in (75, 53, 73, 9, 17, 30, 159, 71, 80, 15):
+        assert_same(model(text[:, :tokens]), fast(text[:, :tokens]), 1e-5)
+    assert fast._last[0].executor.replays.is_padded, fast.explain().recorded
 
 
 @torch.no_grad()

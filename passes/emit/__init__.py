@@ -32,6 +32,7 @@ from rmtcompile.passes.emit.cells import (
     write_cell,
 )
 from rmtcompile.passes.emit.levels import level_formula, write_forward, write_level
+from rmtcompile.passes.emit.padding import Padding, padding
 from rmtcompile.passes.emit.readers import Reader, readers
 from rmtcompile.passes.emit.regions import Regions
 from rmtcompile.passes.emit.rows import write_rows
@@ -40,6 +41,7 @@ from rmtcompile.passes.emit.text import Writer, literal, target_name
 from rmtcompile.schedule import short_type
 
 NO_BORDERS = Borders("all segments of a layer run at once")
+NO_PADDING = Padding()
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Emitted:
     borders: Borders = NO_BORDERS
     carried: Carried = NOTHING
     readers: Mapping[str, frozenset[Reader]] = field(default_factory=dict)  # of each tap
+    padding: Padding = NO_PADDING
 
 
 def emit(program: Program, title: str = "", sized: Sized | None = None) -> Emitted:
@@ -86,10 +89,15 @@ def emit(program: Program, title: str = "", sized: Sized | None = None) -> Emitt
     for cell in cells:
         write_cell(writer, cell, next(g for g in program.groups if g.name == cell.group))
     enter, leave = Calls(regions, "enter"), Calls(regions, "leave")
+    around, padded = NO_PADDING, dict[str, CellFunction]()
+    if program.alpha:
+        around, padded = padding(program, regions, sized)
+    for cell in padded.values():
+        write_cell(writer, cell, next(g for g in program.groups if g.name == cell.group))
     enter.write(writer)
     if program.alpha:
         regions.write_fill(writer)
-        write_level(writer, program, cells)
+        write_level(writer, program, cells, padded)
         leave.write(writer)
         phases = write_forward(writer, regions, enter, leave)
         found = borders(program, regions, cells, enter, leave, sized.values if sized else ())
@@ -101,7 +109,7 @@ def emit(program: Program, title: str = "", sized: Sized | None = None) -> Emitt
     shown = {name: one.opened for name, one in openings.items()} if sized else {}
     crossing = carried(program, regions, enter, leave)
     by_tap = readers(program, regions, enter, leave)
-    return Emitted(writer.text(), tuple(cells), phases, shown, found, crossing, by_tap)
+    return Emitted(writer.text(), tuple(cells), phases, shown, found, crossing, by_tap, around)
 
 
 def _describe(program: Program) -> str:

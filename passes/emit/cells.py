@@ -20,6 +20,7 @@ from rmtcompile.passes.cell.lift import (
     stack_cells,
     vmapped,
 )
+from rmtcompile.passes.cell.padded import REST
 from rmtcompile.passes.emit.sizes import Opening, opening
 from rmtcompile.passes.emit.text import Writer, comment, plain_name, target_name, write_nodes
 from rmtcompile.passes.grid.if_conversion import class_name
@@ -119,9 +120,7 @@ def _is_view_of_input(node: fx.Node) -> bool:
     return node.op == "placeholder"
 
 
-FALLBACKS = {
-    one.__name__: one for one in (cell_by_cell, each_cell, grouped_attention, stack_cells, vmapped)
-}
+FALLBACKS = {one.__name__: one for one in (cell_by_cell, each_cell, grouped_attention, stack_cells, vmapped)}
 
 
 def uses_own_attention(graph: fx.Graph) -> bool:
@@ -142,11 +141,11 @@ def write_cell(writer: Writer, cell: CellFunction, group: Group) -> None:
         cell.name, [node.name for node in params], f"n cells of {group.name} at once (segments: {which})."
     )
     roles = {port.name: port for port in group.ports}
-    for node in (node for node in params if node.name != SEGMENTS):
+    if params and params[0].name == REST:
+        writer.line(f"# {REST}: how much of it the last segment has   i64[]")
+    for node in (node for node in params if node.name not in (SEGMENTS, REST)):
         port = roles[node.name]
-        writer.line(
-            f"# {node.name}: {_role(port)}{comment(node, port.has_axis)[3:].join(('  ', ''))}"
-        )
+        writer.line(f"# {node.name}: {_role(port)}{comment(node, port.has_axis)[3:].join(('  ', ''))}")
     if (found := opened(cell)) is not None:
         for line in found.lines:
             writer.line(line)

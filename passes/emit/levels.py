@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rmtcompile.ir.program import Group, Program
 from rmtcompile.passes.cell.lift import SEGMENTS
+from rmtcompile.passes.cell.padded import REST
 from rmtcompile.passes.emit.calls import Calls
 from rmtcompile.passes.emit.cells import CellFunction
 from rmtcompile.passes.emit.regions import Regions
 from rmtcompile.passes.emit.text import Writer, outside
 
 
-def write_level(writer: Writer, program: Program, cells: list[CellFunction]) -> None:
+def write_level(
+    writer: Writer, program: Program, cells: list[CellFunction], padded: Mapping[str, CellFunction]
+) -> None:
+    """Print one level.
+
+    Args:
+        padded: by name of a cell function, what runs in its place where the last segment is padded.
+    """
     writer.function(
         "level", ["run", "t"], f"One wavefront: every cell (s, l) with {level_formula(program)} = t."
     )
@@ -29,21 +38,30 @@ def write_level(writer: Writer, program: Program, cells: list[CellFunction]) -> 
         )
         grown = {n.name for n in group.graph.nodes if n.op == "placeholder" and n.meta.get("grows")}
         args = {port.name: _argument(port, group, port.name in grown) for port in group.ports}
-        args[SEGMENTS] = "w.segments"
+        args |= {SEGMENTS: "w.segments", REST: "run.remainder"}
         for i, cell in enumerate(mine):
-            params = [args[node.name] for node in cell.graph.nodes if node.op == "placeholder"]
-            if len(mine) > 1 and i < len(mine) - 1:
-                writer.line(f"if run.is_only(w, {set(cell.classes)!r}):")
-                writer.depth += 1
-            writer.line(f"values = run.call({cell.name}, w,")
-            writer.block("\n".join(f"    {param}," for param in params))
-            writer.line(")")
-            writer.line(f"return dict(zip({list(group.outputs)!r}, values))")
-            writer.depth -= len(mine) > 1 and i < len(mine) - 1
+            tests = [f"run.is_only(w, {set(cell.classes)!r})"] if i < len(mine) - 1 else []
+            if cell.name in padded:
+                tests_padded = ["run.remainder is not None", *tests]
+                _write_call(writer, padded[cell.name], group, args, " and ".join(tests_padded))
+            _write_call(writer, cell, group, args, " and ".join(tests))
         writer.end()
     writer.line()
     writer.line()
     writer.line("CELLS = {" + ", ".join(f"{g.name!r}: cells_{g.name}" for g in program.groups) + "}")
+
+
+def _write_call(writer: Writer, cell: CellFunction, group: Group, args: Mapping[str, str], test: str) -> None:
+    """The call of one cell function, under a condition or always."""
+    params = [args[node.name] for node in cell.graph.nodes if node.op == "placeholder"]
+    if test:
+        writer.line(f"if {test}:")
+    writer.depth += bool(test)
+    writer.line(f"values = run.call({cell.name}, w,")
+    writer.block("\n".join(f"    {param}," for param in params))
+    writer.line(")")
+    writer.line(f"return dict(zip({list(group.outputs)!r}, values))")
+    writer.depth -= bool(test)
 
 
 def _argument(port: Any, group: Group, grows: bool) -> str:

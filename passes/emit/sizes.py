@@ -29,11 +29,13 @@ class Sized:
         values: sizes by name, those of the capture that the program was read from.
         cells: the lifted cell functions, with `Size`s; meta "sizes" of a node is its shape.
         shapes: shapes of values of the other regions that depend on sizes.
+        rests: the sizes that whole segments leave over.
     """
 
     values: Mapping[str, int]
     cells: tuple[CellFunction, ...]
     shapes: Mapping[fx.Node, Shape]
+    rests: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

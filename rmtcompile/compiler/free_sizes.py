@@ -20,9 +20,14 @@ from rmtcompile.passes.emit.sizes import names_in
 from rmtcompile.passes.sizes import Sample, Sizes, at, unify
 
 
-def sized(samples: Sequence[tuple[Sizes, Compiled]]) -> tuple[Compiled, Any]:
+def sized(
+    samples: Sequence[tuple[Sizes, Compiled]], rests: frozenset[str] = frozenset()
+) -> tuple[Compiled, Any]:
     """One program for all sizes, to be loaded by `instance`, and the shapes of its outputs over the
     number of segments of its smallest capture.
+
+    Args:
+        rests: those sizes that whole segments leave over.
 
     Raises:
         SizesDiffer: the programs differ in more than integers that follow from the sizes.
@@ -30,7 +35,7 @@ def sized(samples: Sequence[tuple[Sizes, Compiled]]) -> tuple[Compiled, Any]:
     base = samples[0][1]
     found = unify([_sample(sizes, compiled) for sizes, compiled in samples])
     result, rules, input_names, written, shapes = found.extras
-    unified = found.sized
+    unified = replace(found.sized, rests=rests)
     if "open_attention" not in base.passes_off:
         cells = tuple(replace(cell, graph=open_attention(cell.graph)) for cell in unified.cells)
         unified = replace(unified, cells=cells)

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from rmtcompile.binding.guard import structure_key
@@ -222,7 +223,7 @@ class Families:
             rules = entry.trial.rules
             n_layers = entry.compiled.program.n_layers
             rules.samples = [(sizes, rescheduled(compiled, n_layers)) for sizes, compiled in rules.samples]
-            rules.compiled, rules.shapes = sized(rules.samples)
+            rules.compiled, rules.shapes = sized(rules.samples, rules.remainders)
             rules.executor, rules.costs = None, costs
             entry.compiled = instance(rules.compiled, entry.trial.at)
             entry.executor = rules.executor = self._execute(entry.compiled, entry.segmentation, None)
@@ -250,6 +251,7 @@ class Families:
             return None
         rules.executor = rules.executor or executor
         executor.costs = rules.costs
+        executor.replays.whole = partial(_whole, rules, sizes, segmentation)
         if rules.workspaces:
             executor.replays.trust(rules.workspaces)
         if ones not in rules.lengths:  # what is known of lengths at the corners need not be found out again
@@ -312,7 +314,14 @@ class Families:
         samples: list[tuple[Sizes, Compiled]] = [
             ({name: v[columns[0]] for name, columns in free.items()}, family.known[v]) for v in corners
         ]
-        compiled, shapes = sized(samples)
+        compiled, shapes = sized(samples, remainders)
         rules = Rules(free, tuple(corners), remainders, samples, compiled, shapes)
         family.rules = [rules, *family.rules[:7]]
         return rules
+
+
+def _whole(rules: Rules, sizes: Sizes, segmentation: Segmentation) -> Compiled:
+    """The program of rules for a last segment as long as the others."""
+    (name,) = rules.remainders
+    axis = next(axis for axis in segmentation.axes)
+    return instance(rules.compiled, {**sizes, name: axis.length})

@@ -25,7 +25,8 @@ REHEARSED = 16
 
 
 def is_due(entry: Entry) -> bool:
-    """Whether an entry runs rules for rests, compiled and on one CUDA device, that were not rehearsed yet."""
+    """Whether an entry runs rules for rests, compiled and on one CUDA device, that were not rehearsed yet,
+    and whose last segments are launched."""
     executor = entry.executor
     return (
         entry.trial is not None
@@ -34,6 +35,7 @@ def is_due(entry: Entry) -> bool:
         and executor.device.type == "cuda"
         and executor.engine.is_compiled
         and not executor.bands
+        and not executor.replays.is_padded
     )
 
 

@@ -64,7 +64,11 @@ class BaseRun:
         on_level: called with (run, level, step) in place of step(run, level), if set.
         on_value: called with each value that leaves a region, in the order of the run, if set.
         crossing: what an earlier run has left, and what this one is to leave; None where neither is wanted.
+        remainder: how much the last segment has of a whole one, where its cells run padded: an int64 tensor
+            of no dims.
     """
+
+    remainder: torch.Tensor | None = None
 
     def __init__(
         self,

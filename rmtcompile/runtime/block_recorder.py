@@ -10,6 +10,7 @@ import torch
 from rmtcompile.binding.captured import Leaf
 from rmtcompile.runtime.block_run import Device
 from rmtcompile.runtime.graphs import Recordings, Started
+from rmtcompile.runtime.padded import PaddedBlocks
 from rmtcompile.runtime.recorded import Ending, RecordedBlocks
 from rmtcompile.runtime.workspaces import can_choose, no_workspaces, own_workspaces
 
@@ -86,6 +87,25 @@ class BlockRecorder(Recordings):
         """Record a short length once more, since there are faster forms for its width now."""
         if self._blocks is not None:
             self._blocks.record_again(segments)
+
+    @property
+    def wants_padded(self) -> bool:
+        """Whether last blocks of any rest could be recorded, too, beside the others."""
+        return self._blocks is not None and self._blocks.padded is None
+
+    def prepare_padded(self, make: Callable[[RecordedBlocks], PaddedBlocks]) -> None:
+        """Record last blocks of any rest, in the way that was the faster one for the others."""
+        assert self._blocks is not None
+        with self.alone():
+            blocks = make(self._blocks)
+            blocks.warm_up()
+        blocks.record_all()
+        self._blocks.padded = blocks
+
+    def drop_padded(self) -> None:
+        """Launch last blocks of incomplete segments after all."""
+        if self._blocks is not None:
+            self._blocks.padded = None
 
     def forget(self) -> None:
         """Drop all recordings: weights have moved."""

@@ -88,6 +88,13 @@ class Engine:
         """Run on the lane buffers of an engine whose lanes are the same, but for open ones."""
         self._kept = other._kept
 
+    def at_sizes(self, program: Program) -> Engine:
+        """An engine for the same program at other sizes of the last segments, of these forms and buffers."""
+        other = Engine(program, self.backend, False, self.passes_off, self.has_one)
+        other.share(self)
+        other.share_buffers(self)
+        return other
+
     def can_fix(self, width: int) -> bool:
         """Whether a width has no compiled form of its own, and there is room for one."""
         has_room = len(self.fixed_widths - {1, self.full}) < self.MAX_FIXED_WIDTHS

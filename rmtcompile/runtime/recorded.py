@@ -6,14 +6,15 @@ leaves is copied out.  From block to block a run's state stays in the lanes, and
 taps that a later level reads.
 
 Where the last segments depend on sizes that change from input to input, a text's incomplete segment, the last
-block is launched instead of recorded (`Ending`): the host does so while the device is at work on the others.
+block is recorded with padded cells (`runtime/padded.py`), or launched instead of recorded (`Ending`): the
+host does so while the device is at work on the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
@@ -30,16 +31,32 @@ from rmtcompile.runtime.storage import is_kept
 
 @dataclass(frozen=True)
 class Ending:
-    """What launches the last block of a run: a program of the same code at other sizes, which runs on the
-    lane buffers of the recordings.
+    """What launches the last block of a run, or what comes before and after it: a program of the same code at
+    other sizes, which runs on the lane buffers of the recordings.
 
     Attributes:
         functions: the emitted module's namespace.
+        sizes: the free sizes.
     """
 
     program: Program
     functions: Mapping[str, Any]
     engine: Engine
+    sizes: Mapping[str, int]
+
+
+class LastBlocks(Protocol):
+    """Recorded last blocks of runs that end with an incomplete segment."""
+
+    def has(self, block: Block) -> bool:
+        """Whether this block is one of them."""
+
+    def host(self, segments: int, inputs: Mapping[str, torch.Tensor], ending: Ending) -> BaseRun:
+        """Such a run, as far as the host has to do with it."""
+
+    def finish(self, block: Block, host: BaseRun, ending: Ending) -> bool:
+        """Replay a last block after all others, with what comes before and after it; False where an input
+        has another shape than what was recorded."""
 
 
 class RecordedBlocks:
@@ -85,6 +102,7 @@ class RecordedBlocks:
         self._static: frozenset[int] = frozenset()  # memory that later runs overwrite
         self._places: dict[tuple[str, int], Any] = {}
         self._recordings: dict[Key, Recording] = {}
+        self.padded: LastBlocks | None = None
 
     # ---- what recordings read ------------------------------------------------------------------------------
 
@@ -171,11 +189,15 @@ class RecordedBlocks:
         """Each block that any run has, with the number of segments of a run that has it.  Lengths below those
         that rules were read from may have other programs, and are left out."""
         found: dict[Key, tuple[Block, int]] = {}
-        shortest = min(self.program.rolled.proved_on, default=1)
-        for segments in range(shortest, self.example_segments + 2 * LONGEST):
+        for segments in range(self._shortest, self.example_segments + 2 * LONGEST):
             for block in self._recorded_part(segments):
                 found.setdefault(block.key, (block, segments))
         return found
+
+    @property
+    def _shortest(self) -> int:
+        """Segments of the shortest run that is recorded."""
+        return min(self.program.rolled.proved_on, default=1)
 
     def _recorded_part(self, segments: int) -> tuple[Block, ...]:
         blocks = self._cut(segments)
@@ -228,7 +250,7 @@ class RecordedBlocks:
         def body() -> list[torch.Tensor]:
             if block.key[0] in ("head", "whole"):
                 self._set_up()
-            run = BlockRun(self, block, segments, parts)
+            run = self._block_run(block, segments, parts)
             made.append(run)
             for level in block.levels:
                 run.level(level, self.functions["step"])
@@ -240,6 +262,9 @@ class RecordedBlocks:
         places = tuple(x for x in pytree.tree_leaves(list(parts.values())) if is_tensor(x))
         return Recording(graph, tuple(parts), places, tuple(made[-1].events), tuple(values))
 
+    def _block_run(self, block: Block, segments: int, parts: Parts) -> BlockRun:
+        return BlockRun(self, block, segments, parts)
+
     # ---- running -------------------------------------------------------------------------------------------
 
     def run(
@@ -249,13 +274,14 @@ class RecordedBlocks:
         length is not recorded, or where the input's values have other shapes than those recorded.
 
         Args:
-            ending: launches the last block, where ends are not recorded.
+            ending: launches the last block, or what is around it, where ends are not recorded.
         """
-        blocks = self._recorded_part(segments)
-        if not blocks or any(block.key not in self._recordings for block in blocks):
+        blocks, last = self._recorded_part(segments), self._cut(segments)[-1]
+        padded = self.padded if self.padded is not None and self.padded.has(last) else None
+        if not (blocks or padded) or any(block.key not in self._recordings for block in blocks):
             return None
         functions = self.functions if ending is None else ending.functions
-        host = self._host(segments, inputs, ending)
+        host = self._host(segments, inputs, ending, padded)
         if self.borders.setup_is_fixed:
             host.init, host.stacked = self.init, self.stacked
         else:
@@ -270,14 +296,24 @@ class RecordedBlocks:
             return None
         for block, parts in zip(blocks, given, strict=True):
             self._replay(block, parts, host, functions)
-        if ending is not None:
-            self._launch(self._cut(segments)[-1], host, functions)
+        if ending is not None and padded is None:
+            self._launch(last, host, functions)
+        elif ending is not None and padded is not None and not padded.finish(last, host, ending):
+            return None
         return self._own(functions["outputs"](host))
 
-    def _host(self, segments: int, inputs: Mapping[str, torch.Tensor], ending: Ending | None) -> BaseRun:
+    def _host(
+        self,
+        segments: int,
+        inputs: Mapping[str, torch.Tensor],
+        ending: Ending | None,
+        padded: LastBlocks | None,
+    ) -> BaseRun:
         """The run, as far as the host has to do with it."""
         if ending is None:
             return BaseRun(self.program, segments, inputs, self.leaves, self.engine)
+        if padded is not None:
+            return padded.host(segments, inputs, ending)
         return Run(ending.program, segments, inputs, self.leaves, self.weights, ending.engine, False)
 
     def _launch(self, block: Block, run: BaseRun, functions: Mapping[str, Any]) -> None:
@@ -299,9 +335,7 @@ class RecordedBlocks:
         copy_all([place for place, _ in pairs], [value for _, value in pairs])
         return True
 
-    def _given(
-        self, block: Block, host: BaseRun, functions: Mapping[str, Any]
-    ) -> list[torch.Tensor] | None:
+    def _given(self, block: Block, host: BaseRun, functions: Mapping[str, Any]) -> list[torch.Tensor] | None:
         """The parts of the inputs that a block reads; None if they have other shapes than those recorded."""
         recording = self._recordings[block.key]
         given = [functions[part.__name__](host, block.base + offset) for part, offset in recording.parts]
@@ -337,4 +371,4 @@ class RecordedBlocks:
         return pytree.tree_map_only(torch.Tensor, own, outputs)
 
 
-__all__ = ["Ending", "RecordedBlocks"]
+__all__ = ["Ending", "LastBlocks", "RecordedBlocks"]

@@ -1,27 +1,29 @@
 """Replays: what an executor has recorded as CUDA graphs, and how a run is put together of it.
 
     by blocks of levels     once, for runs of any length: head, steady blocks, tail       (recorded.py)
-      with a varying end    the head and the steady blocks; the last levels are launched, while the device is
-                            at work on the others
+      with a varying end    the head and the steady blocks; the tail with padded cells      (padded.py), or
+                            launched, while the device is at work on the others
     by whole runs           where levels cannot be recorded apart from their numbers: a length when it comes
                             again                                                         (graphs.py)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.errors import RecordingWarning, warn
 from rmtcompile.ir.modes import autocast_as
 from rmtcompile.runtime.block_recorder import BlockRecorder
 from rmtcompile.runtime.block_run import Device
 from rmtcompile.runtime.contexts import own_modes, same_numbers
 from rmtcompile.runtime.graphs import Recorder, Started
+from rmtcompile.runtime.padded import PaddedBlocks, difference
 from rmtcompile.runtime.recorded import Ending, RecordedBlocks
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class _Shared:
 
     blocks: BlockRecorder | None = None
     has_failed: bool = False
+    unpadded: str = ""  # why the last levels are launched
 
 
 class Replays:
@@ -47,6 +50,7 @@ class Replays:
     Attributes:
         are_shared: whether blocks, and the lanes that they work on, are those of `like`.
         ends_vary: whether the last segments depend on sizes that vary from run to run.
+        whole: gives the same program with a last segment as long as the others, for padded cells.
     """
 
     def __init__(self, executor: Executor, like: Replays | None) -> None:
@@ -58,6 +62,7 @@ class Replays:
         self._shared: _Shared = like._shared if like is not None and self.are_shared else _Shared()
         is_open = not borders.obstacle and executor.compiled.rolled.fixed is None
         self._by_blocks = is_open and (like is None or self.are_shared)
+        self.whole: Callable[[], Compiled] | None = None
 
     def are_of(self, sizes: Mapping[str, int]) -> bool:
         """Whether all but the last segments are the same at these sizes."""
@@ -77,10 +82,16 @@ class Replays:
             borders = self._executor.compiled.emitted.borders
             why = borders.obstacle or "another program of the same code is recorded by blocks of levels"
             return f"a length is recorded as one CUDA graph when it comes again: {why}"
+        if self.ends_vary and self.is_padded:
+            return (
+                "recorded as CUDA graphs by blocks of levels, for any length; cells of an incomplete last "
+                "segment run at the size of a whole one"
+            )
         if self.ends_vary:
+            why = self._shared.unpadded or self._executor.compiled.emitted.padding.obstacle
             return (
                 "recorded as CUDA graphs by blocks of levels, for any length; the last levels, and all of a "
-                "short text, are launched, since the last segment varies"
+                f"short text, are launched, since the last segment varies{why and f' ({why})'}"
             )
         return "recorded as CUDA graphs by blocks of levels, for any number of segments"
 
@@ -129,17 +140,55 @@ class Replays:
 
     def record(self, inputs: list[torch.Tensor]) -> None:
         """Record what runs of any length need, once, where runs are recorded by blocks."""
-        if not self._by_blocks or self._shared.has_failed or not self._block_recorder().wants:
+        if not self._by_blocks or self._shared.has_failed:
             return
-        executor = self._executor
+        executor, recorder = self._executor, self._block_recorder()
         try:
-            self._block_recorder().prepare(
-                self._make_blocks, lambda n: executor.named(executor.resized(n, inputs))
-            )
+            if recorder.wants:
+                recorder.prepare(self._make_blocks, lambda n: executor.named(executor.resized(n, inputs)))
         except RuntimeError as error:  # the run itself was right: what follows runs as it did
             self._shared.has_failed, self._shared.blocks = True, None
             said = str(error).partition("\n")[0]
             warn(f"runs are not recorded as CUDA graphs: {said}", RecordingWarning)
+            return
+        if self.ends_vary and self._can_pad and recorder.wants_padded:
+            self._record_padded(recorder, inputs)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether last blocks of any rest are recorded."""
+        return self.blocks is not None and not self.blocks.wants_padded
+
+    @property
+    def _can_pad(self) -> bool:
+        has_cells = not self._executor.compiled.emitted.padding.obstacle and self.whole is not None
+        return has_cells and not self._shared.unpadded
+
+    def _record_padded(self, recorder: BlockRecorder, inputs: list[torch.Tensor]) -> None:
+        """Record last blocks with padded cells, and compare them once with launched ones."""
+        executor = self._executor
+        segments = executor.segmentation.count([x.shape for x in inputs])[0]
+        given = executor.named(inputs)
+        try:
+            launched = recorder.replay(segments, given, self._ending())
+            expected = launched.results() if launched else executor.launch(segments, inputs)
+            recorder.prepare_padded(self._make_padded)
+            replayed = recorder.replay(segments, given, self._ending())
+            if replayed is not None and (found := difference(expected, replayed.results())):
+                self._shared.unpadded = f"padded cells give other values, {found}"
+        except RuntimeError as error:
+            self._shared.unpadded = "recording has failed: " + str(error).partition("\n")[0]
+        if self._shared.unpadded:
+            recorder.drop_padded()
+            warn(
+                f"the last levels of texts that end within a segment are launched: {self._shared.unpadded}",
+                RecordingWarning,
+            )
+
+    def _make_padded(self, blocks: RecordedBlocks) -> PaddedBlocks:
+        assert self.whole is not None
+        compiled = self.whole()
+        return PaddedBlocks(blocks, compiled, self._executor.engine.at_sizes(compiled.program))
 
     def record_again(self, segments: int) -> None:
         """Record a short length once more, since there are faster forms for its width now."""
@@ -176,7 +225,8 @@ class Replays:
 
     def _ending(self) -> Ending:
         executor = self._executor
-        return Ending(executor.program, executor.compiled.namespace, executor.engine)
+        compiled = executor.compiled
+        return Ending(executor.program, compiled.namespace, executor.engine, compiled.sizes)
 
     def _make_blocks(self, device: Device, leaves: Mapping[str, torch.Tensor]) -> RecordedBlocks:
         executor = self._executor

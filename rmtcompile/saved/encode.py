@@ -44,6 +44,7 @@ from rmtcompile.ir.segmentation import Axis, Segmentation
 from rmtcompile.ir.weights import Rows, Weight
 from rmtcompile.passes.emit.borders import Borders
 from rmtcompile.passes.emit.carried import Carried, CarriedCell, CarriedTap, Refill
+from rmtcompile.passes.emit.padding import Padding
 from rmtcompile.passes.grid.dependence import Dependence
 from rmtcompile.passes.grid.reroll import Classes
 from rmtcompile.runtime.costs import Costs
@@ -52,7 +53,7 @@ _KNOWN: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Affine, Again, Axis, Borders, Carried, CarriedCell, CarriedTap, Classes, Costs, Dependence, Each,
-        Family, Feed, Group, Keys, Lane, LaneEntry, Node, Opened, Out, Port, Program, Refill, Rows,
+        Family, Feed, Group, Keys, Lane, LaneEntry, Node, Opened, Out, Padding, Port, Program, Refill, Rows,
         Segmentation, Source, Stage, Tap, Value, Weight,
     )
 }  # fmt: skip

@@ -31,7 +31,7 @@ from rmtcompile.saved.encode import Unsaved, decode, encode
 from rmtcompile.saved.moment import Moment, read
 from rmtcompile.saved.origin import Origin, guard_from, place_of, told
 
-FORMAT = "rmtcompile.program/1"
+FORMAT = "rmtcompile.program/2"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def record_of(compiled: Compiled) -> Record:
             "proved_on": encode(rolled.proved_on),
         },
         "emitted": {
-            name: encode(getattr(emitted, name)) for name in ("phases", "opened", "borders", "carried")
+            name: encode(getattr(emitted, name))
+            for name in ("phases", "opened", "borders", "carried", "padding")
         },
         "extent": [compiled.longest.nodes, encode(compiled.longest.types), compiled.longest.draws],
         "dependences": encode(compiled.dependences),

@@ -74,6 +74,8 @@ class BandReplays:
     blocks = None
     are_shared = False
     ends_vary = False
+    is_padded = False
+    whole: Any = None
 
     def __init__(self, executor: BandedExecutor) -> None:
         self._executor = executor
