@@ -13,6 +13,7 @@ import torch
 import toys
 from test_blocks import LONG, Played, Taught
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from toys import Toy, assert_same, features, made
 
 import rmtcompile
@@ -93,6 +94,24 @@ def test_blocks_serve_every_length(played: type[PlayedRecorder], build: Callable
         started = fast._last[0].executor.start(segments, [x])  # type: ignore[index]
         assert started is not None and started.is_current()
     assert played.made == recorded
+
+
+@torch.no_grad()
+def test_padded_cells_are_compiled_once(played: type[PlayedRecorder]) -> None:
+    """For fixed sizes; no rest compiles anything."""
+    model = made(lambda: Toy(2))
+    fast = rmtcompile.optimize(copy.deepcopy(model), backend="inductor", plan="diagonal")
+    text = features(20)
+    for rest in (3, 2, 5):
+        x = text[:, : 4 * LONG + rest]
+        assert_same(model(x), fast(x))
+    replays = fast._last[0].executor.replays  # type: ignore[index]
+    assert replays.is_padded, str(replays)
+    graphs = counters["stats"]["unique_graphs"]
+    for segments, rest in ((1, 4), (2, 1), (9, 5), (11, 2), (3, 3)):
+        x = text[:, : segments * LONG + rest]
+        assert_same(model(x), fast(x))
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.parametrize(("build", "is_padded"), [(Toy, True), (Taught, False)])

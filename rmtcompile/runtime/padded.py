@@ -45,7 +45,7 @@ class PaddedBlocks(RecordedBlocks):
             compiled.program, others.borders, compiled.namespace, engine, others.device, others.leaves,
             others._weights,
         )  # fmt: skip
-        self.others = others
+        self.others, self.compiled = others, compiled  # which keeps its module
         self.padding: Padding = compiled.emitted.padding
         self.inputs, self.init, self.stacked = others.inputs, others.init, others.stacked
         self.weights, self._static = others.weights, others._static
