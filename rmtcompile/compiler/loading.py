@@ -30,7 +30,8 @@ def load(source: str, sizes: Mapping[str, int] | None = None) -> types.ModuleTyp
     code = _code(source)
     file = module.__file__ = code.co_filename
     _users[file] += 1
-    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    if file not in linecache.cache:
+        linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     sys.modules[module.__name__] = module
     exec(_copied(code), module.__dict__)  # our own emitted module
     module.__dict__.update(sizes or {}, **{SOURCE: source, SIZES: dict(sizes or {})})

@@ -96,6 +96,21 @@ class Families:
         self._compare = compare
         self._saved_rules, self._saved_program = saved_rules, saved_program
         self._families: dict[Any, _Family] = {}
+        self._expected: tuple[Any, Vector, Rules, Entry] | None = None
+
+    def expected(self, args: Any, kwargs: Any, segmentation: Segmentation) -> Entry | None:
+        """What `entry` will give for sizes that come for the first time, where rules are trusted with them and
+        nothing has changed since: it may be started before that is looked at."""
+        key = (structure_key(args, kwargs, segmentation), None, 2)
+        family = self._families.get(key)
+        vector = sizes_of(args, kwargs, segmentation)
+        for rules in family.rules if family is not None else ():
+            sizes = rules.sizes(vector)
+            if family is not None and sizes is not None and rules.ones(sizes) in rules.trusted:
+                entry = self._instance(family, rules, vector, args, kwargs, segmentation)
+                self._expected = (key, vector, rules, entry) if entry is not None else None
+                return entry
+        return None
 
     def entry(
         self,
@@ -113,9 +128,12 @@ class Families:
         """
         key = (structure_key(args, kwargs, segmentation), only, fewest)
         family = self._families.setdefault(key, _Family())
-        family.forget()
         vector = sizes_of(args, kwargs, segmentation)
-        found = None if anew else self._known(family, key, vector, args, kwargs, segmentation)
+        found = None if anew else self._of_rules(family, key, vector, args, kwargs, segmentation)
+        if found is not None:
+            return found
+        family.forget()
+        found = None if anew else self._saved(family, key, vector, args, kwargs, segmentation)
         if found is not None:
             return found
         if vector not in family.known:
@@ -141,13 +159,12 @@ class Families:
         executor = self._execute(compiled, segmentation, None)
         return Entry(compiled, executor, segmentation, lengths=lengths, made_for=(key, vector))
 
-    def _known(
+    def _saved(
         self, family: _Family, key: Any, vector: Vector, args: Any, kwargs: Any, segmentation: Segmentation
     ) -> Entry | None:
-        """A program for which nothing has to be captured: of rules, or saved."""
-        found = self._of_rules(family, key, vector, args, kwargs, segmentation)
-        if found is not None or vector in family.known:
-            return found
+        """A program from a folder, or of rules from there, for sizes that were not captured here."""
+        if vector in family.known:
+            return None
         corners = {rules.corners for rules in family.rules}
         new = [rules for rules in self._saved_rules(key, vector) if rules.corners not in corners]
         family.rules = [*new, *family.rules][:8]
@@ -157,9 +174,15 @@ class Families:
     def _of_rules(
         self, family: _Family, key: Any, vector: Vector, args: Any, kwargs: Any, segmentation: Segmentation
     ) -> Entry | None:
-        """The program of the first rules that give one."""
+        """The program of the first rules that give one, and still hold."""
         for rules in family.rules:
-            found = self._instance(family, rules, vector, args, kwargs, segmentation)
+            if rules.sizes(vector) is None or not is_current(rules.compiled):
+                continue
+            expected, self._expected = self._expected, None
+            if expected is not None and expected[:2] == (key, vector) and expected[2] is rules:
+                found: Entry | None = expected[3]
+            else:
+                found = self._instance(family, rules, vector, args, kwargs, segmentation)
             if found is not None:
                 found.made_for = key, vector
                 return found

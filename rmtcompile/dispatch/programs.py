@@ -108,8 +108,11 @@ class Programs:
         return self._segmentations[key]
 
     def start(self, call: Call, args: Any, kwargs: Any) -> tuple[Entry, Started] | None:
-        """Start what ran the last such call, if it is recorded; whether it still holds is seen afterwards."""
+        """Start what ran the last such call, or what rules will give for the first one, if it is recorded;
+        whether it still holds is seen afterwards."""
         entry = self._ready.get((call.key, call.count))
+        if entry is None and call.key not in self._entries:
+            entry = self._families.expected(args, kwargs, call.segmentation)
         started = entry.executor.start(call.count, tensors_of(args, kwargs)) if entry is not None else None
         return (entry, started) if entry is not None and started is not None else None
 
@@ -189,9 +192,10 @@ class Programs:
             entry = self.made(call, args, kwargs)
             entries.append(entry)
             del entries[:-8]
-            while len(self._entries) > MAX_SIZES:
-                self._entries.popitem(last=False)
-            self._ready = {k: e for k, e in self._ready.items() if k[0] in self._entries}
+            if len(self._entries) > MAX_SIZES:
+                while len(self._entries) > MAX_SIZES:
+                    self._entries.popitem(last=False)
+                self._ready = {k: e for k, e in self._ready.items() if k[0] in self._entries}
         if self.is_refuted(entry, call.total, args, kwargs):
             entries[entries.index(entry)] = entry = self.made(call, args, kwargs)
         return self._lengths.entry(entry, call, args, kwargs)

@@ -156,7 +156,7 @@ class Executor:
 
     def record(self, inputs: list[torch.Tensor]) -> None:
         """Record what runs of any length need, once, where runs are recorded by blocks of levels."""
-        if self._use_graphs and not self._records_gradients(inputs):
+        if self._use_graphs and self.replays.wants and not self._records_gradients(inputs):
             with plain_tensors(), own_modes(), same_numbers(self.device):
                 self.replays.record(inputs)
 

@@ -138,10 +138,16 @@ class Replays:
                 self._runs.record(segments, inputs, lambda ins, held: executor.launch(segments, ins, held))
         return outputs
 
-    def record(self, inputs: list[torch.Tensor]) -> None:
-        """Record what runs of any length need, once, where runs are recorded by blocks."""
+    @property
+    def wants(self) -> bool:
+        """Whether there is anything to record that runs of any length need."""
         if not self._by_blocks or self._shared.has_failed:
-            return
+            return False
+        recorder = self._block_recorder()
+        return recorder.wants or (self.ends_vary and self._can_pad and recorder.wants_padded)
+
+    def record(self, inputs: list[torch.Tensor]) -> None:
+        """Record what `wants` says."""
         executor, recorder = self._executor, self._block_recorder()
         try:
             if recorder.wants:
@@ -151,7 +157,7 @@ class Replays:
             said = str(error).partition("\n")[0]
             warn(f"runs are not recorded as CUDA graphs: {said}", RecordingWarning)
             return
-        if self.ends_vary and self._can_pad and recorder.wants_padded:
+        if self.wants:
             self._record_padded(recorder, inputs)
 
     @property

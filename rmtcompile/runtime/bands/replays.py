@@ -125,9 +125,14 @@ class BandReplays:
 
     # ---- recording -----------------------------------------------------------------------------------------
 
+    @property
+    def wants(self) -> bool:
+        """Whether there is anything to record."""
+        return self._bands is None and not self._obstacle and self._times < self.MOST
+
     def record(self, inputs: list[torch.Tensor]) -> None:
         """Record what runs of any length need, once."""
-        if self._bands is not None or self._obstacle or self._times >= self.MOST:
+        if not self.wants:
             return
         self._times += 1
         try:
