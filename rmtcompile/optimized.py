@@ -143,7 +143,6 @@ class Optimized(Inspected, Opaque):
             if running is None:
                 self._programs.choose_plan(entry, args, kwargs)
                 entry.executor.record(tensors_of(args, kwargs))
-                self._programs.rehearse(entry, args, kwargs)
             self._programs.has_run(call, entry)
             self._keep()
             return result

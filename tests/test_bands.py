@@ -287,7 +287,7 @@ def test_cards(home: str, devices: list[str], backend: str) -> None:
 
     Llama's norms are in float32, and Inductor sums them in another order.
     """
-    tolerance = 1e-6 if backend == "inductor" else None
+    tolerance = 1e-5 if backend == "inductor" else None
     model = armt("llama", torch.float64, n_layers=4).to(home)
     twin = copy.deepcopy(model)
     fast = rmtcompile.optimize(twin, devices=devices, backend=backend)

@@ -266,8 +266,7 @@ def test_a_new_rest_records_nothing(build: Any, backend: str, monkeypatch: pytes
     assert counters["stats"]["unique_graphs"] == compiled
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("gpt2", 2)])
 @torch.no_grad()
 def test_an_armt_reads_any_rest(name: str, batch: int) -> None:
     """With compiled cells; norms in float32 are summed in another order."""

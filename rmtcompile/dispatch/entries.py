@@ -140,7 +140,6 @@ class Rules:
         costs: measured, for the choice of the plan.
         workspaces: measured, for the choice of how blocks are recorded; see `BlockRecorder.seconds`.
         lengths, trusted, refuted: what comparisons with the model have shown, by which free sizes are 1.
-        is_rehearsed: whether they were run for sizes all over a segment; see `Programs.rehearse`.
     """
 
     columns: dict[str, Columns]
@@ -155,7 +154,6 @@ class Rules:
     lengths: dict[frozenset[str], Lengths] = field(default_factory=dict)
     trusted: set[frozenset[str]] = field(default_factory=set)
     refuted: set[frozenset[str]] = field(default_factory=set)
-    is_rehearsed: bool = False
 
     def sizes(self, vector: Vector) -> Sizes | None:
         """The free sizes in a vector, or None if it differs from the corners elsewhere too."""

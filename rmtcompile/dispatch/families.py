@@ -99,8 +99,8 @@ class Families:
         self._expected: tuple[Any, Vector, Rules, Entry] | None = None
 
     def expected(self, args: Any, kwargs: Any, segmentation: Segmentation) -> Entry | None:
-        """What `entry` will give for sizes that come for the first time, where rules are trusted with them and
-        nothing has changed since: it may be started before that is looked at."""
+        """What `entry` will give for sizes that come for the first time, where rules are trusted with them
+        and nothing has changed since: it may be started before that is looked at."""
         key = (structure_key(args, kwargs, segmentation), None, 2)
         family = self._families.get(key)
         vector = sizes_of(args, kwargs, segmentation)
@@ -223,14 +223,6 @@ class Families:
             if entry is not None:
                 with suppress(UnsupportedError):  # a model need not run on every rest: it stays untried
                     self._compare(entry, *there)
-
-    def of_same_rules(self, entry: Entry, args: Any, kwargs: Any) -> Entry | None:
-        """The program of the rules that gave an entry, for arguments of other sizes; None where they give
-        none."""
-        if entry.trial is None or entry.made_for is None:
-            return None
-        family, vector = self._families[entry.made_for[0]], sizes_of(args, kwargs, entry.segmentation)
-        return self._instance(family, entry.trial.rules, vector, args, kwargs, entry.segmentation)
 
     def settle(self, trial: Trial, is_right: bool) -> None:
         """Note whether a use of rules gave what the model gives; where not, they are not used again."""

@@ -21,7 +21,6 @@ from rmtcompile.binding.kinds import refuse_model, refuse_odd_arguments
 from rmtcompile.compiler.pipeline import Compiled, compile_forward
 from rmtcompile.compiler.rerolling import period_of_forward
 from rmtcompile.compiler.stages import Log, Progress, said_when_long
-from rmtcompile.dispatch import rehearsal
 from rmtcompile.dispatch.boundary import explained
 from rmtcompile.dispatch.calls import Call, TooFewSegments
 from rmtcompile.dispatch.compared import CHECKED, ENOUGH, LONGER, of_segments, rounding
@@ -291,11 +290,6 @@ class Programs:
             self._families.run_in_order(entry, costs)
         elif costs is not None and entry.trial is not None:
             entry.trial.rules.costs = costs
-
-    def rehearse(self, entry: Entry, args: Any, kwargs: Any) -> None:
-        """Once rules for rests have run on CUDA: meet the kernels of other rests, too."""
-        if rehearsal.is_due(entry):
-            rehearsal.rehearse(self._families, entry, args, kwargs)
 
     # ---- compiling -----------------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ class Form:
         self._is_open = any(marks)
         self._about = tuple(about)
         self._options = options
-        is_ours = SOURCE in _emitted(function).__globals__
+        is_ours = SOURCE in getattr(_emitted(function), "__globals__", {})  # a module of torch.fx has none
         can_be = options.get("backend") == "inductor" and options.get("fullgraph", False)
         self._can_be_kept: bool = can_be and is_ours
         self._kinds: list[_Kind] | None = None  # of the first call without gradients
