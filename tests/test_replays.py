@@ -6,20 +6,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import toys
 from test_blocks import LONG, Played, Taught
+from test_padded import MIXES, Mixing
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from toys import Toy, assert_same, features, made
 
 import rmtcompile
+from rmtcompile.errors import RecordingWarning
 from rmtcompile.runtime import replays
 from rmtcompile.runtime.block_recorder import BlockRecorder
 from rmtcompile.runtime.execute import Executor
+from rmtcompile.runtime.padded import PaddedBlocks
 
 
 class PlayedRecorder(BlockRecorder):
@@ -112,6 +116,53 @@ def test_padded_cells_are_compiled_once(played: type[PlayedRecorder]) -> None:
         x = text[:, : segments * LONG + rest]
         assert_same(model(x), fast(x))
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+@torch.no_grad()
+def test_a_saved_program_is_padded(played: type[PlayedRecorder], tmp_path: Path) -> None:
+    model, text = made(Toy), features(20)
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    for rest in (3, 2):
+        fast(text[:, : 4 * LONG + rest])
+    fast.save(tmp_path)
+    loaded = rmtcompile.load(tmp_path, copy.deepcopy(model))
+    for segments, rest in ((4, 5), (1, 4), (9, 1)):
+        x = text[:, : segments * LONG + rest]
+        assert_same(model(x), loaded(x))
+        assert loaded._last[0].executor.replays.is_padded  # type: ignore[index]
+    assert not loaded.captures
+
+
+@torch.no_grad()
+def test_padded_cells_one_a_level(played: type[PlayedRecorder]) -> None:
+    model, text = made(Toy), features(20)
+    fast = rmtcompile.optimize(copy.deepcopy(model), plan="sequential")
+    for segments, rest in ((4, 3), (4, 2), (1, 4), (9, 1), (2, 5)):
+        x = text[:, : segments * LONG + rest]
+        assert_same(model(x), fast(x))
+    assert fast._last[0].executor.replays.is_padded  # type: ignore[index]
+
+
+@torch.no_grad()
+def test_padded_cells_that_are_wrong_are_not_used(
+    played: type[PlayedRecorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are compared once, when they are recorded."""
+    fill = PaddedBlocks._fill
+
+    def wrong(self: Any, host: Any, ending: Any) -> None:
+        fill(self, host, ending)
+        self.remainder.fill_(LONG)
+
+    monkeypatch.setattr(PaddedBlocks, "_fill", wrong)
+    model, text = made(lambda: Mixing(MIXES["mean"])), features(20)
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    fast(text[:, : 4 * LONG + 3])
+    with pytest.warns(RecordingWarning, match="padded cells give other values, relative difference"):
+        fast(text[:, : 4 * LONG + 2])
+    assert "padded cells give other values" in str(fast.explain().recorded)
+    x = text[:, : 6 * LONG + 4]
+    assert_same(model(x), fast(x))
 
 
 @pytest.mark.parametrize(("build", "is_padded"), [(Toy, True), (Taught, False)])

@@ -59,8 +59,9 @@ class PaddedBlocks(RecordedBlocks):
     # ---- recording -----------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
-        """Run all levels of a short text once, so that everything is compiled."""
-        block, segments = next(iter(self._every_block().values()))
+        """Run the last levels of a text once, so that everything is compiled."""
+        proved = min(self.program.rolled.proved_on, default=1)
+        block, segments = next(pair for pair in self._every_block().values() if pair[1] >= proved)
         run = self._block_run(block, segments, self._make_parts(block, segments))
         for level in block.levels:
             run.level(level, self.functions["step"])
@@ -80,11 +81,9 @@ class PaddedBlocks(RecordedBlocks):
     def _recorded_part(self, segments: int) -> tuple[Block, ...]:
         return self._cut(segments)[-1:]
 
-    def _make_parts(self, block: Block, segments: int) -> Parts:
-        """See `RecordedBlocks`; the host reads what belongs to the last segment."""
-        last = segments - 1 - block.base
-        parts = super()._make_parts(block, segments)
-        return {part: values for part, values in parts.items() if part[1] != last}
+    def _enters(self, segment: int, segments: int) -> bool:
+        """See `RecordedBlocks`; the host does that for the last segment."""
+        return segment < segments - 1
 
     def _block_run(self, block: Block, segments: int, parts: Parts) -> BlockRun:
         return PaddedRun(self, block, segments, parts)
@@ -113,9 +112,9 @@ class PaddedBlocks(RecordedBlocks):
         functions["enter"](host, last)
         self._fill(host, ending)
         self._replay(block, parts, host, functions)
-        functions["leave"](host, last)
-        if "leave_rest" in functions:
-            host.rest(functions["leave_rest"], last)
+        for name in ("enter_rest", "leave", "leave_rest"):
+            if name in functions:
+                host.rest(functions[name], last)
         return True
 
     def _fill(self, host: BaseRun, ending: Ending) -> None:
@@ -171,7 +170,7 @@ class _Host(BaseRun):
     def keep_tap(self, name: str, segment: int, value: Any) -> None:
         """See `BaseRun`."""
         if segment == self.segments - 1 and name in self.shapes:
-            value = _first_part(value, self.shapes[name])
+            value = _first_part(value, self.shapes[name]).contiguous()
         super().keep_tap(name, segment, value)
 
 

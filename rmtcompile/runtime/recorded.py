@@ -130,6 +130,8 @@ class RecordedBlocks:
                 function = self.functions.get(f"{name}_parts")
                 if function is None or segment is None or example is None:
                     continue
+                if not self._enters(segment, segments):
+                    continue
                 values = function(example, self._like(segment, segments, example.segments))
                 shapes = tuple(tuple(x.shape) for x in pytree.tree_leaves(values) if is_tensor(x))
                 key = (function, segment - block.base, shapes)
@@ -137,6 +139,10 @@ class RecordedBlocks:
                     self._rooms[key] = pytree.tree_map_only(torch.Tensor, room_for, values)
                 found[function, segment - block.base] = self._rooms[key]
         return found
+
+    def _enters(self, segment: int, segments: int) -> bool:
+        """Whether a segment's prologue and epilogue are recorded."""
+        return True
 
     def _like(self, segment: int, segments: int, of: int) -> int:
         """The segment of a run of `of` segments that does the same as one of a run of `segments`."""
