@@ -60,23 +60,22 @@ class PaddedBlocks(RecordedBlocks):
 
     def warm_up(self) -> None:
         """Run the last levels of a text once, so that everything is compiled."""
-        proved = min(self.program.rolled.proved_on, default=1)
-        block, segments = next(pair for pair in self._every_block().values() if pair[1] >= proved)
+        segments = self.example_segments
+        (block,) = self._recorded_part(segments)
         run = self._block_run(block, segments, self._make_parts(block, segments))
         for level in block.levels:
             run.level(level, self.functions["step"])
 
-    @property
-    def _shortest(self) -> int:
-        """Shorter ones than rules were read from, too: whether they hold there is found out for each."""
-        return max(self.program.rolled.minimum, 1)
-
     def record_all(self) -> None:
-        """See `RecordedBlocks`; where rules do not hold for a short text there may be nothing to record."""
-        proved = min(self.program.rolled.proved_on, default=1)
-        for block, segments in self._every_block().values():
-            with suppress(*(() if segments >= proved else (RuntimeError, LookupError, ValueError))):
-                self._recordings[block.key] = self._recorded(block, segments)
+        """See `RecordedBlocks`. Texts shorter than those that rules were read from are recorded, too: whether
+        rules hold there is found out for each, and where they do not there may be nothing to record."""
+        rolled = self.program.rolled
+        proved = min(rolled.proved_on, default=1)
+        for segments in reversed(range(max(rolled.minimum, 1), self.example_segments + 1)):
+            (block,) = self._recorded_part(segments)
+            if block.key not in self._recordings:
+                with suppress(*(() if segments >= proved else (RuntimeError, LookupError, ValueError))):
+                    self._recordings[block.key] = self._recorded(block, segments)
 
     def _recorded_part(self, segments: int) -> tuple[Block, ...]:
         return self._cut(segments)[-1:]

@@ -195,15 +195,11 @@ class RecordedBlocks:
         """Each block that any run has, with the number of segments of a run that has it.  Lengths below those
         that rules were read from may have other programs, and are left out."""
         found: dict[Key, tuple[Block, int]] = {}
-        for segments in range(self._shortest, self.example_segments + 2 * LONGEST):
+        shortest = min(self.program.rolled.proved_on, default=1)
+        for segments in range(shortest, self.example_segments + 2 * LONGEST):
             for block in self._recorded_part(segments):
                 found.setdefault(block.key, (block, segments))
         return found
-
-    @property
-    def _shortest(self) -> int:
-        """Segments of the shortest run that is recorded."""
-        return min(self.program.rolled.proved_on, default=1)
 
     def _recorded_part(self, segments: int) -> tuple[Block, ...]:
         blocks = self._cut(segments)

@@ -39,6 +39,7 @@ def padded(graph: fx.Graph, rest: str) -> fx.Graph:
         if node.op == "placeholder":
             builder.keep(node)
         elif node.op == "output":
+            builder.check_results(node)
             builder.graph.output(builder.mapped(node.args[0]))
         elif builder.concerns(node):
             builder.done(node, padded_node(builder, node))

@@ -86,6 +86,12 @@ class Builder:
         self._copies[node] = copy
         self._standing.add(copy)
 
+    def check_results(self, output: fx.Node) -> None:
+        """Results have the shapes of the cell's."""
+        for node in output.all_input_nodes:
+            if node in self.apart:
+                raise self.refused(node, "a result joins a dim that depends on the rest with another one")
+
     def mapped(self, value: Any) -> Any:
         """Arguments of the cell, in the padded cell."""
         return fx.map_arg(value, self._copies.__getitem__)

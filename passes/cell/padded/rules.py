@@ -133,13 +133,15 @@ def mean(b: Builder, node: fx.Node) -> fx.Node:
         return b.keep(node)
     filled = b.filled(node, x, dims, 0)
     keepdim = bool(argument(node, "keepdim", False))
-    dtype = argument(node, "dtype")
-    total = b.call(node, aten.sum.dim_IntList, filled, list(dims), keepdim, dtype=dtype)
+    wanted = argument(node, "dtype") or x.meta["val"].dtype
+    exact = torch.promote_types(wanted, torch.float32)  # a sum in 16 bits may be too large
+    total = b.call(node, aten.sum.dim_IntList, filled, list(dims), keepdim, dtype=exact)
     count: Any = math.prod(int(sizes[dim]) for dim in dims if not b.depends(sizes[dim]))
     for dim in dims:
         if b.depends(sizes[dim]):
             count = b.call(node, aten.mul.Tensor, b.count(node, sizes[dim]), count)
-    return b.call(node, aten.div.Tensor, total, count)
+    found = b.call(node, aten.div.Tensor, total, count)
+    return found if exact is wanted else b.call(node, aten.to.dtype, found, wanted)
 
 
 def norm(b: Builder, node: fx.Node) -> fx.Node:
@@ -196,8 +198,11 @@ def select(b: Builder, node: fx.Node) -> fx.Node:
 def join(b: Builder, node: fx.Node) -> fx.Node:
     """What stands behind a part that depends on the rest moves up to its end."""
     parts: Any = node.args[0]
-    dim = argument(node, "dim", 0) % len(b.sizes(node))
-    sizes = [b.sizes(part)[dim] for part in parts]
+    shapes = [b.sizes(part) for part in parts]
+    if any(len(shape) != len(shapes[-1]) for shape in shapes):
+        raise b.refused(node, "it joins what has no dims")
+    dim = argument(node, "dim", 0) % len(shapes[-1])
+    sizes = [shape[dim] for shape in shapes]
     joined = b.keep(node)
     gaps = [i for i, size in enumerate(sizes[:-1]) if b.depends(size)]
     if not gaps:
@@ -223,18 +228,41 @@ def pad(b: Builder, node: fx.Node) -> fx.Node:
     return b.call(node, node.target, filled, *b.mapped(node.args[1:]), **b.mapped(dict(node.kwargs)))
 
 
-def indexing(b: Builder, node: fx.Node) -> fx.Node:
+def lookup(b: Builder, node: fx.Node) -> fx.Node:
     """Where to look is 0 behind what the segment has; positions are those that they were."""
-
-    def inside(x: fx.Node) -> fx.Node:
-        if x.meta["val"].dtype is torch.bool:
-            raise b.refused(node, "how much a mask picks depends on values")
-        return b.filled(node, x, b.open_dims(x), 0)
-
-    places: Any = node.args[1] if node.target in (aten.index.Tensor, aten.embedding.default) else node.args[2]
-    found = fx.map_arg(places, inside)
-    args = [found if x is places else b.mapped(x) for x in node.args]
+    place = 1 if node.target is aten.embedding.default else 2
+    args = list(b.mapped(node.args))
+    where = node.args[place]
+    assert isinstance(where, fx.Node)
+    args[place] = b.filled(node, where, b.open_dims(where), 0)
     return b.call(node, node.target, *args, **b.mapped(dict(node.kwargs)))
+
+
+def indexing(b: Builder, node: fx.Node) -> fx.Node:
+    """The same for several dims; what is counted from the end is counted from where the segment ends."""
+    x, places = node.args[0], node.args[1]
+    assert isinstance(x, fx.Node) and isinstance(places, (list, tuple))
+    found: list[Any] = []
+    for dim, where in enumerate(places):
+        if not isinstance(where, fx.Node):
+            found.append(None)
+            continue
+        if where.meta["val"].dtype in (torch.bool, torch.uint8):
+            raise b.refused(node, "how much a mask picks depends on values")
+        inside = b.filled(node, where, b.open_dims(where), 0)
+        if dim in b.open_dims(x):
+            is_from_end = b.call(node, aten.lt.Scalar, inside, 0)
+            from_start = b.call(node, aten.add.Tensor, inside, b.count(node, b.sizes(x)[dim]))
+            inside = b.call(node, aten.where.self, is_from_end, from_start, inside)
+        found.append(inside)
+    return b.call(node, node.target, b.mapped(x), found)
+
+
+def length(b: Builder, node: fx.Node) -> fx.Node:
+    """Of a dim that does not depend on the rest."""
+    if node.args[1] in b.open_dims(node.args[0]):
+        raise b.refused(node, "a length depends on the rest")
+    return b.keep(node)
 
 
 def made(b: Builder, node: fx.Node) -> fx.Node:
@@ -311,9 +339,9 @@ RULES: dict[Any, Rule] = {
     aten.select.int: select,
     **dict.fromkeys((aten.cat.default, aten.concat.default), join),
     **dict.fromkeys((aten.constant_pad_nd.default, aten.pad.default), pad),
-    **dict.fromkeys(
-        (aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.embedding.default), indexing
-    ),
+    **dict.fromkeys((aten.index_select.default, aten.gather.default, aten.embedding.default), lookup),
+    aten.index.Tensor: indexing,
+    aten.sym_size.int: length,
     **dict.fromkeys(
         (aten.arange.default, aten.arange.start, aten.full.default, aten.zeros.default, aten.ones.default),
         made,
