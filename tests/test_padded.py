@@ -187,6 +187,27 @@ def test_operations_along_a_rest(name: str, batch: int) -> None:
     )  # fmt: skip
 
 
+@torch.no_grad()
+def test_a_rest_with_fewer_positions_than_are_read_is_launched() -> None:
+    """The last three of two are two: such a rest is another program by shape, and runs launched."""
+    model = made(lambda: Mixing(lambda self, x: x[:, -3:].mean(1, keepdim=True) + x[:, :2].sum(1)[:, None]))
+    text = features(LONG * 10)
+    fast = rmtcompile.optimize(model)
+    for rest in (4, 5):
+        fast(text[:, : 8 * LONG + rest])
+    _, padded = padded_for(fast, LONG, text[:, : 8 * LONG + 5])
+    assert padded.padding.least == 3
+    for rest in (1, 2, 3, 4, 5):
+        x = text[:, : 8 * LONG + rest]
+        assert_same(model(x), fast(x))
+        executor = fast._last[0].executor  # type: ignore[index]
+        if executor.compiled.emitted is padded.compiled.emitted:
+            ending = ending_of(executor, padded)
+            assert padded.has(padded._cut(9)[-1], ending) == (rest >= 3)
+            outputs = padded.others.run(9, {fast.compiled.input_names[0]: x}, ending)
+            assert_same(model(x), value_of(fast.compiled.result, outputs, 9))
+
+
 REFUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "flip": (lambda self, x: x.flip(1), "works along a dim that depends on the rest: flip"),
     "roll": (lambda self, x: x.roll(1, 1), "works along a dim that depends on the rest: roll"),

@@ -12,7 +12,9 @@ Between its prologue and its epilogue the last segment has to read nothing but w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from torch import fx
 
 from rmtcompile.ir.program import Program, Source
 from rmtcompile.passes.cell.padded import CannotPad, padded
@@ -29,6 +31,7 @@ class Padding:
     Attributes:
         obstacle: why they cannot; empty if they can.
         rest: name of the size that is left over.
+        least: the smallest rest that the cells are for.
         entering: for each class of prologues of which the last may be, and each value that it gives to cells,
             a lane that it is filled into.
         leaving: values of the last segment's cells that the last epilogue reads.
@@ -37,6 +40,7 @@ class Padding:
 
     obstacle: str = "no size is free"
     rest: str = ""
+    least: int = 1
     entering: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
     leaving: frozenset[str] = frozenset()
     shapes: Mapping[str, Shape] = field(default_factory=dict)
@@ -54,13 +58,16 @@ def padding(
         return Padding("not one size is left over by whole segments"), {}
     (rest,) = sized.rests
     try:
-        cells = dict(_padded_cells(program, sized.cells, rest))
+        cells, least = {}, 1
+        for cell, (graph, enough) in _padded_cells(program, sized.cells, rest):
+            cells[cell.name] = replace(cell, name=f"{cell.name}_padded", graph=graph)
+            least = max(least, enough)
         entering = _entering(program, regions, rest)
         _check_prologue(regions)
         leaving = _leaving(regions)
     except CannotPad as error:
         return Padding(str(error)), {}
-    return Padding("", rest, entering, leaving, _tap_shapes(program, sized.cells, rest)), cells
+    return Padding("", rest, least, entering, leaving, _tap_shapes(program, sized.cells, rest)), cells
 
 
 def _depends(value: object, rest: str) -> bool:
@@ -69,7 +76,7 @@ def _depends(value: object, rest: str) -> bool:
 
 def _padded_cells(
     program: Program, cells: Sequence[CellFunction], rest: str
-) -> Iterator[tuple[str, CellFunction]]:
+) -> Iterator[tuple[CellFunction, tuple[fx.Graph, int]]]:
     for cell in cells:
         sizes = [(n.meta.get("sizes", ()), n.args, n.kwargs) for n in cell.graph.nodes]
         if not _depends(sizes, rest):
@@ -82,8 +89,7 @@ def _padded_cells(
             is_open = node.op == "placeholder" and _depends(node.meta.get("sizes", ()), rest)
             if is_open and ports[node.name].role != "lane":
                 raise CannotPad(f"what all layers share depends on it ({node.meta.get('source', node.name)})")
-        graph = padded(cell.graph, rest)
-        yield cell.name, CellFunction(f"{cell.name}_padded", cell.group, cell.classes, graph)
+        yield cell, padded(cell.graph, rest)
 
 
 def _last(regions: Regions, kind: str) -> set[int]:

@@ -89,9 +89,9 @@ class PaddedBlocks(RecordedBlocks):
 
     # ---- running -------------------------------------------------------------------------------------------
 
-    def has(self, block: Block) -> bool:
+    def has(self, block: Block, ending: Ending) -> bool:
         """See `LastBlocks`."""
-        return block.key in self._recordings
+        return block.key in self._recordings and ending.sizes[self.padding.rest] >= self.padding.least
 
     def host(self, segments: int, inputs: Mapping[str, torch.Tensor], ending: Ending) -> BaseRun:
         """See `LastBlocks`."""

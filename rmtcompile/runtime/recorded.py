@@ -48,8 +48,8 @@ class Ending:
 class LastBlocks(Protocol):
     """Recorded last blocks of runs that end with an incomplete segment."""
 
-    def has(self, block: Block) -> bool:
-        """Whether this block is one of them."""
+    def has(self, block: Block, ending: Ending) -> bool:
+        """Whether this block is one of them, for these sizes."""
 
     def host(self, segments: int, inputs: Mapping[str, torch.Tensor], ending: Ending) -> BaseRun:
         """Such a run, as far as the host has to do with it."""
@@ -279,7 +279,8 @@ class RecordedBlocks:
             ending: launches the last block, or what is around it, where ends are not recorded.
         """
         blocks, last = self._recorded_part(segments), self._cut(segments)[-1]
-        padded = self.padded if self.padded is not None and self.padded.has(last) else None
+        padded = self.padded if ending is not None else None
+        padded = padded if ending is not None and padded is not None and padded.has(last, ending) else None
         if not (blocks or padded) or any(block.key not in self._recordings for block in blocks):
             return None
         functions = self.functions if ending is None else ending.functions

@@ -23,8 +23,9 @@ from rmtcompile.passes.cell.padded.builder import REST, Builder, CannotPad
 from rmtcompile.passes.cell.padded.rules import padded_node
 
 
-def padded(graph: fx.Graph, rest: str) -> fx.Graph:
-    """The cell with a first argument `rest` more, an int64 tensor of no dims.
+def padded(graph: fx.Graph, rest: str) -> tuple[fx.Graph, int]:
+    """The cell with a first argument `rest` more, an int64 tensor of no dims, and the smallest one that it is
+    for.
 
     Args:
         rest: name of the size that is left over by whole segments.
@@ -45,7 +46,9 @@ def padded(graph: fx.Graph, rest: str) -> fx.Graph:
             builder.done(node, padded_node(builder, node))
         else:
             builder.keep(node)
-    return builder.graph
+        for size in builder.sizes(node):
+            builder.needs(size, 0)
+    return builder.graph, builder.least
 
 
 __all__ = ["REST", "CannotPad", "padded"]

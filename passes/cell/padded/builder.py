@@ -29,6 +29,8 @@ class Builder:
 
     Attributes:
         graph: what is built.
+        least: the smallest rest for which all positions that are read are there: of three, the last four are
+            three.
         apart: shapes of values in which a dim that depends on the rest is joined with others (the rows of all
             inputs of a batch, for a product): there it stays a dim of its own until it is one again.
     """
@@ -37,6 +39,7 @@ class Builder:
         self.size = size
         self.graph = fx.Graph()
         self.apart: dict[fx.Node, tuple[int, ...]] = {}
+        self.least = 1
         self._copies: dict[fx.Node, Any] = {}
         self._standing: set[fx.Node] = set()  # for operations of the cell
         self._rest = self.graph.placeholder(argument)
@@ -126,6 +129,12 @@ class Builder:
                 made = self.call(node, aten.add.Tensor, made, more)
             self._counts[size.terms] = made
         return self._counts[size.terms]
+
+    def needs(self, size: int, enough: int) -> None:
+        """Note that a size has to be so large."""
+        if isinstance(size, Size) and self.depends(size) and not set(dict(size.terms)) - {(self.size,), ()}:
+            terms = dict(size.terms)
+            self.least = max(self.least, -((terms.get((), 0) - enough) // terms[(self.size,)]))
 
     def device(self, node: fx.Node) -> torch.device:
         """Where a value of the cell is."""

@@ -176,7 +176,9 @@ def cut(b: Builder, node: fx.Node) -> fx.Node:
     if argument(node, "step", 1) != 1:
         raise b.refused(node, "it skips positions of a dim that depends on the rest")
     if not b.depends(start) and start >= 0:
+        b.needs(sizes[dim], start if b.depends(out) else start + out)
         return b.call(node, aten.slice.Tensor, b.mapped(x), dim, start, total(start, out))
+    b.needs(sizes[dim], 0 if b.depends(start) else -start)
     first = b.count(node, start if b.depends(start) else total(sizes[dim], start))
     where = b.call(node, aten.add.Tensor, b.positions(node, out, b.device(x)), first)
     return b.taken(node, b.mapped(x), dim, sizes[dim], where)
@@ -188,6 +190,7 @@ def select(b: Builder, node: fx.Node) -> fx.Node:
     assert isinstance(x, fx.Node)
     sizes = b.sizes(x)
     dim, index = argument(node, "dim") % len(sizes), argument(node, "index")
+    b.needs(sizes[dim], 0 if b.depends(index) else index + 1 if index >= 0 else -index)
     if not b.depends(index) and (index >= 0 or dim not in b.open_dims(x)):
         return b.keep(node)
     at = b.count(node, index if b.depends(index) else total(sizes[dim], index))
