@@ -338,5 +338,4 @@ class Families:
 def _whole(rules: Rules, sizes: Sizes, segmentation: Segmentation) -> Compiled:
     """The program of rules for a last segment as long as the others."""
     (name,) = rules.remainders
-    axis = next(axis for axis in segmentation.axes)
-    return instance(rules.compiled, {**sizes, name: axis.length})
+    return instance(rules.compiled, {**sizes, name: segmentation.axes[0].length})

@@ -93,6 +93,11 @@ class BlockRecorder(Recordings):
         """Whether last blocks of any rest could be recorded, too, beside the others."""
         return self._blocks is not None and self._blocks.padded is None
 
+    @property
+    def is_padded(self) -> bool:
+        """Whether last blocks of any rest are recorded."""
+        return self._blocks is not None and self._blocks.padded is not None
+
     def prepare_padded(self, make: Callable[[RecordedBlocks], PaddedBlocks]) -> None:
         """Record last blocks of any rest, in the way that was the faster one for the others."""
         assert self._blocks is not None

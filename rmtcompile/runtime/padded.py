@@ -101,11 +101,8 @@ class PaddedBlocks(RecordedBlocks):
 
     def finish(self, block: Block, host: BaseRun, ending: Ending) -> bool:
         """See `LastBlocks`."""
-        parts, functions, last = (
-            self._given(block, host, ending.functions),
-            ending.functions,
-            host.segments - 1,
-        )
+        functions, last = ending.functions, host.segments - 1
+        parts = self._given(block, host, functions)
         if parts is None:
             return False
         functions["enter"](host, last)

@@ -279,8 +279,7 @@ class RecordedBlocks:
             ending: launches the last block, or what is around it, where ends are not recorded.
         """
         blocks, last = self._recorded_part(segments), self._cut(segments)[-1]
-        padded = self.padded if ending is not None else None
-        padded = padded if ending is not None and padded is not None and padded.has(last, ending) else None
+        padded = self.padded if self._is_padded(last, ending) else None
         if not (blocks or padded) or any(block.key not in self._recordings for block in blocks):
             return None
         functions = self.functions if ending is None else ending.functions
@@ -304,6 +303,10 @@ class RecordedBlocks:
         elif ending is not None and padded is not None and not padded.finish(last, host, ending):
             return None
         return self._own(functions["outputs"](host))
+
+    def _is_padded(self, last: Block, ending: Ending | None) -> bool:
+        """Whether the last block of a run is a recorded one with padded cells."""
+        return ending is not None and self.padded is not None and self.padded.has(last, ending)
 
     def _host(
         self,

@@ -163,12 +163,16 @@ class Replays:
     @property
     def is_padded(self) -> bool:
         """Whether last blocks of any rest are recorded."""
-        return self.blocks is not None and not self.blocks.wants_padded
+        return self.blocks is not None and self.blocks.is_padded
 
     @property
     def _can_pad(self) -> bool:
-        has_cells = not self._executor.compiled.emitted.padding.obstacle and self.whole is not None
-        return has_cells and not self._shared.unpadded
+        """Whether cells have padded forms that can be compared with launched ones at this rest."""
+        compiled = self._executor.compiled
+        padding = compiled.emitted.padding
+        if padding.obstacle or self._shared.unpadded or self.whole is None:
+            return False
+        return compiled.sizes[padding.rest] >= padding.least
 
     def _record_padded(self, recorder: BlockRecorder, inputs: list[torch.Tensor]) -> None:
         """Record last blocks with padded cells, and compare them once with launched ones."""
