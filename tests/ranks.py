@@ -1,5 +1,5 @@
-"""Run by tests/test_ranks.py in several processes: `python ranks.py RANK COUNT FILE CASES`. Says as JSON
-what each case has found."""
+"""Run by tests/test_ranks.py in several processes: `python ranks.py DEVICE RANK COUNT FILE CASES`. Says as
+JSON what each case has found. On cuda each rank has a device of its own, and they talk over NCCL."""
 
 from __future__ import annotations
 
@@ -12,12 +12,37 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import toys
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._pytree import tree_leaves
-from toys import Toy, assert_same, features, made
+from toys import Toy, assert_same
 from zoo.others import ZOO
 
 import rmtcompile
+
+DEVICES = ["cpu"]  # of this rank
+
+
+def features(segments: int, **options: Any) -> torch.Tensor:
+    return toys.features(segments, **options).to(DEVICES[-1])
+
+
+def made(build: Any, **options: Any) -> torch.nn.Module:
+    return toys.made(build, **options).to(DEVICES[-1])
+
+
+def of_zoo(name: str, segments: int) -> tuple[torch.nn.Module, torch.Tensor]:
+    entry = ZOO[name]
+    (x,) = entry.inputs(2, segments)
+    return entry.build().to(DEVICES[-1]), x.to(DEVICES[-1])
+
+
+def _kind() -> str:
+    return torch.device(DEVICES[-1]).type
+
+
+def optimized(model: torch.nn.Module, group: Any, **options: Any) -> Any:
+    return rmtcompile.optimize(model, devices=group, backend="eager", **options)
 
 
 class Failing(Toy):
@@ -33,19 +58,18 @@ class Failing(Toy):
 
 def same(rank: int, group: Any) -> Any:
     for name, lengths in (("skip_connections", (4, 1, 7)), ("hybrid", (5,))):
-        entry = ZOO[name]
-        model = entry.build()
-        fast = rmtcompile.optimize(copy.deepcopy(model), devices=group)
+        model, _ = of_zoo(name, 1)
+        fast = optimized(copy.deepcopy(model), group)
         for segments in lengths:
-            (x,) = entry.inputs(2, segments)
+            _, x = of_zoo(name, segments)
             assert_same(model(x), fast(x))
     return "same"
 
 
 def mesh(rank: int, group: Any) -> Any:
-    devices = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("bands",))
+    devices = init_device_mesh(_kind(), (dist.get_world_size(),), mesh_dim_names=("bands",))
     model = made(lambda: Toy(4))
-    fast = rmtcompile.optimize(copy.deepcopy(model), devices=devices["bands"])
+    fast = optimized(copy.deepcopy(model), devices["bands"])
     for x in (features(4), features(6)[:, :-2]):
         assert_same(model(x), fast(x))
     return str(fast._last[0].executor.cut)
@@ -53,18 +77,18 @@ def mesh(rank: int, group: Any) -> Any:
 
 def other_weights(rank: int, group: Any) -> Any:
     model = made(lambda: Toy(4), seed=rank)
-    return refused(lambda: rmtcompile.optimize(model, devices=group)(features(4)))
+    return refused(lambda: optimized(model, group)(features(4)))
 
 
 def other_lengths(rank: int, group: Any) -> Any:
-    fast = rmtcompile.optimize(made(lambda: Toy(4)), devices=group)
+    fast = optimized(made(lambda: Toy(4)), group)
     fast(features(4))
     return refused(lambda: fast(features(4 + rank)))
 
 
 def failing(rank: int, group: Any) -> Any:
-    fast = rmtcompile.optimize(made(Failing), devices=group)
-    ids = torch.zeros(1, 12, dtype=torch.long)
+    fast = optimized(made(Failing), group)
+    ids = torch.zeros(1, 12, dtype=torch.long, device=DEVICES[-1])
     fast(ids)
     executor = fast._last[0].executor
     if rank == 1:
@@ -80,10 +104,9 @@ def broken(run: Any, window: Any) -> Any:
 def training(rank: int, group: Any) -> Any:
     """Forward and gradients of weights and arguments, with levels recomputed and without."""
     for name, segments, recompute in (("skewed", 5, "none"), ("compressed_older", 4, "level")):
-        entry = ZOO[name]
-        model, (x,) = entry.build(), entry.inputs(2, segments)
+        model, x = of_zoo(name, segments)
         other = copy.deepcopy(model)
-        fast = rmtcompile.optimize(other, devices=group, recompute=recompute)
+        fast = optimized(other, group, recompute=recompute)
         assert_same(gradients(model, model, x), gradients(fast, other, x), 1e-9)
     return "same"
 
@@ -94,7 +117,7 @@ def gradients(call: Any, model: torch.nn.Module, x: torch.Tensor) -> Any:
     model.zero_grad()
     result = call(x)
     floats = [y for y in tree_leaves(result) if isinstance(y, torch.Tensor) and y.is_floating_point()]
-    weighed = [(y * torch.linspace(0, 1, y.shape[-1], dtype=y.dtype)).mean() for y in floats]
+    weighed = [(y * torch.linspace(0, 1, y.shape[-1]).to(y)).mean() for y in floats]
     torch.stack(weighed).sum().backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return result, found, x.grad
@@ -105,7 +128,7 @@ def steps(rank: int, group: Any) -> Any:
     """Some steps of an optimizer: all ranks keep the same weights, those of the model."""
     model = made(lambda: Toy(4))
     other = copy.deepcopy(model)
-    fast = rmtcompile.optimize(other, devices=group)
+    fast = optimized(other, group)
     for call, mine in ((model, model), (fast, other)):
         optimizer = torch.optim.AdamW(mine.parameters(), lr=1e-2)
         for n in (3, 5, 1):
@@ -121,7 +144,7 @@ def steps(rank: int, group: Any) -> Any:
 def retained(rank: int, group: Any) -> Any:
     """A second backward gives the same gradients once more where the graph was retained."""
     model = made(lambda: Toy(4))
-    loss = rmtcompile.optimize(model, devices=group)(features(4)).square().mean()
+    loss = optimized(model, group)(features(4)).square().mean()
     loss.backward(retain_graph=True)
     once = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     loss.backward()
@@ -131,10 +154,9 @@ def retained(rank: int, group: Any) -> Any:
 
 def parts(rank: int, group: Any) -> Any:
     """A text in parts, cut anywhere; with gradients through its state, too."""
-    entry = ZOO["skewed"]
-    model, (x,) = entry.build(), entry.inputs(2, 6)
+    model, x = of_zoo("skewed", 6)
     other = copy.deepcopy(model)
-    fast, n = rmtcompile.optimize(other, devices=group), x.shape[1]
+    fast, n = optimized(other, group), x.shape[1]
     for gradient in (False, True):
         with torch.set_grad_enabled(gradient):
             expected, state = model(x), None
@@ -152,7 +174,7 @@ def parts(rank: int, group: Any) -> Any:
 
 
 def without_gradients_on_one(rank: int, group: Any) -> Any:
-    fast = rmtcompile.optimize(made(lambda: Toy(4)), devices=group)
+    fast = optimized(made(lambda: Toy(4)), group)
     with torch.set_grad_enabled(rank == 0):
         return refused(lambda: fast(features(4)))
 
@@ -161,10 +183,10 @@ def without_gradients_on_one(rank: int, group: Any) -> Any:
 def replicas(rank: int, group: Any) -> Any:
     """Data parallel around bands: two replicas of half of the bands each, and half of the batch."""
     count = dist.get_world_size()
-    both = init_device_mesh("cpu", (2, count // 2), mesh_dim_names=("data", "bands"))
+    both = init_device_mesh(_kind(), (2, count // 2), mesh_dim_names=("data", "bands"))
     model = made(lambda: Toy(4))
     other = copy.deepcopy(model)
-    fast = rmtcompile.optimize(other, devices=both["bands"])
+    fast = optimized(other, both["bands"])
     parallel = torch.nn.parallel.DistributedDataParallel(fast, process_group=both["data"].get_group())
     for n in (3, 5):
         x = features(n, batch=4)
@@ -182,7 +204,7 @@ def replicas(rank: int, group: Any) -> Any:
 def undoable(rank: int, group: Any) -> Any:
     """Gradients of a weight that is computed; a transform."""
     model = made(lambda: Toy(4))
-    fast = rmtcompile.optimize(model, devices=group)
+    fast = optimized(model, group)
     fast(features(4))
     layer = next(iter(model.layers))
     weight = layer.mix.weight
@@ -203,7 +225,7 @@ def refused(call: Any, kind: type[Exception] = rmtcompile.RMTCompileError) -> An
 
 
 def leaving(rank: int, group: Any) -> Any:
-    fast = rmtcompile.optimize(made(lambda: Toy(4)), devices=group)
+    fast = optimized(made(lambda: Toy(4)), group)
     fast(features(4))
     if rank == 0:
         os._exit(0)  # without a word to anybody
@@ -219,11 +241,15 @@ CASES = {
 }  # fmt: skip
 
 
-def main(rank: int, count: int, file: str, cases: str) -> None:
+def main(device: str, rank: int, count: int, file: str, cases: str) -> None:
     torch.set_num_threads(1)
+    if device == "cuda":
+        DEVICES.append(f"cuda:{rank}")
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=count, timeout=timedelta(seconds=200)
-    )
+        "nccl" if device == "cuda" else "gloo", init_method=f"file://{file}", rank=rank, world_size=count,
+        timeout=timedelta(seconds=200), device_id=torch.device(DEVICES[-1]) if device == "cuda" else None,
+    )  # fmt: skip
     with torch.no_grad():
         print(json.dumps({case: CASES[case](rank, dist.group.WORLD) for case in cases.split()}))
     if cases != "leaving":
@@ -231,4 +257,4 @@ def main(rank: int, count: int, file: str, cases: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

@@ -1,4 +1,4 @@
-"""runtime/bands/ranks.py: bands in several processes, over gloo."""
+"""runtime/bands/ranks.py: bands in several processes, over gloo, and over NCCL where there are devices."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LIMIT = 500
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
 
-def ranks(count: int, cases: str, folder: Path) -> list[Any]:
+def ranks(count: int, cases: str, folder: Path, device: str = "cpu") -> list[Any]:
     """What each rank says; none of them may hang."""
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(HERE / "ranks.py")]
     running = [
         subprocess.Popen(
-            [*command, str(rank), str(count), str(folder / "ranks"), cases],
+            [*command, device, str(rank), str(count), str(folder / "ranks"), cases],
             env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(count)
@@ -70,6 +70,16 @@ def test_every_rank_gets_what_the_model_gives(count: int, tmp_path: Path) -> Non
     """Results, gradients, a text in parts."""
     cases = ("same", "training", "parts")
     assert ranks(count, " ".join(cases), tmp_path) == [dict.fromkeys(cases, "same")] * count
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 CUDA devices")
+def test_over_nccl(tmp_path: Path) -> None:
+    cases = ("same", "mesh", "training", "steps", "parts", "other_weights", "failing")
+    one, other = ranks(2, " ".join(cases), tmp_path, "cuda")
+    assert one == other
+    assert all(one[case] == "same" for case in ("same", "training", "steps", "parts")), one
+    assert one["other_weights"][0] == "UnsupportedError" and one["failing"][0] == "RankError"
 
 
 def test_a_mesh_and_a_ragged_end(said: dict[str, list[Any]]) -> None:

@@ -101,10 +101,9 @@ class Lengthening:
         is_short = rolled.fixed is None and count < rolled.proved_on[0]
         if not is_short or count in lengths.uncovered or count in lengths.checked:
             return
-        if count >= rolled.minimum and self._programs.difference(entry, count, args, kwargs) is None:
-            lengths.checked.add(count)
-        else:
-            lengths.uncovered.add(count)
+        with entry.executor.uncompiled():
+            holds = count >= rolled.minimum and self._programs.difference(entry, count, args, kwargs) is None
+        (lengths.checked if holds else lengths.uncovered).add(count)
 
     def _settle_shorter(self, entry: Entry, count: int, args: Any, kwargs: Any) -> None:
         """Find out the same of all shorter lengths, at a first call that takes long: later calls need not."""
@@ -113,8 +112,7 @@ class Lengthening:
         entry.lengths.are_shorter_known = True
         for shorter in range(1, min(count, entry.compiled.rolled.proved_on[0])):
             part = of_segments(args, kwargs, entry.segmentation, shorter)
-            model, as_written = self._programs.model, entry.executor.uncompiled()
-            with suppress(UnsupportedError), explained(model, *part), as_written:
+            with suppress(UnsupportedError), explained(self._programs.model, *part):
                 self.settle_short(entry, shorter, *part)
 
     def _check(self, entry: Entry, count: int, args: Any, kwargs: Any) -> None:

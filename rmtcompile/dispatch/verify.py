@@ -76,9 +76,11 @@ def difference(
     """Run both and compare results and what they leave behind; gives the difference in words, or None.
 
     Args:
-        tolerance: relative differences that are none, where the dtype's own is smaller.
+        tolerance: relative differences that are none, where those of the dtypes that the forward computes in
+            are smaller.
     """
     inputs = tensors_of(args, kwargs)
+    tolerance = max([tolerance, *(TOLERANCE.get(dtype, 0.0) for dtype in compiled.longest.types)])
     effects = [e for e, _ in compiled.effects]
     written = written_tensors(compiled, inputs)
     with without_draws(compiled, executor), _put_back(fn, written), as_written():

@@ -109,6 +109,8 @@ class Form:
         all. So it is made for copies that do.
         """
         wants_gradients = torch.is_grad_enabled()
+        if not wants_gradients:
+            args = tuple(_without_gradient(arg) for arg in args)
         if not wants_gradients and self._kinds is None:
             self._kinds = [_kind(arg) for arg in args]
             self._can_be_kept = self._can_be_kept and are_apart(args)
@@ -237,6 +239,12 @@ def opened_at(args: Sequence[torch.Tensor], marks: Marks) -> list[torch.Tensor]:
         for dim in dims:
             torch._dynamo.mark_dynamic(view, dim)
     return views
+
+
+def _without_gradient(arg: torch.Tensor) -> torch.Tensor:
+    """The same values. A view of a parameter says that it requires a gradient, even one taken where none are
+    recorded; copies of it do not, and no form is made twice for that."""
+    return arg.detach() if arg.requires_grad and not isinstance(arg, torch.nn.Parameter) else arg
 
 
 def _kind(arg: torch.Tensor) -> _Kind:

@@ -27,8 +27,9 @@ from rmtcompile.runtime.block_run import BlockRun, Event, Parts
 from rmtcompile.runtime.blocks import Block
 from rmtcompile.runtime.recorded import Ending, RecordedBlocks
 
-_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
-"""Largest relative differences of results. In 16 bits, 0.2: the last levels round what rounding has left."""
+_ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3}
+"""Largest relative differences of results. In 16 bits, 0.2: the last levels round what rounding has left.
+Models in float64 take norms in float32, which other kernels sum in another order."""
 
 
 class PaddedBlocks(RecordedBlocks):

@@ -97,6 +97,10 @@ class Copies:
         self._began: torch.cuda.Event | None = None
         self._side: torch.cuda.Stream | None = None
 
+    def begin(self) -> None:
+        """A run begins that has read nothing yet."""
+        self._read = {}
+
     def of(self, name: str, value: torch.Tensor, written: Sequence[torch.Tensor]) -> torch.Tensor:
         """A copy of a tensor; the tensor itself where it is no other device's.
 

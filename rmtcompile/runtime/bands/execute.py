@@ -34,6 +34,7 @@ from rmtcompile.runtime.contexts import own_modes
 from rmtcompile.runtime.crossing import Crossing
 from rmtcompile.runtime.engine import Engine, backend_for
 from rmtcompile.runtime.execute import Executor
+from rmtcompile.runtime.graphs import Started
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,16 @@ class BandedExecutor(Executor):
 
     # ---- running -------------------------------------------------------------------------------------------
 
+    def finish(self, started: Started) -> tuple[Any, ...] | None:
+        """See `Executor`; recordings read copies, which are made again in the same place."""
+        outputs: tuple[Any, ...] | None = started.results() if started.is_current() else None
+        return outputs
+
+    def has_held(self) -> bool:
+        """Whether what the last run has read still is a copy of the model's memory; see `Copies.hold`."""
+        held = [member.copies.hold() for member in self.members]  # each notes what it has to copy again
+        return all(held)
+
     def _run(
         self,
         segments: int,
@@ -140,14 +151,15 @@ class BandedExecutor(Executor):
         looking = on_level, on_value
         with own_modes():
             while True:
+                for member in self.members:
+                    member.copies.begin()
                 runs = [
                     self.band_run(m, segments, named, leaves, weights, functional, *looking, crossing)
                     for m in self.members
                 ]
                 self.run_levels(runs)
                 outputs = self.outputs_of(runs, segments, named, leaves, crossing)
-                stale = [member for member in self.members if not member.copies.hold()]
-                if not stale:
+                if self.has_held():
                     return outputs
 
     def band_run(

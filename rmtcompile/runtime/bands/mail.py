@@ -54,9 +54,12 @@ class Mail:
             trail: of a run with gradients.
         """
         if sent.is_tap:
-            plain = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, value)
             with self.told(f"rank {sent.target}", level):
-                dist.send_object_list([plain], self._global(sent.target), group=self.group)
+                kinds = pytree.tree_map(_kind, value)
+                dist.send_object_list([kinds], self._global(sent.target), group=self.group)
+            for part in pytree.tree_leaves(value):
+                if isinstance(part, torch.Tensor):
+                    self._start(part.detach().contiguous(), sent.target, level)
         else:
             value = self._room(sent).zero_() if value is None else value
             self._start(value.detach().contiguous(), sent.target, level)
@@ -71,7 +74,7 @@ class Mail:
             if sent.is_tap:
                 told: list[Any] = [None]
                 dist.recv_object_list(told, self._global(source), group=self.group)
-                value = told[0]
+                value = pytree.tree_map_only(_Kind, lambda k: self._received(self._made(k), source), told[0])
             else:
                 value = self._received(self._room(sent), source)
         if trail is not None:
@@ -112,6 +115,9 @@ class Mail:
         lane = self._lanes[sent.name]
         return torch.empty(lane.shape, dtype=lane.dtype, device=self.device)
 
+    def _made(self, kind: _Kind) -> torch.Tensor:
+        return torch.empty(kind.shape, dtype=kind.dtype, device=self.device)
+
     def _global(self, rank: int) -> int:
         return dist.get_global_rank(self.group, rank) if self.group is not None else rank
 
@@ -136,7 +142,7 @@ class Mail:
                     found[key] = kind
                     continue
                 here = values.get(key)
-                room = torch.empty(kind.shape, dtype=kind.dtype, device=self.device)
+                room = self._made(kind)
                 sent = room if here is None else here.detach().contiguous()
                 dist.broadcast(sent, source, group=self.group)
                 found[key] = room if here is None else here

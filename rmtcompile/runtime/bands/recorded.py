@@ -209,14 +209,13 @@ class RecordedBand(RecordedBlocks):
 
     # ---- running -------------------------------------------------------------------------------------------
 
-    def begin_run(
-        self, host: BaseRun, weights: Mapping[str, torch.Tensor]
-    ) -> list[tuple[Block, list[torch.Tensor]]] | None:
-        """What comes before the first level; gives the levels with the parts of the inputs that they read,
-        None where one of them is not recorded, or values have other shapes than those recorded."""
-        blocks = self._cut(host.segments)
-        if any(block.key not in self._recordings for block in blocks):
-            return None
+    def blocks(self, segments: int) -> tuple[Block, ...] | None:
+        """The levels of a run; None where one of them is not recorded."""
+        blocks = self._cut(segments)
+        return blocks if all(block.key in self._recordings for block in blocks) else None
+
+    def begin_run(self, host: BaseRun, weights: Mapping[str, torch.Tensor]) -> bool:
+        """What comes before the first level; whether all values have the shapes that were recorded."""
         moved = [(self.weights[name], x) for name, x in weights.items()]
         moved = [(place, x) for place, x in moved if place.data_ptr() != x.data_ptr()]
         copy_all([place for place, _ in moved], [x for _, x in moved])
@@ -224,19 +223,15 @@ class RecordedBand(RecordedBlocks):
         if self.borders.setup_is_fixed:
             pairs = [(a, b) for a, b in self._set_up_pairs(host) if a.data_ptr() != b.data_ptr()]
             copy_all([place for place, _ in pairs], [x for _, x in pairs])
-        found = []
-        for block in blocks:
-            given = self._given(block, host, self.functions)
-            if given is None:
-                return None
-            found.append((block, given))
-        return found if self._filled(host) else None
+        return self._filled(host)
 
-    def play(
-        self, block: Block, given: Sequence[torch.Tensor], host: BaseRun, arrived: Sequence[Message]
-    ) -> list[Message]:
-        """Replay a level after what has arrived; gives what it sends, in memory that is written again."""
+    def play(self, block: Block, host: BaseRun, arrived: Sequence[Message]) -> list[Message] | None:
+        """Replay a level after what has arrived; gives what it sends, in memory that is written again. None
+        where parts of the inputs have other shapes than those recorded."""
         recording = self._recordings[block.key]
+        given = self._given(block, host, self.functions)
+        if given is None:
+            return None
         assert isinstance(recording, BandRecording)
         level = block.levels.start
         parity = (level - host.grid.levels.start) % 2

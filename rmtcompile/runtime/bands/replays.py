@@ -21,9 +21,10 @@ from rmtcompile.runtime.bands.run import Message
 from rmtcompile.runtime.base import BaseRun
 from rmtcompile.runtime.block_recorder import unowned
 from rmtcompile.runtime.block_run import Device
+from rmtcompile.runtime.blocks import Block
 from rmtcompile.runtime.contexts import own_modes, plain_tensors, same_numbers
 from rmtcompile.runtime.copies import room_for
-from rmtcompile.runtime.graphs import Recordings
+from rmtcompile.runtime.graphs import Recordings, Started
 from rmtcompile.runtime.workspaces import own_workspaces
 
 if TYPE_CHECKING:
@@ -107,8 +108,10 @@ class BandReplays:
         """What is launched here is launched on the current streams, as all else."""
         yield
 
-    def start(self, segments: int, inputs: list[torch.Tensor]) -> None:
-        """Nothing is started before it is checked."""
+    def start(self, segments: int, inputs: list[torch.Tensor]) -> Started | None:
+        """Start a run of this length, if its levels are recorded."""
+        outputs = self._replayed(segments, inputs) if self._bands is not None else None
+        return Started(self._executor.has_held, lambda: outputs) if outputs is not None else None
 
     def forget(self) -> None:
         """Drop all recordings: weights have moved."""
@@ -120,8 +123,11 @@ class BandReplays:
 
     def run(self, segments: int, inputs: list[torch.Tensor]) -> tuple[Any, ...]:
         """Run, from recordings where there are any."""
-        outputs = self._replayed(segments, inputs) if self._bands is not None else None
-        return self._executor.launch(segments, inputs) if outputs is None else outputs
+        started = self.start(segments, inputs)
+        if started is not None and started.is_current():
+            outputs: tuple[Any, ...] = started.results()
+            return outputs
+        return self._executor.launch(segments, inputs)
 
     # ---- recording -----------------------------------------------------------------------------------------
 
@@ -188,32 +194,35 @@ class BandReplays:
     # ---- running -------------------------------------------------------------------------------------------
 
     def _replayed(self, segments: int, inputs: list[torch.Tensor]) -> tuple[Any, ...] | None:
-        """The outputs of a replayed run; None where it is not recorded, or weights have changed meanwhile."""
+        """The outputs of a replayed run; None where it is not recorded, or weights have moved meanwhile."""
         executor, bands = self._executor, self._bands
         assert bands is not None
         leaves, named = executor.held(), executor.named(inputs)
-        stacked = executor.stacks.current(leaves)
         hosts, levels = [], []
+        for member, band in zip(executor.members, bands, strict=True):
+            blocks = band.blocks(segments)
+            if blocks is None:
+                return None
+            member.copies.begin()
+            given = OnDevice(named, member.way.moving)
+            hosts.append(Host(band.program, segments, given, band.leaves, band.engine))
+            levels.append({block.levels.start: block for block in blocks})
+        self._join(hosts)
         with own_modes():
-            for i, (member, band) in enumerate(zip(executor.members, bands, strict=True)):
-                with member.current():
-                    if not self._refresh(i, member, band, leaves):
-                        self.forget()
-                        return None
-                    given = OnDevice(named, member.way.moving)
-                    host = Host(band.program, segments, given, band.leaves, band.engine)
-                    host.peers = {}
-                    weights = executor.weights_of(member, leaves, stacked, False)
-                    found = band.begin_run(host, weights)
-                if found is None:
-                    return None
-                hosts.append(host)
-                levels.append({block.levels.start: (block, parts) for block, parts in found})
-            self._join(hosts)
-            self._play(bands, hosts, levels)
-            outputs = executor.outputs_of(hosts, segments, named, leaves, None)
-        stale = [member for member in executor.members if not member.copies.hold()]
-        return None if stale else bands[0]._own(outputs)
+            if not self._play(hosts, levels, leaves):
+                return None
+            return bands[0]._own(executor.outputs_of(hosts, segments, named, leaves, None))
+
+    def _begin(self, index: int, host: Host, leaves: Mapping[str, torch.Tensor]) -> bool:
+        """What comes before a band's first level; whether it can be replayed."""
+        executor, member = self._executor, self._executor.members[index]
+        assert self._bands is not None
+        band = self._bands[index]
+        if not self._refresh(index, member, band, leaves):
+            self.forget()
+            return False
+        stacked = executor.stacks.current(leaves)
+        return band.begin_run(host, executor.weights_of(member, leaves, stacked, False))
 
     def _refresh(
         self, index: int, member: Member, band: RecordedBand, leaves: Mapping[str, torch.Tensor]
@@ -242,21 +251,30 @@ class BandReplays:
                     peers.setdefault(sent.name, []).append(_handing(store.put, member.way, target.way))
             host.peers = peers
 
-    def _play(self, bands: list[RecordedBand], hosts: list[Host], levels: list[dict[int, Any]]) -> None:
-        executor = self._executor
+    def _play(
+        self, hosts: list[Host], levels: list[dict[int, Block]], leaves: Mapping[str, torch.Tensor]
+    ) -> bool:
+        """Replay all levels; whether that could be done. A band begins when its first level comes, while
+        those before it are at work."""
+        executor, bands = self._executor, self._bands
+        assert bands is not None
         waiting: list[list[Message]] = [[] for _ in bands]
-        first = executor.program.grid(hosts[0].segments).levels
-        for level in first:
+        for level in executor.program.grid(hosts[0].segments).levels:
             for i, (member, band) in enumerate(zip(executor.members, bands, strict=True)):
                 if level not in levels[i]:
                     continue
                 arrived = [m for m in waiting[i] if m.level < level]
                 waiting[i] = [m for m in waiting[i] if m.level >= level]
                 with member.current():
-                    block, given = levels[i][level]
-                    for message in band.play(block, given, hosts[i], arrived):
+                    if level == min(levels[i]) and not self._begin(i, hosts[i], leaves):
+                        return False
+                    sends = band.play(levels[i][level], hosts[i], arrived)
+                    if sends is None:
+                        return False
+                    for message in sends:
                         value = self._sent(message, member.way.device)
                         waiting[message.sent.target].append(replace(message, value=value))
+        return True
 
     def _sent(self, message: Message, source: torch.device) -> Value:
         """A value on its way; its own memory is written again by the next level."""
