@@ -194,3 +194,18 @@ def test_a_table_is_trained_through_compiled_forms() -> None:
     theirs, mine = ([p.grad for p in m.parameters() if p.grad is not None] for m in (twin, model))
     assert mine and fast.captures
     assert_same(theirs, mine, 1e-9)
+
+
+@torch.no_grad()
+def test_a_view_of_a_parameter_has_no_form_of_its_own() -> None:
+    """It says that it requires a gradient, even one that was taken without; a copy of it does not."""
+    weight = torch.nn.Parameter(torch.randn(2, 3))
+    form = Form(_doubled, (), backend="eager", fullgraph=True)
+    before = counters["stats"]["unique_graphs"]
+    for x in (weight.expand(1, -1, -1), weight.detach()[None].clone()):
+        assert torch.equal(form(x), 2 * x)
+    assert counters["stats"]["unique_graphs"] == before + 1
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return 2 * x

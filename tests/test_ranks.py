@@ -13,6 +13,8 @@ import pytest
 import torch
 from filelock import FileLock
 
+from rmtcompile.runtime.bands.ranks import _digest
+
 HERE = Path(__file__).parent
 LIMIT = 500
 """Seconds that processes may take."""
@@ -139,3 +141,9 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
     gone, left = ranks(2, "leaving", tmp_path)
     assert gone is None and left["leaving"][0] == "RankError"
     assert "does not answer any more" in left["leaving"][1]
+
+
+def test_a_rank_s_own_device_makes_no_other_program() -> None:
+    source = 'x = aten.arange(4, device=torch.device("{}"))'
+    one, other = (_digest(source.format(f"cuda:{i}"), torch.device(f"cuda:{i}")) for i in range(2))
+    assert one == other != _digest(source.format("cuda:0"), torch.device("cuda:1"))

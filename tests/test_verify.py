@@ -13,6 +13,7 @@ from toys import AttributeState, Toy, assert_same, features, made
 
 import rmtcompile
 from rmtcompile import VerificationError
+from rmtcompile.dispatch import verify
 from rmtcompile.dispatch.verify import compare, error_of
 from rmtcompile.passes.cell.lift import rules
 
@@ -202,3 +203,24 @@ def test_compare() -> None:
     assert error_of(nan, nan) == 0 and error_of(nan, torch.ones(2)) == float("inf")
     assert error_of(torch.arange(3), torch.arange(3)) == 0
     assert error_of(torch.arange(3), torch.zeros(3, dtype=torch.int64)) == float("inf")
+
+
+class Narrow(Toy):
+    """Takes a norm in float32, as models in float64 do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x / (1 + x.float().square().mean(-1, keepdim=True).double()))
+
+
+@pytest.mark.parametrize(("build", "is_rounding"), [(Narrow, True), (Toy, False)])
+@torch.no_grad()
+def test_rounding_is_that_of_the_lowest_type(
+    build: type[Toy], is_rounding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels sum in other orders for other numbers of cells."""
+    fast = rmtcompile.optimize(made(build))
+    fast(features(5))
+    monkeypatch.setattr(verify, "error_of", lambda x, y: 1e-6)
+    entry, count = fast._last
+    found = fast._programs.difference(entry, count, (features(5),), {})
+    assert (found is None) == is_rounding

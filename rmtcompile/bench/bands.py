@@ -143,7 +143,7 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
         tokens, count, took = row["tokens"], row["devices"], row["seconds"]
         one = alone.get(tokens)
         modelled = one * modelled_share(tokens // segment, layers, count) if one else None
-        shares = (one / count, modelled - one / count, took - modelled) if one and modelled else ()
+        parts = (one / count, modelled - one / count, took - modelled) if one and modelled else ()
         rows.append(
             [
                 f"{tokens:,}",
@@ -152,7 +152,7 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
                 f"{row['low'] * 1e3:.1f} .. {row['high'] * 1e3:.1f}",
                 f"{one / took:.2f}x" if one else "",
                 f"{modelled * 1e3:.1f}" if modelled else "",
-                ", ".join(f"{share / took:.0%}" for share in shares),
+                ", ".join(f"{share / took:.0%}" for share in parts),
                 ", ".join(f"{gib:.1f}" for gib in row["gib"]),
                 f"{row['difference']:.1e}" if "difference" in row else "",
             ]
