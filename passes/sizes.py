@@ -11,7 +11,9 @@
 The programs are walked side by side. Operations, edges, constants, lanes, taps, results and what is left
 behind have to be the same; integers that differ are fitted as multilinear functions of the free sizes, with
 integer coefficients. One free size needs two programs, two need the four corners of a rectangle, so that a
-product of both is told from a sum. Integers that count dims or name types are no sizes: they may not differ.
+product of both is told from a sum. Integers that the model keeps from call to call (a position, say) come as
+they come, in no rectangle: these only enter in sums. Integers that count dims or name types are no sizes:
+they may not differ.
 
 Requires: programs compiled by the same passes, under the same state of the model.  Ensures: at the sizes of
 each given program the result prints the same operations. For other sizes nothing is proved here; whoever uses
@@ -32,7 +34,8 @@ import torch
 from torch import fx
 
 from rmtcompile.binding.captured import Leaf
-from rmtcompile.ir.program import Affine, Body, Lane, Program, Size
+from rmtcompile.ir.program import Affine, Body, Lane, Program
+from rmtcompile.ir.size import Size
 from rmtcompile.passes.cell.lift import cell_by_cell, vmapped
 from rmtcompile.passes.emit import CellFunction, Sized
 from rmtcompile.passes.grid.partition import CELL
@@ -71,16 +74,17 @@ class Unified:
     extras: Any
 
 
-def unify(samples: Sequence[Sample], exact: bool = True) -> Unified:
+def unify(samples: Sequence[Sample], exact: bool = True, counts: Collection[str] = ()) -> Unified:
     """Make one program of several; see the module docstring.
 
     Args:
+        counts: the free sizes that only enter in sums.
         exact: False only checks that nothing but integers differs; the sizes are not read.
 
     Raises:
         SizesDiffer: the first place where they differ in another way.
     """
-    first, walk = samples[0], _Walk([sample.sizes for sample in samples], exact)
+    first, walk = samples[0], _Walk([sample.sizes for sample in samples], exact, counts)
     programs = [sample.program for sample in samples]
     _equal([sample.names for sample in samples], "what is left behind")
     _equal([_outline(program) for program in programs], "the shape of the schedule")
@@ -123,12 +127,13 @@ def _is_plain(value: Any) -> bool:
 
 
 class _Fit:
-    """Multilinear functions of the sizes through the values at the samples."""
+    """Multilinear functions of the sizes through the values at the samples, sums in `counts`."""
 
-    def __init__(self, points: Sequence[Sizes]) -> None:
-        names = sorted(points[0])
+    def __init__(self, points: Sequence[Sizes], counts: Collection[str] = ()) -> None:
+        names = sorted(set(points[0]) - set(counts))
         self.points = points
         self.products = [c for k in range(len(names) + 1) for c in itertools.combinations(names, k)]
+        self.products += [(name,) for name in sorted(counts)]
         self.rows = [[Fraction(math.prod(p[n] for n in c)) for c in self.products] for p in points]
 
     def __call__(self, values: Sequence[int], where: str) -> int:
@@ -162,8 +167,8 @@ def _solve(rows: list[list[Fraction]]) -> list[Fraction] | None:
 class _Walk:
     """Walks equal structures side by side; `twins` says which nodes of the samples stand for each other."""
 
-    def __init__(self, points: Sequence[Sizes], exact: bool) -> None:
-        self.fit = _Fit(points) if exact else lambda values, where: int(values[0])
+    def __init__(self, points: Sequence[Sizes], exact: bool, counts: Collection[str]) -> None:
+        self.fit = _Fit(points, counts) if exact else lambda values, where: int(values[0])
         self.twins: list[dict[fx.Node, fx.Node]] = [{} for _ in points]  # node of the sample -> merged node
 
     def value(self, values: Sequence[Any], where: str, free: bool = True) -> Any:

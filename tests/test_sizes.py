@@ -24,7 +24,8 @@ import rmtcompile
 from rmtcompile.compiler.pipeline import compile_forward
 from rmtcompile.dispatch.size_vectors import boxes, moved
 from rmtcompile.frontend.probe import probe
-from rmtcompile.ir.program import Affine, Size
+from rmtcompile.ir.program import Affine
+from rmtcompile.ir.size import Size
 from rmtcompile.options import Options
 from rmtcompile.passes.cell.open_attention import attention
 from rmtcompile.passes.emit import emit

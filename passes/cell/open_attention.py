@@ -20,7 +20,7 @@ from torch import fx
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rmtcompile.ir.program import Size
+from rmtcompile.ir.size import Size
 
 aten = torch.ops.aten
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from rmtcompile.ir.program import Affine, Opened, Size
+from rmtcompile.ir.program import Affine, Opened
+from rmtcompile.ir.size import Size
 
 if TYPE_CHECKING:
     from rmtcompile.passes.emit.cells import CellFunction

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from rmtcompile.binding.objects import ATOMS, contains_tensor
-from rmtcompile.binding.watch import template
+from rmtcompile.binding.templates import template
 from rmtcompile.errors import UnsupportedError
 from rmtcompile.ir.segmentation import Segmentation
 

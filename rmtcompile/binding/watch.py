@@ -5,6 +5,7 @@
     a container or object behind it        its entries likewise, in any depth, and how many there are
     a name that the instance had not       that it still has none, and what its class has under that name
     children and hooks of every module     entries, and how many there are
+    an integer that the forward counts on  that it is the one which is asked for
     a slot that the forward refills        the structure of what it holds
     an object in several places            that it still lies in all of them
     closure and globals of a callable      as slots
@@ -15,7 +16,7 @@ what differs there is looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import chain
 from operator import call, is_, itemgetter
 from typing import Any
@@ -29,7 +30,6 @@ from rmtcompile.binding.objects import (
     SETS,
     Opaque,
     Path,
-    Step,
     base_of,
     contains_tensor,
     fields_of,
@@ -43,6 +43,7 @@ from rmtcompile.binding.objects import (
 )
 from rmtcompile.binding.state import CALL_HOOKS, Snapshot
 from rmtcompile.binding.surroundings import Slot, Surroundings
+from rmtcompile.binding.templates import is_number, template
 from rmtcompile.errors import CaptureError
 
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -62,10 +63,14 @@ class ModuleGuard:
         changed: (id of container, key) pairs that the forward leaves different.
         around: what a callable that is no module refers to.
         kept: identities of objects that the forward leaves somewhere as they are.
+        sums: (id of module, attribute) pairs of integers of which the forward makes nothing but sums.
 
     Attributes:
         counters: names of the slots whose numbers the forward reads and leaves different: its next call goes
             on from them.
+        numbers: the integers among these that lie in a slot of their own, as they were at the capture. A
+            program may be for others of them; see `broken`.
+        are_sums: for each of `numbers`, whether the forward makes nothing but sums of it.
         reads, changed, kept: as given.
 
     Raises:
@@ -80,11 +85,13 @@ class ModuleGuard:
         changed: frozenset[tuple[int, Any]] = frozenset(),
         around: Surroundings | None = None,
         kept: frozenset[int] = frozenset(),
+        sums: Collection[tuple[int, str]] = (),
     ) -> None:
         self._slots: list[Slot] = list(around.slots) if around is not None else []
         self._cells = list(around.cells) if around is not None else []
         self._refilled: list[Slot] = []
         self._counting: list[Slot] = []  # numbers that the forward leaves different
+        self._numbers: list[Slot] = []  # the integers among these
         self._tensors: list[tuple[Slot, torch.Size | None]] = []  # None where the forward leaves another one
         self._closed: list[tuple[Any, str]] = []  # containers whose number of entries is fixed
         self._open: list[tuple[Any, set[str], str]] = []  # namespaces in which these names are missing
@@ -109,8 +116,10 @@ class ModuleGuard:
         self._classes([m for root in roots.values() for m in root.modules()], names)
         del self._copies
         self._structure = template([slot.value for slot in self._refilled])
+        self.numbers: tuple[int, ...] = tuple(slot.value for slot in self._numbers)
+        self.are_sums = tuple((id(slot.owner), slot.step[1]) in sums for slot in self._numbers)
         self.counters = tuple(slot.name for slot in self._counting) + tuple(
-            slot.name for slot in self._refilled if any(map(_is_number, template(slot.value)))
+            slot.name for slot in self._refilled if any(map(is_number, template(slot.value)))
         )
         self._freeze()
 
@@ -168,7 +177,7 @@ class ModuleGuard:
             self._refilled.append(slot)
             return False
         if slot.step[0] != "member" and not isinstance(slot.owner, (tuple, *SETS)):
-            self._slots.append(slot)
+            (self._numbers if is_changed and type(value) is int else self._slots).append(slot)
         return not is_leaf(value)
 
     def _classes(self, modules: list[nn.Module], names: dict[int, set[str]]) -> None:
@@ -207,7 +216,8 @@ class ModuleGuard:
     def entries(self) -> dict[str, Any]:
         """All that is watched, by kind, for descriptions that another process can compare."""
         return {
-            "slots": self._slots, "cells": self._cells, "refilled": self._refilled, "tensors": self._tensors,
+            "slots": self._slots + self._numbers,
+            "cells": self._cells, "refilled": self._refilled, "tensors": self._tensors,
             "closed": self._closed, "open": self._open, "children": self._children, "hooks": self._hooks,
             "shared": self._shared,
         }  # fmt: skip
@@ -217,8 +227,29 @@ class ModuleGuard:
         them."""
         self._freeze()
 
-    def broken(self) -> str | None:
-        """What changed since capture, in words, or None."""
+    @property
+    def number_names(self) -> tuple[str, ...]:
+        """Of the slots of `numbers`."""
+        return tuple(slot.name for slot in self._numbers)
+
+    def number_places(self) -> list[tuple[nn.Module, str]]:
+        """Those that are attributes of modules."""
+        return [(slot.owner, slot.step[1]) for slot in self._numbers if isinstance(slot.owner, nn.Module)]
+
+    def numbers_now(self) -> tuple[Any, ...]:
+        """What lies where `numbers` lay."""
+        return tuple(slot.now for slot in self._numbers)
+
+    def broken(self, numbers: Sequence[Any] | None = None) -> str | None:
+        """What changed since capture, in words, or None.
+
+        Args:
+            numbers: what is to lie where `numbers` lay; those themselves if None.
+        """
+        expected = self.numbers if numbers is None else numbers
+        for slot, number in zip(self._numbers, expected, strict=True):
+            if type(slot.now) is not type(number) or slot.now != number:
+                return f"{slot.name} was {number} and is {_short(slot.now)}"
         if self._holds():
             return None
         found = self._look()
@@ -330,11 +361,6 @@ def spaces_of(value: Any) -> list[Any]:
     return [space_of(value, kind) for kind in kinds]
 
 
-def _is_number(entry: Any) -> bool:
-    """Whether an entry of a template is a number that may count something."""
-    return isinstance(entry, tuple) and entry[0] in (int, float)
-
-
 def _lie_together(ways: Sequence[tuple[nn.Module, Path]]) -> bool:
     """Whether all ways lead to one object."""
     found = [_follow(module, way) for module, way in ways]
@@ -357,38 +383,6 @@ def _unwatchable(slot: Slot) -> CaptureError:
         [f"{slot.name}: {kind.__module__}.{kind.__qualname__}"],
         "keep a list, or the tensors themselves, in its place",
     )
-
-
-def template(value: Any) -> list[Any]:
-    """Equal for values that differ in nothing but the contents of their tensors: the same structure, the same
-    objects in several places."""
-    found: list[Any] = []
-    numbers: dict[int, int] = {}
-    stack = [value]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, ATOMS):
-            found.append((type(value), value))
-        elif id(value) in numbers:
-            found.append(numbers[id(value)])
-        elif isinstance(value, torch.Tensor):
-            numbers[id(value)] = len(numbers)
-            found.append(torch.Tensor)
-        elif is_leaf(value) or value is DELETED or (is_sealed(value) and not parts(value)):
-            found.append((type(value), id(value)))
-        elif base_of(type(value)) in SETS:
-            elements = frozenset(item if isinstance(item, ATOMS) else id(item) for item in value)
-            found.append((type(value), elements))
-        else:
-            numbers[id(value)] = len(numbers)
-            inner = parts(value)
-            found.append((type(value), _comparable(inner)))
-            stack += reversed(inner.values())
-    return found
-
-
-def _comparable(steps: dict[Step, Any]) -> list[Any]:
-    return [(kind, id(key) if isinstance(key, torch.Tensor) else key) for kind, key in steps]
 
 
 def _short(value: Any) -> str:

@@ -21,19 +21,22 @@ from rmtcompile.passes.sizes import Sample, Sizes, at, unify
 
 
 def sized(
-    samples: Sequence[tuple[Sizes, Compiled]], rests: frozenset[str] = frozenset()
+    samples: Sequence[tuple[Sizes, Compiled]],
+    rests: frozenset[str] = frozenset(),
+    counts: frozenset[str] = frozenset(),
 ) -> tuple[Compiled, Any]:
     """One program for all sizes, to be loaded by `instance`, and the shapes of its outputs over the
     number of segments of its smallest capture.
 
     Args:
         rests: those sizes that whole segments leave over.
+        counts: those that are integers which the model keeps from call to call.
 
     Raises:
         SizesDiffer: the programs differ in more than integers that follow from the sizes.
     """
     base = samples[0][1]
-    found = unify([_sample(sizes, compiled) for sizes, compiled in samples])
+    found = unify([_sample(sizes, compiled) for sizes, compiled in samples], counts=counts)
     result, rules, input_names, written, shapes = found.extras
     unified = replace(found.sized, rests=rests)
     if "open_attention" not in base.passes_off:
@@ -42,7 +45,7 @@ def sized(
     emitted = emit(found.program, TITLE, unified)
     known = emitted.borders.sizes
     open_lanes = frozenset(lane.name for lane in found.program.lanes if set(names_in(lane.shape)) - known)
-    program = replace(found.program, opened=emitted.opened, open_lanes=open_lanes)
+    program = replace(found.program, opened=emitted.opened, open_lanes=open_lanes, counts=counts)
     effects = [(effect, rule) for (effect, _), rule in zip(base.effects, rules, strict=True)]
     return replace(
         base,
@@ -76,8 +79,12 @@ def _shapes(output: fx.Node | tuple[fx.Node, ...]) -> Any:
     return tuple(map(int, output.meta["val"].shape))
 
 
-def instance(compiled: Compiled, sizes: Sizes) -> Compiled:
-    """A program of free sizes at these sizes: the same module, loaded with other constants."""
+def instance(compiled: Compiled, sizes: Sizes, numbers: tuple[int, ...] | None = None) -> Compiled:
+    """A program of free sizes at these sizes: the same module, loaded with other constants.
+
+    Args:
+        numbers: see `Compiled`.
+    """
     program = compiled.program
     lanes = tuple(replace(lane, shape=at(lane.shape, sizes)) for lane in program.lanes)
     module = load(compiled.emitted.source, sizes)
@@ -88,6 +95,7 @@ def instance(compiled: Compiled, sizes: Sizes) -> Compiled:
         effects=[(effect, at(rule, sizes)) for effect, rule in compiled.effects],
         namespace=vars(module),
         sizes=dict(sizes),
+        numbers=numbers,
     )
     weakref.finalize(made, unload, module.__name__)
     return made

@@ -48,6 +48,8 @@ class Compiled:
         namespace: of the emitted module.
         stages: what each stage did.
         sizes: values of the module's free sizes; empty where all are fixed.
+        numbers: the integers, kept by the model from call to call, that it is for; those of the capture if
+            None. See `ModuleGuard`.
         passes_off: passes of `optimise` that were switched off.
         values: the tensors that decided numbers.
         origin: what another process compares (`rmtcompile/saved/origin.py`), or why it cannot.
@@ -70,6 +72,7 @@ class Compiled:
     stages: list[Stage] = field(default_factory=list)
     passes_off: frozenset[str] = frozenset()
     sizes: Mapping[str, int] = field(default_factory=dict)
+    numbers: tuple[int, ...] | None = None
     values: Values = field(default_factory=lambda: Values(()))
     origin: Any = None
     joins: str = ""
@@ -82,9 +85,14 @@ class Compiled:
         """Whether the model still holds tensors of the captured shapes, dtypes and devices."""
         return all(leaf.fits() for leaf in self.leaves.values())
 
-    def changed(self) -> str | None:
-        """What differs in the state that the captured forward read, in words, or None."""
-        return self.capture.guard.broken() or self.values.changed()
+    def changed(self, any_numbers: bool = False) -> str | None:
+        """What differs in the state that the captured forward read, in words, or None.
+
+        Args:
+            any_numbers: whether integers that the forward counts on from call to call may be any.
+        """
+        guard = self.capture.guard
+        return guard.broken(guard.numbers_now() if any_numbers else self.numbers) or self.values.changed()
 
 
 @uncached_autocast()

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from rmtcompile.compiler.pipeline import Compiled
-from rmtcompile.dispatch.size_vectors import Columns, Vector
+from rmtcompile.dispatch.size_vectors import Columns, Tie, Vector
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.passes.sizes import Sizes
 from rmtcompile.runtime.costs import Costs
@@ -132,8 +132,11 @@ class Rules:
 
     Attributes:
         columns: where in the size vector each free size stands.
-        corners: the vectors that the rules were read from.
+        corners: the vectors that the rules were read from; without the integers that the model keeps, where
+            these are the same at all corners.
         remainders: the free sizes that are lengths of a short segment.
+        counts: those that are integers which the model keeps from call to call.
+        ties: places of the vector where further ones of these stand, and how they follow.
         samples: the programs at the corners.
         shapes: shapes of the outputs.
         executor: the first one; others share its compiled forms.
@@ -154,28 +157,37 @@ class Rules:
     lengths: dict[frozenset[str], Lengths] = field(default_factory=dict)
     trusted: set[frozenset[str]] = field(default_factory=set)
     refuted: set[frozenset[str]] = field(default_factory=set)
+    counts: frozenset[str] = frozenset()
+    ties: dict[int, Tie] = field(default_factory=dict)
 
     def sizes(self, vector: Vector) -> Sizes | None:
         """The free sizes in a vector, or None if it differs from the corners elsewhere too."""
-        mine = {i for columns in self.columns.values() for i in columns}
+        mine = {i for columns in self.columns.values() for i in columns} | self.ties.keys()
         base = self.corners[0]
+        vector = vector if self.counts else vector[: len(base)]
         if len(vector) != len(base) or any(v != base[i] for i, v in enumerate(vector) if i not in mine):
             return None
         found = {}
         for name, columns in self.columns.items():
             values = {vector[i] for i in columns}
             seen = {corner[columns[0]] for corner in self.corners}
-            if len(values) != 1 or min(values) < 1:
+            if len(values) != 1 or min(values) < (0 if name in self.counts else 1):
                 return None
             found[name] = values.pop()
-            if found[name] == 1 and 1 not in seen and name not in self.remainders:
+            if found[name] == 1 and 1 not in seen and name not in self.remainders | self.counts:
                 return None  # one row is often another program, and worth a capture of its own
-        return found
+        follow = all(vector[i] == factor * found[name] + c for i, (name, factor, c) in self.ties.items())
+        return found if follow else None
+
+    def is_current(self) -> bool:
+        """Whether the model still is in the state in which the rules were read, but for what they count."""
+        return is_current(self.compiled, bool(self.counts))
 
     def ones(self, sizes: Sizes) -> frozenset[str]:
         """The free sizes that are 1 and were not 1 at any corner."""
         seen = {name for name, columns in self.columns.items() if 1 in {c[columns[0]] for c in self.corners}}
-        return frozenset(name for name, size in sizes.items() if size == 1 and name not in seen)
+        found = (name for name, size in sizes.items() if size == 1 and name not in self.counts)
+        return frozenset(name for name in found if name not in seen)
 
 
 @dataclass
@@ -208,6 +220,10 @@ def is_loaded(compiled: Compiled) -> bool:
     return isinstance(compiled.origin, Loaded)
 
 
-def is_current(compiled: Compiled) -> bool:
-    """Whether the model still is in the state in which it was captured."""
-    return compiled.fits() and compiled.changed() is None
+def is_current(compiled: Compiled, any_numbers: bool = False) -> bool:
+    """Whether the model still is in the state in which it was captured.
+
+    Args:
+        any_numbers: see `Compiled.changed`.
+    """
+    return compiled.fits() and compiled.changed(any_numbers) is None

@@ -6,6 +6,9 @@ that was not seen yet.
     f(x[3, 20, D])   the same code, loaded with B = 3; no capture
     f(x[7, 23, D])   a rest of 3: captured ...
 
+Integers that the model keeps from call to call, a position in a text say, are sizes here, too; a program for
+another one cannot be captured before the model has come to it.
+
 Sizes that change together are one free size (`size_vectors.py`). Rules need the program at both values of a
 free size, at the four corners where there are two; corners that nobody called for are captured too. Where one
 of two sizes is 1 the programs may differ (broadcasting), and the next larger size is captured instead.
@@ -21,20 +24,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from rmtcompile.binding.guard import structure_key
+from rmtcompile.binding.watch import ModuleGuard
 from rmtcompile.compiler.free_sizes import differ, instance, sized
 from rmtcompile.compiler.pipeline import Compiled, rescheduled
 from rmtcompile.compiler.unrolling import reshaped
 from rmtcompile.dispatch.compared import CHECKED, of_rest
 from rmtcompile.dispatch.entries import Entry, Lengths, Restored, Rules, Trial, is_current
 from rmtcompile.dispatch.size_vectors import (
-    Columns,
+    Counted,
     Vector,
     boxes,
+    counted,
     free_sizes,
     lengths_of,
     shapes_at,
@@ -61,12 +66,27 @@ class _Family:
     failed: set[frozenset[Vector]] = field(default_factory=set)
     losses: int = 0  # captures made for rules that did not come about
     lengths: dict[Vector, Lengths] = field(default_factory=dict)  # of the programs
+    guard: ModuleGuard | None = None  # of the newest program: knows what integers the model keeps
+
+    def at(self, sizes: Vector) -> Vector:
+        """The size vector of a call, with the integers that the model keeps now."""
+        numbers = self.guard.numbers_now() if self.guard is not None else ()
+        return (*sizes, *numbers) if all(type(number) is int for number in numbers) else sizes
+
+    def captured(self, sizes: Vector, compiled: Compiled) -> Vector:
+        """The size vector of a program that was captured now."""
+        guard = compiled.capture.guard
+        if self.guard is not None and guard.number_names != self.guard.number_names:
+            self.known.clear()
+            self.rules = [rules for rules in self.rules if not rules.counts]
+        self.guard = guard
+        return (*sizes, *guard.numbers)
 
     def forget(self) -> None:
         """Drop what the model's state or weights no longer fit, and the oldest programs."""
-        for vector in [v for v, compiled in self.known.items() if not is_current(compiled)]:
+        for vector in [v for v, compiled in self.known.items() if not is_current(compiled, True)]:
             del self.known[vector]
-        self.rules = [rules for rules in self.rules if is_current(rules.compiled)]
+        self.rules = [rules for rules in self.rules if rules.is_current()]
         for vector in list(self.known)[:-8]:
             del self.known[vector]
 
@@ -103,10 +123,12 @@ class Families:
         and nothing has changed since: it may be started before that is looked at."""
         key = (structure_key(args, kwargs, segmentation), None, 2)
         family = self._families.get(key)
-        vector = sizes_of(args, kwargs, segmentation)
-        for rules in family.rules if family is not None else ():
+        if family is None:
+            return None
+        vector = family.at(sizes_of(args, kwargs, segmentation))
+        for rules in family.rules:
             sizes = rules.sizes(vector)
-            if family is not None and sizes is not None and rules.ones(sizes) in rules.trusted:
+            if sizes is not None and rules.ones(sizes) in rules.trusted:
                 entry = self._instance(family, rules, vector, args, kwargs, segmentation)
                 self._expected = (key, vector, rules, entry) if entry is not None else None
                 return entry
@@ -128,16 +150,19 @@ class Families:
         """
         key = (structure_key(args, kwargs, segmentation), only, fewest)
         family = self._families.setdefault(key, _Family())
-        vector = sizes_of(args, kwargs, segmentation)
+        sizes = sizes_of(args, kwargs, segmentation)
+        vector = family.at(sizes)
         found = None if anew else self._of_rules(family, key, vector, args, kwargs, segmentation)
         if found is not None:
             return found
         family.forget()
-        found = None if anew else self._saved(family, key, vector, args, kwargs, segmentation)
+        found = None if anew else self._saved(family, key, sizes, args, kwargs, segmentation)
         if found is not None:
             return found
         if vector not in family.known:
-            family.known[vector] = self._compile_at(args, kwargs, segmentation, only, fewest)
+            new = self._compile_at(args, kwargs, segmentation, only, fewest)
+            vector = family.captured(sizes, new)
+            family.known[vector] = new
 
             def captured(at: Vector) -> Compiled:
                 """A program for sizes that nobody has called for."""
@@ -146,37 +171,38 @@ class Families:
                     warnings.simplefilter("ignore")
                     return self._compile_at(*there, segmentation, only, fewest)
 
-            new = self._learn(family, vector, lengths_of(args, kwargs, segmentation), captured)
-            if new is not None and new.remainders:
+            rules = self._learn(family, vector, lengths_of(args, kwargs, segmentation), captured)
+            if rules is not None and rules.remainders:
                 if only is None:
-                    self._try_rests(family, new, args, kwargs, segmentation)
-                found = self._instance(family, new, vector, args, kwargs, segmentation)
+                    self._try_rests(family, rules, args, kwargs, segmentation)
+                found = self._instance(family, rules, vector, args, kwargs, segmentation)
                 if found is not None:
-                    found.made_for = key, vector
+                    found.made_for = key, sizes
                     return found
         compiled = family.known[vector]
         lengths = family.lengths[vector] = Lengths()
         executor = self._execute(compiled, segmentation, None)
-        return Entry(compiled, executor, segmentation, lengths=lengths, made_for=(key, vector))
+        return Entry(compiled, executor, segmentation, lengths=lengths, made_for=(key, sizes))
 
     def _saved(
-        self, family: _Family, key: Any, vector: Vector, args: Any, kwargs: Any, segmentation: Segmentation
+        self, family: _Family, key: Any, sizes: Vector, args: Any, kwargs: Any, segmentation: Segmentation
     ) -> Entry | None:
         """A program from a folder, or of rules from there, for sizes that were not captured here."""
+        vector = family.at(sizes)
         if vector in family.known:
             return None
         corners = {rules.corners for rules in family.rules}
-        new = [rules for rules in self._saved_rules(key, vector) if rules.corners not in corners]
+        new = [rules for rules in self._saved_rules(key, sizes) if rules.corners not in corners]
         family.rules = [*new, *family.rules][:8]
         found = self._of_rules(family, key, vector, args, kwargs, segmentation) if new else None
-        return found or self._restored(key, vector, segmentation)
+        return found or self._restored(key, sizes, segmentation)
 
     def _of_rules(
         self, family: _Family, key: Any, vector: Vector, args: Any, kwargs: Any, segmentation: Segmentation
     ) -> Entry | None:
         """The program of the first rules that give one, and still hold."""
         for rules in family.rules:
-            if rules.sizes(vector) is None or not is_current(rules.compiled):
+            if rules.sizes(vector) is None or not rules.is_current():
                 continue
             expected, self._expected = self._expected, None
             if expected is not None and expected[:2] == (key, vector) and expected[2] is rules:
@@ -184,7 +210,7 @@ class Families:
             else:
                 found = self._instance(family, rules, vector, args, kwargs, segmentation)
             if found is not None:
-                found.made_for = key, vector
+                found.made_for = key, sizes_of(args, kwargs, segmentation)
                 return found
         return None
 
@@ -218,7 +244,7 @@ class Families:
         unseen = [rest for rest in unseen if segmentation.pieces(rest) in alike]
         for rest in [*unseen[:1], *({1} - seen if segmentation.pieces(1) in alike else ())]:
             there = of_rest(args, kwargs, segmentation, CHECKED, rest)
-            vector = sizes_of(*there, segmentation)
+            vector = family.at(sizes_of(*there, segmentation))
             entry = self._instance(family, rules, vector, *there, segmentation)
             if entry is not None:
                 with suppress(UnsupportedError):  # a model need not run on every rest: it stays untried
@@ -238,9 +264,9 @@ class Families:
             rules = entry.trial.rules
             n_layers = entry.compiled.program.n_layers
             rules.samples = [(sizes, rescheduled(compiled, n_layers)) for sizes, compiled in rules.samples]
-            rules.compiled, rules.shapes = sized(rules.samples, rules.remainders)
+            rules.compiled, rules.shapes = sized(rules.samples, rules.remainders, rules.counts)
             rules.executor, rules.costs = None, costs
-            entry.compiled = instance(rules.compiled, entry.trial.at)
+            entry.compiled = instance(rules.compiled, entry.trial.at, entry.compiled.numbers)
             entry.executor = rules.executor = self._execute(entry.compiled, entry.segmentation, None)
         entry.executor.costs = costs
 
@@ -260,7 +286,8 @@ class Families:
         ones = rules.ones(sizes)
         if ones in rules.refuted:
             return None
-        compiled = instance(rules.compiled, sizes)
+        kept = vector[len(sizes_of(args, kwargs, segmentation)) :]
+        compiled = instance(rules.compiled, sizes, kept if rules.counts else None)
         executor = self._execute(compiled, segmentation, rules.executor)
         if ones not in rules.trusted and not self._holds(rules, sizes, executor, args, kwargs):
             return None
@@ -270,13 +297,15 @@ class Families:
         if rules.workspaces:
             executor.replays.trust(rules.workspaces)
         if ones not in rules.lengths:  # what is known of lengths at the corners need not be found out again
-            known = [family.lengths[v] for v in rules.corners if v in family.lengths]
+            whole = rules.corners if rules.counts else [(*corner, *kept) for corner in rules.corners]
+            known = [family.lengths[v] for v in whole if v in family.lengths]
             rules.lengths[ones] = Lengths(
                 followed_to=min((one.followed_to for one in known), default=0),
                 checked_to=min((one.checked_to for one in known), default=0),
             )
         lengths = rules.lengths[ones]
-        trial = Trial(rules, sizes, ones, ones not in rules.trusted, vector in rules.corners)
+        is_corner = (vector if rules.counts else vector[: len(rules.corners[0])]) in rules.corners
+        trial = Trial(rules, sizes, ones, ones not in rules.trusted, is_corner)
         return Entry(compiled, executor, segmentation, lengths=lengths, trial=trial)
 
     def _holds(self, rules: Rules, sizes: Sizes, executor: Executor, args: Any, kwargs: Any) -> bool:
@@ -298,7 +327,9 @@ class Families:
         captured: Callable[[Vector], Compiled],
     ) -> Rules | None:
         """Rules that a new program makes possible, read from it and others, some captured for that."""
-        for corners in boxes(list(family.known), vector, lengths):
+        kept = vector[len(lengths) :]
+        known = [v for v in family.known if v[len(lengths) :] == kept]
+        for corners in boxes(known, vector, lengths):
             missing = [v for v in corners if v not in family.known]
             free = free_sizes(corners, lengths)
             if frozenset(corners) in family.failed or len(missing) > _MAX_EXTRA or free is None:
@@ -312,27 +343,44 @@ class Families:
                 for v in missing:
                     family.known[v] = captured(v)
                     differ(present[0], family.known[v])
-                return self._read(family, corners, free, lengths)
+                return self._read(family, corners, Counted(free, frozenset(), {}), lengths)
             except (SizesDiffer, UnsupportedError):
                 family.failed.add(frozenset(corners))
                 family.losses += len(missing)
+        new, others = family.known[vector], [v for v in family.known if v != vector] if kept else []
+        fixed = [len(lengths) + i for i, is_sum in enumerate(new.capture.guard.are_sums) if not is_sum]
+        others = [v for v in others if all(v[i] == vector[i] for i in fixed)]
+        alike = [v for v in others if _is_alike(family.known[v], new)]
+        for corners, found in counted(alike, vector, lengths):
+            with suppress(SizesDiffer):
+                return self._read(family, corners, found, lengths)
         return None
 
     def _read(
-        self,
-        family: _Family,
-        corners: Sequence[Vector],
-        free: dict[str, Columns],
-        lengths: Sequence[int | None],
+        self, family: _Family, corners: Sequence[Vector], free: Counted, lengths: Sequence[int | None]
     ) -> Rules:
-        remainders = frozenset(name for name, columns in free.items() if lengths[columns[0]] is not None)
+        counts, columns = free.counts, free.columns
+        remainders = frozenset(
+            name for name, (first, *_) in columns.items() if name not in counts and lengths[first] is not None
+        )
         samples: list[tuple[Sizes, Compiled]] = [
-            ({name: v[columns[0]] for name, columns in free.items()}, family.known[v]) for v in corners
+            ({name: v[first] for name, (first, *_) in columns.items()}, family.known[v]) for v in corners
         ]
-        compiled, shapes = sized(samples, remainders)
-        rules = Rules(free, tuple(corners), remainders, samples, compiled, shapes)
+        compiled, shapes = sized(samples, remainders, counts)
+        read_from = tuple(corner if counts else corner[: len(lengths)] for corner in corners)
+        found = Rules(columns, read_from, remainders, samples, compiled, shapes)
+        rules = replace(found, counts=counts, ties=free.ties)
         family.rules = [rules, *family.rules[:7]]
         return rules
+
+
+def _is_alike(one: Compiled, other: Compiled) -> bool:
+    """Whether two programs differ in integers only."""
+    try:
+        differ(one, other)
+    except SizesDiffer:
+        return False
+    return True
 
 
 def _whole(rules: Rules, sizes: Sizes, segmentation: Segmentation) -> Compiled:

@@ -110,6 +110,8 @@ class Programs:
         """Start what ran the last such call, or what rules will give for the first one, if it is recorded;
         whether it still holds is seen afterwards."""
         entry = self._ready.get((call.key, call.count))
+        if entry is not None and not _counts_on(entry.compiled):
+            entry = None
         if entry is None and call.key not in self._entries:
             entry = self._families.expected(args, kwargs, call.segmentation)
         started = entry.executor.start(call.count, tensors_of(args, kwargs)) if entry is not None else None
@@ -187,8 +189,12 @@ class Programs:
         if entry is not None:
             self._told.changes = 0
         else:
-            self._told.captured_anew(entries[-1].compiled if entries else None)
+            captures, last = self.captures, entries[-1].compiled if entries else None
             entry = self.made(call, args, kwargs)
+            if self.captures > captures:
+                self._told.captured_anew(last)
+            if entry.compiled.numbers is not None:  # those for other integers have had their turn
+                entries[:] = [one for one in entries if not _alike(one, entry)]
             entries.append(entry)
             del entries[:-8]
             if len(self._entries) > MAX_SIZES:
@@ -344,6 +350,17 @@ class Programs:
             options.devices,
             options.group,
         )
+
+
+def _counts_on(compiled: Compiled) -> bool:
+    """Whether the integers that the model keeps from call to call are those that a program is for."""
+    guard = compiled.capture.guard
+    return guard.numbers_now() == (guard.numbers if compiled.numbers is None else compiled.numbers)
+
+
+def _alike(one: Entry, other: Entry) -> bool:
+    """Whether two entries are of the same rules."""
+    return one.trial is not None and other.trial is not None and one.trial.rules is other.trial.rules
 
 
 def _empty() -> UnsupportedError:

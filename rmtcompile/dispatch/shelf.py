@@ -55,7 +55,7 @@ Key = tuple[Any, int | None, int]
 """What calls have in common that differ in sizes only; a single number of segments; the fewest captured."""
 
 _LOGGER = logging.getLogger("rmtcompile")
-_NOT_SAVED = frozenset({"samples", "compiled", "executor"})
+_NOT_SAVED = frozenset({"samples", "compiled", "executor", "counts", "ties"})
 
 
 @dataclass
@@ -250,6 +250,10 @@ class Shelf:
             if mark in seen:
                 continue
             seen.add(mark)
+            if entry.compiled.numbers is not None:
+                names = ", ".join(entry.compiled.capture.guard.number_names)
+                self._say_unsaved(f"it is for any integers in {names}, which the model keeps between calls")
+                continue
             try:
                 digest, is_new = self._save(entry, folder, report)
                 by_digest.setdefault(digest, []).append(entry)
@@ -258,15 +262,18 @@ class Shelf:
             except UnsupportedError as error:
                 if asked:
                     raise
-                if str(error) not in self.unsaved:
-                    self.unsaved[str(error)] = None
-                    _LOGGER.warning("rmtcompile: a program is not saved: %s", error)
+                self._say_unsaved(str(error))
         if any(entry.executor.backend != "eager" for entry in _all(entries)):
             for digest in new:
                 write_compiled(folder, digest)
             for digest, alike in by_digest.items() if asked else ():
                 write_forms(folder, digest, _forms(alike, whole_forms(folder, digest)))
         self.is_dirty = False
+
+    def _say_unsaved(self, why: str) -> None:
+        if why not in self.unsaved:
+            self.unsaved[why] = None
+            _LOGGER.warning("rmtcompile: a program is not saved: %s", why)
 
     def _save(self, entry: Entry, folder: Path, report: Callable[[Entry], Any]) -> tuple[str, bool]:
         """Write the program of an entry, unless all that is known of it is written; gives the name of the

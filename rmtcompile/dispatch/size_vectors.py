@@ -1,12 +1,15 @@
 """Size vectors: the sizes of a call, and from which calls the program of another one could be read.
 
 A vector lists every dim of every input; along axes that are cut into segments it holds what is left over by
-whole segments. Sizes that change together are one free size.
+whole segments. After these come the integers that the model keeps from call to call (positions, numbers of
+segments) and goes on from. Sizes that change together are one free size.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -108,16 +111,103 @@ def _larger(vector: Vector, columns: Columns, lengths: Sequence[int | None]) -> 
 
 def free_sizes(corners: Sequence[Vector], lengths: Sequence[int | None]) -> dict[str, Columns] | None:
     """Names of the free sizes and where they stand: R for what is left over, B for the first axis of an
-    input."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, values in enumerate(zip(*corners, strict=True)):
-        if len(set(values)) > 1:
-            groups.setdefault(values, []).append(i)
+    input. None where corners are missing."""
+    groups = _groups(corners)
     if 2 ** len(groups) != len(set(corners)):
         return None
     found: dict[str, Columns] = {}
     for columns in groups.values():
-        letter = "R" if lengths[columns[0]] is not None else "B"
-        name = letter if letter not in found else f"{letter}{len(found)}"
-        found[name] = tuple(columns)
+        _name("R" if lengths[columns[0]] is not None else "B", columns, found)
     return found
+
+
+def _groups(corners: Sequence[Vector]) -> dict[tuple[int, ...], Columns]:
+    """Places that change together, by their values at the corners."""
+    groups: dict[tuple[int, ...], Columns] = {}
+    for i, values in enumerate(zip(*corners, strict=True)):
+        if len(set(values)) > 1:
+            groups[values] = (*groups.get(values, ()), i)
+    return groups
+
+
+def _name(letter: str, columns: Columns, found: dict[str, Columns]) -> str:
+    name = letter if letter not in found else f"{letter}{len(found)}"
+    found[name] = columns
+    return name
+
+
+# ---- integers that the model keeps -------------------------------------------------------------------------
+
+LOOKED_AT = 5
+"""Vectors, the newest ones, among which those are looked for that rules are read from."""
+
+Tie = tuple[str, int, int]
+"""(K, factor, constant): a place holds factor * K + constant."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Free sizes among which are integers that the model keeps.
+
+    Attributes:
+        columns: see `free_sizes`; integers that the model keeps are called K.
+        counts: these names.
+        ties: places whose integers follow from one of these.
+    """
+
+    columns: dict[str, Columns]
+    counts: frozenset[str]
+    ties: dict[int, Tie]
+
+
+def counted(
+    known: Sequence[Vector], new: Vector, lengths: Sequence[int | None]
+) -> Iterator[tuple[list[Vector], Counted]]:
+    """Vectors from which rules could be read that hold at `new`, where the integers that the model keeps
+    change, in the order in which to try them. A program for others of these cannot be captured, so that
+    vectors are taken as they came, the newest ones first.
+
+    Args:
+        known: in the order in which they came.
+        lengths: see `lengths_of`; places behind these are the integers.
+    """
+    others = [vector for vector in reversed(known) if vector != new][:LOOKED_AT]
+    for count in range(1, LOOKED_AT):
+        for some in itertools.combinations(others, count):
+            corners = [new, *some]
+            found = _counted(corners, lengths)
+            sizes = len(found.columns) - len(found.counts)
+            if found.counts and 2**sizes + len(found.counts) == len(corners):
+                yield corners, found
+
+
+def _counted(corners: Sequence[Vector], lengths: Sequence[int | None]) -> Counted:
+    """The free sizes between vectors."""
+    found: dict[str, Columns] = {}
+    counts: dict[str, tuple[int, ...]] = {}
+    ties: dict[int, Tie] = {}
+    groups = sorted(_groups(corners).items(), key=lambda item: max(item[0]) - min(item[0]))
+    for values, columns in groups:
+        dims = tuple(i for i in columns if i < len(lengths))
+        kept = tuple(i for i in columns if i >= len(lengths))
+        if dims:
+            _name("R" if lengths[dims[0]] is not None else "B", dims, found)
+        if kept:
+            tie = next((tie for name, others in counts.items() if (tie := _tie(name, others, values))), None)
+            if tie is None:
+                counts[_name("K", kept, found)] = values
+            else:
+                ties |= dict.fromkeys(kept, tie)
+    return Counted(found, frozenset(counts), ties)
+
+
+def _tie(name: str, others: Sequence[int], values: Sequence[int]) -> Tie | None:
+    """How values follow from those of another place, if they do."""
+    pairs = sorted(set(zip(others, values, strict=True)))
+    (a, x), (b, y) = pairs[0], pairs[-1]
+    if a == b or (y - x) % (b - a):
+        return None
+    factor = (y - x) // (b - a)
+    tie = name, factor, x - factor * a
+    return tie if all(value == factor * other + tie[2] for other, value in pairs) else None
+

@@ -15,10 +15,9 @@ is updated by an inner gradient), it is traced once more below autograd, where `
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import islice
+from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,18 +27,20 @@ from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
 from rmtcompile.binding.arguments import left_alone
-from rmtcompile.binding.captured import Call, Capture, Effect, Leaf, Out
+from rmtcompile.binding.captured import Capture, Effect, Leaf, Out
 from rmtcompile.binding.guard import ReadTracker
 from rmtcompile.binding.kinds import held_oddly, is_plain, kind_name
-from rmtcompile.binding.objects import Opaque, contains_tensor
+from rmtcompile.binding.objects import contains_tensor
 from rmtcompile.binding.state import Contents, Held, Snapshot, hooked_around, roots_of
 from rmtcompile.binding.surroundings import Surroundings
 from rmtcompile.binding.trees import Flattener, Kept
 from rmtcompile.binding.watch import ModuleGuard
-from rmtcompile.errors import CaptureError
-from rmtcompile.frontend.blame import refusal, user_places
+from rmtcompile.errors import CaptureError, UnsupportedError
+from rmtcompile.frontend.blame import refusal
+from rmtcompile.frontend.counting import Counts, note, plain
 from rmtcompile.frontend.known import NUMBERS, Known, Reads
 from rmtcompile.frontend.masks import Masks
+from rmtcompile.frontend.recorder import Recorder
 from rmtcompile.frontend.tracing import (
     SharedData,
     as_written,
@@ -49,89 +50,13 @@ from rmtcompile.frontend.tracing import (
     saved_in_their_way,
     uncompiled_callables,
 )
-from rmtcompile.ir.modes import autocast_state, lazy_code, uncached_autocast
+from rmtcompile.ir.modes import lazy_code, uncached_autocast
 from rmtcompile.passes.flat.attention import attention
 from rmtcompile.passes.flat.autocast import explicit_autocast
 
 _SET_GRAD = torch._C._set_grad_enabled
 _ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 _EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
-
-
-class _Recorder:
-    """Follows module calls while the forward runs and labels each node that is traced."""
-
-    def __init__(self, names: dict[int, str], snapshot: Snapshot, whole: bool) -> None:
-        self.whole = whole  # traced above autograd and transforms
-        self.has_gradients = torch.is_grad_enabled()
-        self.transforms = False  # whether a transform of torch.func was at work
-        self.calls: list[Call] = []
-        self.stack: list[int] = []
-        self.names = names
-        self.snapshot = snapshot
-        self.roots: dict[str, nn.Module] = {}
-        self.unseen: set[tuple[int, str]] = set()  # what such modules may have read
-
-    def enter(self, module: nn.Module, _: Any) -> None:
-        if isinstance(module, Opaque):  # it calls a module that it stands for
-            return
-        if id(module) not in self.names:  # reached by a way that `roots_of` does not see
-            name = f"module{len(self.roots)}"
-            self.roots[name] = module
-            self.snapshot.add(name, module)
-            self.unseen |= {(id(child), key) for child in module.modules() for key in child.__dict__}
-            for path, child in module.named_modules(remove_duplicate=False):
-                self.names.setdefault(id(child), f"{name}.{path}" if path else name)
-        parent = self.stack[-1] if self.stack else None
-        self.calls.append(Call(len(self.calls), self.names[id(module)], id(module), parent))
-        self.stack.append(self.calls[-1].index)
-
-    def leave(self, module: nn.Module, *_: Any) -> None:
-        if self.stack and self.calls[self.stack[-1]].module == id(module):
-            self.stack.pop()
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        hooks = (
-            nn.modules.module.register_module_forward_pre_hook(self.enter),
-            nn.modules.module.register_module_forward_hook(self.leave, always_call=True),
-        )
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def label_nodes(self) -> None:
-        """Make the running tracer note the scope and the place in the user's code on each node it creates."""
-        mode = proxy_tensor.get_proxy_mode()
-        assert mode is not None
-        tracer = mode.tracer
-        create = tracer.create_node
-
-        def create_node(*args: Any, **kwargs: Any) -> fx.Node:
-            if not self.whole:
-                self._refuse_regions()
-            elif torch._C._functorch.peek_interpreter_stack() is not None:
-                self.transforms = True
-            node = create(*args, **kwargs)
-            node.meta["scope"] = tuple(self.stack)
-            node.meta["site"] = places = tuple(islice(user_places(sys._getframe(1)), 2))
-            node.meta["source"] = places[0][0] if places else "?"
-            node.meta["autocast"] = autocast_state()
-            return node
-
-        tracer.create_node = create_node  # type: ignore[method-assign]
-
-    def _refuse_regions(self) -> None:
-        """Below autograd it does not show where a region without gradients begins."""
-        if self.has_gradients and not torch.is_grad_enabled():
-            places = list(islice(user_places(sys._getframe(2)), 1))
-            raise CaptureError(
-                "the forward takes gradients itself, and has a region without them",
-                [f"at {place[0]}" for place in places],
-                "run it under torch.no_grad(), or write the gradient out",
-            )
 
 
 class _BelowError(Exception):
@@ -150,21 +75,38 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         CaptureError: the forward branches on values, or uses what cannot be traced; the message names the
             user's line.
     """
+    counts = Counts()
     try:
-        return _captured(fn, args, kwargs, whole=True)
+        return _captured_above_or_below(fn, args, kwargs, counts)
+    except UnsupportedError:
+        if not counts.watched:
+            raise
+    return _captured_above_or_below(fn, args, kwargs, None)  # whoever minded that integers were watched
+
+
+def _captured_above_or_below(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], counts: Counts | None
+) -> Capture:
+    try:
+        return _captured(fn, args, kwargs, True, counts)
     except _BelowError:
-        captured = _captured(fn, args, kwargs, whole=False)
+        captured = _captured(fn, args, kwargs, False, counts)
     captured.module = attention(captured.module)
     return captured
 
 
 def _captured(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    whole: bool,
+    counts: Counts | None,
 ) -> Capture:
     """See `capture`.
 
     Args:
         whole: trace above autograd and transforms, where operations are whole.
+        counts: notes what is made of integers that the forward counts on; None: they are not watched.
     """
     roots = roots_of(fn)
     names: dict[int, str] = {}
@@ -173,7 +115,7 @@ def _captured(
             names.setdefault(id(child), f"{name}.{path}" if name and path else name or path)
     _refuse_backward_hooks(fn, roots)
     snapshot = Snapshot(roots)
-    recorder = _Recorder(names, snapshot, whole)
+    recorder = Recorder(names, snapshot, whole)
     flat, in_spec = pytree.tree_flatten((args, kwargs))
     positions = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
     produced: dict[str, Any] = {}
@@ -184,10 +126,13 @@ def _captured(
         for position, tensor in zip(positions, tensors, strict=True):
             values[position] = tensor
         call_args, call_kwargs = pytree.tree_unflatten(values, in_spec)
-        with left_alone(fn, call_args, call_kwargs):
+        modules = chain.from_iterable(root.modules() for root in roots.values())
+        watching = counts.watching(modules) if counts is not None else nullcontext()
+        with left_alone(fn, call_args, call_kwargs), watching:
             result = fn(*call_args, **call_kwargs)
         outputs: list[torch.Tensor] = []
         result_leaves, result_spec = pytree.tree_flatten(result)
+        result_leaves = [plain(leaf) for leaf in result_leaves]
         _refuse_objects(result_leaves)
         produced["result"] = (_refer(result_leaves, outputs), result_spec)
         produced["effects"] = list(_effects(snapshot, tracker.written, outputs))
@@ -257,7 +202,10 @@ def _captured(
     changed = frozenset((id(change.record.target), change.step[1]) for change in changes)
     left = [leaf for effect in produced["effects"] for leaf in effect.leaves]
     kept = frozenset(id(leaf.value) for leaf in left if isinstance(leaf, Kept) and leaf.is_exact)
-    guard = ModuleGuard(snapshot, tracker.reads | recorder.unseen, roots, changed, around, kept)
+    sums = counts.watched - counts.broken if counts is not None else frozenset()
+    guard = ModuleGuard(snapshot, tracker.reads | recorder.unseen, roots, changed, around, kept, sums)
+    for owner, name in guard.number_places():
+        note(owner, name)
     module = explicit_autocast(module)
     read = [_leaf(tensor, f"read{i}", owners) for i, tensor in enumerate(known.read)]
     return Capture(
@@ -306,7 +254,7 @@ def _refer(values: list[Any], outputs: list[torch.Tensor]) -> tuple[Any, ...]:
             outputs.append(value)
             refs.append(Out(len(outputs) - 1))
         else:
-            refs.append(value)
+            refs.append(plain(value))
     return tuple(refs)
 
 

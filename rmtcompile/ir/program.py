@@ -10,60 +10,14 @@ bodies; a *lane* is the storage of one live-in for every cell of a kind, indexed
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
+from rmtcompile.ir.size import Size
 from rmtcompile.schedule.grid import Grid
-
-
-class Size(int):
-    """An integer of a program that follows from free sizes of the inputs (`passes/sizes.py`).
-
-    As an `int` it is the value in the capture that it was read from; printed, it is an expression of the
-    sizes. Arithmetic gives plain integers.
-
-    Attributes:
-        terms: (names, factor) pairs; the value is the sum of each factor times the sizes of these names.
-    """
-
-    terms: tuple[tuple[tuple[str, ...], int], ...]
-
-    def __new__(cls, value: int, terms: tuple[tuple[tuple[str, ...], int], ...]) -> Size:
-        self = super().__new__(cls, value)
-        self.terms = terms
-        return self
-
-    def at(self, sizes: Mapping[str, int]) -> int:
-        """The integer at other sizes."""
-        return sum(factor * math.prod(sizes[name] for name in names) for names, factor in self.terms)
-
-    @property
-    def names(self) -> set[str]:
-        """The sizes that it follows from."""
-        return {name for names, _ in self.terms for name in names}
-
-    def __bool__(self) -> bool:
-        return True  # it may be zero in one capture, but is no zero that can be left out
-
-    def __repr__(self) -> str:
-        text = ""
-        for names, factor in self.terms:
-            size = abs(factor)
-            term = " * ".join([*([] if size == 1 and names else [str(size)]), *names])
-            text += f" {'-' if factor < 0 else '+'} {term}" if text else "-" * (factor < 0) + term
-        return text
-
-    __str__ = __repr__
-
-    def __format__(self, spec: str) -> str:
-        return format(str(self), spec)
-
-    def __reduce__(self) -> Any:
-        return (Size, (int(self), self.terms))
 
 
 @dataclass(frozen=True)
@@ -387,6 +341,7 @@ class Program:
         rolled: the rules of init, prologue and epilogue.
         opened: functions of the emitted module that are the same for all free sizes, and what depends on
             those; empty where no size is free.
+        counts: the free sizes that are integers which the model keeps from call to call.
         segmented: inputs of the forward that hold segments, by name.
         open_lanes: lanes whose shape depends on free sizes that only the last segments know.
         band: the layers that this program runs; None: all of them. Groups and lanes are then those layers'.
@@ -401,6 +356,7 @@ class Program:
     rolled: Any
     block: int = 0
     opened: Mapping[str, Opened] = field(default_factory=dict)
+    counts: frozenset[str] = frozenset()
     segmented: frozenset[str] = frozenset()
     open_lanes: frozenset[str] = frozenset()
     band: range | None = None

@@ -217,7 +217,7 @@ class Engine:
         modes: tuple[int | None, ...] = (),
     ) -> Callable[..., Any]:
         marks = self._marks(function, size, modes)
-        if _grows(function):
+        if _grows(function) or not self.program.counts.isdisjoint(function.__code__.co_names):
             return stored
         if _runs_apart(function) and any(marks):  # what comes behind such an operation has no open sizes
             return stored

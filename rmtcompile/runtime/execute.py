@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.compiler.stages import said_when_long
@@ -20,6 +19,7 @@ from rmtcompile.runtime.base import OnLevel, OnValue
 from rmtcompile.runtime.contexts import own_modes, plain_tensors, same_numbers
 from rmtcompile.runtime.costs import Costs, measured
 from rmtcompile.runtime.crossing import Crossing, Key
+from rmtcompile.runtime.dry import dry
 from rmtcompile.runtime.engine import Engine, backend_for
 from rmtcompile.runtime.forms import Form
 from rmtcompile.runtime.graphs import Started
@@ -327,13 +327,8 @@ class Executor:
         """Run on fake tensors of these shapes, typed like `like`; the shapes of the outputs."""
         with plain_tensors():
             self.stacks.current(self.held())  # weights are stacked for real
-        with self.uncompiled(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            inputs = [
-                torch.empty(tuple(shape), dtype=x.dtype, device=x.device)
-                for shape, x in zip(shapes, like, strict=True)
-            ]
-            outputs = self._run(segments, inputs, self.held(), False)
-        return [[tuple(t.shape) for t in x] if isinstance(x, list) else tuple(x.shape) for x in outputs]
+        with self.uncompiled():
+            return dry(lambda inputs: self._run(segments, inputs, self.held(), False), shapes, like)
 
     def launch(
         self, segments: int, inputs: list[torch.Tensor], leaves: dict[str, torch.Tensor] | None = None
@@ -369,9 +364,7 @@ class Executor:
         return {name: leaf.fetch() for name, leaf in self.compiled.leaves.items()}
 
     def _records_gradients(self, inputs: list[torch.Tensor]) -> bool:
-        return torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (*inputs, *self.held().values())
-        )
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *self.held().values()))
 
     def _again(self) -> Recompute | None:
         return Recompute(self.recomputed, self.compiled.longest.draws) if self.recomputed else None
@@ -401,6 +394,6 @@ class Executor:
             return self.compiled.namespace["forward"](run)
 
     def observe(self, segments: int, inputs: list[torch.Tensor], on_value: OnValue) -> None:
-        """Run without CUDA graphs and gradients; `on_value` is called with what leaves each region."""
+        """Run without CUDA graphs and gradients; `on_value` gets what leaves each region."""
         with plain_tensors():
             self._run(segments, inputs, self.held(), False, on_value=on_value)

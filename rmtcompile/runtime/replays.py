@@ -61,6 +61,7 @@ class Replays:
         self.ends_vary = not borders.obstacle and not borders.sizes.issuperset(sizes)
         self._shared: _Shared = like._shared if like is not None and self.are_shared else _Shared()
         is_open = not borders.obstacle and executor.compiled.rolled.fixed is None
+        is_open = is_open and executor.compiled.numbers is None  # each number is met once
         self._by_blocks = is_open and (like is None or self.are_shared)
         self.whole: Callable[[], Compiled] | None = None
 

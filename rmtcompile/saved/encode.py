@@ -35,12 +35,12 @@ from rmtcompile.ir.program import (
     Opened,
     Port,
     Program,
-    Size,
     Source,
     Tap,
     Value,
 )
 from rmtcompile.ir.segmentation import Axis, Segmentation
+from rmtcompile.ir.size import Size
 from rmtcompile.ir.weights import Rows, Weight
 from rmtcompile.passes.emit.borders import Borders
 from rmtcompile.passes.emit.carried import Carried, CarriedCell, CarriedTap, Refill

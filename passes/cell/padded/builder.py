@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from rmtcompile.ir.program import Size
+from rmtcompile.ir.size import Size
 
 aten = torch.ops.aten
 

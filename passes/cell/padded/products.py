@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rmtcompile.ir.program import Size
+from rmtcompile.ir.size import Size
 from rmtcompile.passes.cell import open_attention as _open_attention  # torch.ops.rmtcompile.attention
 from rmtcompile.passes.cell.padded.builder import Builder, argument, aten
 

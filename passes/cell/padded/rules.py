@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from rmtcompile.ir.program import Size
+from rmtcompile.ir.size import Size
 from rmtcompile.passes.cell.lift.elementwise import pointwise as _each_element
 from rmtcompile.passes.cell.lift.rules import rule_for as _lifting_rule
 from rmtcompile.passes.cell.padded.builder import Builder, argument, aten, total

@@ -1,0 +1,287 @@
+"""Integers that a model keeps from call to call and goes on from: programs for any of them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from toys import assert_same, features, made
+
+import rmtcompile
+from rmtcompile.dispatch.size_vectors import Counted, counted
+from rmtcompile.errors import IgnoredWarning
+
+SEGMENT = 3
+
+
+class Going(nn.Module):
+    """Goes on from where the last call has stopped: positions, and states of its layers.
+
+    Args:
+        kind: how it reads its position.
+    """
+
+    def __init__(self, kind: str, n_layers: int = 3, size: int = 4) -> None:
+        super().__init__()
+        self.kind = kind
+        self.layers = nn.ModuleList(nn.Linear(size, size) for _ in range(n_layers))
+        self.register_buffer("table", torch.linspace(0, 1, 1000 * size).reshape(1000, size))
+        self.states = [torch.zeros(2, size, dtype=torch.float64) for _ in range(n_layers)]
+        self.position, self.segments = 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = []
+        for h in x.split(SEGMENT, 1):
+            h = h + self.at(h.shape[1])
+            self.position += h.shape[1]
+            self.segments += 1
+            for l, layer in enumerate(self.layers):
+                h = torch.tanh(layer(h) + self.states[l][:, None])
+                self.states[l] = 0.5 * self.states[l] + h.mean(1)
+            out.append(h)
+        return torch.cat(out, 1)
+
+    def at(self, n: int) -> Tensor:
+        """What is added at the next n positions."""
+        if self.kind == "slice":
+            return self.table[self.position : self.position + n]
+        if self.kind == "numbered":
+            return self.table[self.segments]
+        positions = torch.arange(self.position, self.position + n)
+        return torch.sin(positions.double() / 10)[:, None]
+
+
+KINDS = ("slice", "arange", "numbered")
+
+
+class Ring(Going):
+    """Writes one of four places after the other, and reads the one before."""
+
+    def at(self, n: int) -> Tensor:
+        return self.table[self.segments % 4]
+
+
+class Warming(Going):
+    """Does something else from the ninth segment on."""
+
+    def at(self, n: int) -> Tensor:
+        return self.table[self.position] if self.segments < 9 else self.table[0]
+
+
+class Limited(Going):
+    """Its table has an end."""
+
+    def at(self, n: int) -> Tensor:
+        return self.table[min(self.position, 40)]
+
+
+class Beginning(Going):
+    """Does something else at its first position."""
+
+    def at(self, n: int) -> Tensor:
+        return self.table[n : 2 * n] if self.position == 0 else self.table[self.position :][:n]
+
+
+class Noted(Going):
+    """Leaves its position in another attribute, too, and gives it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.last = 0
+
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        self.last = 2 * self.position + 1
+        return y, self.position
+
+
+def pair(kind: str, **options: Any) -> tuple[Any, Any]:
+    """A model and an optimized one that is equal."""
+    model = made(lambda: Going(kind))
+    return model, rmtcompile.optimize(copy.deepcopy(model), **options)
+
+
+def assert_goes_on(model: Any, fast: Any, lengths: Any) -> None:
+    """A call of each length gives the same, and leaves the same."""
+    for tokens in lengths:
+        x = features(-(-tokens // SEGMENT))[:, :tokens]
+        assert_same(model(x), fast(x))
+        assert (model.position, model.segments) == (fast.model.position, fast.model.segments)
+    assert_same(model.states, fast.model.states)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_two_captures_serve_all_positions(kind: str) -> None:
+    """Of any number of segments, and from the start again, or from anywhere."""
+    model, fast = pair(kind)
+    assert_goes_on(model, fast, (12, 12))
+    captures = fast.captures
+    assert_goes_on(model, fast, (12, 9, 30, 12, 6))
+    for one in (model, fast.model):
+        one.position, one.segments = 0, 0
+    assert_goes_on(model, fast, (15, 12))
+    for one in (model, fast.model):
+        one.position, one.segments = 3 * 50, 50
+    assert_goes_on(model, fast, (12, 12, 45))
+    assert fast.captures == captures
+
+
+@pytest.mark.parametrize("build", [Ring, Warming, Limited, Beginning])
+@pytest.mark.filterwarnings("ignore::rmtcompile.RecaptureWarning")
+@torch.no_grad()
+def test_more_than_sums(build: type[Going]) -> None:
+    """What a forward does may depend on the integer: each one is captured, as it always was."""
+    model = made(lambda: build("slice"))
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    assert_goes_on(model, fast, (3, 3, 3, 3, 3, 6, 3, 9, 12, 12, 12))
+
+
+@torch.no_grad()
+def test_integers_left_elsewhere() -> None:
+    model = made(lambda: Noted("slice"))
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    assert_goes_on(model, fast, (12, 12, 12))
+    captures = fast.captures
+    assert_goes_on(model, fast, (12, 9, 12))
+    assert model.last == fast.model.last
+    assert type(fast.model.last) is type(fast.model.position) is type(fast(features(4))[1]) is int
+    assert fast.captures == captures
+
+
+@torch.no_grad()
+def test_rests() -> None:
+    """Positions and numbers of segments, no longer tied, and rests: no capture once all were seen."""
+    model, fast = pair("slice")
+    assert_goes_on(model, fast, (13, 14, 13, 14, 14, 13, 13, 14))
+    captures = fast.captures
+    assert_goes_on(model, fast, (14, 13, 16, 8, 13))
+    assert fast.captures == captures
+
+
+@torch.no_grad()
+def test_numbers_that_do_not_follow_are_captured() -> None:
+    """Positions that are none of so many segments."""
+    model, fast = pair("slice")
+    assert_goes_on(model, fast, (12, 12, 12))
+    captures = fast.captures
+    for one in (model, fast.model):
+        one.position = 100
+    assert_goes_on(model, fast, (12,))
+    assert fast.captures == captures + 1
+
+
+@torch.no_grad()
+def test_another_batch() -> None:
+    model, fast = pair("arange")
+    assert_goes_on(model, fast, (12, 12, 12))
+    for one in (model, fast.model):
+        one.states = [state.repeat(2, 1) for state in one.states]
+    for tokens in (12, 12, 12):
+        x = features(tokens // SEGMENT, batch=4)
+        assert_same(model(x), fast(x))
+    captures = fast.captures
+    x = features(5, batch=4)
+    assert_same(model(x), fast(x))
+    assert fast.captures == captures
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gradients() -> None:
+    model, fast = pair("slice")
+    for _ in range(4):
+        grads = []
+        for one, call in ((model, model), (fast.model, fast)):
+            one.states[:] = [state.detach() for state in one.states]
+            one.zero_grad()
+            call(features(4)).square().sum().backward()
+            grads.append([parameter.grad for parameter in one.parameters()])
+        assert_same(*grads, 1e-9)
+    assert fast.captures == 2
+
+
+@torch.no_grad()
+def test_the_program_says_what_it_counts() -> None:
+    model, fast = pair("slice")
+    assert_goes_on(model, fast, (12, 12, 12))
+    assert "K" in fast.code and "K = " in fast.code
+
+
+@torch.no_grad()
+def test_compiled_cells_are_shared() -> None:
+    model, fast = pair("arange", backend="inductor")
+    assert_goes_on(model, fast, (12, 12, 12))
+    graphs = counters["stats"]["unique_graphs"]
+    assert_goes_on(model, fast, (12, 15, 12))
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@torch.no_grad()
+def test_saving_says_what_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, fast = pair("slice")
+    assert_goes_on(model, fast, (12, 12, 12, 12))
+    with caplog.at_level(logging.WARNING, "rmtcompile"):
+        fast.save(tmp_path)
+    assert "Going.position" in caplog.text
+    again = made(lambda: Going("slice"))
+    other = copy.deepcopy(again)
+    loaded = rmtcompile.load(tmp_path, other)
+    assert_goes_on(again, loaded, (12, 12))
+    assert not loaded.captures
+    with pytest.warns(IgnoredWarning, match="position was int"):
+        assert_goes_on(again, loaded, (12,))
+
+
+PARTS = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 2)), min_size=3, max_size=7)
+"""(whole segments, rest) of each call."""
+
+
+@settings(max_examples=25)
+@given(PARTS, st.sampled_from(KINDS))
+def test_any_way_to_go_on(parts: list[tuple[int, int]], kind: str) -> None:
+    model, fast = pair(kind)
+    with torch.no_grad():
+        assert_goes_on(model, fast, [segments * SEGMENT + rest for segments, rest in parts])
+
+
+# ---- vectors -----------------------------------------------------------------------------------------------
+
+LENGTHS = (None, SEGMENT)
+
+
+def test_integers_that_move_together_are_tied() -> None:
+    ((corners, found),) = counted([(2, 0, 0, 0)], (2, 0, 12, 4), LENGTHS)
+    assert corners == [(2, 0, 12, 4), (2, 0, 0, 0)]
+    assert found == Counted({"K": (3,)}, frozenset({"K"}), {2: ("K", 3, 0)})
+
+
+def test_equal_integers_are_one() -> None:
+    ((_, found),) = counted([(2, 0, 8, 8)], (2, 0, 12, 12), LENGTHS)
+    assert found == Counted({"K": (2, 3)}, frozenset({"K"}), {})
+
+
+def test_integers_that_move_apart_need_a_vector_each() -> None:
+    known = [(2, 1, 0, 0), (2, 1, 13, 5)]
+    assert not list(counted(known[1:], (2, 1, 20, 9), LENGTHS))
+    ((corners, found),) = counted(known, (2, 1, 20, 9), LENGTHS)
+    assert set(corners) == {*known, (2, 1, 20, 9)}
+    assert found.counts == {"K", "K1"} and not found.ties
+
+
+def test_sizes_and_integers_at_once() -> None:
+    known = [(2, 1, 0), (2, 2, 13), (3, 1, 27)]
+    found = {len(corners): one for corners, one in counted(known, (2, 1, 40), LENGTHS)}
+    assert found[2].columns == {"K": (2,)}
+    assert found[3].columns == {"R": (1,), "K": (2,)} and found[3].counts == {"K"}
+
+
+def test_nothing_moves() -> None:
+    assert not list(counted([(3, 1, 7)], (2, 1, 7), LENGTHS))
