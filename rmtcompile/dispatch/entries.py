@@ -137,6 +137,7 @@ class Rules:
         remainders: the free sizes that are lengths of a short segment.
         counts: those that are integers which the model keeps from call to call.
         ties: places of the vector where further ones of these stand, and how they follow.
+        reach: the largest of these that were compared with the model.
         samples: the programs at the corners.
         shapes: shapes of the outputs.
         executor: the first one; others share its compiled forms.
@@ -159,6 +160,13 @@ class Rules:
     refuted: set[frozenset[str]] = field(default_factory=set)
     counts: frozenset[str] = frozenset()
     ties: dict[int, Tie] = field(default_factory=dict)
+    reach: dict[str, int] = field(default_factory=dict)
+
+    def is_far(self, sizes: Sizes) -> bool:
+        """Whether an integer that the model keeps is more than twice as large as any that was captured or
+        compared with the model."""
+        seen = {name: max(corner[self.columns[name][0]] for corner in self.corners) for name in self.counts}
+        return any(sizes[name] > 2 * max(seen[name], self.reach.get(name, 0)) for name in self.counts)
 
     def sizes(self, vector: Vector) -> Sizes | None:
         """The free sizes in a vector, or None if it differs from the corners elsewhere too."""

@@ -14,7 +14,8 @@ free size, at the four corners where there are two; corners that nobody called f
 of two sizes is 1 the programs may differ (broadcasting), and the next larger size is captured instead.
 
 A rule is proved at its corners. The first use away from the corners, and the first of length one, are
-checked: they run on fake tensors first, and are compared with the model itself. For rests that is done as
+checked: they run on fake tensors first, and are compared with the model itself; so is one whose kept integers
+are more than twice as large as any before. For rests that is done as
 soon as there is a rule, on the input at hand, cut to a rest of another length. A later instance that stops
 where it runs is given up for a capture.
 """
@@ -252,7 +253,10 @@ class Families:
 
     def settle(self, trial: Trial, is_right: bool) -> None:
         """Note whether a use of rules gave what the model gives; where not, they are not used again."""
-        (trial.rules.trusted if is_right else trial.rules.refuted).add(trial.ones)
+        rules = trial.rules
+        (rules.trusted if is_right else rules.refuted).add(trial.ones)
+        if is_right:
+            rules.reach |= {name: max(trial.at[name], rules.reach.get(name, 0)) for name in rules.counts}
 
     def run_in_order(self, entry: Entry, costs: Costs) -> None:
         """Give a program one cell a level, and all later ones of the same rules, since that was measured to
@@ -305,7 +309,7 @@ class Families:
             )
         lengths = rules.lengths[ones]
         is_corner = (vector if rules.counts else vector[: len(rules.corners[0])]) in rules.corners
-        trial = Trial(rules, sizes, ones, ones not in rules.trusted, is_corner)
+        trial = Trial(rules, sizes, ones, ones not in rules.trusted or rules.is_far(sizes), is_corner)
         return Entry(compiled, executor, segmentation, lengths=lengths, trial=trial)
 
     def _holds(self, rules: Rules, sizes: Sizes, executor: Executor, args: Any, kwargs: Any) -> bool:

@@ -6,13 +6,15 @@
 
 While such a forward is captured its integers know whether anything but sums, and multiples, was made of them.
 Where not, nothing that the forward does depends on their values, and the programs of two of them show all.
-What Python does with an integer without asking it is not seen: an index into a list, the ends of a range.
+Python takes the ends of a range without asking them, so that `range` is watched, too. An index into a list is
+taken like that as well: where a model has lists of several numbers its integers are not free (`watch.py`).
 
 Which attributes count is known from earlier captures of the same modules.
 """
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +22,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+_RANGE = range
 _KNOWN: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
@@ -43,7 +46,7 @@ class Counts:
     @contextmanager
     def watching(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """Watch the known integers of these modules for a while."""
-        held = []
+        held: list[tuple[nn.Module, str]] = []
         for module in [module for module in dict.fromkeys(modules) if module in _KNOWN]:
             for name in sorted(_KNOWN[module]):
                 if type(module.__dict__.get(name)) is int:
@@ -51,9 +54,13 @@ class Counts:
                     self.watched.add(place)
                     module.__dict__[name] = Counting(module.__dict__[name], self, frozenset({place}))
                     held.append((module, name))
+        own = builtins.range
         try:
+            if held:
+                builtins.range = _Range  # type: ignore[misc]
             yield
         finally:
+            builtins.range = own  # type: ignore[misc]
             for module, name in held:
                 if name in module.__dict__:
                     module.__dict__[name] = plain(module.__dict__[name])
@@ -117,6 +124,21 @@ class Counting(int):
 
     def __repr__(self) -> str:
         return repr(self.value)
+
+
+class _AsRange(type):
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, _RANGE)
+
+
+class _Range(metaclass=_AsRange):
+    """`range`, whose numbers are integers that know nothing."""
+
+    def __new__(cls, *ends: Any) -> Any:
+        for end in ends:
+            if isinstance(end, Counting):
+                end._break()
+        return _RANGE(*ends)
 
 
 def _breaking(name: str) -> Callable[..., Any]:
