@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 _RANGE = range
@@ -84,7 +85,9 @@ class Counting(int):
     _places: frozenset[tuple[int, str]]
 
     def _sum(self, value: Any, other: Any) -> Any:
-        if type(value) is not int:  # of a tensor, a float, ...
+        if isinstance(other, torch.Tensor):  # an operation of the graph, with the integer in it
+            return value
+        if type(value) is not int:  # of a float
             self._break(other)
             return value
         places = other._places if isinstance(other, Counting) else frozenset()
@@ -114,7 +117,7 @@ class Counting(int):
         return self._times(int.__rmul__(self, other), other)
 
     def _times(self, value: Any, other: Any) -> Any:
-        if type(other) is int:
+        if type(other) is int or isinstance(other, torch.Tensor):
             return self._sum(value, other)
         self._break(other)
         return value
