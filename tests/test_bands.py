@@ -287,7 +287,7 @@ def test_cards(home: str, devices: list[str], backend: str) -> None:
 
     Llama's norms are in float32; Inductor and a CPU sum them in another order, and 33 segments amplify that.
     """
-    tolerance = 1e-3 if backend == "inductor" else 1e-4 if home == "cpu" else None
+    tolerance = 1e-4 if backend == "inductor" or home == "cpu" else None
     model = armt("llama", torch.float64, n_layers=4).to(home)
     twin = copy.deepcopy(model)
     fast = rmtcompile.optimize(twin, devices=devices, backend=backend)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from toys import assert_same, features, made
 import rmtcompile
 from rmtcompile.dispatch.size_vectors import Counted, counted
 from rmtcompile.errors import IgnoredWarning
+from rmtcompile.frontend import counting
 
 SEGMENT = 3
 
@@ -277,6 +279,80 @@ def test_any_way_to_go_on(parts: list[tuple[int, int]], kind: str) -> None:
     model, fast = pair(kind)
     with torch.no_grad():
         assert_goes_on(model, fast, [segments * SEGMENT + rest for segments, rest in parts])
+
+
+# ---- what is made of an integer ----------------------------------------------------------------------------
+
+
+def made_of(use: Any) -> tuple[Any, bool]:
+    """What a function makes of a module whose integers are watched, and whether it makes sums only."""
+    module = nn.Module()
+    module.a, module.b = 12, 5
+    for name in ("a", "b"):
+        counting.note(module, name)
+    counts = counting.Counts()
+    with counts.watching([module]):
+        value = use(module)
+    assert type(module.a) is type(module.b) is int
+    return counting.plain(value), (id(module), "a") in counts.sums
+
+
+TABLE = list(range(20))
+HALVES = [0.0, 0.5]
+PLACES = torch.arange(20)
+
+
+def asked(module: Any) -> int:
+    position = module.a + 1
+    assert position > 0.5
+    return position
+
+
+SUMS = (
+    (lambda m: m.a + 3, 15), (lambda m: 3 + m.a, 15), (lambda m: m.a - 3, 9), (lambda m: 3 - m.a, -9),
+    (lambda m: +m.a, 12), (lambda m: -m.a, -12), (lambda m: m.a * 2, 24), (lambda m: 2 * m.a, 24),
+    (lambda m: m.a + m.b, 17), (lambda m: sum([m.a, m.b, 1]), 18), (lambda m: len(TABLE) + m.a, 32),
+    (lambda m: int(m.a * torch.ones(()) + m.a - m.a), 12),
+    (lambda m: torch.arange(m.a, m.a + 2).shape[0], 2), (lambda m: PLACES[m.a : m.a + 2].shape[0], 2),
+    (lambda m: PLACES.shape[0] + m.a, 32), (lambda m: PLACES[0] + m.a, 12), (lambda m: -len(TABLE) + m.a, -8),
+    (lambda m: PLACES.new_zeros(()) + m.a, 12), (lambda m: torch.relu(PLACES[0]) + m.a, 12),
+)  # fmt: skip
+OTHERS = (
+    (lambda m: m.a % 5, 2), (lambda m: m.a // 5, 2), (lambda m: m.a * m.b, 60), (lambda m: m.a + 0.5, 12.5),
+    (lambda m: 0.5 * m.a, 6.0), (lambda m: (m.a + m.b) > 3, True), (lambda m: -m.a > 3, False),
+    (lambda m: min(m.a, 3), 3), (lambda m: m.a == 12, True), (lambda m: bool(+m.a), True),
+    (lambda m: int(m.a), 12),
+    (lambda m: [0] * m.a, [0] * 12), (lambda m: {12: "x"}[m.a], "x"), (lambda m: f"{m.a}", "12"),
+    (lambda m: str(m.a), "12"), (lambda m: len(range(m.a)), 12), (lambda m: float(m.a - 1), 11.0),
+    (lambda m: divmod(m.a, 5), (2, 2)), (lambda m: m.a.bit_length(), 4), (lambda m: m.a & 4, 4),
+    (lambda m: 2**m.a, 4096), (lambda m: m.a < 20.5, True), (lambda m: 0.5 + m.a, 12.5),
+    (lambda m: math.gcd(m.a, 8), 4), (lambda m: "abcdefghijklmn"[m.a], "m"), (lambda m: TABLE[m.a - 1], 11),
+    (lambda m: next(i for i, _ in enumerate("a", m.a)), 12), (lambda m: 3 * m.a + 1 > 1.5, True),
+    (lambda m: TABLE[asked(m)], 13), (lambda m: float("1") + m.a, 13.0), (lambda m: HALVES[1] * m.a, 6.0),
+    (lambda m: len(PLACES.split(1)[m.a]), 1),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("use", "value"), SUMS)
+def test_sums_leave_an_integer_free(use: Any, value: Any) -> None:
+    assert made_of(use) == (value, True)
+
+
+@pytest.mark.parametrize(("use", "value"), OTHERS)
+def test_all_else_does_not(use: Any, value: Any) -> None:
+    assert made_of(use) == (value, False)
+
+
+def test_what_one_capture_has_seen_holds_for_later_ones() -> None:
+    module = nn.Module()
+    module.a = 1
+    counting.note(module, "a")
+    uses: list[tuple[Any, bool]] = [(lambda: module.a + 1, True), (lambda: module.a > 1, False)]
+    for use, is_free in [*uses, (lambda: module.a, False)]:
+        counts = counting.Counts()
+        with counts.watching([module]):
+            use()
+        assert bool(counts.sums) is is_free
 
 
 # ---- vectors -----------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ what differs there is looked at.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from itertools import chain
 from operator import call, is_, itemgetter
@@ -71,8 +70,7 @@ class ModuleGuard:
             on from them.
         numbers: the integers among these that lie in a slot of their own, as they were at the capture. A
             program may be for others of them; see `broken`.
-        are_sums: for each of `numbers`, whether the forward makes nothing but sums of it, and has no list of
-            numbers that it could choose from.
+        are_sums: for each of `numbers`, whether the forward makes nothing but sums of it.
         reads, changed, kept: as given.
 
     Raises:
@@ -94,7 +92,6 @@ class ModuleGuard:
         self._refilled: list[Slot] = []
         self._counting: list[Slot] = []  # numbers that the forward leaves different
         self._numbers: list[Slot] = []  # the integers among these
-        self._choices: dict[int, set[Any]] = {}  # numbers in one list: an integer may choose among them
         self._tensors: list[tuple[Slot, torch.Size | None]] = []  # None where the forward leaves another one
         self._closed: list[tuple[Any, str]] = []  # containers whose number of entries is fixed
         self._open: list[tuple[Any, set[str], str]] = []  # namespaces in which these names are missing
@@ -120,10 +117,7 @@ class ModuleGuard:
         del self._copies
         self._structure = template([slot.value for slot in self._refilled])
         self.numbers: tuple[int, ...] = tuple(slot.value for slot in self._numbers)
-        is_free = all(len(numbers) < 2 for numbers in self._choices.values())
-        self.are_sums = tuple(
-            is_free and (id(slot.owner), slot.step[1]) in sums for slot in self._numbers
-        )
+        self.are_sums = tuple((id(slot.owner), slot.step[1]) in sums for slot in self._numbers)
         self.counters = tuple(slot.name for slot in self._counting) + tuple(
             slot.name for slot in self._refilled if any(map(is_number, template(slot.value)))
         )
@@ -178,8 +172,6 @@ class ModuleGuard:
             return False
         if is_changed and type(value) in (int, float):
             self._counting.append(slot)
-        if isinstance(slot.owner, (list, tuple, deque)) and type(value) in (int, float):
-            self._choices.setdefault(id(slot.owner), set()).add(value)
         is_free = not isinstance(value, ATOMS) and is_changed
         if base_of(type(value)) in SETS or (is_free and id(value) not in self.kept):
             self._refilled.append(slot)

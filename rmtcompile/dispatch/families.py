@@ -25,7 +25,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -372,8 +372,9 @@ class Families:
         ]
         compiled, shapes = sized(samples, remainders, counts)
         read_from = tuple(corner if counts else corner[: len(lengths)] for corner in corners)
-        found = Rules(columns, read_from, remainders, samples, compiled, shapes)
-        rules = replace(found, counts=counts, ties=free.ties)
+        rules = Rules(
+            columns, read_from, remainders, samples, compiled, shapes, counts=counts, ties=free.ties
+        )
         family.rules = [rules, *family.rules[:7]]
         return rules
 

@@ -79,7 +79,7 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     try:
         return _captured_above_or_below(fn, args, kwargs, counts)
     except UnsupportedError:
-        if not counts.watched:
+        if not counts:
             raise
     return _captured_above_or_below(fn, args, kwargs, None)  # whoever minded that integers were watched
 
@@ -202,7 +202,7 @@ def _captured(
     changed = frozenset((id(change.record.target), change.step[1]) for change in changes)
     left = [leaf for effect in produced["effects"] for leaf in effect.leaves]
     kept = frozenset(id(leaf.value) for leaf in left if isinstance(leaf, Kept) and leaf.is_exact)
-    sums = counts.watched - counts.broken if counts is not None else frozenset()
+    sums = counts.sums if counts is not None else frozenset()
     guard = ModuleGuard(snapshot, tracker.reads | recorder.unseen, roots, changed, around, kept, sums)
     for owner, name in guard.number_places():
         note(owner, name)
