@@ -22,8 +22,9 @@ from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingC
 from transformers.generation.streamers import BaseStreamer
 
 import rmtcompile
-from rmtcompile.models import ARMT
+from rmtcompile.models import ARMT, generation, recorded
 from rmtcompile.models.generation import prefilled
+from rmtcompile.models.recorded import NotRecordedError
 from rmtcompile.runtime.execute import Executor
 
 SIZE = MEMORY["segment_size"]
@@ -243,6 +244,147 @@ def test_logits_to_keep() -> None:
     for keep in (1, SIZE - 1, SIZE + 1):
         assert_same(expected[:, -keep:], model(x, logits_to_keep=keep).logits)
     assert_same(expected[:, -1:], fast(x, logits_to_keep=1).logits)
+
+
+# ---- tokens that are read by a graph -----------------------------------------------------------------------
+
+is_static = pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="static caches count on the host"
+)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Graphs on a CPU: functions that are run again, and are noted here."""
+    made: list[Any] = []
+
+    def recorded_here(body: Any) -> Any:
+        made.append(body)
+        return body
+
+    monkeypatch.setattr(generation, "hindrance", lambda cell: None)
+    monkeypatch.setattr(recorded, "recorded", recorded_here)
+    return made
+
+
+@is_static
+@pytest.mark.parametrize("name", DECODERS)
+@torch.no_grad()
+def test_graphs_of_decoders(name: str, graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    softmax = torch.nn.functional.softmax  # see test_decoders
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
+    model = small(DECODERS[name])
+    for length in (1, SIZE - 1, SIZE, SIZE + 3):
+        noted, x = Noted(), ids(length)
+        expected, logits = on_the_whole_text(model, x, NEW)
+        del graphs[:]
+        assert torch.equal(expected, model.generate(x, NEW, logits_processor=[noted], cuda_graphs=True))
+        assert_same(logits, torch.stack(noted.seen))
+        assert len(graphs) == (2 if length == 1 else 1)  # the first segment has no memory to read
+
+
+@is_static
+@torch.no_grad()
+def test_graphs_of_padded_texts(graphs: list[Any]) -> None:
+    model = small()
+    x = ids(2 * SIZE + 3)
+    mask = torch.ones_like(x)
+    mask[0, :2] = mask[1, SIZE : SIZE + 3] = mask[1, 2 * SIZE] = 0
+    noted = Noted()
+    expected, logits = on_the_whole_text(model, x, NEW, mask)
+    options = {"attention_mask": mask, "cuda_graphs": True, "logits_processor": [noted]}
+    assert torch.equal(expected, model.generate(x, NEW, **options)) and graphs
+    assert_same(logits, torch.stack(noted.seen))
+
+
+@is_static
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_graphs_of_many_continuations(batch: int, graphs: list[Any]) -> None:
+    """The memory of one text is read where it is, until continuations write theirs."""
+    model = small()
+    x, noted = ids(2 * SIZE + 3, batch), Noted()
+    options = {"do_sample": True, "num_return_sequences": 4, "cuda_graphs": True}
+    got = model.generate(x, NEW, **options, logits_processor=[noted])
+    expected = model(got).logits[:, x.shape[1] - 1 : -1].transpose(0, 1)
+    assert_same(expected, torch.stack(noted.seen))
+    assert len(graphs) == (2 if batch == 1 else 1)
+
+
+@is_static
+@torch.no_grad()
+def test_the_memory_after_generation_is_the_models_own(graphs: list[Any]) -> None:
+    """Another generation does not write into a memory that somebody has kept."""
+    model, other = small(), ids(2 * SIZE + 5)
+    model.generate(ids(SIZE + 2), NEW, cuda_graphs=True)
+    kept = [layer.association for layer in model.memory_cell.layers]
+    values = copy.deepcopy(kept)
+    model.generate(other, NEW, cuda_graphs=True)
+    assert_same(values, kept)
+
+
+@is_static
+@torch.no_grad()
+def test_a_graph_that_computes_something_else_is_not_used(
+    graphs: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as one with a position written into it; and one that cannot be recorded."""
+
+    def stale(body: Any) -> Any:
+        result = body()
+        return lambda: result
+
+    def failing(body: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    model, x = small(), ids(SIZE + 2)
+    expected = model.generate(x, 40)
+    for fake, said in ((stale, "differ from launched ones"), (failing, "not permitted when stream is")):
+        monkeypatch.setattr(recorded, "recorded", fake)
+        caplog.clear()
+        assert torch.equal(expected, model.generate(x, 40))
+        assert caplog.text.count(said) == 1
+        with pytest.raises(NotRecordedError, match=said):
+            model.generate(x, 40, cuda_graphs=True)
+
+
+@torch.no_grad()
+def test_what_hinders_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small()
+    with pytest.raises(ValueError, match="cuda_graphs=True: CUDA graphs need one CUDA device"):
+        model.generate(ids(3), 2, cuda_graphs=True)
+    with pytest.raises(ValueError, match="read without a cache"):
+        model.generate(ids(3), 2, cuda_graphs=True, use_cache=False)
+    with pytest.raises(ValueError, match="has to be True, False or 'auto'"):
+        model.generate(ids(3), 2, cuda_graphs="yes")
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_hooks_hinder_graphs() -> None:
+    model = small().cuda()
+    model.memory_cell.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="a CUDA graph calls no hooks, and there are some"):
+        model.generate(ids(3).cuda(), 2, cuda_graphs=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", DECODERS)
+@torch.no_grad()
+def test_graphs_on_cuda(name: str) -> None:
+    model = small(DECODERS[name]).cuda()
+    for batch, length in ((1, 1), (2, SIZE - 1), (2, 2 * SIZE + 3)):
+        x, noted = ids(length, batch).cuda(), [Noted(), Noted()]
+        launched = model.generate(x, 40, logits_processor=noted[:1], cuda_graphs=False)
+        assert torch.equal(launched, model.generate(x, 40, logits_processor=noted[1:], cuda_graphs=True))
+        assert_same(torch.stack(noted[0].seen), torch.stack(noted[1].seen), 1e-5)
+    mask = torch.ones_like(x)
+    mask[0, :3] = 0
+    given = {"attention_mask": mask}
+    launched = model.generate(x, 40, **given, cuda_graphs=False)
+    assert torch.equal(launched, model.generate(x, 40, **given, cuda_graphs=True))
+    many = model.generate(x, 40, do_sample=True, num_return_sequences=4, cuda_graphs=True)
+    assert many.shape == (8, x.shape[1] + 40)
 
 
 @pytest.mark.gpu

@@ -155,12 +155,16 @@ class Session(Recording):
     # ---- generation ----
 
     def _generation(self, tokens: int) -> None:
-        """One text continued by the program and by the model, with a cache and without."""
+        """One text continued by the program and by the model, with a cache and without, and many times."""
         ids = self.case.ids(tokens, self.device)[:1]
         many = {"do_sample": True, "num_return_sequences": CONTINUATIONS}
         self._piece(f"rmtcompile, {tokens}", lambda: self._continued(self.fast, ids), "generation")
         name = f"rmtcompile, {tokens}, {CONTINUATIONS} continuations"
         self._piece(name, lambda: self._continued(self.fast, ids, **many), "generation")
+        if self.device.type == "cuda":
+            launched = {"cuda_graphs": False}
+            name = f"rmtcompile, {tokens}, no CUDA graph for tokens"
+            self._piece(name, lambda: self._continued(self.fast, ids, **launched), "generation")
         if self.settings.opponents:
             self._piece(f"the model, {tokens}", lambda: self._continued(self.model, ids), "generation")
             again = {"use_cache": False}

@@ -261,10 +261,12 @@ class ARMT(nn.Module):
                 logits_processor, stopping_criteria, streamer: as of transformers.
                 use_cache: False computes the open segment again for each token, as is done for decoders
                 whose cache is not the usual one of transformers.
+                cuda_graphs: "auto" has tokens read by a CUDA graph, recorded in each call, where that can be
+                and where enough are to come; True, or raise; False, never.
 
         Raises:
-            ValueError: several continuations without sampling, a cache of a decoder that has another one, or
-                an option that a class of transformers refuses.
+            ValueError: several continuations without sampling, a cache of a decoder that has another one,
+                CUDA graphs where there can be none, or an option that a class of transformers refuses.
         """
         from .generation import generate
 

@@ -4,13 +4,16 @@
                                              ^ next token      reads the keys and values of the open segment
 
 A token costs one position, whatever the length of the text. When the open segment is full, its memory tokens
-are read and written to memory, and a new one begins.  What to take of the logits, when to stop and where
-tokens are shown to is decided by classes of transformers.
+are read and written to memory, and a new one begins.  On CUDA these tokens are read by a CUDA graph
+(`recorded.py`).  What to take of the logits, when to stop and where tokens are shown to is decided by classes
+of transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +28,12 @@ from transformers import (
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from .recorded import WORTH, FixedSegment, NotRecordedError, hindrance
+
 if TYPE_CHECKING:
     from .armt import ARMT, MemoryCell
+
+_LOGGER = logging.getLogger("rmtcompile")
 
 
 class OpenSegment:
@@ -36,17 +43,24 @@ class OpenSegment:
         rows: B.
         filled: tokens that it holds.
         cache: keys and values of these; None where they are computed again with each token.
+        records: whether single tokens are read by a CUDA graph; "auto": where that can be.
     """
+
+    records: bool | str = False
 
     def __init__(self, cell: MemoryCell, use_cache: bool = True) -> None:
         self.cell = cell
         self.use_cache = use_cache
         self.rows = 0
+        self._fixed: FixedSegment | None = None
         self._begin()
 
     def _begin(self) -> None:
         self.filled = 0
-        self.cache = DynamicCache() if self.use_cache else None
+        if self._fixed is None:
+            self.cache: Any = DynamicCache() if self.use_cache else None
+        else:
+            self._fixed.begin()
         self.embeds: Tensor | None = None  # where there is no cache
         self.mask: Tensor | None = None
 
@@ -70,16 +84,48 @@ class OpenSegment:
         return logits
 
     def _extended(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        embeds = self.cell.model.get_input_embeddings()(ids)
         self.filled += ids.shape[1]
         if mask is not None:
             self.mask = mask if self.mask is None else torch.cat([self.mask, mask], 1)
         if self.cache is not None:
-            return self.cell.decode(embeds, self.cache, self.mask)[:, -1]
+            return self._decoded(ids)
+        embeds = self.cell.model.get_input_embeddings()(ids)
         self.embeds = embeds if self.embeds is None else torch.cat([self.embeds, embeds], 1)
         logits = self.cell(self.embeds, self.mask, write=False).logits
         assert logits is not None
         return logits[:, -1]
+
+    def _decoded(self, ids: Tensor) -> Tensor:
+        """The logits of what follows these tokens, whose keys and values are added."""
+        is_recorded, fixed = bool(self.records) and ids.shape[1] == 1, self._fixed
+        if is_recorded and fixed is not None:
+            with self._recording():
+                return fixed.read(ids, self.mask)
+        elif is_recorded and self.filled > 1:
+            with self._recording():
+                fixed = FixedSegment(self.cell, self.cache, self.mask)
+        logits = self.cell.decode(self.cell.model.get_input_embeddings()(ids), self.cache, self.mask)[:, -1]
+        if fixed is not None and self._fixed is None:
+            with self._recording():
+                fixed.agree(ids, self.mask, logits)
+                self._fixed, self.cache = fixed, fixed.cache
+        return logits
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """What cannot be recorded is launched from then on."""
+        try:
+            yield
+        except NotRecordedError as error:
+            if self.records is True:
+                raise
+            self.records = False
+            _LOGGER.warning("tokens are launched one operation after the other: %s", error)
+
+    def release(self) -> None:
+        """Leave the model memories of its own."""
+        if self._fixed is not None:
+            self._fixed.release()
 
     def _close(self) -> None:
         """Write the full segment to memory, and begin the next one."""
@@ -91,7 +137,13 @@ class OpenSegment:
         self._begin()
 
     def repeat(self, n: int) -> None:
-        """Each text n times, one after the other; the memory of one text is held once until it is written."""
+        """Each text n times, one after the other; the memory of one text is held once until it is written.
+
+        Raises:
+            ValueError: tokens were read by a CUDA graph, which is for so many texts.
+        """
+        if self._fixed is not None:
+            raise ValueError("texts are repeated before single tokens are read by a CUDA graph")
         for layer in self.cell.layers:
             layer.repeat(n)
         if self.cache is not None:
@@ -117,6 +169,7 @@ def generate(
     stopping_criteria: Iterable[Any] = (),
     streamer: Any = None,
     use_cache: bool | None = None,
+    cuda_graphs: bool | str = "auto",
 ) -> Tensor:
     """See `ARMT.generate`."""
     ends = [] if eos_token_id is None else _listed(eos_token_id)
@@ -129,7 +182,9 @@ def generate(
     pad = pad_token_id if pad_token_id is not None else (ends or [0])[0]
     if streamer is not None:
         streamer.put(input_ids.cpu())
+    records = _records(model, max_new_tokens, cuda_graphs, use_cache)
     segment, logits = prefilled(model, input_ids, attention_mask, use_cache)
+    segment.records = records
     if num_return_sequences > 1:
         segment.repeat(num_return_sequences)
         logits, input_ids = (x.repeat_interleave(num_return_sequences, 0) for x in (logits, input_ids))
@@ -147,6 +202,7 @@ def generate(
         going = going & ~stops(input_ids, scores)
         if not going.any():
             break
+    segment.release()
     if streamer is not None:
         streamer.end()
     return input_ids
@@ -172,6 +228,28 @@ def prefilled(
     segment = OpenSegment(model.memory_cell, can_cache and use_cache is not False)
     mask = None if attention_mask is None else attention_mask[:, closed:]
     return segment, segment.read(input_ids[:, closed:], mask)
+
+
+def _records(model: ARMT, new: int, cuda_graphs: bool | str, use_cache: bool | None) -> bool | str:
+    """Whether single tokens are read by a CUDA graph; see `OpenSegment.records`.
+
+    Raises:
+        ValueError: they have to be, and cannot, or no such choice.
+    """
+    if cuda_graphs not in (True, False, "auto"):
+        raise ValueError(f"cuda_graphs has to be True, False or 'auto', not {cuda_graphs!r}")
+    if cuda_graphs is False or (cuda_graphs == "auto" and new <= WORTH):
+        return False
+    cell = model.memory_cell
+    is_cached = use_cache is not False and takes_cache(cell.model)
+    reason = hindrance(cell) if is_cached else "tokens are read without a cache"
+    if reason is None:
+        return cuda_graphs
+    if cuda_graphs is True:
+        raise ValueError(f"cuda_graphs=True: {reason}")
+    if next(model.parameters()).is_cuda:
+        _LOGGER.info("tokens are launched one operation after the other: %s", reason)
+    return False
 
 
 def takes_cache(decoder: Any) -> bool:
