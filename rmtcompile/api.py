@@ -70,7 +70,8 @@ def optimize(
         recompute: what backward computes again instead of keeping it. "level": each level, from what lies
             between levels; a number k: blocks of k levels, and in each of them its levels, so that memory
             grows with levels / k + k; "none": nothing; "auto": "level" where the forward itself uses
-            `torch.utils.checkpoint`, else nothing. Values and gradients are the same.
+            `torch.utils.checkpoint`; else, on CUDA, levels for whose values there is no memory, on one
+            device. Values and gradients are the same.
         devices: cut the layers into bands, one a device: `["cuda:0", "cuda:1"]`, or "auto" for all CUDA
             devices. Each band runs its layers' part of every wavefront and hands on what the next one reads.
             The model, its arguments and results stay where they are; bands on other devices have copies of

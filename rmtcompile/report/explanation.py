@@ -129,7 +129,9 @@ class Explanation:
             were measured; the faster one is kept.
         recorded: how runs are recorded as CUDA graphs, in words; empty where they are not.
         bands: how the layers are cut into bands, and what goes from one to another; empty where they are not.
-        recomputed: the levels of a block that backward computes again; 0 where it keeps all values.
+        recomputed: the levels of a block that backward computes again; 0 where it keeps all values, or what
+            fits.
+        fitted: what the last training run kept of what fits, in words; empty where all was kept.
         checkpoint: where the forward asks for that itself; empty where it does not.
         loaded: whether the program came from a folder.
         unused: why programs of a folder were not used.
@@ -168,6 +170,7 @@ class Explanation:
     recorded: str = ""
     bands: tuple[str, ...] = ()
     recomputed: int = 0
+    fitted: str = ""
     checkpoint: str = ""
     loaded: bool = False
     unused: tuple[str, ...] = ()

@@ -200,6 +200,8 @@ def _recomputed(found: Explanation) -> Iterator[str]:
             f"backward computes blocks of {found.recomputed} levels again, and in each of them its levels, "
             "and keeps what lies between blocks"
         )
+    elif found.fitted:
+        yield found.fitted
     elif found.checkpoint:
         yield f"backward keeps all values, as recompute='none' says, in spite of the checkpoints{asked}"
 

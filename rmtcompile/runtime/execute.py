@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from rmtcompile.runtime.costs import Costs, measured
 from rmtcompile.runtime.crossing import Crossing, Key
 from rmtcompile.runtime.dry import dry
 from rmtcompile.runtime.engine import Engine, backend_for
+from rmtcompile.runtime.fitting import Keeping, room_on
 from rmtcompile.runtime.forms import Form
 from rmtcompile.runtime.graphs import Started
-from rmtcompile.runtime.recompute import Recompute
 from rmtcompile.runtime.replays import Replays
 from rmtcompile.runtime.run import Run
 from rmtcompile.runtime.stacks import Alone, Stacks
@@ -50,11 +50,12 @@ class Executor:
         recompute: what backward computes again; see `rmtcompile.optimize`.
 
     Attributes:
-        recomputed: the levels of a block that backward computes again; 0 where it keeps all values.
-        records_steps: whether training steps are recorded, too.
+        keeping: what is kept for backward.
+        is_whole: whether one device runs all layers: training steps are recorded, and backward may keep what
+            fits into its memory.
     """
 
-    records_steps = True
+    is_whole = True
 
     def __init__(
         self,
@@ -92,8 +93,8 @@ class Executor:
                 remedy="move the model to a CUDA device, or leave it at 'auto'",
             )
         self._use_graphs = self.device.type == "cuda" and cuda_graphs is not False
-        asked = "level" if recompute == "auto" and compiled.capture.checkpoint else recompute
-        self.recomputed = asked if isinstance(asked, int) else int(asked == "level")
+        room = partial(room_on, self.device) if self.is_whole else None
+        self.keeping = Keeping(recompute, compiled.capture.checkpoint, compiled.longest.draws, room)
         self._engine: Engine | None = None
         self.replays: Replays = Replays(self, like.replays if like is not None else None)
         self.costs: Costs | None = None
@@ -139,8 +140,7 @@ class Executor:
             self._engine, self._use_graphs = kept
 
     def start(self, segments: int, inputs: list[torch.Tensor]) -> Started | None:
-        """Start a recorded run of this length, if there is one and no gradients are wanted; the caller
-        then checks that the program still holds while the device is at work."""
+        """Start a recorded run of this length, if there is one and no gradients are wanted; checked later."""
         if not self._use_graphs or self._records_gradients(inputs):
             return None
         with plain_tensors():
@@ -170,11 +170,10 @@ class Executor:
         graphs: bool = True,
         on_level: OnLevel | None = None,
     ) -> tuple[Any, ...]:
-        """Run the program over `segments` segments; returns the captured graph's outputs.
+        """Run the program; returns the captured graph's outputs.
 
         The first run compiles all forms of the cell functions that any number of segments needs, on repeated
-        inputs where `segments` itself does not need them all; the first two lengths that are shorter than the
-        number of layers get forms of their own. Later runs compile nothing.
+        inputs where need be; the first two lengths shorter than the number of layers get forms of their own.
 
         Args:
             segments: number of segments.
@@ -221,9 +220,10 @@ class Executor:
         self.compile_forms(segments - first, inputs)
         is_functional = self._records_gradients([*inputs, *values.values()])
         crossing = Crossing(self.compiled.emitted.carried, first, border, values, is_functional)
+        held = self.held()
         with self.replays.alone(), nullcontext() if is_functional else plain_tensors():
-            again = self._again() if is_functional else None
-            outputs = self._run(segments, inputs, self.held(), is_functional, again, crossing=crossing)
+            launch = partial(self._run, segments, inputs, held, is_functional, crossing=crossing)
+            outputs = self.keeping.run(launch, inputs, held) if is_functional else launch()
         return outputs, crossing.left()
 
     def _run_once(
@@ -234,9 +234,11 @@ class Executor:
         on_level: OnLevel | None = None,
     ) -> tuple[Any, ...]:
         if self._records_gradients(inputs):
-            if graphs and self._use_graphs and self.records_steps:
+            if graphs and self._use_graphs and self.is_whole:
                 return self.steps.run(segments, inputs)
-            return self._run(segments, inputs, self.held(), True, on_level or self._again())
+            if on_level is None:
+                return self.launch_with_gradients(segments, inputs)
+            return self._run(segments, inputs, self.held(), True, on_level)
         with plain_tensors():
             if not (graphs and self._use_graphs):
                 return self._run(segments, inputs, self.held(), False, on_level)
@@ -271,11 +273,10 @@ class Executor:
         """How runs are recorded, in words; empty where they are not."""
         if not self._use_graphs:
             return ""
-        return f"{self.replays}; {self.steps}" if self.records_steps else str(self.replays)
+        return f"{self.replays}; {self.steps}" if self.is_whole else str(self.replays)
 
     def workspace_seconds(self, segments: int) -> dict[str, float]:
-        """Seconds of what was recorded "with" and "without" cuBLAS's workspace, a block of levels or a whole
-        run; empty if that was not measured."""
+        """Seconds of what was recorded "with" and "without" cuBLAS's workspace; empty if not measured."""
         return self.replays.workspace_seconds(segments)
 
     @property
@@ -288,8 +289,7 @@ class Executor:
         self._seen.lengths.add(segments)
 
     def gets_form(self, segments: int) -> bool:
-        """Whether this length is short and one of the first two, so that its width gets a form of its own.
-        Where the last segments vary lengths do, too."""
+        """Whether this length is short and one of the first two, so that its width gets a form of its own."""
         is_early = len(self._seen.lengths | {segments}) <= 2 and not self.replays.ends_vary
         return is_early and self.engine.is_compiled and self.engine.can_fix(segments)
 
@@ -353,11 +353,15 @@ class Executor:
         """
         leaves = self.held() if leaves is None else leaves
         if not alone:
-            return self._run(segments, inputs, leaves, True, self._again())
+            return self.keeping.run(partial(self._run, segments, inputs, leaves, True), inputs, leaves)
         weights, named = self.stacks.current(leaves, alone), self.named(inputs)
-        run = Run(self.program, segments, named, leaves, weights, self.engine, True, self._again())
-        run.rooms = rooms or {}
-        return self._execute(run)
+
+        def launch(on_level: OnLevel | None) -> tuple[Any, ...]:
+            run = Run(self.program, segments, named, leaves, weights, self.engine, True, on_level)
+            run.rooms = rooms or {}
+            return self._execute(run)
+
+        return self.keeping.run(launch, inputs, leaves)
 
     def held(self) -> dict[str, torch.Tensor]:
         """The model's tensors as they are now, by the name in the program."""
@@ -365,9 +369,6 @@ class Executor:
 
     def _records_gradients(self, inputs: list[torch.Tensor]) -> bool:
         return torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *self.held().values()))
-
-    def _again(self) -> Recompute | None:
-        return Recompute(self.recomputed, self.compiled.longest.draws) if self.recomputed else None
 
     def _run(
         self,

@@ -57,7 +57,7 @@ class Steps(StepReplays):
     @property
     def obstacle(self) -> str:
         """What is in the way of recording, in words; empty where nothing is."""
-        if self.draws and self.executor.recomputed:
+        if self.executor.keeping.draws_again:
             return "backward draws random numbers again"
         if not self.executor.stacks.can_be_alone:
             return "weights of layers are put together anew at each call"

@@ -72,7 +72,7 @@ class BandedExecutor(Executor):
         UnsupportedError: the program cannot be cut into so many bands.
     """
 
-    records_steps = False
+    is_whole = False
 
     def __init__(
         self,
