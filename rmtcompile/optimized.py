@@ -179,7 +179,7 @@ class Optimized(Inspected, Opaque):
                 try:
                     outputs, found = entry.executor.advance(advance.call.total, inputs, *given)
                 except STOPS as error:
-                    again = (advance.call, entry, advance.args, advance.kwargs)
+                    again = (advance.call, entry, advance.args, advance.kwargs, error)
                     if is_no_fault(error) or self._programs.instead(*again) is None:
                         raise
                     return self.run(*args, state=state, **kwargs)
@@ -274,7 +274,7 @@ class Optimized(Inspected, Opaque):
         try:
             return entry, entry.executor.run(count, tensors_of(args, kwargs))
         except STOPS as error:
-            instead = None if is_no_fault(error) else self._programs.instead(call, entry, args, kwargs)
+            instead = None if is_no_fault(error) else self._programs.instead(call, entry, args, kwargs, error)
             if instead is not None:
                 return self._outputs(*instead, args, kwargs, None)
             proved = entry.compiled.rolled.proved_on

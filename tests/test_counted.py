@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +23,7 @@ import rmtcompile
 from rmtcompile.dispatch.size_vectors import Counted, counted
 from rmtcompile.errors import IgnoredWarning
 from rmtcompile.frontend import counting
+from rmtcompile.frontend.asking import watching
 
 SEGMENT = 3
 
@@ -164,7 +168,45 @@ def test_two_captures_serve_all_positions(kind: str) -> None:
     assert fast.captures == captures
 
 
-@pytest.mark.parametrize("build", [Ring, Halves, Warming, Limited, Ranged, Listed, Beginning])
+class Helped(Going):
+    """Looks a number up through a property."""
+
+    @property
+    def now(self) -> int:
+        return self.segments
+
+    def at(self, n: int) -> Tensor:
+        return self.table[0] * STEPS[self.now]
+
+
+class Sized(Going):
+    """Asks how large a table is that grows with its position."""
+
+    def at(self, n: int) -> Tensor:
+        seen = self.table[: self.position + 1]
+        return seen[-2:].mean(0) if seen.shape[0] > 20 else seen[0]
+
+
+class Typed(Going):
+    """Asks for the very type, which a watched integer has not."""
+
+    def at(self, n: int) -> Tensor:
+        return self.table[self.position] * (1 if type(self.position) is int else 2)
+
+
+class Ending(Going):
+    """Its table has an end, at which its rows become fewer."""
+
+    def at(self, n: int) -> Tensor:
+        rows = self.table[:40][self.position : self.position + n]
+        return rows if rows.shape[0] == n else self.table[0]
+
+
+STEPS = [1.0] * 7 + [2.0] * 43
+MORE = (Ring, Halves, Warming, Limited, Ranged, Listed, Beginning, Helped, Sized, Typed, Ending)
+
+
+@pytest.mark.parametrize("build", MORE)
 @pytest.mark.filterwarnings("ignore::rmtcompile.RecaptureWarning")
 @torch.no_grad()
 def test_more_than_sums(build: type[Going]) -> None:
@@ -291,7 +333,7 @@ def made_of(use: Any) -> tuple[Any, bool]:
     for name in ("a", "b"):
         counting.note(module, name)
     counts = counting.Counts()
-    with counts.watching([module]):
+    with watching(counts, [module]):
         value = use(module)
     assert type(module.a) is type(module.b) is int
     return counting.plain(value), (id(module), "a") in counts.sums
@@ -300,6 +342,13 @@ def made_of(use: Any) -> tuple[Any, bool]:
 TABLE = list(range(20))
 HALVES = [0.0, 0.5]
 PLACES = torch.arange(20)
+
+
+def reused(i: int) -> int:
+    found = TABLE[i]
+    for i in range(2):
+        found += 0 * i
+    return found
 
 
 def asked(module: Any) -> int:
@@ -314,22 +363,38 @@ SUMS = (
     (lambda m: m.a + m.b, 17), (lambda m: sum([m.a, m.b, 1]), 18), (lambda m: len(TABLE) + m.a, 32),
     (lambda m: int(m.a * torch.ones(()) + m.a - m.a), 12),
     (lambda m: torch.arange(m.a, m.a + 2).shape[0], 2), (lambda m: PLACES[m.a : m.a + 2].shape[0], 2),
-    (lambda m: PLACES.shape[0] + m.a, 32), (lambda m: PLACES[0] + m.a, 12), (lambda m: -len(TABLE) + m.a, -8),
-    (lambda m: PLACES.new_zeros(()) + m.a, 12), (lambda m: torch.relu(PLACES[0]) + m.a, 12),
+    (lambda m: PLACES.shape[0] + m.a, 32), (lambda m: PLACES[0] + m.a, 12),
+    (lambda m: -len(TABLE) + m.a, -8), (lambda m: PLACES[5:][m.a : m.a + 2].shape[0], 2),
+    (lambda m: PLACES.roll(m.a).shape[0], 20), (lambda m: copy.deepcopy([m.a])[0] + copy.copy(m.a), 24),
+    (lambda m: m.a - m.a, 0), (lambda m: [m.a, 1][0], 12), (lambda m: torch.full((2,), m.a).shape[0], 2),
+    (lambda m: {"p": m.a}["p"] + 1, 13), (lambda m: m.a is None, False),
+    (lambda m: isinstance(m.a, int) and not isinstance(m.a, float), True),
+    (lambda m: (lambda x: x)(m.a), 12), (lambda m: PLACES.new_zeros(()) + m.a, 12),
+    (lambda m: torch.relu(PLACES[0]) + m.a, 12),
 )  # fmt: skip
 OTHERS = (
     (lambda m: m.a % 5, 2), (lambda m: m.a // 5, 2), (lambda m: m.a * m.b, 60), (lambda m: m.a + 0.5, 12.5),
     (lambda m: 0.5 * m.a, 6.0), (lambda m: (m.a + m.b) > 3, True), (lambda m: -m.a > 3, False),
     (lambda m: min(m.a, 3), 3), (lambda m: m.a == 12, True), (lambda m: bool(+m.a), True),
-    (lambda m: int(m.a), 12),
-    (lambda m: [0] * m.a, [0] * 12), (lambda m: {12: "x"}[m.a], "x"), (lambda m: f"{m.a}", "12"),
-    (lambda m: str(m.a), "12"), (lambda m: len(range(m.a)), 12), (lambda m: float(m.a - 1), 11.0),
-    (lambda m: divmod(m.a, 5), (2, 2)), (lambda m: m.a.bit_length(), 4), (lambda m: m.a & 4, 4),
-    (lambda m: 2**m.a, 4096), (lambda m: m.a < 20.5, True), (lambda m: 0.5 + m.a, 12.5),
-    (lambda m: math.gcd(m.a, 8), 4), (lambda m: "abcdefghijklmn"[m.a], "m"), (lambda m: TABLE[m.a - 1], 11),
-    (lambda m: next(i for i, _ in enumerate("a", m.a)), 12), (lambda m: 3 * m.a + 1 > 1.5, True),
-    (lambda m: TABLE[asked(m)], 13), (lambda m: float("1") + m.a, 13.0), (lambda m: HALVES[1] * m.a, 6.0),
-    (lambda m: len(PLACES.split(1)[m.a]), 1),
+    (lambda m: int(m.a), 12), (lambda m: [0] * m.a, [0] * 12), (lambda m: {12: "x"}[m.a], "x"),
+    (lambda m: f"{m.a}", "12"), (lambda m: str(m.a), "12"), (lambda m: len(range(m.a)), 12),
+    (lambda m: float(m.a - 1), 11.0), (lambda m: divmod(m.a, 5), (2, 2)), (lambda m: m.a.bit_length(), 4),
+    (lambda m: m.a & 4, 4), (lambda m: 2**m.a, 4096), (lambda m: m.a < 20.5, True),
+    (lambda m: 0.5 + m.a, 12.5), (lambda m: math.gcd(m.a, 8), 4), (lambda m: "abcdefghijklmn"[m.a], "m"),
+    (lambda m: TABLE[m.a - 1], 11), (lambda m: next(i for i, _ in enumerate("a", m.a)), 12),
+    (lambda m: 3 * m.a + 1 > 1.5, True), (lambda m: TABLE[asked(m)], 13), (lambda m: float("1") + m.a, 13.0),
+    (lambda m: HALVES[1] * m.a, 6.0), (lambda m: len(PLACES.split(1)[m.a]), 1),
+    (lambda m: TABLE[(m.a, 0)[0]], 12), (lambda m: m.a / 2, 6.0),
+    (lambda m: next(map(TABLE.__getitem__, [m.a])), 12), (lambda m: TABLE[m.a], 12),
+    (lambda m: sorted([12.5, m.a])[0], 12), (lambda m: (lambda: m.a)() < 12.5, True),
+    (lambda m: m.a in (1, 12), True), (lambda m: PLACES[: m.a].shape[0], 12),
+    (lambda m: len(torch.arange(m.a)), 12), (lambda m: reused(m.a), 12),
+    (lambda m: torch.zeros(2, m.a).numel(), 24), (lambda m: np.arange(20)[m.a], 12),
+    (lambda m: np.int64(m.a), 12), (lambda m: PLACES.expand(m.a, 20).stride(0), 0),
+    (lambda m: torch.zeros((m.a,)).sum().item(), 0.0), (lambda m: pickle.loads(pickle.dumps(m.a)), 12),
+    (lambda m: functools.reduce(min, [m.a, 99]), 12), (lambda m: torch.Size((m.a, 1))[0] > 3, True),
+    (lambda m: m.a is not None and m.a != 3, True), (lambda m: PLACES[m.a - 12 : 12].shape[0], 12),
+    (lambda m: torch.nn.functional.pad(PLACES, (m.a, 0)).shape[0], 32),
 )  # fmt: skip
 
 
@@ -350,7 +415,7 @@ def test_what_one_capture_has_seen_holds_for_later_ones() -> None:
     uses: list[tuple[Any, bool]] = [(lambda: module.a + 1, True), (lambda: module.a > 1, False)]
     for use, is_free in [*uses, (lambda: module.a, False)]:
         counts = counting.Counts()
-        with counts.watching([module]):
+        with watching(counts, [module]):
             use()
         assert bool(counts.sums) is is_free
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import fx
 
-from rmtcompile.passes.emit.text import Named, Writer, literal, plain_name, source_comment, target_name
+from rmtcompile.passes.emit.text import Named, Writer, call, literal, plain_name, source_comment
 from rmtcompile.passes.grid.reroll import ClassRule
 
 SEGMENT, COUNT = "i", "n"
@@ -149,7 +149,7 @@ def _operation(
         return f"{literal(args[0], plain_name)}[{literal(args[1], plain_name)}]"
     parts = [literal(arg, plain_name) for arg in args]
     parts += [f"{k}={literal(v, plain_name)}" for k, v in kwargs.items()]
-    return f"{target_name(node.target)}({', '.join(parts)})"
+    return call(node.target, parts)
 
 
 def _each(values: tuple[fx.Node, ...], names: Mapping[Any, str], rule: ClassRule) -> Named:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,11 @@ import torch
 from torch import fx
 
 from rmtcompile.ir.program import Source
+from rmtcompile.ir.size import COUNT
 from rmtcompile.passes.cell.lift.growing import PerCell
 from rmtcompile.schedule import short_type
+
+_COUNT = re.compile(rf"\b{COUNT}\d*\b")
 
 
 class Writer:
@@ -98,7 +102,13 @@ def operation(node: fx.Node, name: Callable[[Any], str]) -> str:
         return f"{literal(node.args[0], name)}[{literal(node.args[1], name)}]"
     parts = [literal(arg, name) for arg in node.args]
     parts += [f"{k}={literal(v, name)}" for k, v in node.kwargs.items()]
-    return f"{target_name(node.target)}({', '.join(parts)})"
+    return call(node.target, parts)
+
+
+def call(target: Any, parts: Sequence[str]) -> str:
+    """An operation with its arguments. A slice that an integer of the model moves is no shorter elsewhere."""
+    is_moved = target is torch.ops.aten.slice.Tensor and any(map(_COUNT.search, parts[2:4]))
+    return f"{'within' if is_moved else target_name(target)}({', '.join(parts)})"
 
 
 def comment(node: fx.Node, batched: bool = False) -> str:

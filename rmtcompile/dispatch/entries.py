@@ -138,6 +138,7 @@ class Rules:
         counts: those that are integers which the model keeps from call to call.
         ties: places of the vector where further ones of these stand, and how they follow.
         reach: the largest of these that were compared with the model.
+        beyond: some that lead out of what the model has, and with them all that are as large.
         samples: the programs at the corners.
         shapes: shapes of the outputs.
         executor: the first one; others share its compiled forms.
@@ -161,6 +162,7 @@ class Rules:
     counts: frozenset[str] = frozenset()
     ties: dict[int, Tie] = field(default_factory=dict)
     reach: dict[str, int] = field(default_factory=dict)
+    beyond: list[Sizes] = field(default_factory=list)
 
     def is_far(self, sizes: Sizes) -> bool:
         """Whether an integer that the model keeps is more than twice as large as any that was captured or
@@ -184,6 +186,8 @@ class Rules:
             found[name] = values.pop()
             if found[name] == 1 and 1 not in seen and name not in self.remainders | self.counts:
                 return None  # one row is often another program, and worth a capture of its own
+        if any(all(found[name] >= at[name] for name in self.counts) for at in self.beyond):
+            return None
         follow = all(vector[i] == factor * found[name] + c for i, (name, factor, c) in self.ties.items())
         return found if follow else None
 

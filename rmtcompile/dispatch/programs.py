@@ -36,6 +36,7 @@ from rmtcompile.errors import (
     RerollError,
     UnsupportedError,
 )
+from rmtcompile.frontend.counting import forget
 from rmtcompile.frontend.probe import probe
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.options import Options
@@ -44,6 +45,7 @@ from rmtcompile.runtime.bands import executor_for
 from rmtcompile.runtime.engine import backend_for
 from rmtcompile.runtime.execute import Executor
 from rmtcompile.runtime.graphs import Started
+from rmtcompile.runtime.reach import OutOfReachError
 
 MAX_SIZES = 32
 """Sizes of inputs whose programs are kept loaded."""
@@ -159,11 +161,16 @@ class Programs:
             evidence = [*error.evidence, f"{error.period} segments at a time: {other.what}", *other.evidence]
             raise RerollError(error.what, evidence, error.remedy) from other
 
-    def instead(self, call: Call, entry: Entry, args: Any, kwargs: Any) -> tuple[Call, Entry] | None:
+    def instead(
+        self, call: Call, entry: Entry, args: Any, kwargs: Any, error: Exception
+    ) -> tuple[Call, Entry] | None:
         """What to run instead of a program that rules for sizes gave and that has stopped, if this is one."""
         if entry.trial is None or entry.trial.is_corner:
             return None
-        self._families.settle(entry.trial, False)
+        if isinstance(error, OutOfReachError):
+            entry.trial.rules.beyond.append(entry.trial.at)
+        else:
+            self._families.settle(entry.trial, False)
         entries = self._entries.get(call.key, [])
         self._entries[call.key] = [one for one in entries if one is not entry]
         return self.entry(call, args, kwargs)
@@ -325,9 +332,20 @@ class Programs:
                 count, _ = segmentation.count([tensor.shape for tensor in tensors_of(args, kwargs)])
                 compiled = compile_forward(*given, count)
         self.captures += 1
+        if any(compiled.capture.guard.are_sums) and not self._is_itself(compiled, args, kwargs, segmentation):
+            for module, name in compiled.capture.guard.number_places():
+                forget(module, name)
+            return self._compile(args, kwargs, segmentation, only, fewest)
         compiled.origin = self.shelf.origin(self.model, compiled)
         self._told.of(compiled)
         return compiled
+
+    def _is_itself(self, compiled: Compiled, args: Any, kwargs: Any, segmentation: Segmentation) -> bool:
+        """Whether a program of a forward whose integers were watched gives what the model gives: the forward
+        may have seen that they are no `int`."""
+        fixed, proved = compiled.rolled.fixed, compiled.rolled.proved_on
+        entry = Entry(compiled, self._execute(compiled, segmentation, None), segmentation)
+        return self._agrees(entry, fixed or proved[0], args, kwargs)
 
     def _saved_rules(self, key: Key, vector: Vector) -> list[Rules]:
         return self.shelf.rules(self.model, key, vector)

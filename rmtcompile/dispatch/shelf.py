@@ -55,7 +55,7 @@ Key = tuple[Any, int | None, int]
 """What calls have in common that differ in sizes only; a single number of segments; the fewest captured."""
 
 _LOGGER = logging.getLogger("rmtcompile")
-_NOT_SAVED = frozenset({"samples", "compiled", "executor", "counts", "ties", "reach"})
+_NOT_SAVED = frozenset({"samples", "compiled", "executor", "counts", "ties", "reach", "beyond"})
 
 
 @dataclass

@@ -36,6 +36,7 @@ from rmtcompile.binding.surroundings import Surroundings
 from rmtcompile.binding.trees import Flattener, Kept
 from rmtcompile.binding.watch import ModuleGuard
 from rmtcompile.errors import CaptureError, UnsupportedError
+from rmtcompile.frontend.asking import watching
 from rmtcompile.frontend.blame import refusal
 from rmtcompile.frontend.counting import Counts, note, plain
 from rmtcompile.frontend.known import NUMBERS, Known, Reads
@@ -127,8 +128,8 @@ def _captured(
             values[position] = tensor
         call_args, call_kwargs = pytree.tree_unflatten(values, in_spec)
         modules = chain.from_iterable(root.modules() for root in roots.values())
-        watching = counts.watching(modules) if counts is not None else nullcontext()
-        with left_alone(fn, call_args, call_kwargs), watching:
+        watched = watching(counts, modules) if counts is not None else nullcontext()
+        with left_alone(fn, call_args, call_kwargs), watched:
             result = fn(*call_args, **call_kwargs)
         outputs: list[torch.Tensor] = []
         result_leaves, result_spec = pytree.tree_flatten(result)

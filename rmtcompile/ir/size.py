@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+COUNT = "K"
+"""How the names of sizes begin that are integers which a model keeps from call to call."""
+
 
 class Size(int):
     """An integer of a program that follows from free sizes of the inputs (`passes/sizes.py`).
@@ -53,4 +56,4 @@ class Size(int):
         return (Size, (int(self), self.terms))
 
 
-__all__ = ["Size"]
+__all__ = ["COUNT", "Size"]
