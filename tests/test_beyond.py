@@ -330,6 +330,12 @@ def test_very_long_inputs_are_not_followed_to_their_end(monkeypatch: pytest.Monk
     assert f"extrapolated beyond {found.followed_to}" in str(found)
     assert found.unfollowed.endswith("more than 400 operations")
 
+    def outlined(*_: Any) -> Any:
+        raise AssertionError("as far as it can be followed it was")
+
+    monkeypatch.setattr(Outliner, "outline", outlined)
+    assert_equal_runs(model, fast, [features(segments) for segments in (90, 200)])
+
 
 @torch.no_grad()
 def test_where_it_cannot_be_followed_longer_captures_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,11 +37,13 @@ class Followed:
         to: segments.
         departs: what the forward of one segment more does else, and the user's line.
         unknown: why it could not be followed further.
+        is_farthest: whether that is as far as any forward is followed.
     """
 
     to: int
     departs: str = ""
     unknown: str = ""
+    is_farthest: bool = False
 
     def error(self, cause: UnsupportedError | None = None) -> RerollError:
         """The refusal of rules that do not hold longer than this."""
@@ -103,8 +105,9 @@ class _Walk:
         more = max(1, large.size - small.size)
         reach = min(length, large.count + max(0, FOLLOWED - large.size) // more)
         if reach <= large.count or self.departure(reach) is None:
-            unknown = f"{length} segments are more than {FOLLOWED:,} operations" if reach < length else ""
-            return Followed(max(reach, large.count), unknown=unknown)
+            is_farthest = reach < length
+            unknown = f"{reach + 1} segments are more than {FOLLOWED:,} operations" if is_farthest else ""
+            return Followed(max(reach, large.count), unknown=unknown, is_farthest=is_farthest)
         good, bad = large.count, reach
         while bad - good > 1:
             middle = (good + bad) // 2

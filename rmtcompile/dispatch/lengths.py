@@ -45,6 +45,9 @@ AGAIN = 3
 """Segments captured for rules that no departure has replaced yet, at most: after a second one it is asked
 whether what the forward does repeats."""
 
+ANY = 1 << 62
+"""More segments than any input has."""
+
 DOUBTS = 4
 """Longer captures in a row that one call may cost."""
 
@@ -166,7 +169,7 @@ class Lengthening:
                 continue
             lengths.followed_to, lengths.unknown = found.to, found.unknown
             if found.unknown:
-                lengths.tried_to = max(call.count, 2 * known)
+                lengths.tried_to = ANY if found.is_farthest else max(call.count, 2 * known)
             if found.to < call.count:
                 entry = self._settled(entry, found, call, args, kwargs)
         entry.lengths.unknown = "it does something else again and again that no result shows"
