@@ -63,7 +63,7 @@ class Going(nn.Module):
             return self.table[self.segments]
         if self.kind == "added":
             return torch.sin(self.position + 2 * self.segments * self.table[:n])
-        positions = torch.arange(self.position, self.position + n)
+        positions = torch.arange(self.position, self.position + n, device=self.table.device)
         return torch.sin(positions.double() / 10)[:, None]
 
 
@@ -309,6 +309,21 @@ def test_saving_says_what_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptur
     assert not loaded.captures
     with pytest.warns(IgnoredWarning, match="position was int"):
         assert_goes_on(again, loaded, (12,))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_on_cuda(kind: str) -> None:
+    model = made(lambda: Going(kind)).cuda()
+    model.states = [state.cuda() for state in model.states]
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    for tokens in (12, 12, 15, 12, 45, 12):
+        x = features(tokens // SEGMENT).cuda()
+        assert_same(model(x), fast(x))
+    assert_same(model.states, fast.model.states)
+    assert fast.captures == 2
 
 
 PARTS = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 2)), min_size=3, max_size=7)

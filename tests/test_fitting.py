@@ -93,7 +93,7 @@ def test_all_is_kept_where_there_is_room(memory: Memory) -> None:
     assert_same_gradients(gradients(model, model, features(12)), found)
 
 
-@pytest.mark.parametrize("part", [0.8, 0.5, 0.3])
+@pytest.mark.parametrize("part", [0.8, 0.3])
 def test_what_fits_is_kept(memory: Memory, part: float, caplog: pytest.LogCaptureFixture) -> None:
     """The less memory, the more levels run again; gradients stay the same, and it is enough."""
     model = made(Toy)
@@ -158,11 +158,11 @@ def test_an_optimizer_takes_memory_between_two_steps(memory: Memory) -> None:
     assert keeping.fitted.again
 
 
-@pytest.mark.parametrize("name", ["infini_attention", "hybrid", "no_carry", "transformer_xl", "in_place"])
+@pytest.mark.parametrize("name", ["infini_attention", "no_carry", "transformer_xl"])
 def test_the_zoo(memory: Memory, name: str) -> None:
     """Skewed programs, rows, several kinds of layers."""
     entry = ZOO[name]
-    model, inputs = entry.build(), entry.inputs(2, 16)
+    model, inputs = entry.build(), entry.inputs(2, 12)
     expected = gradients(model, model, *inputs)
     fast = rmtcompile.optimize(copy.deepcopy(model))
     with torch.no_grad():
@@ -184,15 +184,16 @@ def test_nobody_knows_how_much_memory_a_cpu_has() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graphs", ["auto", False])
-@pytest.mark.filterwarnings("ignore::rmtcompile.RecordingWarning")
+@pytest.mark.filterwarnings("default")
 def test_on_cuda(cuda_graphs: Any) -> None:
     """A device that may give no more than so much memory: steps are launched, and recorded."""
-    model = made(lambda: Toy(n_layers=6, d=256)).cuda()
+    model = made(lambda: Toy(n_layers=12, d=256)).cuda()
     x = torch.randn(64, 60 * SEGMENT, 256, dtype=torch.float64, device="cuda")
     expected = gradients(model, model, x)
 
     def steps(how: str, number: int) -> tuple[Keeping, int]:
-        fast = rmtcompile.optimize(copy.deepcopy(model), recompute=how, cuda_graphs=cuda_graphs)
+        options = {"recompute": how, "cuda_graphs": cuda_graphs, "backend": "eager"}
+        fast = rmtcompile.optimize(copy.deepcopy(model), **options)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         for _ in range(number):
@@ -200,12 +201,13 @@ def test_on_cuda(cuda_graphs: Any) -> None:
                 assert_same(y_grad, x_grad, 1e-9)
         return keeping_of(fast), torch.cuda.max_memory_allocated() - before
 
-    keeping, most = steps("none", 1)
-    least = steps("level", 1)[1]
+    most, least = steps("none", 1)[1], steps("level", 1)[1]
     gc.collect()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (most + least) / 2) / total)
+    room = (most + least) // 2 + 8 * x.nbytes  # for the loss, and blocks that are not full
+    assert room < most
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
     try:
         keeping, _ = steps("auto", 4)
     finally:
