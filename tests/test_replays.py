@@ -76,7 +76,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> type[PlayedRecorder]:
             yield
 
     monkeypatch.setattr(Executor, "__init__", recording)
-    monkeypatch.setattr(Executor, "records_steps", False)  # see test_recorded_steps.py
+    monkeypatch.setattr(Executor, "is_whole", False)  # see test_recorded_steps.py
     monkeypatch.setattr(replays, "BlockRecorder", Counted)
     monkeypatch.setattr(replays, "Recorder", Whole)
     monkeypatch.setattr(toys, "SEGMENT", LONG)
