@@ -59,6 +59,8 @@ class Going(nn.Module):
         """What is added at the next n positions."""
         if self.kind == "slice":
             return self.table[self.position : self.position + n]
+        if self.kind == "stepped":
+            return self.table[self.position : self.position + 2 * n : 2]
         if self.kind == "numbered":
             return self.table[self.segments]
         if self.kind == "added":
@@ -67,7 +69,7 @@ class Going(nn.Module):
         return torch.sin(positions.double() / 10)[:, None]
 
 
-KINDS = ("slice", "arange", "numbered", "added")
+KINDS = ("slice", "stepped", "arange", "numbered", "added")
 
 
 class Ring(Going):

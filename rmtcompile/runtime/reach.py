@@ -14,15 +14,15 @@ class OutOfReachError(RuntimeError):
     """A program does not hold for the integers of a call."""
 
 
-def within(x: torch.Tensor, dim: int, start: int, end: int) -> torch.Tensor:
-    """A slice of `end - start` elements of a dim.
+def within(x: torch.Tensor, dim: int, start: int, end: int, step: int = 1) -> torch.Tensor:
+    """A slice of a dim, from `start` to `end`.
 
     Raises:
-        OutOfReachError: there are not so many.
+        OutOfReachError: there are not so many elements.
     """
     if not 0 <= start <= end <= x.shape[dim]:
         raise OutOfReachError(f"{start} : {end} of {x.shape[dim]}")
-    sliced: torch.Tensor = torch.ops.aten.slice.Tensor(x, dim, start, end)
+    sliced: torch.Tensor = torch.ops.aten.slice.Tensor(x, dim, start, end, step)
     return sliced
 
 
