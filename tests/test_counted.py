@@ -22,7 +22,7 @@ from toys import assert_same, features, made
 import rmtcompile
 from rmtcompile.dispatch.size_vectors import Counted, counted
 from rmtcompile.errors import IgnoredWarning
-from rmtcompile.frontend import counting
+from rmtcompile.frontend import asking, counting
 from rmtcompile.frontend.asking import watching
 
 SEGMENT = 3
@@ -216,6 +216,30 @@ def test_more_than_sums(build: type[Going]) -> None:
     model = made(lambda: build("slice"))
     fast = rmtcompile.optimize(copy.deepcopy(model))
     assert_goes_on(model, fast, (3, 3, 3, 3, 3, 6, 3, 9, 12, 12, 12, 3))
+
+
+class Minding(Going):
+    """Takes nothing but an `int`."""
+
+    def at(self, n: int) -> Tensor:
+        return self.table[int.__add__(self.position, 0)]
+
+
+@pytest.mark.filterwarnings("ignore::rmtcompile.RecaptureWarning")
+@torch.no_grad()
+def test_who_minds_to_be_watched_is_not_watched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[Any] = []
+
+    class Noted(asking.Asking):
+        def __init__(self) -> None:
+            super().__init__()
+            watched.append(self)
+
+    monkeypatch.setattr(asking, "Asking", Noted)
+    model = made(lambda: Minding("slice"))
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    assert_goes_on(model, fast, (12, 12, 12, 9, 12))
+    assert len(watched) == 1
 
 
 @torch.no_grad()

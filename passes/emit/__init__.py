@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rmtcompile.ir.program import Lane, Opened, Program
-from rmtcompile.ir.size import COUNT
+from rmtcompile.ir.size import KEPT
 from rmtcompile.passes.emit.borders import Borders, borders
 from rmtcompile.passes.emit.calls import Calls
 from rmtcompile.passes.emit.carried import NOTHING, Carried, carried
@@ -77,7 +77,7 @@ def emit(program: Program, title: str = "", sized: Sized | None = None) -> Emitt
     writer.line()
     if program.alpha:
         writer.line("from rmtcompile.runtime.run import move")
-    if sized and any(name.startswith(COUNT) for name in sized.values):
+    if sized and any(name.startswith(KEPT) for name in sized.values):
         writer.line("from rmtcompile.runtime.reach import within")
     if fallbacks := sorted(set[str]().union(*(fallbacks_of(cell.graph) for cell in cells))):
         writer.line(f"from rmtcompile.passes.cell.lift import {', '.join(fallbacks)}")

@@ -13,11 +13,11 @@ import torch
 from torch import fx
 
 from rmtcompile.ir.program import Source
-from rmtcompile.ir.size import COUNT
+from rmtcompile.ir.size import KEPT
 from rmtcompile.passes.cell.lift.growing import PerCell
 from rmtcompile.schedule import short_type
 
-_COUNT = re.compile(rf"\b{COUNT}\d*\b")
+_KEPT = re.compile(rf"\b{KEPT}\d*\b")
 
 
 class Writer:
@@ -107,7 +107,7 @@ def operation(node: fx.Node, name: Callable[[Any], str]) -> str:
 
 def call(target: Any, parts: Sequence[str]) -> str:
     """An operation with its arguments. A slice that an integer of the model moves is no shorter elsewhere."""
-    is_moved = target is torch.ops.aten.slice.Tensor and any(map(_COUNT.search, parts[2:4]))
+    is_moved = target is torch.ops.aten.slice.Tensor and any(map(_KEPT.search, parts[2:4]))
     return f"{'within' if is_moved else target_name(target)}({', '.join(parts)})"
 
 

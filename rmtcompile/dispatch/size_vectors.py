@@ -16,7 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from rmtcompile.ir.segmentation import Segmentation
-from rmtcompile.ir.size import COUNT
+from rmtcompile.ir.size import KEPT
 
 Vector = tuple[int, ...]
 Columns = tuple[int, ...]
@@ -196,7 +196,7 @@ def _counted(corners: Sequence[Vector], lengths: Sequence[int | None]) -> Counte
         if kept:
             tie = next((tie for name, others in counts.items() if (tie := _tie(name, others, values))), None)
             if tie is None:
-                counts[_name(COUNT, kept, found)] = values
+                counts[_name(KEPT, kept, found)] = values
             else:
                 ties |= dict.fromkeys(kept, tie)
     return Counted(found, frozenset(counts), ties)

@@ -82,7 +82,9 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     except UnsupportedError:
         if not counts:
             raise
-    return _captured_above_or_below(fn, args, kwargs, None)  # whoever minded that integers were watched
+    captured = _captured_above_or_below(fn, args, kwargs, None)
+    counts.break_all()  # the forward minds that they are watched
+    return captured
 
 
 def _captured_above_or_below(

@@ -62,6 +62,10 @@ class Counts:
         for place in places:
             _KNOWN[self._watched[place]][place[1]] = False
 
+    def break_all(self) -> None:
+        """Take what is made of all of these for more than sums."""
+        self.broken(self._watched)
+
     @contextmanager
     def put(self, modules: Iterable[nn.Module]) -> Iterator[bool]:
         """Have the known integers of these modules watched for a while; whether there are any."""

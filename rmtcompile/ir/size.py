@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-COUNT = "K"
+KEPT = "K"
 """How the names of sizes begin that are integers which a model keeps from call to call."""
 
 
@@ -56,4 +56,4 @@ class Size(int):
         return (Size, (int(self), self.terms))
 
 
-__all__ = ["COUNT", "Size"]
+__all__ = ["KEPT", "Size"]

@@ -85,7 +85,7 @@ class FixedSegment:
     """
 
     def __init__(self, cell: MemoryCell, cache: Any, mask: Tensor | None) -> None:
-        if any(type(layer).__name__ != "DynamicLayer" for layer in cache.layers):
+        if any(type(layer) is not cache_utils.DynamicLayer for layer in cache.layers):
             raise NotRecordedError("the decoder keeps more than keys and values of all tokens")
         self._cell = cell
         room = cell.config.segment_size + cell.config.num_mem_tokens

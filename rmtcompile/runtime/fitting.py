@@ -202,18 +202,19 @@ class Keeping:
             self._measured.clear()
         measured = self._measured.setdefault(tuple(x.shape for x in inputs), Measured())
         gradients = sum(leaf.nbytes for leaf in leaves.values() if leaf.requires_grad)
-        for keeps in (True, False):
-            fitting = Fitting(lambda: self._ask() or 0, gradients, measured, self._draws, keeps)
-            try:
-                found = launch(fitting)
-            except torch.OutOfMemoryError:  # at its end, say, which has not been seen before
-                if is_recorded or not keeps or fitting.fitted.again == fitting.fitted.levels:
-                    raise
-            else:
-                fitting.ended()
-                self._tell(fitting.fitted)
-                return found
-        raise AssertionError
+        given = (lambda: self._ask() or 0), gradients, measured, self._draws
+        fitting, found = Fitting(*given), []
+        try:
+            found.append(launch(fitting))
+        except torch.OutOfMemoryError:  # at its end, say, which has not been seen before
+            if is_recorded or fitting.fitted.again == fitting.fitted.levels:
+                raise
+        if not found:  # not above, where the error still holds what has run
+            fitting = Fitting(*given, keeps=False)
+            found.append(launch(fitting))
+        fitting.ended()
+        self._tell(fitting.fitted)
+        return found[0]
 
     def _tell(self, fitted: Fitted) -> None:
         if fitted.again and not self.fitted.again:
