@@ -112,7 +112,7 @@ def test_padded_cells_are_compiled_once(played: type[PlayedRecorder]) -> None:
     replays = fast._last[0].executor.replays  # type: ignore[index]
     assert replays.is_padded, str(replays)
     graphs = counters["stats"]["unique_graphs"]
-    for segments, rest in ((1, 4), (2, 1), (9, 5), (11, 2), (3, 3)):
+    for segments, rest in ((1, 4), (2, 1), (9, 5), (7, 0), (11, 2), (3, 3)):
         x = text[:, : segments * LONG + rest]
         assert_same(model(x), fast(x))
     assert counters["stats"]["unique_graphs"] == graphs
@@ -126,7 +126,7 @@ def test_a_saved_program_is_padded(played: type[PlayedRecorder], tmp_path: Path)
         fast(text[:, : 4 * LONG + rest])
     fast.save(tmp_path)
     loaded = rmtcompile.load(tmp_path, copy.deepcopy(model))
-    for segments, rest in ((4, 5), (1, 4), (9, 1)):
+    for segments, rest in ((7, 0), (4, 5), (1, 4), (9, 1)):
         x = text[:, : segments * LONG + rest]
         assert_same(model(x), loaded(x))
         assert loaded._last[0].executor.replays.is_padded  # type: ignore[index]
@@ -187,7 +187,7 @@ def test_blocks_serve_every_rest(
     blocks = fast._last[0].executor.replays.blocks  # type: ignore[index]
     assert blocks is not None and blocks._blocks is not None
     assert {kind for kind, _ in blocks._blocks._recordings} == {"head", "steady"}
-    for rest in (5, 4, 1, 2, 5):
+    for rest in (5, 4, 1, 0, 2, 5):
         for segments in (2, 7, 12, 30):
             assert (run(segments, rest) is None) == (segments == 2 and not is_padded)
     assert played.made == recorded and fast.captures == captures

@@ -390,6 +390,38 @@ def test_a_third_rest(build: Callable[[int], nn.Module], seen: tuple[int, int]) 
     assert fast.captures == before and len(codes) == 1
 
 
+class Closed(Wide):
+    """Texts without a rest, of more than `after` segments, end in another way."""
+
+    after = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y.sin() if x.shape[1] % 6 == 0 and x.shape[1] // 6 > self.after else y
+
+
+class ClosedLate(Closed):
+    after = 11
+
+
+@pytest.mark.parametrize(("build", "captures"), [(Wide, 0), (Right, 0), (Closed, 1)])
+@torch.no_grad()
+def test_a_text_without_a_rest_after_texts_with_one(build: Callable[[int], nn.Module], captures: int) -> None:
+    """Its rest is a whole segment, unless the model treats such texts in another way."""
+    seen, unseen = [batch(2, n) for n in (20, 21)], [batch(2, 6 * k) for k in (5, 14, 4, 40)]
+    assert new_captures(made(lambda: build(2)), seen, [*unseen, batch(2, 22)]) == captures
+
+
+@torch.no_grad()
+def test_a_text_without_a_rest_is_followed_by_itself() -> None:
+    """What the model does to long ones alone shows."""
+    model = made(lambda: ClosedLate(2))
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    assert_equal_runs(model, fast, [batch(2, n) for n in (20, 21, 30, 200)])
+    with pytest.raises(rmtcompile.RerollError, match="does not hold for 12"):
+        fast(batch(2, 84))
+
+
 class Even(Wide):
     """Refuses rests of odd lengths."""
 

@@ -75,6 +75,12 @@ class Entry:
     made_for: tuple[Any, Vector] | None = None
 
     @property
+    def is_borrowed(self) -> bool:
+        """Whether it is a saved program, or one for texts with a rest that runs a whole one: where it is in
+        doubt the call is captured."""
+        return is_loaded(self.compiled) or (self.trial is not None and self.trial.is_whole)
+
+    @property
     def example(self) -> Any:
         """(args, kwargs) of the call that it was made for, with fake tensors. To make the first of a process
         imports what takes seconds."""
@@ -114,16 +120,21 @@ class Trial:
 
     Attributes:
         at: the sizes.
-        ones: the free sizes that are 1 here and at no corner.
+        edges: see `Rules.edges`.
         is_new: whether nothing has shown yet that the rules hold for these.
         is_corner: whether the rules were read from a program of these sizes.
     """
 
     rules: Rules
     at: Sizes
-    ones: frozenset[str]
+    edges: frozenset[str]
     is_new: bool
     is_corner: bool
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the last segment is as long as the others: a text without a rest, run as one with."""
+        return any(self.at[name] == length for name, length in self.rules.full.items())
 
 
 @dataclass
@@ -144,7 +155,8 @@ class Rules:
         executor: the first one; others share its compiled forms.
         costs: measured, for the choice of the plan.
         workspaces: measured, for the choice of how blocks are recorded; see `BlockRecorder.seconds`.
-        lengths, trusted, refuted: what comparisons with the model have shown, by which free sizes are 1.
+        lengths, trusted, refuted: what comparisons with the model have shown, by `edges`.
+        full: for each of the remainders, the length of a whole segment.
     """
 
     columns: dict[str, Columns]
@@ -163,6 +175,7 @@ class Rules:
     ties: dict[int, Tie] = field(default_factory=dict)
     reach: dict[str, int] = field(default_factory=dict)
     beyond: list[Sizes] = field(default_factory=list)
+    full: Sizes = field(default_factory=dict)
 
     def is_far(self, sizes: Sizes) -> bool:
         """Whether an integer that the model keeps is more than twice as large as any that was captured or
@@ -195,11 +208,12 @@ class Rules:
         """Whether the model still is in the state in which the rules were read, but for what they count."""
         return is_current(self.compiled, bool(self.counts))
 
-    def ones(self, sizes: Sizes) -> frozenset[str]:
-        """The free sizes that are 1 and were not 1 at any corner."""
+    def edges(self, sizes: Sizes) -> frozenset[str]:
+        """The free sizes at which a program may be another one than at the corners: those that are 1 here and
+        at no corner, and rests as long as a whole segment."""
         seen = {name for name, columns in self.columns.items() if 1 in {c[columns[0]] for c in self.corners}}
-        found = (name for name, size in sizes.items() if size == 1 and name not in self.counts)
-        return frozenset(name for name in found if name not in seen)
+        ones = {name for name, size in sizes.items() if size == 1 and name not in seen | self.counts}
+        return frozenset(ones | {f"{name} is whole" for name, n in self.full.items() if sizes[name] == n})
 
 
 @dataclass

@@ -17,7 +17,8 @@ A rule is proved at its corners. The first use away from the corners, and the fi
 checked: they run on fake tensors first, and are compared with the model itself; so is one whose kept integers
 are more than twice as large as any before. For rests that is done as
 soon as there is a rule, on the input at hand, cut to a rest of another length. A later instance that stops
-where it runs is given up for a capture.
+where it runs is given up for a capture. A text without a rest is one whose rest is a whole segment, where
+rules for rests came first (`_as_rest`).
 """
 
 from __future__ import annotations
@@ -25,71 +26,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from rmtcompile.binding.guard import structure_key
-from rmtcompile.binding.watch import ModuleGuard
-from rmtcompile.compiler.free_sizes import differ, instance, sized
+from rmtcompile.compiler.free_sizes import instance, sized
 from rmtcompile.compiler.pipeline import Compiled, rescheduled
 from rmtcompile.compiler.unrolling import reshaped
 from rmtcompile.dispatch.compared import CHECKED, of_rest
-from rmtcompile.dispatch.entries import Entry, Lengths, Restored, Rules, Trial, is_current
-from rmtcompile.dispatch.size_vectors import (
-    Counted,
-    Vector,
-    boxes,
-    counted,
-    free_sizes,
-    lengths_of,
-    shapes_at,
-    sizes_of,
-    tensors_in,
-)
+from rmtcompile.dispatch.entries import Entry, Lengths, Restored, Rules, Trial
+from rmtcompile.dispatch.learning import Family, learn
+from rmtcompile.dispatch.size_vectors import Vector, lengths_of, shapes_at, sizes_of, tensors_in
 from rmtcompile.errors import UnsupportedError
 from rmtcompile.ir.segmentation import Segmentation
-from rmtcompile.passes.sizes import Sizes, SizesDiffer
+from rmtcompile.passes.sizes import Sizes
 from rmtcompile.passes.sizes import at as at_sizes
 from rmtcompile.runtime.costs import Costs
 from rmtcompile.runtime.execute import Executor
-
-_MAX_EXTRA = 3
-"""Captures that one call may cost beyond its own."""
-
-
-@dataclass
-class _Family:
-    """Programs by size vector, and the rules read from them."""
-
-    known: dict[Vector, Compiled] = field(default_factory=dict)
-    rules: list[Rules] = field(default_factory=list)
-    failed: set[frozenset[Vector]] = field(default_factory=set)
-    losses: int = 0  # captures made for rules that did not come about
-    lengths: dict[Vector, Lengths] = field(default_factory=dict)  # of the programs
-    guard: ModuleGuard | None = None  # of the newest program: knows what integers the model keeps
-
-    def at(self, sizes: Vector) -> Vector:
-        """The size vector of a call, with the integers that the model keeps now."""
-        numbers = self.guard.numbers_now() if self.guard is not None else ()
-        return (*sizes, *numbers) if all(type(number) is int for number in numbers) else sizes
-
-    def captured(self, sizes: Vector, compiled: Compiled) -> Vector:
-        """The size vector of a program that was captured now."""
-        guard = compiled.capture.guard
-        if self.guard is not None and guard.number_names != self.guard.number_names:
-            self.known.clear()
-            self.rules = [rules for rules in self.rules if not rules.counts]
-        self.guard = guard
-        return (*sizes, *guard.numbers)
-
-    def forget(self) -> None:
-        """Drop what the model's state or weights no longer fit, and the oldest programs."""
-        for vector in [v for v, compiled in self.known.items() if not is_current(compiled, True)]:
-            del self.known[vector]
-        self.rules = [rules for rules in self.rules if rules.is_current()]
-        for vector in list(self.known)[:-8]:
-            del self.known[vector]
 
 
 class Families:
@@ -116,7 +69,7 @@ class Families:
         self._execute = execute
         self._compare = compare
         self._saved_rules, self._saved_program = saved_rules, saved_program
-        self._families: dict[Any, _Family] = {}
+        self._families: dict[Any, Family] = {}
         self._expected: tuple[Any, Vector, Rules, Entry] | None = None
 
     def expected(self, args: Any, kwargs: Any, segmentation: Segmentation) -> Entry | None:
@@ -129,7 +82,7 @@ class Families:
         vector = family.at(sizes_of(args, kwargs, segmentation))
         for rules in family.rules:
             sizes = rules.sizes(vector)
-            if sizes is not None and rules.ones(sizes) in rules.trusted:
+            if sizes is not None and rules.edges(sizes) in rules.trusted:
                 entry = self._instance(family, rules, vector, args, kwargs, segmentation)
                 self._expected = (key, vector, rules, entry) if entry is not None else None
                 return entry
@@ -150,7 +103,7 @@ class Families:
             UnsupportedError: the forward cannot be compiled.
         """
         key = (structure_key(args, kwargs, segmentation), only, fewest)
-        family = self._families.setdefault(key, _Family())
+        family = self._families.setdefault(key, Family())
         sizes = sizes_of(args, kwargs, segmentation)
         vector = family.at(sizes)
         found = None if anew else self._of_rules(family, key, vector, args, kwargs, segmentation)
@@ -160,6 +113,10 @@ class Families:
         found = None if anew else self._saved(family, key, sizes, args, kwargs, segmentation)
         if found is not None:
             return found
+        if vector not in family.known and not anew:
+            found = self._as_rest(key, args, kwargs, segmentation)
+            if found is not None:
+                return found
         if vector not in family.known:
             new = self._compile_at(args, kwargs, segmentation, only, fewest)
             vector = family.captured(sizes, new)
@@ -172,7 +129,7 @@ class Families:
                     warnings.simplefilter("ignore")
                     return self._compile_at(*there, segmentation, only, fewest)
 
-            rules = self._learn(family, vector, lengths_of(args, kwargs, segmentation), captured)
+            rules = learn(family, vector, lengths_of(args, kwargs, segmentation), captured)
             if rules is not None and rules.remainders:
                 if only is None:
                     self._try_rests(family, rules, args, kwargs, segmentation)
@@ -186,20 +143,40 @@ class Families:
         return Entry(compiled, executor, segmentation, lengths=lengths, made_for=(key, sizes))
 
     def _saved(
-        self, family: _Family, key: Any, sizes: Vector, args: Any, kwargs: Any, segmentation: Segmentation
+        self, family: Family, key: Any, sizes: Vector, args: Any, kwargs: Any, segmentation: Segmentation
     ) -> Entry | None:
         """A program from a folder, or of rules from there, for sizes that were not captured here."""
         vector = family.at(sizes)
         if vector in family.known:
             return None
+        is_new = self._read_saved(family, key, sizes)
+        found = self._of_rules(family, key, vector, args, kwargs, segmentation) if is_new else None
+        return found or self._restored(key, sizes, segmentation)
+
+    def _read_saved(self, family: Family, key: Any, sizes: Vector) -> bool:
+        """Add rules from a folder that hold at these sizes; whether there were any that are not known."""
         corners = {rules.corners for rules in family.rules}
         new = [rules for rules in self._saved_rules(key, sizes) if rules.corners not in corners]
         family.rules = [*new, *family.rules][:8]
-        found = self._of_rules(family, key, vector, args, kwargs, segmentation) if new else None
-        return found or self._restored(key, sizes, segmentation)
+        return bool(new)
+
+    def _as_rest(self, key: Any, args: Any, kwargs: Any, segmentation: Segmentation) -> Entry | None:
+        """The program of rules for rests, for a text of whole segments: its last one is the longest rest.
+        Saved under the key of the rests; the first use is compared with the model."""
+        (call, _, rest), only, fewest = key
+        if rest:
+            return None
+        begun = segmentation.pieces(segmentation.axes[0].length) if segmentation.period > 1 else True
+        family = self._families.setdefault(with_rest := ((call, segmentation, begun), only, fewest), Family())
+        sizes = sizes_of(args, kwargs, segmentation, ends_whole=True)
+        self._read_saved(family, with_rest, sizes)
+        found = self._of_rules(family, with_rest, family.at(sizes), args, kwargs, segmentation)
+        if found is not None:
+            found.made_for = with_rest, sizes
+        return found
 
     def _of_rules(
-        self, family: _Family, key: Any, vector: Vector, args: Any, kwargs: Any, segmentation: Segmentation
+        self, family: Family, key: Any, vector: Vector, args: Any, kwargs: Any, segmentation: Segmentation
     ) -> Entry | None:
         """The program of the first rules that give one, and still hold."""
         for rules in family.rules:
@@ -231,7 +208,7 @@ class Families:
         return entry
 
     def _try_rests(
-        self, family: _Family, rules: Rules, args: Any, kwargs: Any, segmentation: Segmentation
+        self, family: Family, rules: Rules, args: Any, kwargs: Any, segmentation: Segmentation
     ) -> None:
         """Compare rules with the model for a rest that no call had, and for one of one position, so that no
         later call has to."""
@@ -254,7 +231,7 @@ class Families:
     def settle(self, trial: Trial, is_right: bool) -> None:
         """Note whether a use of rules gave what the model gives; where not, they are not used again."""
         rules = trial.rules
-        (rules.trusted if is_right else rules.refuted).add(trial.ones)
+        (rules.trusted if is_right else rules.refuted).add(trial.edges)
         if is_right:
             rules.reach |= {name: max(trial.at[name], rules.reach.get(name, 0)) for name in rules.counts}
 
@@ -276,7 +253,7 @@ class Families:
 
     def _instance(
         self,
-        family: _Family,
+        family: Family,
         rules: Rules,
         vector: Vector,
         args: Any,
@@ -287,30 +264,30 @@ class Families:
         sizes = rules.sizes(vector)
         if sizes is None:
             return None
-        ones = rules.ones(sizes)
-        if ones in rules.refuted:
+        edges = rules.edges(sizes)
+        if edges in rules.refuted:
             return None
         kept = vector[len(sizes_of(args, kwargs, segmentation)) :]
         compiled = instance(rules.compiled, sizes, kept if rules.counts else None)
         executor = self._execute(compiled, segmentation, rules.executor)
-        if ones not in rules.trusted and not self._holds(rules, sizes, executor, args, kwargs):
+        if edges not in rules.trusted and not self._holds(rules, sizes, executor, args, kwargs):
             return None
         rules.executor = rules.executor or executor
         executor.costs = rules.costs
         executor.replays.whole = partial(_whole, rules, sizes, segmentation)
         if rules.workspaces:
             executor.replays.trust(rules.workspaces)
-        if ones not in rules.lengths:  # what is known of lengths at the corners need not be found out again
-            whole = rules.corners if rules.counts else [(*corner, *kept) for corner in rules.corners]
-            known = [family.lengths[v] for v in whole if v in family.lengths]
-            rules.lengths[ones] = Lengths(
+        is_corner = (vector if rules.counts else vector[: len(rules.corners[0])]) in rules.corners
+        is_new = edges not in rules.trusted or rules.is_far(sizes)
+        trial = Trial(rules, sizes, edges, is_new, is_corner)
+        if edges not in rules.lengths:  # what is known of lengths at the corners need not be found out again
+            corners = rules.corners if rules.counts else [(*corner, *kept) for corner in rules.corners]
+            known = [family.lengths[v] for v in corners if v in family.lengths and not trial.is_whole]
+            rules.lengths[edges] = Lengths(
                 followed_to=min((one.followed_to for one in known), default=0),
                 checked_to=min((one.checked_to for one in known), default=0),
             )
-        lengths = rules.lengths[ones]
-        is_corner = (vector if rules.counts else vector[: len(rules.corners[0])]) in rules.corners
-        trial = Trial(rules, sizes, ones, ones not in rules.trusted or rules.is_far(sizes), is_corner)
-        return Entry(compiled, executor, segmentation, lengths=lengths, trial=trial)
+        return Entry(compiled, executor, segmentation, lengths=rules.lengths[edges], trial=trial)
 
     def _holds(self, rules: Rules, sizes: Sizes, executor: Executor, args: Any, kwargs: Any) -> bool:
         """Whether the program runs at these sizes, on fake tensors, and gives results of the right shapes."""
@@ -320,72 +297,6 @@ class Families:
             return executor.dry_run(count, shapes, inputs) == at_sizes(rules.shapes, sizes)
         except Exception:  # whatever it is, the rules do not hold here
             return False
-
-    # ---- learning ------------------------------------------------------------------------------------------
-
-    def _learn(
-        self,
-        family: _Family,
-        vector: Vector,
-        lengths: Sequence[int | None],
-        captured: Callable[[Vector], Compiled],
-    ) -> Rules | None:
-        """Rules that a new program makes possible, read from it and others, some captured for that."""
-        kept = vector[len(lengths) :]
-        known = [v for v in family.known if v[len(lengths) :] == kept]
-        for corners in boxes(known, vector, lengths):
-            missing = [v for v in corners if v not in family.known]
-            free = free_sizes(corners, lengths)
-            if frozenset(corners) in family.failed or len(missing) > _MAX_EXTRA or free is None:
-                continue
-            if missing and family.losses >= _MAX_EXTRA:
-                continue
-            try:
-                present = [family.known[v] for v in corners if v in family.known]
-                for other in present[1:]:
-                    differ(present[0], other)
-                for v in missing:
-                    family.known[v] = captured(v)
-                    differ(present[0], family.known[v])
-                return self._read(family, corners, Counted(free, frozenset(), {}), lengths)
-            except (SizesDiffer, UnsupportedError):
-                family.failed.add(frozenset(corners))
-                family.losses += len(missing)
-        new, others = family.known[vector], [v for v in family.known if v != vector] if kept else []
-        fixed = [len(lengths) + i for i, is_sum in enumerate(new.capture.guard.are_sums) if not is_sum]
-        others = [v for v in others if all(v[i] == vector[i] for i in fixed)]
-        alike = [v for v in others if _is_alike(family.known[v], new)]
-        for corners, found in counted(alike, vector, lengths):
-            with suppress(SizesDiffer):
-                return self._read(family, corners, found, lengths)
-        return None
-
-    def _read(
-        self, family: _Family, corners: Sequence[Vector], free: Counted, lengths: Sequence[int | None]
-    ) -> Rules:
-        counts, columns = free.counts, free.columns
-        remainders = frozenset(
-            name for name, (first, *_) in columns.items() if name not in counts and lengths[first] is not None
-        )
-        samples: list[tuple[Sizes, Compiled]] = [
-            ({name: v[first] for name, (first, *_) in columns.items()}, family.known[v]) for v in corners
-        ]
-        compiled, shapes = sized(samples, remainders, counts)
-        read_from = tuple(corner if counts else corner[: len(lengths)] for corner in corners)
-        rules = Rules(
-            columns, read_from, remainders, samples, compiled, shapes, counts=counts, ties=free.ties
-        )
-        family.rules = [rules, *family.rules[:7]]
-        return rules
-
-
-def _is_alike(one: Compiled, other: Compiled) -> bool:
-    """Whether two programs differ in integers only."""
-    try:
-        differ(one, other)
-    except SizesDiffer:
-        return False
-    return True
 
 
 def _whole(rules: Rules, sizes: Sizes, segmentation: Segmentation) -> Compiled:

@@ -164,7 +164,7 @@ class Lengthening:
                 return entry
             model, wanted = self._programs.model, (call.count, known, far)
             found = followed(model, entry.compiled, args, kwargs, entry.segmentation, *wanted)
-            if is_loaded(entry.compiled) and (found.to < call.count or found.unknown):
+            if entry.is_borrowed and (found.to < call.count or found.unknown):
                 entry = self._anew(entry, call, args, kwargs)
                 continue
             lengths.followed_to, lengths.unknown = found.to, found.unknown
@@ -222,7 +222,7 @@ class Lengthening:
                 if found is None or (settled and self._is_rounding(entry, length, part)):
                     entry.lengths.checked_to = length
                     break
-                if is_loaded(entry.compiled):
+                if entry.is_borrowed:
                     entry = self._anew(entry, call, args, kwargs)
                     continue
                 if length <= proved:
@@ -245,7 +245,8 @@ class Lengthening:
         return entry
 
     def _anew(self, entry: Entry, call: Call, args: Any, kwargs: Any) -> Entry:
-        """What replaces a saved program in doubt, which has no graphs to settle it: it is captured again."""
+        """What replaces a program in doubt that was saved, and has no graphs to settle it, or that is for
+        texts with a rest: the call is captured."""
         assert entry.made_for is not None
         (_, only, fewest), _ = entry.made_for
         entry.longer = self._programs.made(call, args, kwargs, only, fewest, anew=True)

@@ -31,9 +31,15 @@ def _shapes(args: Any, kwargs: Any) -> list[torch.Size]:
     return [value.shape for value in tensors_in(args, kwargs)]
 
 
-def sizes_of(args: Any, kwargs: Any, segmentation: Segmentation) -> Vector:
-    """Every dim of every input; along an axis that is cut, what whole segments leave over."""
+def sizes_of(args: Any, kwargs: Any, segmentation: Segmentation, ends_whole: bool = False) -> Vector:
+    """Every dim of every input; along an axis that is cut, what whole segments leave over.
+
+    Args:
+        ends_whole: whether a whole last segment is left over, too.
+    """
     shapes, rests = _shapes(args, kwargs), _rests(args, kwargs, segmentation)
+    if ends_whole:
+        rests |= {(a.leaf, a.dim): rests[a.leaf, a.dim] + a.length for a in segmentation.axes}
     return tuple(rests.get((i, d), n) for i, shape in enumerate(shapes) for d, n in enumerate(shape))
 
 
