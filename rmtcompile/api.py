@@ -13,7 +13,7 @@ from torch import nn
 from rmtcompile.compiler.stages import Progress
 from rmtcompile.errors import UnsupportedError
 from rmtcompile.installed import Installed, installed_in, unwrapped
-from rmtcompile.module import OptimizedModule
+from rmtcompile.module import OptimizedModule, class_for
 from rmtcompile.optimized import Optimized
 from rmtcompile.options import Chosen, Devices, Options, bands_on, check_options, group_of
 
@@ -112,7 +112,7 @@ def optimize(
         layers, segment_size, plan, backend, cuda_graphs, fallback, verify, recompute, folder, on, group
     )
     if isinstance(model, nn.Module):
-        return OptimizedModule(model, options, report)
+        return class_for(type(model))(model, options, report)
     return Optimized(model, options, report)
 
 

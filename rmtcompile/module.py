@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -77,10 +80,24 @@ class Forward(Opaque):
 
 
 class _OwnForward:
-    """`fast.forward`, made when it is asked for: kept in the module, it would hold it in a cycle."""
+    """`fast.forward`, made when it is asked for: kept in the module, it would hold it in a cycle.
+
+    Args:
+        like: the forward of the model's class. Asked of the class, it is a function of the same signature:
+            what is made for modules (a `Trainer`) reads there which arguments they take.
+    """
+
+    def __init__(self, like: Callable[..., Any] = nn.Module.forward) -> None:
+        def forward(self: OptimizedModule, *args: Any, **kwargs: Any) -> Any:
+            return Forward(self)(*args, **kwargs)
+
+        forward.__doc__ = like.__doc__
+        with suppress(TypeError, ValueError):  # what has none that could be read
+            forward.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]
+        self._of_the_class = forward
 
     def __get__(self, fast: OptimizedModule | None, _: Any = None) -> Any:
-        return self if fast is None else Forward(fast)
+        return self._of_the_class if fast is None else Forward(fast)
 
 
 class OptimizedModule(Optimized, nn.Module):
@@ -195,6 +212,9 @@ class OptimizedModule(Optimized, nn.Module):
         vars(again).update(copy.deepcopy(self._around(), memo))
         return again
 
+    def __reduce__(self) -> Any:
+        return _made, (type(self.model),), self.__getstate__()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**Optimized.__getstate__(self), "around": self._around()}
 
@@ -210,6 +230,23 @@ class OptimizedModule(Optimized, nn.Module):
     def _around(self) -> dict[str, Any]:
         """What others have put around its calls: hooks, and what they have set to be called."""
         return {key: value for key, value in vars(self).items() if key not in _TABLES and key not in OWN}
+
+
+_CLASSES: WeakKeyDictionary[type[nn.Module], type[OptimizedModule]] = WeakKeyDictionary()
+
+
+def class_for(kind: type[nn.Module]) -> type[OptimizedModule]:
+    """The class of optimized modules of models of a class: its `forward` has the signature of theirs."""
+    if kind not in _CLASSES:
+        about = {"__module__": __name__, "__doc__": OptimizedModule.__doc__}
+        body = {"forward": _OwnForward(kind.forward), **about}
+        _CLASSES[kind] = type(OptimizedModule.__name__, (OptimizedModule,), body)
+    return _CLASSES[kind]
+
+
+def _made(kind: type[nn.Module]) -> OptimizedModule:
+    """One without contents, which unpickling gives it."""
+    return OptimizedModule.__new__(class_for(kind))
 
 
 def _hooked_twice() -> UnsupportedError:

@@ -14,12 +14,14 @@ import threading
 import tokenize
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_model, save_model
 from test_reroll import FirstDiffers
 from torch import Tensor, fx, nn
 from toys import SEGMENT, AttributeState, Layer, Toy, assert_equal_runs, assert_same, features, made
@@ -269,8 +271,31 @@ def test_weights_are_held_once() -> None:
     model = made(Toy)
     fast = rmtcompile.optimize(model)
     fast(features(4))
-    stacks = {p.untyped_storage().data_ptr() for p in (layer.mix.weight for layer in model.layers)}
-    assert len(stacks) == 1
+    weights = [layer.mix.weight for layer in model.layers]
+    starts = [weight.data_ptr() for weight in weights]
+    assert {b - a for a, b in pairwise(starts)} == {weights[0].nbytes}
+    assert all(weight.untyped_storage().nbytes() == weight.nbytes for weight in weights)
+
+
+@torch.no_grad()
+def test_weights_are_saved_as_any_others(tmp_path: Path) -> None:
+    """Each by itself, tied ones once; what is loaded is seen."""
+    model = made(Toy)
+    model.again = model.layers[0].mix
+    fast, x = rmtcompile.optimize(model), features(4)
+    wanted = fast(x)
+    for saved in (model, fast):
+        save_model(saved, str(tmp_path / "model.safetensors"))
+        other = made(Toy)
+        other.again = other.layers[0].mix
+        compiled = rmtcompile.optimize(other)
+        for parameter in other.parameters():
+            parameter.mul_(2)
+        compiled(x)
+        load_model(compiled, str(tmp_path / "model.safetensors"))
+        assert_same(wanted, compiled(x))
+    torch.save(model.layers[1].mix.weight, tmp_path / "weight.pt")
+    assert (tmp_path / "weight.pt").stat().st_size < 3000
 
 
 def test_optimizer_steps_are_seen() -> None:

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from test_end_to_end import SHAPE
 from test_models import DECODERS, MEMORY, ids, small
 from torch import Tensor
 from toys import assert_same
 from transformers import (
+    GenerationConfig,
+    LlamaConfig,
     LogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -23,7 +26,7 @@ from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingC
 from transformers.generation.streamers import BaseStreamer
 
 import rmtcompile
-from rmtcompile.models import ARMT, generation, recorded
+from rmtcompile.models import ARMT, build, generation, recorded
 from rmtcompile.models.generation import prefilled
 from rmtcompile.models.recorded import NotRecordedError
 from rmtcompile.runtime.execute import Executor
@@ -229,12 +232,66 @@ def test_what_makes_no_sense_is_refused() -> None:
         model.generate(ids(3), 2, num_return_sequences=2)
     with pytest.raises(ValueError, match="temperature"):
         model.generate(ids(3), 2, do_sample=True, temperature=0.0)
+    for wrong, options in {
+        "num_beams=4 is not done here": {"num_beams": 4},
+        "penalty_alpha=0.5 is not done here": {"generation_config": GenerationConfig(penalty_alpha=0.5)},
+        "top_p has no effect without do_sample": {"top_p": 0.9},
+        "min_new_tokens has no effect without eos": {"min_new_tokens": 2},
+        "top_p": {"do_sample": True, "top_p": 2.0},
+        "repetition_penalty|penalty": {"repetition_penalty": -1.0},
+        "at least one new token, not -3": {"max_new_tokens": -3},
+        "at least one new token, not -1": {"max_new_tokens": None, "max_length": 2},
+        "say how many tokens": {"max_new_tokens": None},
+        r"mask has to be \(2, 3\)": {"attention_mask": torch.ones(1, 2)},
+    }.items():
+        with pytest.raises(ValueError, match=wrong):
+            model.generate(ids(3), **{"max_new_tokens": 2, **options})
+    with pytest.raises(ValueError, match=r"batch, tokens.*not \(3,\)"):
+        model.generate(ids(3)[0], 2)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+        model.generate(ids(3), 2, temprature=0.5)
     older = small()
     older.memory_cell.model.config.cache_implementation = "hybrid"
     with pytest.raises(ValueError, match="another cache for LlamaForCausalLM"):
         older.generate(ids(3), 2, use_cache=True)
     with pytest.raises(ValueError, match="logits of all positions"):
         model(ids(9), labels=ids(9), logits_to_keep=1)
+
+
+WAYS = {
+    "penalty": {"repetition_penalty": 1.5},
+    "no repeated pairs": {"no_repeat_ngram_size": 2},
+    "words that are not wanted": {"bad_words_ids": [[3], [5, 7]], "suppress_tokens": [1, 2]},
+    "not before": {"min_new_tokens": 9, "eos_token_id": [13, 23]},
+    "not before, with the text": {"min_length": SIZE + 9, "eos_token_id": 3},
+    "drawn": {"do_sample": True, "temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.02},
+    "drawn, typical": {"do_sample": True, "typical_p": 0.8, "repetition_penalty": 1.2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_options_are_those_of_transformers(way: str) -> None:
+    """The same tokens as a decoder of transformers draws from the same logits; options of a config, too."""
+    options = {"top_k": 0, "pad_token_id": 0, **WAYS[way]}
+    x = ids(SIZE)
+    config = LlamaConfig(**SHAPE, eos_token_id=None)
+    model = build(config, segment_size=64, num_mem_tokens=2, d_mem=4).double().eval()
+    decoder = copy.deepcopy(model.memory_cell.model)  # a first segment has read no memory
+    layers = decoder.get_submodule(model.memory_cell.layers_path)
+    for i, layer in enumerate(layers):
+        layers[i] = layer.layer
+    config = GenerationConfig(**options, max_new_tokens=NEW)
+    found = []
+    for run, given in (
+        (model, {**options, "max_new_tokens": NEW}),
+        (model, {"generation_config": config}),
+        (decoder, {"generation_config": config}),
+    ):
+        torch.manual_seed(0)
+        found.append(run.generate(x, attention_mask=torch.ones_like(x), **given))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], model.generate(x, NEW)[:, : found[0].shape[1]])
 
 
 @torch.no_grad()

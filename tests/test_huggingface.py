@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_model
 from test_end_to_end import armt, ids
 from torch import Tensor, nn
 from toys import assert_same
@@ -138,24 +139,71 @@ class Texts(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": self.texts[index], "labels": self.texts[index]}
 
 
-def losses_of_a_trainer(model: nn.Module, folder: Path) -> list[float]:
+def losses_of_a_trainer(model: nn.Module, folder: Path, **options: Any) -> list[float]:
     told = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=2, max_steps=3, learning_rate=1e-2, report_to=[],
-        save_strategy="no", use_cpu=True, logging_steps=1, seed=0, data_seed=0, disable_tqdm=True,
+        use_cpu=True, logging_steps=1, seed=0, data_seed=0, disable_tqdm=True, **options,
     )  # fmt: skip
-    trainer = Trainer(model, told, train_dataset=Texts())
+    trainer = Trainer(model, told, train_dataset=Texts(), eval_dataset=Texts())
     trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    logged = trainer.state.log_history
+    return [entry[name] for entry in logged for name in ("loss", "eval_loss") if name in entry]
 
 
 @pytest.mark.filterwarnings("default")  # of the libraries
 def test_a_trainer_runs_what_is_installed(tmp_path: Path) -> None:
     theirs, mine = armt("llama", torch.float32), armt("llama", torch.float32)
     program = rmtcompile.install(mine)
-    expected = losses_of_a_trainer(theirs, tmp_path / "theirs")
-    assert losses_of_a_trainer(mine, tmp_path / "mine") == pytest.approx(expected, rel=1e-4)
+    expected = losses_of_a_trainer(theirs, tmp_path / "theirs", save_strategy="no")
+    found = losses_of_a_trainer(mine, tmp_path / "mine", save_strategy="no")
+    assert found == pytest.approx(expected, rel=1e-4)
     assert len(set(expected)) == 3, "nothing was learned"
     assert program.captures == 1
+
+
+@pytest.mark.filterwarnings("default")  # of the libraries
+def test_a_trainer_of_an_optimized_model(tmp_path: Path) -> None:
+    """It evaluates, adds up gradients of micro-batches, computes again, saves and goes on from what it has
+    saved."""
+    options = {
+        "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+    }  # fmt: skip
+    theirs, mine = armt("llama", torch.float32), armt("llama", torch.float32)
+    expected = losses_of_a_trainer(theirs, tmp_path / "theirs", **options)
+    fast = rmtcompile.optimize(mine)
+    assert losses_of_a_trainer(fast, tmp_path / "mine", **options) == pytest.approx(expected, rel=1e-4)
+    assert len(expected) == 5
+    again = rmtcompile.optimize(armt("llama", torch.float32))
+    load_model(again, str(tmp_path / "mine" / "checkpoint-3" / "model.safetensors"))
+    for name, tensor in fast.state_dict().items():
+        assert_same(tensor, again.state_dict()[name])
+
+
+def test_a_loss_of_several_micro_batches() -> None:
+    model, batch = armt("llama", torch.float64), ids(3, batch=4)
+    labels = batch.clone()
+    labels[0, :11] = -100
+    items = (labels[:, 1:] != -100).sum()
+    whole = model(batch, labels=labels).loss
+    parts = [
+        model(batch[i : i + 2], labels=labels[i : i + 2], num_items_in_batch=items).loss for i in (0, 2)
+    ]
+    assert_same(whole, parts[0] + parts[1])
+
+
+def test_checkpoints_of_activations_are_switched() -> None:
+    """By the reference model, as by any of transformers; its program computes again what they would."""
+    model = armt("llama", torch.float64).train()
+    layers = [layer.layer for layer in model.memory_cell.layers]
+    for name in ("gradient", "activation"):
+        getattr(model, f"{name}_checkpointing_enable")()
+        assert all(layer.gradient_checkpointing for layer in layers)
+        fast = rmtcompile.optimize(copy.deepcopy(model))
+        fast(ids(3), labels=ids(3)).loss.backward()
+        assert fast.explain().recomputed == 1
+        getattr(model, f"{name}_checkpointing_disable")()
+        assert not any(layer.gradient_checkpointing for layer in layers)
 
 
 @pytest.mark.filterwarnings("default")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +159,9 @@ class MemoryCell(nn.Module):
         for layer in self.layers:
             layer.writes = write
         given = {} if attention_mask is None else {"attention_mask": attention_mask}
-        return self.model(inputs_embeds=inputs_embeds, past_key_values=cache, use_cache=True, **given)
+        taken = inspect.signature(type(self.model).forward).parameters
+        given["cache" if "cache" in taken else "past_key_values"] = cache  # transformers 5.24 renamed it
+        return self.model(inputs_embeds=inputs_embeds, use_cache=True, **given)
 
     @contextlib.contextmanager
     def _entering(self, wanted: bool) -> Iterator[list[Tensor]]:
@@ -206,6 +209,7 @@ class ARMT(nn.Module):
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool = False,
         logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> ARMTOutput:
         """Runs the segments in order, from an empty memory; the last segment may be shorter.
 
@@ -217,6 +221,8 @@ class ARMT(nn.Module):
             labels: i64[B, T], -100 where there is no loss; shifted here, over segment borders too.
             output_hidden_states: whether to give the hidden states.
             logits_to_keep: of how many positions at the end to give logits; 0 for all.
+            num_items_in_batch: by what to divide the loss, instead of by the number of labels here: that of
+                all micro-batches of a step, as a `Trainer` that accumulates gradients gives it.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`, or labels for a model without
@@ -240,13 +246,33 @@ class ARMT(nn.Module):
             if logits_to_keep and out.logits is not None:
                 out.logits = out.logits[:, -logits_to_keep:]
             outputs.append(out)
-        joined = self._join(outputs, labels)
+        joined = self._join(outputs, labels, num_items_in_batch)
         if logits_to_keep and joined.logits is not None:
             joined.logits = joined.logits[:, -logits_to_keep:]
         return joined
 
+    accepts_loss_kwargs = True
+    """For a `Trainer`: `forward` takes `num_items_in_batch`."""
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Has the decoder's layers compute again in backward what they do not keep; arguments are those of
+        transformers. A program of rmtcompile computes levels again instead."""
+        self._checkpointing("enable")(*args, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Undoes it."""
+        self._checkpointing("disable")()
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # the name before transformers 5.20
+    gradient_checkpointing_disable = activation_checkpointing_disable
+
+    def _checkpointing(self, what: str) -> Any:
+        decoder = self.memory_cell.model
+        older = getattr(decoder, f"gradient_checkpointing_{what}", None)
+        return getattr(decoder, f"activation_checkpointing_{what}", older)
+
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+    def generate(self, input_ids: Tensor, max_new_tokens: int | None = None, **options: Any) -> Tensor:
         """Continuations: i64[B, T] -> i64[B * num_return_sequences, up to T + max_new_tokens], T >= 1.
 
         Greedy, the same tokens as taking the best last token of `forward` again and again. Whole segments are
@@ -255,9 +281,13 @@ class ARMT(nn.Module):
 
         Args:
             options: attention_mask: i64[B, T], 0 for padding.
-                do_sample, temperature, top_k, top_p: whether tokens are drawn, and of which.
+                do_sample, temperature, top_k, top_p, min_p, typical_p: whether tokens are drawn, of which.
                 num_return_sequences: continuations of each text, which share one reading of it.
+                repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens: what is not wanted.
+                max_length: of text and new tokens, in the place of max_new_tokens.
+                min_new_tokens, min_length: before which no row ends.
                 eos_token_id: a token that ends a row, or several.  pad_token_id: the first of these, or 0.
+                generation_config: a `GenerationConfig` of transformers with such fields; options go first.
                 logits_processor, stopping_criteria, streamer: as of transformers.
                 use_cache: False computes the open segment again for each token, as is done for decoders
                 whose cache is not the usual one of transformers.
@@ -265,15 +295,23 @@ class ARMT(nn.Module):
                 and where enough are to come; True, or raise; False, never.
 
         Raises:
-            ValueError: several continuations without sampling, a cache of a decoder that has another one,
-                CUDA graphs where there can be none, or an option that a class of transformers refuses.
+            ValueError: an option that is not done here (beams), that has no effect, or that a class of
+                transformers refuses; a text or a mask of another shape, several continuations without
+                sampling, a cache of a decoder that has another one, CUDA graphs where there can be none.
+            TypeError: there is no such option.
         """
         from .generation import generate
 
         return generate(self, input_ids, max_new_tokens, **options)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the model to a folder; see `rmtcompile.models.save`."""
+    def save_pretrained(self, folder: str | Path, *, safe_serialization: bool = True) -> None:
+        """Writes the model to a folder; see `rmtcompile.models.save`.
+
+        Raises:
+            ValueError: it is to be something else than safetensors.
+        """
+        if not safe_serialization:
+            raise ValueError("models are written as safetensors; torch.save pickles a state_dict")
         from .checkpoint import save
 
         save(self, folder)
@@ -286,7 +324,9 @@ class ARMT(nn.Module):
         return load(folder, **options)
 
     @staticmethod
-    def _join(outputs: list[ARMTOutput], labels: Tensor | None) -> ARMTOutput:
+    def _join(
+        outputs: list[ARMTOutput], labels: Tensor | None, items: Tensor | int | None = None
+    ) -> ARMTOutput:
         """Concatenates the outputs of the segments, and takes the loss over all of them."""
         joined: dict[str, Any] = {}
         for key in ("logits", "last_hidden_state"):
@@ -300,7 +340,11 @@ class ARMT(nn.Module):
                 raise ValueError("labels need a model with a language head")
             logits = joined["logits"][:, :-1].flatten(0, 1)
             wide = torch.promote_types(logits.dtype, torch.float32)
-            joined["loss"] = F.cross_entropy(logits.to(wide), labels[:, 1:].flatten())
+            wanted = labels[:, 1:].flatten()
+            if items is None:
+                joined["loss"] = F.cross_entropy(logits.to(wide), wanted)
+            else:
+                joined["loss"] = F.cross_entropy(logits.to(wide), wanted, reduction="sum") / items
         return ARMTOutput(**joined)
 
 

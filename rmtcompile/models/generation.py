@@ -5,8 +5,8 @@
 
 A token costs one position, whatever the length of the text. When the open segment is full, its memory tokens
 are read and written to memory, and a new one begins.  On CUDA these tokens are read by a CUDA graph
-(`recorded.py`).  What to take of the logits, when to stop and where tokens are shown to is decided by classes
-of transformers.
+(`recorded.py`).  What to take of the logits (`choices.py`), when to stop and where tokens are shown to is
+decided by classes of transformers.
 """
 
 from __future__ import annotations
@@ -18,16 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers import DynamicCache
 
+from .choices import choices
 from .recorded import WORTH, FixedSegment, NotRecordedError, hindrance
 
 if TYPE_CHECKING:
@@ -155,51 +148,41 @@ class OpenSegment:
 def generate(
     model: ARMT,
     input_ids: Tensor,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     *,
     attention_mask: Tensor | None = None,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    num_return_sequences: int = 1,
-    eos_token_id: int | Iterable[int] | None = None,
-    pad_token_id: int | None = None,
+    generation_config: Any = None,
     logits_processor: Iterable[Any] = (),
     stopping_criteria: Iterable[Any] = (),
     streamer: Any = None,
-    use_cache: bool | None = None,
     cuda_graphs: bool | str = "auto",
+    **options: Any,
 ) -> Tensor:
     """See `ARMT.generate`."""
-    ends = [] if eos_token_id is None else _listed(eos_token_id)
-    if num_return_sequences > 1 and not do_sample:
-        raise ValueError("several continuations of one text differ by sampling only: do_sample=True")
-    processors = LogitsProcessorList([*logits_processor, *_warpers(do_sample, temperature, top_k, top_p)])
-    stops = StoppingCriteriaList([MaxLengthCriteria(input_ids.shape[1] + max_new_tokens)])
-    stops += [EosTokenCriteria(ends)] if ends else []
-    stops += stopping_criteria
-    pad = pad_token_id if pad_token_id is not None else (ends or [0])[0]
+    options["max_new_tokens"] = max_new_tokens
+    chosen = choices(
+        input_ids, attention_mask, generation_config, options, logits_processor, stopping_criteria
+    )
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    records = _records(model, max_new_tokens, cuda_graphs, use_cache)
-    segment, logits = prefilled(model, input_ids, attention_mask, use_cache)
+    records = _records(model, chosen.most, cuda_graphs, chosen.use_cache)
+    segment, logits = prefilled(model, input_ids, attention_mask, chosen.use_cache)
     segment.records = records
-    if num_return_sequences > 1:
-        segment.repeat(num_return_sequences)
-        logits, input_ids = (x.repeat_interleave(num_return_sequences, 0) for x in (logits, input_ids))
+    if chosen.rows > 1:
+        segment.repeat(chosen.rows)
+        logits, input_ids = (x.repeat_interleave(chosen.rows, 0) for x in (logits, input_ids))
     going = torch.ones_like(input_ids[:, 0])
     mask = torch.ones_like(input_ids[:, :1]) if attention_mask is not None else None
-    for i in range(max_new_tokens):
+    for i in range(chosen.most):
         if i:
             logits = segment.read(input_ids[:, -1:], mask)
-        scores = processors(input_ids, logits.to(torch.promote_types(logits.dtype, torch.float32)))
-        tokens = _drawn(scores) if do_sample else scores.argmax(-1)
-        tokens = torch.where(going.bool(), tokens, pad)
+        scores = chosen.takes(input_ids, logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        tokens = _drawn(scores) if chosen.draws else scores.argmax(-1)
+        tokens = torch.where(going.bool(), tokens, chosen.pad)
         input_ids = torch.cat([input_ids, tokens[:, None]], 1)
         if streamer is not None:
             streamer.put(tokens.cpu())
-        going = going & ~stops(input_ids, scores)
+        going = going & ~chosen.stops(input_ids, scores)
         if not going.any():
             break
     segment.release()
@@ -258,24 +241,8 @@ def takes_cache(decoder: Any) -> bool:
     return other is None and bool(getattr(decoder, "_supports_cache_class", True))
 
 
-def _warpers(do_sample: bool, temperature: float, top_k: int | None, top_p: float | None) -> list[Any]:
-    """In the order of transformers."""
-    found: list[Any] = []
-    if do_sample and temperature != 1.0:
-        found.append(TemperatureLogitsWarper(temperature))
-    if do_sample and top_k:
-        found.append(TopKLogitsWarper(top_k))
-    if do_sample and top_p is not None and top_p < 1.0:
-        found.append(TopPLogitsWarper(top_p))
-    return found
-
-
 def _drawn(scores: Tensor) -> Tensor:
     return torch.multinomial(scores.softmax(-1), 1)[:, 0]
-
-
-def _listed(ids: int | Iterable[int]) -> list[int]:
-    return [ids] if isinstance(ids, int) else list(ids)
 
 
 __all__ = ["OpenSegment", "generate", "prefilled", "takes_cache"]

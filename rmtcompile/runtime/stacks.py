@@ -1,5 +1,5 @@
-"""Stacked parameters: the weights of all layers of a kind in one tensor, of which the model's own parameters
-are views."""
+"""Stacked parameters: the weights of all layers of a kind in one tensor, in whose memory the
+model's own parameters lie."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Stack:
                         view = view[start : start + tensor.shape[0]]
                         start += tensor.shape[0]
                     view.copy_(tensor)
-                    tensor.data = view
+                    tensor.data = _apart(view)
         self.tensor = stack
         self.pointers = [tensor.data_ptr() for parts in tensors for tensor in parts]
 
@@ -121,6 +121,15 @@ class Stack:
         """Bytes of the weights as they were captured."""
         leaves = [leaf for parts in self.leaves for leaf in parts]
         return sum(leaf.tensor.numel() * leaf.tensor.element_size() for leaf in leaves)
+
+
+def _apart(view: torch.Tensor) -> torch.Tensor:
+    """The same memory behind a storage of its own, so that parameters look like any others to what goes by
+    storages: `torch.save`, safetensors, a copy. The view itself where DLPack lacks its type or device."""
+    try:
+        return torch.from_dlpack(view)
+    except (RuntimeError, BufferError, TypeError, ValueError, AssertionError):
+        return view
 
 
 def _has_plenty(device: torch.device, nbytes: int) -> bool:
@@ -181,9 +190,10 @@ class Derived:
         if owner is None or owner.tensor is None or any(other is not owner for other in self.owners):
             return None
         base, first = owner.tensor, views[0]
-        offsets = [view.storage_offset() for view in views]
+        starts = [view.data_ptr() - base.data_ptr() for view in views]
+        offsets = [start // base.element_size() for start in starts]
         step = offsets[1] - offsets[0] if len(offsets) > 1 else base.stride(0)
-        same = all(view.untyped_storage().data_ptr() == base.untyped_storage().data_ptr() for view in views)
+        same = first.dtype == base.dtype and all(0 <= start < base.nbytes for start in starts)
         even = all(b - a == step for a, b in pairwise(offsets))
         if not (same and even and step > 0):
             return None
