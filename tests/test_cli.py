@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
+import rmtcompile
+from rmtcompile.cli import doctor
 from rmtcompile.cli.commands import main
 
 TESTS = Path(__file__).parent
@@ -35,12 +38,44 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for piece in ("rmtcompile demo", "package.module:function", "exit status", "bench"):
         assert piece in out, piece
-    for command in ("demo", "explain", "view", "dump"):
+    for command in ("demo", "explain", "view", "dump", "doctor"):
         assert main([command, "--help"]) == 0
         out = capsys.readouterr().out
-        assert "examples\n  rmtcompile " in out
-        assert "--json" in out and "--layers" in out and "config.json" in out
+        assert "examples\n  rmtcompile " in out and "--json" in out
+        assert command == "doctor" or ("--layers" in out and "config.json" in out)
         assert max(map(len, out.splitlines())) <= 110
+
+
+def test_the_doctor_finds_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+    assert found["torch"]["found"] == torch.__version__ and found["torch"]["state"] == "ok"
+    assert "captured, compiled and compared" in found["a small model"]["found"]
+    assert main(["doctor"]) == 0
+    assert "all that is needed is there" in capsys.readouterr().out
+
+
+def test_the_doctor_says_what_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    versions = {"torch": "2.9.1+cu126", "networkx": "3.2"}
+    monkeypatch.setattr(doctor, "version_of", versions.get)
+    monkeypatch.setattr(rmtcompile, "optimize", lambda model: lambda x: model(x) + 1)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    for piece in (
+        "2.9.1+cu126, older than 2.11", "pip install 'torch>=2.11'", "pip install 'rmtcompile[models]'",
+        "differs by 1.0e+00", f"{tmp_path}/kernels, 0 MiB", "does not work: torch, numpy, a small model",
+    ):  # fmt: skip
+        assert piece in out, piece
+
+
+def test_the_doctor_knows_what_is_required() -> None:
+    project = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["project"]
+    extras = {"": project["dependencies"], **project["optional-dependencies"]}
+    wanted = {f"{name}>={oldest}" for name, oldest, _ in doctor.PACKAGES}
+    assert wanted == {one for extra in {extra for *_, extra in doctor.PACKAGES} for one in extras[extra]}
 
 
 def test_help_of_the_benchmark_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `rmtcompile demo | explain | view | dump | bench`."""
+"""The command line: `rmtcompile demo | explain | view | dump | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -160,6 +160,15 @@ def _dump(options: argparse.Namespace) -> int:
     return OK
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from rmtcompile.cli import doctor
+
+    found = list(doctor.examine())
+    as_json = [dataclasses.asdict(one) for one in found]
+    print(json.dumps(as_json, indent=2) if options.json else doctor.text(found))
+    return REFUSED if any(one.state == doctor.BAD for one in found) else OK
+
+
 def _report(options: argparse.Namespace, data: object, text: str) -> None:
     print(json.dumps(data, indent=2) if options.json else text)
 
@@ -181,4 +190,6 @@ def _bench(arguments: list[str]) -> int:
         return stop.code if isinstance(stop.code, int) else USAGE
 
 
-COMMANDS: dict[str, Command] = {"demo": _demo, "explain": _explain, "view": _view, "dump": _dump}
+COMMANDS: dict[str, Command] = {
+    "demo": _demo, "explain": _explain, "view": _view, "dump": _dump, "doctor": _doctor,
+}  # fmt: skip

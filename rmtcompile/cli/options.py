@@ -16,6 +16,7 @@ start here
   rmtcompile demo                                  a small ARMT reads a text in both orders
   rmtcompile explain mymodel:build                 what is parallel in a model of yours, and why
   rmtcompile view mymodel:build -o schedule.html   the same to look at, in a browser
+  rmtcompile doctor                                what this machine has, and what is missing
 
 a model is named as a function that makes it, or as a config
   package.module:function    or    file.py:function
@@ -82,6 +83,16 @@ examples
 """
 
 
+_DOCTOR = """\
+Report versions, devices, compilers and caches, compile a small model as it would be compiled here, and say
+what of the machine is used, what is missing and what helps.  Exit status 1 where something does not work.
+
+examples
+  rmtcompile doctor
+  rmtcompile doctor --json > report.json           to go with a report of what went wrong
+"""
+
+
 def build_parser(commands_of: Mapping[str, Command]) -> argparse.ArgumentParser:
     """The parser, `bench` included for its help only.
 
@@ -129,6 +140,9 @@ def build_parser(commands_of: Mapping[str, Command]) -> argparse.ArgumentParser:
     )
     _add_model(dump)
     dump.add_argument("-o", "--out", default="rmtcompile-dump", metavar="FOLDER", help="default: %(default)s")
+    _command(
+        commands, "doctor", "what this machine has, and what is missing", _DOCTOR, commands_of["doctor"]
+    )
     commands.add_parser(
         "bench", help="time each way of running a model (rmtcompile bench --help)", add_help=False
     )

@@ -47,13 +47,18 @@ def hindrance(cell: MemoryCell) -> str | None:
         return f"CUDA graphs need one CUDA device, and the model is on {', '.join(map(str, devices))}"
     if torch.is_autocast_enabled("cuda"):
         return "autocast keeps casted weights, which a CUDA graph would hold"
-    if not isinstance(getattr(_static_layer(1), "cumulative_length", None), Tensor):
+    if not counts_on_device():
         return "this transformers counts the tokens of a static cache on the host"
     hooked = [name or "the cell" for name, module in cell.named_modules() if _has_hooks(module)]
     everywhere = global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks
     if hooked or everywhere:
         return f"a CUDA graph calls no hooks, and there are some of {', '.join(hooked[:3]) or 'all modules'}"
     return None
+
+
+def counts_on_device() -> bool:
+    """Whether a static cache of this transformers counts its tokens on the device."""
+    return isinstance(getattr(_static_layer(1), "cumulative_length", None), Tensor)
 
 
 def recorded(body: Step) -> Step:
