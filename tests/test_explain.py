@@ -22,6 +22,7 @@ import rmtcompile
 from rmtcompile.report import Profile, view_model
 from rmtcompile.report.names import pattern, ranges
 from rmtcompile.report.profiling import ATTENTION_FLOPS, kind_of
+from rmtcompile.runtime.costs import Costs
 from rmtcompile.viewer.view_model import to_dict
 
 X = torch.randn(1, 5 * SEGMENT, WIDTH)
@@ -194,28 +195,24 @@ def test_refusals_are_explained_not_raised(model: Any, error: str, evidence: str
     assert "refused</th>" in found.to_html()
 
 
-class Plans:
-    """An executor that measured its plans, as far as reports ask."""
+class Plans(Costs):
+    """Costs that favour the sequential plan."""
 
-    compile_seconds = 12.5
+    plan = "sequential"  # type: ignore[assignment]
 
-    def plan_seconds(self, segments: int) -> dict[str, float]:
+    def seconds(self, segments: int) -> dict[str, float]:
         return {"diagonal": 0.002 * segments, "sequential": 0.001 * segments}
-
-    def plan_for(self, segments: int) -> str:
-        return "sequential"
-
-    def workspace_seconds(self, segments: int) -> dict[str, float]:
-        return {"with": 0.0061 * segments, "without": 0.006 * segments}
 
 
 def test_plans_that_were_measured_are_explained(
     fast: rmtcompile.Optimized, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert fast._last is not None
-    for name in ("compile_seconds", "plan_seconds", "plan_for", "workspace_seconds"):
-        value = getattr(Plans(), name)
-        monkeypatch.setattr(fast._last[0].executor, name, value, raising=False)
+    executor = fast._last[0].executor
+    monkeypatch.setattr(executor, "compile_seconds", 12.5)
+    monkeypatch.setattr(executor, "costs", Plans(1.0, 3.0, 2, 2, 1))
+    workspaces = lambda segments: {"with": 0.0061 * segments, "without": 0.006 * segments}  # noqa: E731
+    monkeypatch.setattr(executor.replays, "workspace_seconds", workspaces)
     found = fast.explain()
     assert (found.plan, found.why) == ("sequential", "measured: sequential 5 ms, diagonal 10 ms")
     assert [(row.plan, row.seconds) for row in found.speedups] == [("sequential", 0.005), ("diagonal", 0.01)]

@@ -32,11 +32,12 @@ class Measured:
 
 def measured_plans(executor: Executor, segments: int) -> Measured:
     """What the executor of a program has measured."""
+    costs = executor.costs
     return Measured(
-        executor.plan_seconds(segments),
-        executor.plan_for(segments),
+        costs.seconds(segments) if costs is not None else {},
+        costs.plan if costs is not None else "",
         executor.compile_seconds,
-        executor.workspace_seconds(segments),
+        executor.replays.workspace_seconds(segments),
         executor.recorded,
         tuple(executor.bands),
     )

@@ -245,8 +245,11 @@ class Executor:
             return self.replays.run(segments, inputs)
 
     def measure(self, inputs: list[torch.Tensor]) -> Costs | None:
-        """Measure what levels cost, once, on CUDA with compiled cells; None elsewhere."""
+        """Measure what levels cost, once, on CUDA with compiled cells; None elsewhere. A training step does
+        not ask: what it has compiled records gradients, and to compile all else for this took a minute of the
+        first step of the 1B shape."""
         can_choose = self.program.alpha > 0 and not self.engine.is_sequential
+        can_choose = can_choose and not self._records_gradients(inputs)
         rolled = self.compiled.rolled  # a level that comes twice would let values grow twice
         can_choose = can_choose and rolled.fixed is None and not rolled.grows
         if self.costs is None and self._use_graphs and self.engine.is_compiled and can_choose:
@@ -260,24 +263,12 @@ class Executor:
                 )
         return self.costs
 
-    def plan_seconds(self, segments: int) -> dict[str, float]:
-        """Seconds of the cells of a run by plan, from what was measured; empty if nothing was."""
-        return self.costs.seconds(segments) if self.costs is not None else {}
-
-    def plan_for(self, segments: int) -> str:
-        """The plan chosen by measurement; empty if nothing was measured."""
-        return self.costs.plan if self.costs is not None else ""
-
     @property
     def recorded(self) -> str:
         """How runs are recorded, in words; empty where they are not."""
         if not self._use_graphs:
             return ""
         return f"{self.replays}; {self.steps}" if self.is_whole else str(self.replays)
-
-    def workspace_seconds(self, segments: int) -> dict[str, float]:
-        """Seconds of what was recorded "with" and "without" cuBLAS's workspace; empty if not measured."""
-        return self.replays.workspace_seconds(segments)
 
     @property
     def bands(self) -> list[str]:

@@ -213,7 +213,7 @@ class Replays:
                 recorder.forget()
 
     def workspace_seconds(self, segments: int) -> dict[str, float]:
-        """See `Executor.workspace_seconds`."""
+        """Seconds of what was recorded "with" and "without" cuBLAS's workspace; empty if not measured."""
         if self.blocks is not None and self.blocks.seconds:
             return self.blocks.seconds
         return self._runs.workspace_seconds(segments) if self._runs is not None else {}
