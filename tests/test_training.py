@@ -333,6 +333,7 @@ def test_levels_draw_the_same_numbers_again(recompute: str | int) -> None:
     assert_same_gradients(*found)
 
 
+@pytest.mark.filterwarnings("default")  # Dynamo looks at .grad
 def test_a_training_step_compiles_nothing_to_choose_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device levels are measured without gradients, in forms of their own."""
     asked = []
