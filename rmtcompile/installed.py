@@ -44,6 +44,19 @@ class Installed(Optimized):
         vars(module).update({"forward": program, _NAME: program})
         return program
 
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """As a bound method has it: what wraps forwards (accelerate) wraps this, and binds it again, maybe to
+        a copy of the model."""
+
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            program = self if module is self._module else installed_in(module)
+            if program is None:
+                return type(module).forward(module, *args, **kwargs)
+            return program(*args, **kwargs)
+
+        return forward
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within it, the model's own calls run the program; where one is installed, that one."""

@@ -67,6 +67,11 @@ class Forward(Opaque):
         """Run the program."""
         return Optimized.__call__(self._fast, *args, **kwargs)
 
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """As a bound method has it: what wraps forwards (accelerate) wraps this, and binds it again."""
+        return type(self._fast).forward  # type: ignore[no-any-return]
+
     def __getattr__(self, name: str) -> Any:
         if name == "__signature__":
             return self._fast.__signature__

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_model
-from test_end_to_end import armt, ids
+from test_end_to_end import SHAPE, armt, ids
 from torch import Tensor, nn
 from toys import assert_same
 from transformers import GenerationMixin, LlamaConfig, PreTrainedModel, Trainer, TrainingArguments
@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import rmtcompile
 from rmtcompile import UnsupportedError
+from rmtcompile.models import build
 
 
 class Reader(PreTrainedModel, GenerationMixin):
@@ -223,6 +224,36 @@ def test_accelerate_prepares_a_program() -> None:
     assert not torch.equal(found[0], theirs(batch, labels=batch).loss), "no step was taken"
     for p, q in zip(theirs.parameters(), mine.parameters(), strict=True):
         assert_same(p.detach(), q.detach(), 1e-2)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("way", ["optimized", "installed"])
+def test_accelerate_takes_off_what_it_has_put_on(way: str) -> None:
+    theirs, mine = armt("llama", torch.float32), armt("llama", torch.float32)
+    fast: Any = rmtcompile.optimize(mine) if way == "optimized" else mine
+    if way == "installed":
+        rmtcompile.install(mine)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare(fast)
+    with torch.no_grad():
+        rounded = prepared(ids(3)).logits
+        again = copy.deepcopy(prepared)
+        again.memory_cell.memory.add_(1.0)
+        assert not torch.equal(rounded, again(ids(3)).logits), "a copy runs on weights of its own"
+        bare = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        assert_same(theirs(ids(3)).logits, bare(ids(3)).logits, 1e-5)
+    assert not torch.equal(rounded, theirs(ids(3)).logits)
+
+
+@pytest.mark.filterwarnings("default")
+def test_attention_that_is_an_operation_on_functions_is_refused() -> None:
+    config = LlamaConfig(**SHAPE)
+    options = {"segment_size": 8, "num_mem_tokens": 2, "d_mem": 4}
+    model = build(config, **options, attn_implementation="flex_attention").eval()
+    with torch.no_grad(), pytest.raises(UnsupportedError, match="takes a function: flex_attention") as found:
+        rmtcompile.optimize(model)(ids(3))
+    assert "attn_implementation='sdpa'" in str(found.value)
 
 
 @pytest.mark.filterwarnings("default")

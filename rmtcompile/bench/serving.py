@@ -25,7 +25,7 @@ from rmtcompile.bench.recording import Recording
 from rmtcompile.bench.report import Table, environment_table
 from rmtcompile.bench.shapes import Case
 
-WARM = 12
+WARM = 32
 """Documents that run before the queue is timed, so that it captures and compiles nothing."""
 
 OWN = 24

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import linecache
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -72,6 +73,10 @@ def raised_at(error: BaseException) -> str:
     return best
 
 
+_HIGHER_ORDER = re.compile(r"HigherOrderOperator (\w+)")
+"""In what torch says of an operation that a mode has no rule for."""
+
+
 def model_error(error: Exception) -> CaptureError:
     """An error that the model raises whatever runs it."""
     return CaptureError(
@@ -99,6 +104,12 @@ def refusal(error: Exception, held: Iterable[str] = ()) -> CaptureError:
     elif "inference tensor" in str(error).lower():
         what = f"the forward writes into a tensor made in inference mode: {error}"
         remedy = "make the model outside of torch.inference_mode(); calls may be inside"
+    elif isinstance(error, NotImplementedError) and (operator := _HIGHER_ORDER.search(str(error))):
+        what = f"an operator takes a function: {operator[1]}"
+        remedy = (
+            "attention: attn_implementation='sdpa' or 'eager' of transformers, or "
+            "torch.nn.functional.scaled_dot_product_attention; else fallback='sequential'"
+        )
     else:
         what = f"the forward could not be traced: {type(error).__name__}: {error}"
         remedy = (
