@@ -42,6 +42,7 @@ from rmtcompile.frontend.counting import Counts, note, plain
 from rmtcompile.frontend.known import NUMBERS, Known, Reads
 from rmtcompile.frontend.masks import Masks
 from rmtcompile.frontend.recorder import Recorder
+from rmtcompile.frontend.repeated import Repeated
 from rmtcompile.frontend.tracing import (
     SharedData,
     as_written,
@@ -124,7 +125,11 @@ def _captured(
     produced: dict[str, Any] = {}
 
     def traced(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        recorder.label_nodes()
+        tracing = proxy_tensor.get_proxy_mode()
+        assert tracing is not None
+        recorder.label_nodes(tracing.tracer)
+        if whole:
+            Repeated(tracing, known)
         values = list(flat)
         for position, tensor in zip(positions, tensors, strict=True):
             values[position] = tensor

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.experimental import proxy_tensor
 
 from rmtcompile.binding.captured import Call
 from rmtcompile.binding.objects import Opaque
@@ -64,31 +63,44 @@ class Recorder:
             for hook in hooks:
                 hook.remove()
 
-    def label_nodes(self) -> None:
+    def label_nodes(self, tracer: Any) -> None:
         """Make the running tracer note the scope and the place in the user's code on each node it creates."""
-        mode = proxy_tensor.get_proxy_mode()
-        assert mode is not None
-        tracer = mode.tracer
-        create = tracer.create_node
+        create, argument = tracer.create_node, tracer.create_arg
+        held: dict[int, fx.Node] = {}  # the first node of each parameter, which takes long to make
 
-        def create_node(*args: Any, **kwargs: Any) -> fx.Node:
+        def labeled(create: Callable[..., fx.Node], args: Any, kwargs: Any) -> fx.Node:
             if not self.whole:
                 self._refuse_regions()
             elif torch._C._functorch.peek_interpreter_stack() is not None:
                 self.transforms = True
             node = create(*args, **kwargs)
             node.meta["scope"] = tuple(self.stack)
-            node.meta["site"] = places = tuple(islice(user_places(sys._getframe(1)), 2))
+            node.meta["site"] = places = tuple(islice(user_places(sys._getframe(2)), 2))
             node.meta["source"] = places[0][0] if places else "?"
             node.meta["autocast"] = autocast_state()
             return node
 
-        tracer.create_node = create_node  # type: ignore[method-assign]
+        def create_node(*args: Any, **kwargs: Any) -> fx.Node:
+            return labeled(create, args, kwargs)
+
+        def create_arg(value: Any) -> Any:
+            if type(value) is not nn.Parameter:
+                return argument(value)
+            first = held.get(id(value))
+            if first is None:
+                first = held[id(value)] = argument(value)
+                return first
+            node = labeled(tracer.graph.create_node, ("get_attr", first.target), {})
+            node.meta["val"] = first.meta["val"]
+            return node
+
+        tracer.create_node = create_node
+        tracer.create_arg = create_arg
 
     def _refuse_regions(self) -> None:
         """Below autograd it does not show where a region without gradients begins."""
         if self.has_gradients and not torch.is_grad_enabled():
-            places = list(islice(user_places(sys._getframe(2)), 1))
+            places = list(islice(user_places(sys._getframe(3)), 1))
             raise CaptureError(
                 "the forward takes gradients itself, and has a region without them",
                 [f"at {place[0]}" for place in places],

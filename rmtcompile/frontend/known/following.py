@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ _SMALL = 1024
 
 NUMBERS = {torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default}
 """Operations that give a number."""
+
+_DEVICE = torch.ops.prim.device.default
 
 _LIFTS = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default}
 
@@ -72,6 +75,8 @@ class Known(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is _DEVICE and type(args[0]) is FakeTensor:  # asked of operands by half of all operations
+            return args[0].fake_device
         if func in NUMBERS:
             value = self.value(args[0])
             if value is None:
@@ -103,6 +108,10 @@ class Known(TorchDispatchMode):
         if step is not None:
             self._note(step, result, inputs, by_name)
         return result
+
+    def is_open(self, values: Sequence[torch.Tensor]) -> bool:
+        """Whether an input has a say in what is computed of these."""
+        return any(type(tensor) is FakeTensor and self._refs.get(tensor) is None for tensor in values)
 
     def _ref(self, tensor: torch.Tensor) -> Ref | None:
         """What is known about a tensor; None where an input has a say, or nothing is in it."""
