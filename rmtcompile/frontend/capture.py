@@ -129,7 +129,7 @@ def _captured(
         assert tracing is not None
         recorder.label_nodes(tracing.tracer)
         if whole:
-            Repeated(tracing, known)
+            Repeated(tracing, known, recorder.takes_gradients)
         values = list(flat)
         for position, tensor in zip(positions, tensors, strict=True):
             values[position] = tensor

@@ -25,13 +25,17 @@ class Recorder:
     def __init__(self, names: dict[int, str], snapshot: Snapshot, whole: bool) -> None:
         self.whole = whole  # traced above autograd and transforms
         self.has_gradients = torch.is_grad_enabled()
-        self.transforms = False  # whether a transform of torch.func was at work
+        self.transforms = False  # whether a transform of torch.func was at work, or gradients were taken
         self.calls: list[Call] = []
         self.stack: list[int] = []
         self.names = names
         self.snapshot = snapshot
         self.roots: dict[str, nn.Module] = {}
         self.unseen: set[tuple[int, str]] = set()  # what such modules may have read
+
+    def takes_gradients(self) -> None:
+        """Note that the forward takes gradients itself."""
+        self.transforms = True
 
     def enter(self, module: nn.Module, _: Any) -> None:
         if isinstance(module, Opaque):  # it calls a module that it stands for

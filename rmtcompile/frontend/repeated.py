@@ -5,12 +5,13 @@
 
 A forward does the same in each layer of each segment, and is captured with several numbers of segments. So
 what an operation gives for operands of some kinds is kept, across captures. Computed each time are operations
-that write, whatever needs values, and those that gradients are recorded of.
+that write, whatever needs values, and views that gradients are recorded of.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ class _Result:
         of: which of the tensors that the call was given has the same memory; None for new memory.
         is_given: whether it is that tensor itself.
         offset: from where that tensor begins.
+        has_gradients: whether these are recorded.
         fields: of the fake tensor.
     """
 
@@ -55,10 +57,17 @@ class _Result:
     offset: int
     dtype: torch.dtype
     device: torch.device
+    has_gradients: bool
     fields: dict[str, Any]
 
-    def made(self, given: list[torch.Tensor], mode: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The result, and another tensor in the same memory, for the graph to keep."""
+    def made(
+        self, given: list[torch.Tensor], mode: Any, refuse: Callable[[], None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The result, and another tensor in the same memory, for the graph to keep.
+
+        Args:
+            refuse: called where gradients are taken.
+        """
         with torch._C._DisableTorchDispatch(), torch._C._DisablePythonDispatcher(), torch.no_grad():
             if self.of is None:
                 elem = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device="meta")
@@ -66,8 +75,12 @@ class _Result:
                 base = given[self.of]
                 elem = torch.as_strided(base, self.size, self.stride, base.storage_offset() + self.offset)
             kept = self._fake(elem, mode)
-            value = given[self.of] if self.of is not None and self.is_given else self._fake(elem, mode)
-        return value, kept
+            if self.of is not None and self.is_given:
+                return given[self.of], kept
+        if self.has_gradients:
+            sources = [x for x in given if x.requires_grad]
+            return _derived(lambda: self._fake(elem, mode), refuse, *sources), kept
+        return self._fake(elem, mode), kept
 
     def _fake(self, elem: torch.Tensor, mode: Any) -> Any:
         value = torch.Tensor._make_subclass(
@@ -90,6 +103,23 @@ class _Answer:
 _answers: dict[Any, _Answer] = {}
 
 
+class _Derived(torch.autograd.Function):
+    """Makes a tensor that comes from others, as far as autograd can see."""
+
+    @staticmethod
+    def forward(ctx: Any, make: Callable[[], Any], refuse: Callable[[], None], *sources: Any) -> Any:
+        ctx.refuse = refuse
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        ctx.refuse()
+        raise RuntimeError("gradients of what was not computed")
+
+
+_derived: Any = super(torch.autograd.Function, _Derived).apply  # not what tracing makes of other functions
+
+
 class _OtherError(Exception):
     """A call has arguments of which nothing is kept."""
 
@@ -100,12 +130,15 @@ class Repeated:
     Args:
         mode: the mode of `make_fx`, above autograd.
         known: what follows the values of the forward; what it has to see is computed.
+        refuse: called where the forward takes gradients itself, of which nothing can be known here.
     """
 
-    def __init__(self, mode: proxy_tensor.ProxyTorchDispatchMode, known: Known) -> None:
+    def __init__(
+        self, mode: proxy_tensor.ProxyTorchDispatchMode, known: Known, refuse: Callable[[], None]
+    ) -> None:
         self._tracer: Any = mode.tracer
         self._trace = mode.__torch_dispatch__
-        self._known = known
+        self._known, self._refuse = known, refuse
         mode.__torch_dispatch__ = self._dispatched  # type: ignore[method-assign]
 
     def _dispatched(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -160,7 +193,7 @@ class Repeated:
         kwargs = {name: self._noted(value) for name, value in kwargs.items()}
         node = tracer.create_node("call_function", func, args, kwargs, answer.name)
         mode = next(tensor.fake_mode for tensor in given if isinstance(tensor, FakeTensor))
-        pairs = [result.made(given, mode) for result in answer.results]
+        pairs = [result.made(given, mode, self._refuse) for result in answer.results]
         if answer.form is None:
             return self._tracked(node, *pairs[0])
         node.meta["val"] = answer.form([kept for _, kept in pairs])
@@ -220,7 +253,7 @@ def _kernels() -> tuple[bool, ...]:
 def _results(result: Any, given: list[torch.Tensor]) -> tuple[_Result, ...]:
     """What is to be kept of what a call gave; nothing where that is not enough to make the like."""
     values = result if isinstance(result, (tuple, list)) else (result,)
-    if not all(type(x) is FakeTensor and x.constant is None and not x.requires_grad for x in values):
+    if not all(type(x) is FakeTensor and x.constant is None for x in values):
         return ()
     if any(x.layout is not torch.strided or x.is_conj() or x.is_neg() for x in values):
         return ()
@@ -236,11 +269,12 @@ def _results(result: Any, given: list[torch.Tensor]) -> tuple[_Result, ...]:
         elif of is None and any(memory == y.untyped_storage()._cdata for y in values[:i]):
             return ()
         base = fakes[of] if of is not None else None
-        if base is not None and (base is not given[of] or base.dtype != x.dtype):
+        if base is not None and (base is not given[of] or base.dtype != x.dtype or x.requires_grad):
             return ()
         offset = x.storage_offset() - (base.storage_offset() if base is not None else 0)
         if base is None and offset:
             return ()
         fields = dict(x.__dict__)
-        found.append(_Result(of, is_given, tuple(x.shape), x.stride(), offset, x.dtype, x.device, fields))
+        size, kind = (tuple(x.shape), x.stride(), offset), (x.dtype, x.device, x.requires_grad)
+        found.append(_Result(of, is_given, *size, *kind, fields))
     return tuple(found)
