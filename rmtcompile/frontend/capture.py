@@ -129,7 +129,7 @@ def _captured(
         assert tracing is not None
         recorder.label_nodes(tracing.tracer)
         if whole:
-            Repeated(tracing, known, recorder.takes_gradients)
+            Repeated(tracing, mode, known, recorder.takes_gradients)
         values = list(flat)
         for position, tensor in zip(positions, tensors, strict=True):
             values[position] = tensor
@@ -149,7 +149,10 @@ def _captured(
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [fake_like(mode, flat[i]) for i in positions]
-    trace = proxy_tensor.make_fx(traced, tracing_mode="fake", pre_dispatch=whole, _allow_non_fake_inputs=True)
+    trace = proxy_tensor.make_fx(
+        traced, tracing_mode="fake", pre_dispatch=whole, _allow_non_fake_inputs=True,
+        _disable_torch_fn_metadata_mode=True,
+    )  # fmt: skip
     grad = torch.is_grad_enabled()
     tracker, known, masks = ReadTracker(), Known(), Masks()
     checkpoints: list[str] = []

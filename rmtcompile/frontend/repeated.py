@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.backends import cuda
 from torch.fx.experimental import proxy_tensor
 
@@ -129,15 +129,21 @@ class Repeated:
 
     Args:
         mode: the mode of `make_fx`, above autograd.
-        known: what follows the values of the forward; what it has to see is computed.
+        fakes: the mode of the fake tensors.
+        known: what follows the values of the forward.
         refuse: called where the forward takes gradients itself, of which nothing can be known here.
     """
 
     def __init__(
-        self, mode: proxy_tensor.ProxyTorchDispatchMode, known: Known, refuse: Callable[[], None]
+        self,
+        mode: proxy_tensor.ProxyTorchDispatchMode,
+        fakes: FakeTensorMode,
+        known: Known,
+        refuse: Callable[[], None],
     ) -> None:
         self._tracer: Any = mode.tracer
         self._trace = mode.__torch_dispatch__
+        self._fakes = fakes
         self._known, self._refuse = known, refuse
         mode.__torch_dispatch__ = self._dispatched  # type: ignore[method-assign]
 
@@ -171,12 +177,10 @@ class Repeated:
             named = tuple([(name, _kind(value, given)) for name, value in kwargs.items()])
         except _OtherError:
             return None
-        if not self._known.is_open(given):
-            return None
         for tensor in given:
             slot = self._slot(tensor)
             if slot.constant is not None if slot is not None else type(tensor) is FakeTensor:
-                return None
+                return None  # its contents may be asked for
         settings = (torch.is_grad_enabled(), torch.get_default_dtype())
         return func, values, named, settings, _kernels() if func is _ATTENTION else None
 
@@ -189,11 +193,12 @@ class Repeated:
     ) -> Any:
         """Note a call like an earlier one, and give what it gives."""
         tracer = self._tracer
-        args = tuple([self._noted(value) for value in args])
-        kwargs = {name: self._noted(value) for name, value in kwargs.items()}
-        node = tracer.create_node("call_function", func, args, kwargs, answer.name)
-        mode = next(tensor.fake_mode for tensor in given if isinstance(tensor, FakeTensor))
-        pairs = [result.made(given, mode, self._refuse) for result in answer.results]
+        operands = tuple([self._noted(value) for value in args])
+        named = {name: self._noted(value) for name, value in kwargs.items()}
+        node = tracer.create_node("call_function", func, operands, named, answer.name)
+        pairs = [result.made(given, self._fakes, self._refuse) for result in answer.results]
+        values = [(value, result.of) for (value, _), result in zip(pairs, answer.results, strict=True)]
+        self._known.note(func, args, kwargs, given, values)
         if answer.form is None:
             return self._tracked(node, *pairs[0])
         node.meta["val"] = answer.form([kept for _, kept in pairs])

@@ -109,9 +109,32 @@ class Known(TorchDispatchMode):
             self._note(step, result, inputs, by_name)
         return result
 
-    def is_open(self, values: Sequence[torch.Tensor]) -> bool:
-        """Whether an input has a say in what is computed of these."""
-        return any(type(tensor) is FakeTensor and self._refs.get(tensor) is None for tensor in values)
+    def note(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        given: Sequence[torch.Tensor],
+        results: Sequence[tuple[torch.Tensor, int | None]],
+    ) -> None:
+        """Note an operation that writes nothing and was not computed here.
+
+        Args:
+            given: the tensors among its arguments.
+            results: each with which of these has the same memory; None for memory of its own.
+        """
+        self._now += 1
+        refs: list[Any] = []
+        for tensor in given:
+            refs.append(self._ref(tensor))
+            if refs[-1] is None:
+                return
+        if is_replayable(func):
+            step = self._step(self._now, func, args, kwargs, list(given), refs)
+            for i, (value, of) in enumerate(results):
+                if of is None or value is not given[of]:
+                    memory = refs[of].memory if of is not None else Memory()
+                    self._refs[value] = Ref(step, i, memory, of is not None)
 
     def _ref(self, tensor: torch.Tensor) -> Ref | None:
         """What is known about a tensor; None where an input has a say, or nothing is in it."""
