@@ -1,4 +1,4 @@
-"""repeated.py: a forward is captured as if each of its operations was computed."""
+"""repeated.py, fakes.py: a forward is captured as if each of its operations was computed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from zoo.others import ZOO
 
 from rmtcompile.binding.captured import Capture
-from rmtcompile.frontend import repeated
 from rmtcompile.frontend.capture import capture
+from rmtcompile.ir import fakes
 
 
 def look(value: Any, memories: dict[int, int]) -> Any:
@@ -47,13 +47,13 @@ def assert_captured_alike(
 ) -> None:
     """The capture with all operations computed, with those of its own repeated, with all known before."""
     with monkeypatch.context() as patched:
-        patched.setattr(repeated, "_is_settled", lambda func: False)
+        patched.setattr(fakes, "_is_settled", lambda func: False)
         expected = described(capture(build(), inputs, {}))
-    monkeypatch.setattr(repeated, "_answers", {})
+    monkeypatch.setattr(fakes, "_answers", {})
     model = build()
     assert described(capture(model, inputs, {})) == expected
     assert described(capture(model, inputs, {})) == expected
-    assert repeated._answers
+    assert fakes._answers
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def test_settings_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same operands give something else under another default dtype."""
     before = torch.get_default_dtype()
     ints = torch.arange(6)
-    monkeypatch.setattr(repeated, "_answers", {})
+    monkeypatch.setattr(fakes, "_answers", {})
     types = []
     try:
         for dtype in (torch.float32, torch.float64):
