@@ -127,7 +127,7 @@ def _captured(
     def traced(*tensors: torch.Tensor) -> list[torch.Tensor]:
         tracing = proxy_tensor.get_proxy_mode()
         assert tracing is not None
-        recorder.label_nodes(tracing.tracer)
+        recorder.label_nodes(tracing.tracer, mode)
         if whole:
             Repeated(tracing, mode, known, recorder.takes_gradients)
         values = list(flat)

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rmtcompile.binding.captured import Call
+from rmtcompile.binding.kinds import is_plain
 from rmtcompile.binding.objects import Opaque
 from rmtcompile.binding.state import Snapshot
 from rmtcompile.errors import CaptureError
 from rmtcompile.frontend.blame import user_places
+from rmtcompile.ir.fakes import fake_of
 from rmtcompile.ir.modes import autocast_state
 
 
@@ -67,10 +70,15 @@ class Recorder:
             for hook in hooks:
                 hook.remove()
 
-    def label_nodes(self, tracer: Any) -> None:
-        """Make the running tracer note the scope and the place in the user's code on each node it creates."""
+    def label_nodes(self, tracer: Any, fakes: FakeTensorMode) -> None:
+        """Make the running tracer note the scope and the place in the user's code on each node that it makes,
+        and keep parameters: it would look for them, and make fake values of them, at each use.
+
+        Args:
+            fakes: the mode of the fake tensors.
+        """
         create, argument = tracer.create_node, tracer.create_arg
-        held: dict[int, fx.Node] = {}  # the first node of each parameter, which takes long to make
+        held: dict[int, tuple[str, torch.Tensor]] = {}  # name and value of each parameter
 
         def labeled(create: Callable[..., fx.Node], args: Any, kwargs: Any) -> fx.Node:
             if not self.whole:
@@ -88,14 +96,15 @@ class Recorder:
             return labeled(create, args, kwargs)
 
         def create_arg(value: Any) -> Any:
-            if type(value) is not nn.Parameter:
+            if type(value) is not nn.Parameter or not is_plain(value) or value.is_meta:
                 return argument(value)
-            first = held.get(id(value))
-            if first is None:
-                first = held[id(value)] = argument(value)
-                return first
-            node = labeled(tracer.graph.create_node, ("get_attr", first.target), {})
-            node.meta["val"] = first.meta["val"]
+            if id(value) not in held:
+                name = tracer.get_fresh_qualname("_param_constant")
+                setattr(tracer.root, name, value)
+                held[id(value)] = name, fake_of(fakes, value)
+            name, fake = held[id(value)]
+            node = labeled(tracer.graph.create_node, ("get_attr", name), {})
+            node.meta["val"] = fake
             return node
 
         tracer.create_node = create_node

@@ -80,7 +80,7 @@ class Repeated:
         if answer.form is None:
             return self._tracked(node, *pairs[0])
         node.meta["val"] = answer.form([kept for _, kept in pairs])
-        parts = fx.Proxy(node, tracer)
+        parts: Any = fx.Proxy(node, tracer)
         return answer.form([self._tracked(parts[i].node, *pair) for i, pair in enumerate(pairs)])
 
     def _noted(self, value: Any) -> Any:

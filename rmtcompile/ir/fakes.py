@@ -215,28 +215,31 @@ def _kernels() -> tuple[bool, ...]:
 def _results(result: Any, given: list[torch.Tensor]) -> tuple[Result, ...]:
     """What is to be kept of what a call gave; nothing where that is not enough to make the like."""
     values = result if isinstance(result, (tuple, list)) else (result,)
-    if not all(type(x) is FakeTensor and x.constant is None for x in values):
+    if not values or not all(type(x) is FakeTensor and x.constant is None for x in values):
         return ()
     if any(x.layout is not torch.strided or x.is_conj() or x.is_neg() for x in values):
         return ()
-    mode = values[0].fake_mode if values else None
+    mode: Any = values[0].fake_mode
     fakes = [x if isinstance(x, FakeTensor) else mode.from_tensor(x) for x in given]
-    memories = [x.untyped_storage()._cdata for x in fakes]
-    found = []
+    memories = [_memory(x) for x in fakes]
+    found: list[Result] = []
     for i, x in enumerate(values):
-        memory, is_given = x.untyped_storage()._cdata, any(x is one for one in given)
         of = next((k for k, one in enumerate(given) if x is one), None)
-        if of is None and memory in memories:
-            of = memories.index(memory)
-        elif of is None and any(memory == y.untyped_storage()._cdata for y in values[:i]):
-            return ()
-        base = fakes[of] if of is not None else None
-        if base is not None and (base is not given[of] or base.dtype != x.dtype or x.requires_grad):
-            return ()
-        offset = x.storage_offset() - (base.storage_offset() if base is not None else 0)
-        if base is None and offset:
-            return ()
-        fields = dict(x.__dict__)
+        is_given, offset = of is not None, x.storage_offset()
+        if of is None and _memory(x) in memories:
+            of = memories.index(_memory(x))
+        if of is None:
+            if offset or any(_memory(x) == _memory(other) for other in values[:i]):
+                return ()
+        else:
+            base = fakes[of]
+            if base is not given[of] or base.dtype != x.dtype or x.requires_grad:
+                return ()
+            offset -= base.storage_offset()
         size, kind = (tuple(x.shape), x.stride(), offset), (x.dtype, x.device, x.requires_grad)
-        found.append(Result(of, is_given, *size, *kind, fields))
+        found.append(Result(of, is_given, *size, *kind, dict(x.__dict__)))
     return tuple(found)
+
+
+def _memory(value: torch.Tensor) -> int:
+    return value.untyped_storage()._cdata
