@@ -42,6 +42,7 @@ from rmtcompile.frontend.counting import Counts, note, plain
 from rmtcompile.frontend.known import NUMBERS, Known, Reads
 from rmtcompile.frontend.masks import Masks
 from rmtcompile.frontend.recorder import Recorder
+from rmtcompile.frontend.repeated import Repeated
 from rmtcompile.frontend.tracing import (
     SharedData,
     as_written,
@@ -124,7 +125,11 @@ def _captured(
     produced: dict[str, Any] = {}
 
     def traced(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        recorder.label_nodes()
+        tracing = proxy_tensor.get_proxy_mode()
+        assert tracing is not None
+        recorder.label_nodes(tracing.tracer, mode)
+        if whole:
+            Repeated(tracing, mode, known, recorder.takes_gradients)
         values = list(flat)
         for position, tensor in zip(positions, tensors, strict=True):
             values[position] = tensor
@@ -144,7 +149,10 @@ def _captured(
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [fake_like(mode, flat[i]) for i in positions]
-    trace = proxy_tensor.make_fx(traced, tracing_mode="fake", pre_dispatch=whole, _allow_non_fake_inputs=True)
+    trace = proxy_tensor.make_fx(
+        traced, tracing_mode="fake", pre_dispatch=whole, _allow_non_fake_inputs=True,
+        _disable_torch_fn_metadata_mode=True,
+    )  # fmt: skip
     grad = torch.is_grad_enabled()
     tracker, known, masks = ReadTracker(), Known(), Masks()
     checkpoints: list[str] = []

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -65,6 +65,8 @@ class _Views(TorchDispatchMode):
         self.integers = {x.untyped_storage()._cdata for x in leaves if not x.dtype.is_floating_point}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
+            return args[0].fake_device
         result = func(*args, **(kwargs or {}))
         self.operations += 1
         if self.operations > _MOST:

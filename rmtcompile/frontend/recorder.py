@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.experimental import proxy_tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rmtcompile.binding.captured import Call
+from rmtcompile.binding.kinds import is_plain
 from rmtcompile.binding.objects import Opaque
 from rmtcompile.binding.state import Snapshot
 from rmtcompile.errors import CaptureError
 from rmtcompile.frontend.blame import user_places
+from rmtcompile.ir.fakes import fake_of
 from rmtcompile.ir.modes import autocast_state
 
 
@@ -26,13 +28,17 @@ class Recorder:
     def __init__(self, names: dict[int, str], snapshot: Snapshot, whole: bool) -> None:
         self.whole = whole  # traced above autograd and transforms
         self.has_gradients = torch.is_grad_enabled()
-        self.transforms = False  # whether a transform of torch.func was at work
+        self.transforms = False  # whether a transform of torch.func was at work, or gradients were taken
         self.calls: list[Call] = []
         self.stack: list[int] = []
         self.names = names
         self.snapshot = snapshot
         self.roots: dict[str, nn.Module] = {}
         self.unseen: set[tuple[int, str]] = set()  # what such modules may have read
+
+    def takes_gradients(self) -> None:
+        """Note that the forward takes gradients itself."""
+        self.transforms = True
 
     def enter(self, module: nn.Module, _: Any) -> None:
         if isinstance(module, Opaque):  # it calls a module that it stands for
@@ -64,31 +70,50 @@ class Recorder:
             for hook in hooks:
                 hook.remove()
 
-    def label_nodes(self) -> None:
-        """Make the running tracer note the scope and the place in the user's code on each node it creates."""
-        mode = proxy_tensor.get_proxy_mode()
-        assert mode is not None
-        tracer = mode.tracer
-        create = tracer.create_node
+    def label_nodes(self, tracer: Any, fakes: FakeTensorMode) -> None:
+        """Make the running tracer note the scope and the place in the user's code on each node that it makes,
+        and keep parameters: it would look for them, and make fake values of them, at each use.
 
-        def create_node(*args: Any, **kwargs: Any) -> fx.Node:
+        Args:
+            fakes: the mode of the fake tensors.
+        """
+        create, argument = tracer.create_node, tracer.create_arg
+        held: dict[int, tuple[str, torch.Tensor]] = {}  # name and value of each parameter
+
+        def labeled(create: Callable[..., fx.Node], args: Any, kwargs: Any) -> fx.Node:
             if not self.whole:
                 self._refuse_regions()
             elif torch._C._functorch.peek_interpreter_stack() is not None:
                 self.transforms = True
             node = create(*args, **kwargs)
             node.meta["scope"] = tuple(self.stack)
-            node.meta["site"] = places = tuple(islice(user_places(sys._getframe(1)), 2))
+            node.meta["site"] = places = tuple(islice(user_places(sys._getframe(2)), 2))
             node.meta["source"] = places[0][0] if places else "?"
             node.meta["autocast"] = autocast_state()
             return node
 
-        tracer.create_node = create_node  # type: ignore[method-assign]
+        def create_node(*args: Any, **kwargs: Any) -> fx.Node:
+            return labeled(create, args, kwargs)
+
+        def create_arg(value: Any) -> Any:
+            if type(value) is not nn.Parameter or not is_plain(value) or value.is_meta:
+                return argument(value)
+            if id(value) not in held:
+                name = tracer.get_fresh_qualname("_param_constant")
+                setattr(tracer.root, name, value)
+                held[id(value)] = name, fake_of(fakes, value)
+            name, fake = held[id(value)]
+            node = labeled(tracer.graph.create_node, ("get_attr", name), {})
+            node.meta["val"] = fake
+            return node
+
+        tracer.create_node = create_node
+        tracer.create_arg = create_arg
 
     def _refuse_regions(self) -> None:
         """Below autograd it does not show where a region without gradients begins."""
         if self.has_gradients and not torch.is_grad_enabled():
-            places = list(islice(user_places(sys._getframe(2)), 1))
+            places = list(islice(user_places(sys._getframe(3)), 1))
             raise CaptureError(
                 "the forward takes gradients itself, and has a region without them",
                 [f"at {place[0]}" for place in places],

@@ -61,6 +61,8 @@ _KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
 
 def autocast_state() -> Autocast:
     """What autocast does here."""
+    if not torch._C._is_any_autocast_enabled():
+        return ()
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in _KINDS if torch.is_autocast_enabled(kind))
 
 

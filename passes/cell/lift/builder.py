@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from rmtcompile.ir.fakes import computed
 from rmtcompile.ir.modes import contexts
 
 aten = torch.ops.aten
@@ -156,8 +157,8 @@ class Builder:
         name = ops[0]._opname if ops else getattr(args[0], "name", _last_word(target))
         assert self.source is not None
         examples = replaced((args, kwargs), lambda a: a.meta["val"] if isinstance(a, fx.Node) else a)
-        with self.mode, torch.no_grad(), contexts(self.source):
-            val = target(*examples[0], **examples[1])  # what fails here leaves no node
+        with contexts(self.source):
+            val = computed(self.mode, target, *examples)  # what fails here leaves no node
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         node.meta = inherited(self.source) | {"val": val}
         return node

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -31,8 +31,12 @@ _PYTHON_WRITES = {operator.setitem, operator.delitem, operator.iadd, operator.is
 
 def overload_name(node: fx.Node) -> str:
     """`aten.select.int` → "select"; "" for anything that is not an operator overload."""
-    target = node.target
-    return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else ""
+    return _name(node.target) if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+@cache
+def _name(target: torch._ops.OpOverload) -> str:
+    return str(target._schema.name.split("::")[1])
 
 
 def is_pointwise(node: fx.Node) -> bool:

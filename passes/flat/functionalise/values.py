@@ -9,6 +9,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
 
+from rmtcompile.ir.fakes import computed
+
 
 def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of one shape have one layout (strides of size-1 dimensions say nothing)."""
@@ -52,8 +54,7 @@ class Values:
     def run(self, target: Any, args: Any, kwargs: Any) -> Any:
         """What a call on nodes gives, as a fake value."""
         get = lambda n: self.local(n.meta["val"])  # noqa: E731
-        with self.mode, torch.no_grad():
-            return target(*map_arg(args, get), **map_arg(kwargs, get))
+        return computed(self.mode, target, map_arg(args, get), map_arg(kwargs, get))
 
 
 def storage_of(value: Any) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ _SMALL = 1024
 
 NUMBERS = {torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default}
 """Operations that give a number."""
+
+_DEVICE = torch.ops.prim.device.default
 
 _LIFTS = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default}
 
@@ -72,6 +75,8 @@ class Known(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is _DEVICE and type(args[0]) is FakeTensor:  # asked of operands by half of all operations
+            return args[0].fake_device
         if func in NUMBERS:
             value = self.value(args[0])
             if value is None:
@@ -103,6 +108,33 @@ class Known(TorchDispatchMode):
         if step is not None:
             self._note(step, result, inputs, by_name)
         return result
+
+    def note(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        given: Sequence[torch.Tensor],
+        results: Sequence[tuple[torch.Tensor, int | None]],
+    ) -> None:
+        """Note an operation that writes nothing and was not computed here.
+
+        Args:
+            given: the tensors among its arguments.
+            results: each with which of these has the same memory; None for memory of its own.
+        """
+        self._now += 1
+        refs: list[Any] = []
+        for tensor in given:
+            refs.append(self._ref(tensor))
+            if refs[-1] is None:
+                return
+        if is_replayable(func):
+            step = self._step(self._now, func, args, kwargs, list(given), refs)
+            for i, (value, of) in enumerate(results):
+                if of is None or value is not given[of]:
+                    memory = refs[of].memory if of is not None else Memory()
+                    self._refs[value] = Ref(step, i, memory, of is not None)
 
     def _ref(self, tensor: torch.Tensor) -> Ref | None:
         """What is known about a tensor; None where an input has a say, or nothing is in it."""
