@@ -44,7 +44,7 @@ class Result:
         is_given: whether it is that tensor itself.
         offset: from where that tensor begins.
         has_gradients: whether these are recorded.
-        fields: of the fake tensor.
+        fields: of the fake tensor, but for its mode.
     """
 
     of: int | None
@@ -207,9 +207,12 @@ def _kind(value: Any, given: list[torch.Tensor]) -> Any:
     return kind, value
 
 
-def _kernels() -> tuple[bool, ...]:
-    """Which kernels attention may use: how its result lies in memory depends on it."""
-    return cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
+def _kernels() -> tuple[Any, ...]:
+    """Which kernels attention may use, the first choice first: the layout of its result depends on it."""
+    enabled = (
+        cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.math_sdp_enabled, cuda.cudnn_sdp_enabled
+    )  # fmt: skip
+    return *(is_enabled() for is_enabled in enabled), *torch._C._get_sdp_priority_order()
 
 
 def _results(result: Any, given: list[torch.Tensor]) -> tuple[Result, ...]:
@@ -237,7 +240,8 @@ def _results(result: Any, given: list[torch.Tensor]) -> tuple[Result, ...]:
                 return ()
             offset -= base.storage_offset()
         size, kind = (tuple(x.shape), x.stride(), offset), (x.dtype, x.device, x.requires_grad)
-        found.append(Result(of, is_given, *size, *kind, dict(x.__dict__)))
+        fields = {name: value for name, value in vars(x).items() if name != "fake_mode"}
+        found.append(Result(of, is_given, *size, *kind, fields))
     return tuple(found)
 
 
