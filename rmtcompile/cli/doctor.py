@@ -194,9 +194,7 @@ def _caches() -> Iterator[Finding]:
     triton = os.environ.get("TRITON_CACHE_DIR")
     if triton:
         yield _folder("kernels of Triton", Path(triton))
-    yield Finding(
-        "caches", "programs", "where you say: optimize(model, cache='folder'), fast.save('folder')"
-    )
+    yield Finding("caches", "programs", "where you say: optimize(model, cache='folder'), fast.save('folder')")
 
 
 def _folder(name: str, path: Path) -> Finding:
