@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,18 @@ def check_folder(path: str | Path) -> Path:
     return path
 
 
+@contextmanager
+def telling(say: Callable[[str], None], what: str, after: float = 2.0) -> Iterator[None]:
+    """Say what is being done where it takes longer than `after` seconds."""
+    timer = threading.Timer(after, say, [f"               ... {what}"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def cannot_write(error: OSError, path: str | Path) -> UsageError:
     """What to say of a path that is not to be written, in one line."""
     at = error.filename if isinstance(error.filename, str) and Path(error.filename).exists() else path
@@ -113,5 +127,5 @@ def cannot_write(error: OSError, path: str | Path) -> UsageError:
 
 __all__ = [
     "USAGE", "BuilderError", "Parser", "UsageError", "add_dtype", "add_json", "cannot_write", "check_file",
-    "check_folder", "positive",
+    "check_folder", "positive", "telling",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rmtcompile.cli.options import Command, build_parser
-from rmtcompile.commandline import USAGE, BuilderError, UsageError, check_file, check_folder
+from rmtcompile.commandline import USAGE, BuilderError, UsageError, check_file, check_folder, telling
 
 if TYPE_CHECKING:
     from rmtcompile.cli.target import Target
@@ -97,12 +97,14 @@ def _optimized(options: argparse.Namespace, target: Target) -> Optimized:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from rmtcompile.cli.demo import run_demo
-    from rmtcompile.cli.target import Sizes
-
+    say = _quiet if options.json else _say
     check_folder(options.out)
-    own = options.model is not None or options.dtype is not None
-    target = _target(options) if own else None
+    with telling(say, "importing torch, and making the model"):
+        from rmtcompile.cli.demo import run_demo
+        from rmtcompile.cli.target import Sizes
+
+        own = options.model is not None or options.dtype is not None
+        target = _target(options) if own else None
     result = run_demo(
         Sizes.of(options),
         target=target,
@@ -110,7 +112,7 @@ def _demo(options: argparse.Namespace) -> int:
         out=options.out,
         repeats=options.repeats,
         device=options.device or "cpu",
-        say=_quiet if options.json else _say,
+        say=say,
     )
     if options.json:
         print(json.dumps(dataclasses.asdict(result), indent=2))
