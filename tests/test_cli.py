@@ -60,13 +60,17 @@ def test_the_doctor_says_what_is_missing(
 ) -> None:
     versions = {"torch": "2.9.1+cu126", "networkx": "3.2"}
     monkeypatch.setattr(doctor, "version_of", versions.get)
-    monkeypatch.setattr(rmtcompile, "optimize", lambda model: lambda x: model(x) + 1)
+    monkeypatch.setattr(rmtcompile, "optimize", lambda model, cache: lambda x: model(x) + 1)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
+    monkeypatch.setenv("RMTCOMPILE_CACHE", "/proc/programs")
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != "/proc")
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     for piece in (
         "2.9.1+cu126, older than 2.11", "pip install 'torch>=2.11'", "pip install 'rmtcompile[models]'",
-        "differs by 1.0e+00", f"{tmp_path}/kernels, 0 MiB", "does not work: torch, numpy, a small model",
+        "differs by 1.0e+00", f"{tmp_path}/kernels, 0 MiB",
+        "does not work: torch, numpy, programs, a small model", "/proc/programs cannot be written",
+        "set RMTCOMPILE_CACHE",
     ):  # fmt: skip
         assert piece in out, piece
 

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rmtcompile.cli.options import Command, build_parser
 from rmtcompile.commandline import USAGE, BuilderError, UsageError, check_file, check_folder, telling
@@ -86,12 +86,14 @@ def _optimized(options: argparse.Namespace, target: Target) -> Optimized:
     def progress(line: str) -> None:
         print(f"  {line}", file=sys.stderr)
 
+    # What view and dump show needs graphs, which are not saved.
+    cache: Any = getattr(options, "cache", False)
     return optimize(
         target.model,
         plan=options.plan,
         segment_size=options.segment_size,
         layers=options.layers_at,
-        cache=getattr(options, "cache", None),
+        cache=cache,
         progress=False if options.quiet or options.json else progress,
     )
 

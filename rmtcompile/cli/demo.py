@@ -136,9 +136,7 @@ def run_demo(
     for path in written[1:]:
         say(f"               {path}")
     say("")
-    say(
-        f"open {folder / 'viewer.html'} in a browser: each cell, why it runs when it does, and the times above"
-    )
+    say(f"open {folder / 'viewer.html'} in a browser: each cell, why it runs when it does, and these times")
     return dataclasses.replace(result, files=tuple(str(path) for path in written))
 
 
@@ -156,7 +154,7 @@ def _captured(target: Target, say: Say) -> tuple[Optimized, float]:
     def progress(line: str) -> None:
         say(f"               {time.perf_counter() - start:5.1f} s  {line}")
 
-    fast = optimize(target.model, progress=progress)
+    fast = optimize(target.model, progress=progress, cache=False)  # a saved program has no graphs to look at
     with torch.no_grad():
         fast(*target.args, **target.kwargs)
     seconds = time.perf_counter() - start

@@ -125,7 +125,9 @@ def build_parser(commands_of: Mapping[str, Command]) -> argparse.ArgumentParser:
     _add_model(explain)
     explain.add_argument("--html", action="store_true", help="print a page instead of text")
     explain.add_argument(
-        "--cache", metavar="FOLDER", help="look for a saved program there, and save one that is compiled"
+        "--cache",
+        metavar="FOLDER",
+        help="look for a saved program there, and save one that is compiled (default: $RMTCOMPILE_CACHE)",
     )
     view = _command(
         commands, "view", "write the viewer, or the schedule as a picture", _VIEW, commands_of["view"]
