@@ -32,7 +32,7 @@ bench() { # NAME FLAGS...: the tables on stdout, the progress in NAME.log; stopp
         return
     fi
     timeout -s INT -k 10 "$left" "$python" -m rmtcompile.bench --budget $((left > 120 ? left - 90 : left / 2)) \
-        --json "$folder/$name.json" --plots "$folder/$name-plots" "$@" \
+        --out "$folder/$name.json" --plots "$folder/$name-plots" "$@" \
         2>"$folder/$name.log" | tee "$folder/$name.txt"
     local rc=${PIPESTATUS[0]}
     if ((rc)); then

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from rmtcompile.errors import UnsupportedError
 from rmtcompile.installed import Installed, installed_in, unwrapped
 from rmtcompile.module import OptimizedModule, class_for
 from rmtcompile.optimized import Optimized
-from rmtcompile.options import Chosen, Devices, Options, bands_on, check_options, group_of
+from rmtcompile.options import Chosen, Devices, Options, bands_on, cache_folder, check_options, group_of
 
 if TYPE_CHECKING:
     from rmtcompile.report import Explanation
@@ -41,7 +41,7 @@ def optimize(
     verify: bool = False,
     progress: bool | Progress = False,
     recompute: str | int = "auto",
-    cache: str | PathLike[str] | None = None,
+    cache: str | PathLike[str] | Literal[False] | None = None,
     devices: Devices = None,
 ) -> Optimized:
     """Make a recurrent-memory model run a diagonal at a time, with the same inputs, outputs and recurrence.
@@ -80,7 +80,8 @@ def optimize(
             on one device by default.
         progress: print what is being done on long work, or call a function with each line.
         cache: a folder in which programs are saved when they are compiled, and looked for before: see `load`.
-            Several processes may use one folder, for any models.
+            Several processes may use one folder, for any models. By default the folder that the environment
+            variable `RMTCOMPILE_CACHE` names, if it is set; False: none, whatever it says.
 
     Returns:
         What is called like `model`, and has `schedule`, `code`, `explain()`. For a module it is a module: its
@@ -105,7 +106,7 @@ def optimize(
             "a program is installed in this model: call the model, or rmtcompile.uninstall(model) first"
         )
     report = print if progress is True else progress if callable(progress) else None
-    folder = os.fspath(cache) if cache is not None else None
+    folder = cache_folder(cache)
     on = bands_on(devices, plan, recompute)
     group = group_of(devices)
     options = Options(
@@ -146,6 +147,7 @@ def load(
     """
     if not os.path.isdir(folder):
         raise ValueError(f"there is no folder {os.fspath(folder)!r}")
+    options.setdefault("cache", False)
     fast = optimize(model, **options)
     fast._programs.shelf.look_in(folder)
     return fast

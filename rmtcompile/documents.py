@@ -98,6 +98,8 @@ class Stream:
     def __init__(
         self, fast: Optimized, documents: Iterable[Any], together: bool | str, share_prefixes: bool
     ) -> None:
+        if together != "auto" and not isinstance(together, bool):
+            raise ValueError(f"together must be True, False or 'auto', not {together!r}")
         self._fast = fast
         self._together = True if share_prefixes and together == "auto" else together
         self._prefixes: Prefixes | None = None

@@ -210,6 +210,9 @@ class Optimized(Inspected, Opaque):
 
         Returns:
             An iterator over the results, in order. `close()` drops what is on its way.
+
+        Raises:
+            ValueError: `together` has no such value.
         """
         return Stream(self, documents, together, share_prefixes)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
+
+CACHE = "RMTCOMPILE_CACHE"
+"""The environment variable that names the folder of `cache` where none is given."""
 
 Devices = Any
 """How the devices of bands of layers are given: "auto", a list of devices, or a process group or a mesh of
@@ -27,7 +31,7 @@ class Chosen(TypedDict, total=False):
     verify: bool
     progress: bool | Callable[[str], Any]
     recompute: str | int
-    cache: str | PathLike[str] | None
+    cache: str | PathLike[str] | Literal[False] | None
     devices: Devices
 
 
@@ -109,8 +113,15 @@ def check_options(
         )
     if not isinstance(progress, bool) and not callable(progress):
         raise ValueError(f"progress must be True, False or a callable, not {progress!r}")
-    if cache is not None and not isinstance(cache, (str, PathLike)):
-        raise ValueError(f"cache must be the path of a folder, not {cache!r}")
+    if cache is not None and cache is not False and not isinstance(cache, (str, PathLike)):
+        raise ValueError(f"cache must be the path of a folder, or False for none, not {cache!r}")
+
+
+def cache_folder(cache: str | PathLike[str] | Literal[False] | None) -> str | None:
+    """The folder in which programs are kept: the one that is given, or else that of the environment."""
+    if cache is None:
+        return os.environ.get(CACHE) or None
+    return None if cache is False else os.fspath(cache)
 
 
 def group_of(devices: Devices) -> Any:

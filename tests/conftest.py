@@ -12,6 +12,7 @@ import tempfile
 
 # Read by torch and transformers when they are imported; pytest-xdist's workers inherit them.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
+os.environ.pop("RMTCOMPILE_CACHE", None)
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # One cache a run; name a folder yourself and later runs start some 20 seconds faster.
 OWN_CACHE = None

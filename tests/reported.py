@@ -122,5 +122,9 @@ def wrong() -> int:
     return 3
 
 
+def needs(size: int, *, depth: int = 2) -> int:
+    return size * depth
+
+
 def failing() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     raise RuntimeError("the weights are not here")

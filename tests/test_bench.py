@@ -287,7 +287,7 @@ def test_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.json"
     flags = ["--preset", "tiny", "--segment", "16", "--layers", "3", "--tokens", "32", "64", "--rounds", "1"]
     pieces = ["--errors", "--accumulation", "--profile", "--wavefronts", "--dtype", "f64"]
-    assert main([*flags, *pieces, "--json", str(path)]) == 0
+    assert main([*flags, *pieces, "--out", str(path)]) == 0
     record = json.loads(path.read_text())
     (model,) = record["models"]
     assert {(row["tokens"], row["opponent"]) for row in model["rows"]} == {
@@ -320,7 +320,7 @@ def test_an_opponent_that_fails_leaves_the_others(
     monkeypatch.setattr(SequentialGraphed, "prepare", broken)
     flags = ["--preset", "tiny", "--tokens", "32", "--rounds", "1", "--opponents", "graphed", "sequential"]
     path = tmp_path / "run.json"
-    assert main([*flags, "--json", str(path)]) == 1
+    assert main([*flags, "--out", str(path)]) == 1
     out, _ = capsys.readouterr()
     assert "failed: graphed: RuntimeError: no such kernel" in out
     record = json.loads(path.read_text())

@@ -124,7 +124,7 @@ def test_a_length_that_was_not_measured_again_is_in_no_sum_that_needs_it() -> No
 def test_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.json"
     flags = [*FLAGS, "--segment", "2", "--memory", "1", "--documents", "4", "--max-segments", "4"]
-    assert main([*flags, "--seed", "233", "--json", str(path)]) == 0
+    assert main([*flags, "--seed", "233", "--out", str(path)]) == 0
     record = json.loads(path.read_text())
     assert [d["tokens"] for d in record["documents"]] == record["lengths"] == [4, 8, 2, 6]
     assert [d["captures"] for d in record["documents"]] == [1, 0, 0, 0]  # whole segments all of them
@@ -153,7 +153,7 @@ def test_a_document_that_fails_leaves_the_others(
     monkeypatch.setattr(documents.Session, "_document", broken)
     monkeypatch.setattr(documents.Session, "_repeated", times)
     path = tmp_path / "run.json"
-    assert main([*FLAGS, "--documents", "4", "--max-segments", "2", "--seed", "1", "--json", str(path)]) == 1
+    assert main([*FLAGS, "--documents", "4", "--max-segments", "2", "--seed", "1", "--out", str(path)]) == 1
     record = json.loads(path.read_text())
     assert len(record["documents"]) == 3 and len(record["eager_s"]) == 3
     assert "RuntimeError: no such kernel" in record["failed"][0]

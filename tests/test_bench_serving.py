@@ -29,7 +29,7 @@ def test_flags() -> None:
 
 def test_a_queue_and_a_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "run.json"
-    flags = ["--map", "4", "--generate", "3", "--tokens", "24", "--padded", "2", "--json", str(out)]
+    flags = ["--map", "4", "--generate", "3", "--tokens", "24", "--padded", "2", "--out", str(out)]
     assert main([*TINY, *flags]) == 0
     record = json.loads(out.read_text())
     assert record["lengths"] == [24] * 4 and not record["failed"]

@@ -28,7 +28,7 @@ def test_flags() -> None:
 
 def test_steps_are_timed_and_compared(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "run.json"
-    flags = ["--tokens", "16", "32", "--rounds", "1", "--option", "backend=eager", "--json", str(out)]
+    flags = ["--tokens", "16", "32", "--rounds", "1", "--option", "backend=eager", "--out", str(out)]
     assert main([*TINY, *flags, "--recompute", "none", "2", "--no-own"]) == 0
     record = json.loads(out.read_text())
     assert [(step["name"], step["tokens"]) for step in record["steps"]] == [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import pytest
 import torch
 
 from rmtcompile.cli.demo import DemoResult, read_bytes, run_demo, verdict
-from rmtcompile.cli.target import Sizes, UsageError
+from rmtcompile.cli.target import Sizes
+from rmtcompile.commandline import UsageError, telling
 
 SMALL = Sizes(layers=3, hidden=32, heads=2, segment=16, segments=5, memory=4, d_mem=4)
 
@@ -60,6 +63,25 @@ def test_it_writes_picture_viewer_and_code(ran: tuple[DemoResult, list[str], Pat
         if isinstance(n, ast.FunctionDef)
     }
     assert {"init", "prologue", "epilogue", "level", "forward"} <= functions
+
+
+def test_the_viewer_shows_the_times_that_are_said(ran: tuple[DemoResult, list[str], Path]) -> None:
+    result, said, folder = ran
+    page = (folder / "viewer.html").read_text()
+    start = page.index('"profile":{') + len('"profile":')
+    shown = json.JSONDecoder().raw_decode(page[start:])[0]
+    assert shown["sequentialUs"] == pytest.approx(1e6 * result.sequential, abs=0.01)
+    assert sum(shown["levelUs"]) + shown["outsideUs"] == pytest.approx(1e6 * result.diagonal, abs=0.1)
+    assert said[-1].startswith(f"open {folder / 'viewer.html'} in a browser")
+
+
+def test_it_says_what_takes_long() -> None:
+    said: list[str] = []
+    with telling(said.append, "thinking", after=0.05):
+        time.sleep(0.5)
+    with telling(said.append, "nothing much", after=60):
+        pass
+    assert said == ["               ... thinking"]
 
 
 def test_a_slower_diagonal_is_said_as_it_is(ran: tuple[DemoResult, list[str], Path]) -> None:

@@ -448,3 +448,10 @@ def test_on_cuda(widths: list[int]) -> None:
         for document, result in zip(documents, results, strict=True):
             assert_same(model(document), result, 1e-5)
         assert bool(widths) == (together is True)
+
+
+def test_together_has_three_values() -> None:
+    fast = copied(made(Toy))
+    for wrong in ("x", "all", None, 2):
+        with pytest.raises(ValueError, match=r"together must be True, False or 'auto', not "):
+            fast.map([features(2)], together=wrong)

@@ -260,8 +260,10 @@ def test_no_segments() -> None:
 @torch.no_grad()
 def test_wrong_layers() -> None:
     lines = refusal(made(Toy), features(3), kind=PartitionError, layers="model.blocks")
-    assert lines[0] == "no repeated layers were found among the module calls"
-    assert "layers='path.to.container'" in lines[-1]
+    assert lines[0] == "layers='model.blocks': no module that the forward calls has such a path"
+    assert lines[1].strip().startswith(("nearest: ", "there are: ")) and "layers" in lines[1]
+    lines = refusal(made(Toy), features(3), kind=PartitionError, layers="layer")
+    assert lines[1].strip().startswith("nearest: layers") and "layers='layers'" in lines[-1]
 
 
 @torch.no_grad()

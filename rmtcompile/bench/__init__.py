@@ -10,6 +10,7 @@ documents  inputs of random lengths, one at a time: what the first call of a len
 training   training steps beside those of the model itself
 numerics   errors against a reference, and how they accumulate
 kernels    the profile of one steady step
+flags      the command line
 report     tables, JSON          plots     pictures
 ```
 """

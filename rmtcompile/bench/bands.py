@@ -77,7 +77,8 @@ class Session(Recording):
         model = case.build(self.device)
         programs = {}
         for count in settings.counts:
-            options: dict[str, Any] = {"progress": self.say, "plan": "diagonal", **settings.options}
+            options: dict[str, Any] = {"progress": self.say, "plan": "diagonal", "cache": False}
+            options |= settings.options
             if count > 1:
                 options["devices"] = self.devices(count)
             programs[count] = rmtcompile.optimize(model, **options)

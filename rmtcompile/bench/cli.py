@@ -6,9 +6,11 @@ import argparse
 import ast
 import dataclasses
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from rmtcompile.bench.flags import LARGE, SHAPE_FLAGS, SMALL, parser
+from rmtcompile.commandline import UsageError, check_file, check_folder
 
 if TYPE_CHECKING:
     import torch
@@ -17,39 +19,18 @@ if TYPE_CHECKING:
     from rmtcompile.bench.session import Settings
     from rmtcompile.bench.shapes import Case
 
-OPPONENTS = ("full", "sequential", "graphed", "diagonal")
-SMALL = {"segment": [32], "memory": 4, "d_mem": 8, "tokens": [128, 256], "dtype": "f32"}
-LARGE = {
-    "segment": [1024],
-    "memory": 128,
-    "d_mem": 64,
-    "tokens": [4096, 8192, 32768, 131072],
-    "dtype": "bf16",
-}
-SHAPE_FLAGS = ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab")
-
-_EXAMPLES = """\
-examples
-  rmtcompile bench --preset tiny                            small shapes, anywhere, in about a minute
-  rmtcompile bench --tokens 4096 131072 --json run.json     the 1B shape, on a GPU
-  rmtcompile bench --segment 128 256 512 --opponents graphed diagonal
-  rmtcompile bench --layers 32 --hidden 4096 --errors --profile --plots plots
-  rmtcompile bench --train --tokens 4096 32768              training steps, forward and backward
-  rmtcompile bench --devices 1 2 4 --tokens 32768 131072 524288      bands of layers on several GPUs
-  rmtcompile bench --documents 60 --json run.json           60 inputs of random lengths, one at a time
-  rmtcompile bench --map 64 --tokens 4096                   a queue of 64 documents, in several ways
-  rmtcompile bench --generate 200 --tokens 4096 32768       200 tokens after a text
-
-a model of your own is named first, and has flags of its own: rmtcompile bench mymodel:build --help
-
-exit status
-  0  every piece worked      1  one failed, the rest was measured      2  the command line makes no sense
-"""
-
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 if every piece worked, 1 if one failed, 2 for a bad command line."""
     args = parser().parse_args(argv)
+    try:
+        if args.out:
+            check_file(args.out)
+        if args.plots:
+            check_folder(args.plots)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         import torch
 
@@ -69,9 +50,15 @@ def run(argv: Sequence[str] | None = None) -> int:
         print(f"preset {args.preset}, since the device is {name}; --preset chooses another", file=sys.stderr)
 
     def save(record: dict[str, Any]) -> None:
-        if args.json:
-            report.save(record, args.json)
+        if args.out:
+            report.save(record, args.out)
 
+    tables: dict[type, Callable[[Any], Iterable[report.Table]]] = {
+        documents.Session: documents.tables,
+        serving.Session: serving.tables,
+        bands.Session: bands.tables,
+        training.Session: training.tables,
+    }
     given = tuple(sys.argv[1:] if argv is None else argv)
     session: documents.Session | serving.Session | training.Session | bands.Session | Session
     try:
@@ -94,136 +81,17 @@ def run(argv: Sequence[str] | None = None) -> int:
         session.failed.append("interrupted")
         session.record["failed"] = session.failed
         save(session.record)
-    if args.documents is not None:
-        report.show(session.record, documents.tables(session.record))
-        return 1 if session.failed else 0
-    if args.map or args.generate:
-        report.show(session.record, serving.tables(session.record))
-        return 1 if session.failed else 0
-    if args.devices:
-        report.show(session.record, bands.tables(session.record))
-        return 1 if session.failed else 0
-    if args.train:
-        report.show(session.record, training.tables(session.record))
-        return 1 if session.failed else 0
-    report.show(session.record)
-    if args.plots:
+    if args.json:
+        print(report.as_json(session.record))
+    else:
+        report.show(session.record, tables.get(type(session), report.tables)(session.record))
+    if args.plots and isinstance(session, Session):
         try:
             plots.draw(session.record, args.plots)
         except ImportError:
             print("plots need matplotlib: pip install 'rmtcompile[viz]'", file=sys.stderr)
             return 1
     return 1 if session.failed else 0
-
-
-def parser() -> argparse.ArgumentParser:
-    """All flags."""
-    top = argparse.ArgumentParser(
-        prog="rmtcompile bench",
-        description="Time the optimized model beside full attention and sequential runs, in turn.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    model = top.add_argument_group("model (random weights)")
-    model.add_argument(
-        "--preset",
-        choices=("tiny", "160m", "1b", "3b", "8b"),
-        help="default: 1b on a GPU, tiny on a CPU",
-    )
-    for name in SHAPE_FLAGS:
-        model.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the preset's")
-    model.add_argument(
-        "--segment", type=int, nargs="+", help="tokens in a segment, several for several models"
-    )
-    model.add_argument("--memory", type=int, help="memory tokens of a segment")
-    model.add_argument("--d-mem", type=int, help="size of memory keys before the feature map")
-    model.add_argument("--head", action=argparse.BooleanOptionalAction, default=False, help="language head")
-    model.add_argument("--dtype", choices=("bf16", "f16", "f32", "f64"))
-    model.add_argument("--seed", type=int, default=0, help="of the weights, and of the documents' lengths")
-    inputs = top.add_argument_group("inputs")
-    inputs.add_argument("--tokens", type=int, nargs="+", help="lengths, multiples of the segments")
-    inputs.add_argument("--batch", type=int, default=1)
-    inputs.add_argument("--device", help="cuda if there is one, else cpu")
-    who = top.add_argument_group("opponents")
-    who.add_argument(
-        "--opponents", nargs="+", choices=OPPONENTS, default=list(OPPONENTS), help="default: all"
-    )
-    who.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="for optimize(), e.g. cuda_graphs=False",
-    )
-    who.add_argument(
-        "--variant",
-        action="append",
-        default=[],
-        metavar="NAME:KEY=VALUE,...",
-        help="one more optimized form beside the others, of a copy of the model",
-    )
-    who.add_argument("--handwritten", type=Path, metavar="PATH", help="script with Runner(segment, memory)")
-    what = top.add_argument_group("what is measured")
-    what.add_argument("--rounds", type=int, default=5, help="turns of every opponent at every length")
-    what.add_argument(
-        "--errors", type=int, nargs="?", const=-1, default=0, metavar="TOKENS",
-        help="errors against float64 (4 segments, or so many tokens)",
-    )  # fmt: skip
-    what.add_argument(
-        "--accumulation", type=int, nargs="?", const=-1, default=0, metavar="TOKENS",
-        help="errors per segment against float32 (up to the longest length, or so many tokens)",
-    )  # fmt: skip
-    what.add_argument("--profile", action="store_true", help="kernels of one steady step")
-    what.add_argument("--wavefronts", action="store_true", help="time of a wavefront by its width")
-    what.add_argument(
-        "--budget", type=float, default=float("inf"), help="begin nothing after so many seconds"
-    )
-    many = top.add_argument_group(
-        "documents of random lengths",
-        "Instead of all else: what the first call of a length costs, in one process. Of the flags above, "
-        "those of the model, --batch, --device, --option and --budget apply.",
-    )
-    many.add_argument(
-        "--documents", type=int, metavar="N", help="N inputs, one at a time: whole segments and a random rest"
-    )
-    many.add_argument(
-        "--max-segments", type=int, default=40, metavar="N", help="whole segments at most; default: 40"
-    )
-    served = top.add_argument_group(
-        "documents in a queue, and generation",
-        "Documents of the lengths of --tokens in turn, or of random ones up to --max-segments; continuations "
-        "of texts of all --tokens. --no-own leaves out the model itself.",
-    )
-    served.add_argument("--map", type=int, default=0, metavar="N", help="a queue of N documents")
-    served.add_argument("--generate", type=int, default=0, metavar="N", help="N tokens after each text")
-    served.add_argument("--padded", type=int, default=8, metavar="N", help="documents of a padded batch")
-    steps = top.add_argument_group(
-        "training steps",
-        "forward and backward of --tokens, beside the model as it is and with compiled layers; the opponents "
-        "above are left out",
-    )
-    steps.add_argument("--train", action="store_true", help="time training steps")
-    steps.add_argument(
-        "--recompute",
-        nargs="+",
-        type=_recompute,
-        default=["none", "level"],
-        metavar="HOW",
-        help="programs: none, level or a number of levels (default: none level)",
-    )
-    steps.add_argument(
-        "--own", action=argparse.BooleanOptionalAction, default=True, help="steps of the model itself, too"
-    )
-    several = top.add_argument_group(
-        "several devices", "the program in bands of layers, beside the same program on one device"
-    )
-    several.add_argument(
-        "--devices", type=int, nargs="+", metavar="P", help="numbers of devices, such as 1 2 4"
-    )
-    out = top.add_argument_group("output")
-    out.add_argument("--json", type=Path, metavar="FILE", help="everything, written after each piece")
-    out.add_argument("--plots", type=Path, metavar="DIR", help="pictures")
-    return top
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -329,15 +197,11 @@ def bands_of(args: argparse.Namespace, flags: tuple[str, ...]) -> bands.Settings
     return Settings(base.cases[0], base.tokens, counts, args.rounds, base.options, args.budget, flags)
 
 
-def _recompute(text: str) -> str | int:
-    if text not in ("auto", "none", "level") and not (text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError("has to be none, level, auto or a positive number of levels")
-    return int(text) if text.isdigit() else text
-
-
 def _cases_of(args: argparse.Namespace) -> tuple[dict[str, Any], tuple[Case, ...]]:
     """What was chosen for the preset, and the models: one for each length of a segment."""
-    from rmtcompile.bench.shapes import DTYPES, SHAPES, Case
+    import torch
+
+    from rmtcompile.bench.shapes import SHAPES, Case
 
     preset = args.preset or "1b"
     defaults = SMALL if preset == "tiny" else LARGE
@@ -345,7 +209,7 @@ def _cases_of(args: argparse.Namespace) -> tuple[dict[str, Any], tuple[Case, ...
     chosen: dict[str, Any] = {**defaults, **given}
     changed = {name: value for name in SHAPE_FLAGS if (value := getattr(args, name)) is not None}
     shape = dataclasses.replace(SHAPES[preset], **changed)
-    dtype: torch.dtype = DTYPES[chosen["dtype"]]
+    dtype: torch.dtype = getattr(torch, chosen["dtype"])
     cases = tuple(
         Case(shape, segment, chosen["memory"], chosen["d_mem"], args.batch, dtype, args.head, args.seed)
         for segment in chosen["segment"]

@@ -85,7 +85,7 @@ class Session(Recording):
         measure.release(self.device)
         self.say(f"building {case.shape.layers} layers of width {case.shape.hidden}")
         model = case.build(self.device)
-        fast = rmtcompile.optimize(model, **{"progress": self.say, **self.settings.options})
+        fast = rmtcompile.optimize(model, **{"progress": self.say, "cache": False, **self.settings.options})
         with torch.no_grad():
             try:
                 self._part("documents", self.record["lengths"], lambda i, n: self._document(fast, i, n))

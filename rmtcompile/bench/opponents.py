@@ -138,7 +138,7 @@ class Diagonal:
         if own:
             model.memory_cell.reset()
             model = copy.deepcopy(model)
-        self.fast = rmtcompile.optimize(model, **{"progress": say or False, **options})
+        self.fast = rmtcompile.optimize(model, **{"progress": say or False, "cache": False, **options})
 
     def prepare(self, ids: Tensor) -> None:
         """Twice: the second call of a length records it."""

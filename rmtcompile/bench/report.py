@@ -62,9 +62,14 @@ def _show_rich(table: Table) -> bool:
 
 
 def save(record: dict[str, Any], path: Path) -> None:
-    """Write the record as JSON; numbers that JSON has no form for become null."""
+    """Write the record as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(record), indent=1) + "\n", encoding="utf-8")
+    path.write_text(as_json(record) + "\n", encoding="utf-8")
+
+
+def as_json(record: dict[str, Any]) -> str:
+    """The record as JSON; numbers that JSON has no form for become null."""
+    return json.dumps(_finite(record), indent=1)
 
 
 def _finite(value: Any) -> Any:

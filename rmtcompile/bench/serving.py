@@ -77,7 +77,8 @@ class Session(Recording):
         measure.release(self.device)
         self.say(f"building {self.case.shape.layers} layers of width {self.case.shape.hidden}")
         self.model = self.case.build(self.device)
-        self.fast = rmtcompile.optimize(self.model, **{"progress": self.say, **self.settings.options})
+        options = {"progress": self.say, "cache": False, **self.settings.options}
+        self.fast = rmtcompile.optimize(self.model, **options)
         with torch.no_grad():
             if self.settings.documents:
                 self._queue()

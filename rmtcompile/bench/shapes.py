@@ -11,8 +11,6 @@ from torch import nn
 from rmtcompile.models import ARMT, build
 from rmtcompile.models.associative import NU
 
-DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
-
 
 @dataclass(frozen=True)
 class Shape:

@@ -74,7 +74,7 @@ class Session(Recording):
         self.others = measure.allocated(self.device) - weights
         self.record["weights_bytes"] = weights
         for how in self.settings.recompute:
-            options = {"progress": self.say, **self.settings.options, "recompute": how}
+            options = {"progress": self.say, "cache": False, **self.settings.options, "recompute": how}
             self._steps(f"rmtcompile, {how} recomputed", rmtcompile.optimize(model, **options), model)
         if self.settings.opponents:
             self._steps("the model as it is", model, model)

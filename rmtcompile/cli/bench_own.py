@@ -9,15 +9,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.utils import _pytree as pytree
+from rmtcompile.cli.options import add_sizes, add_target
+from rmtcompile.commandline import Parser, add_json, check_file, positive
 
-from rmtcompile.api import optimize
-from rmtcompile.cli.options import add_sizes, add_target, positive
-from rmtcompile.cli.target import Sizes, Target, target_of
-from rmtcompile.optimized import Optimized
+if TYPE_CHECKING:
+    import torch
+
+    from rmtcompile.cli.target import Target
+    from rmtcompile.optimized import Optimized
 
 _EXAMPLES = """\
 Time a model of yours as it is and as rmtcompile runs it, in turn, and compare the results.  Without a
@@ -25,21 +26,24 @@ MODEL, rmtcompile bench times an ARMT of a shape beside more opponents: rmtcompi
 
 examples
   rmtcompile bench mymodel:build
-  rmtcompile bench mymodel:build --rounds 20 --json run.json
+  rmtcompile bench mymodel:build --rounds 20 --out run.json
   rmtcompile bench config.json --segment 1024 --segments 32 --memory 128 --d-mem 64 --device cuda
 """
 
 
 def parser() -> argparse.ArgumentParser:
     """All flags."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="rmtcompile bench",
         description=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_target(top)
     top.add_argument("--rounds", type=positive, default=10, metavar="N", help="turns of both (default: 10)")
-    top.add_argument("--json", type=Path, metavar="FILE", help="where to write everything that was measured")
+    add_json(top)
+    top.add_argument(
+        "-o", "--out", type=Path, metavar="FILE", help="where to write everything that was measured, as JSON"
+    )
     add_sizes(top)
     return top
 
@@ -48,24 +52,36 @@ def run(argv: Sequence[str]) -> int:
     """Run the benchmark; 0 if it was measured.
 
     Raises:
-        UsageError: there is no such model.
+        UsageError: there is no such model, or no file can be written where one is asked for.
+        BuilderError: the function that makes the model raises.
         RMTCompileError: the model could not be compiled.
     """
     options = parser().parse_args(argv)
+    if options.out:
+        check_file(options.out)
+    import torch
+
+    from rmtcompile.cli.target import Sizes, target_of
+
     dtype = getattr(torch, options.dtype) if options.dtype else None
     target = target_of(options.model, Sizes.of(options), options.device, dtype)
     record = measure(target, options.rounds)
-    print("\n".join(table(record)))
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    as_json = json.dumps(record, indent=2)
+    print(as_json if options.json else "\n".join(table(record)))
+    if options.out:
+        options.out.write_text(as_json + "\n", encoding="utf-8")
     return 0
 
 
 def measure(target: Target, rounds: int) -> dict[str, Any]:
     """Milliseconds of each turn of both, peak memory on CUDA, and how far the results are apart."""
+    import torch
+
+    from rmtcompile.api import optimize
+
     tensors = _tensors((target.args, target.kwargs))
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-    fast = optimize(target.model, progress=lambda line: print(f"  {line}", file=sys.stderr))
+    fast = optimize(target.model, cache=False, progress=lambda line: print(f"  {line}", file=sys.stderr))
     runs: dict[str, Callable[..., Any]] = {"as it is": target.model, "rmtcompile": fast}
     results: dict[str, Any] = {}
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -129,10 +145,15 @@ def table(record: dict[str, Any]) -> list[str]:
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:
+    import torch
+    from torch.utils import _pytree as pytree
+
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> float:
+    import torch
+
     start = time.perf_counter()
     run()
     if device.type == "cuda":

@@ -7,9 +7,10 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rmtcompile.cli.options import USAGE, Command, build_parser
+from rmtcompile.cli.options import Command, build_parser
+from rmtcompile.commandline import USAGE, BuilderError, UsageError, check_file, check_folder, telling
 
 if TYPE_CHECKING:
     from rmtcompile.cli.target import Target
@@ -49,7 +50,6 @@ def _run(options: argparse.Namespace) -> int:
 
 def _guarded(run: Callable[[], int], command: str, as_json: bool = False) -> int:
     """Run a command; errors that a user can cause become a message and an exit status."""
-    from rmtcompile.cli.target import UsageError
     from rmtcompile.errors import RMTCompileError
 
     try:
@@ -57,14 +57,15 @@ def _guarded(run: Callable[[], int], command: str, as_json: bool = False) -> int
     except UsageError as error:
         print(f"rmtcompile {command}: {error}", file=sys.stderr)
         return USAGE
-    except RMTCompileError as error:
-        if as_json:
-            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return REFUSED
     except BrokenPipeError:  # the reader (head, less) has gone
         sys.stderr.close()
         return OK
+    except (BuilderError, RMTCompileError) as error:
+        if as_json:
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        is_users = isinstance(error, BuilderError)
+        print(f"rmtcompile {command}" if is_users else type(error).__name__, error, sep=": ", file=sys.stderr)
+        return REFUSED
 
 
 # -- commands
@@ -85,22 +86,27 @@ def _optimized(options: argparse.Namespace, target: Target) -> Optimized:
     def progress(line: str) -> None:
         print(f"  {line}", file=sys.stderr)
 
+    # What view and dump show needs graphs, which are not saved.
+    cache: Any = getattr(options, "cache", False)
     return optimize(
         target.model,
         plan=options.plan,
         segment_size=options.segment_size,
         layers=options.layers_at,
-        cache=getattr(options, "cache", None),
+        cache=cache,
         progress=False if options.quiet or options.json else progress,
     )
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from rmtcompile.cli.demo import run_demo
-    from rmtcompile.cli.target import Sizes
+    say = _quiet if options.json else _say
+    check_folder(options.out)
+    with telling(say, "importing torch, and making the model"):
+        from rmtcompile.cli.demo import run_demo
+        from rmtcompile.cli.target import Sizes
 
-    own = options.model is not None or options.dtype is not None
-    target = _target(options) if own else None
+        own = options.model is not None or options.dtype is not None
+        target = _target(options) if own else None
     result = run_demo(
         Sizes.of(options),
         target=target,
@@ -108,7 +114,7 @@ def _demo(options: argparse.Namespace) -> int:
         out=options.out,
         repeats=options.repeats,
         device=options.device or "cpu",
-        say=_quiet if options.json else _say,
+        say=say,
     )
     if options.json:
         print(json.dumps(dataclasses.asdict(result), indent=2))
@@ -126,6 +132,8 @@ def _quiet(line: str) -> None:
 def _explain(options: argparse.Namespace) -> int:
     from rmtcompile import explain
 
+    if options.cache:
+        check_folder(options.cache)
     target = _target(options)
     found = explain(_optimized(options, target), *target.args, **target.kwargs)
     print(found.to_json(indent=2) if options.json else found.to_html() if options.html else found)
@@ -133,9 +141,14 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _view(options: argparse.Namespace) -> int:
-    from rmtcompile.cli.target import UsageError
     from rmtcompile.report import save_view
+    from rmtcompile.schedule.files import check_name
 
+    check_file(options.out)
+    try:
+        check_name(options.out, opens_cells=bool(options.open))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     target = _target(options)
     fast = _optimized(options, target)
     fast.prepare(*target.args, **target.kwargs)
@@ -152,6 +165,7 @@ def _view(options: argparse.Namespace) -> int:
 def _dump(options: argparse.Namespace) -> int:
     from rmtcompile.report import dump
 
+    check_folder(options.out)
     target = _target(options)
     fast = _optimized(options, target)
     fast.prepare(*target.args, **target.kwargs)
@@ -179,7 +193,7 @@ def _bench(arguments: list[str]) -> int:
         if arguments and not arguments[0].startswith("-"):
             from rmtcompile.cli import bench_own
 
-            return _guarded(lambda: bench_own.run(arguments), "bench")
+            return _guarded(lambda: bench_own.run(arguments), "bench", "--json" in arguments)
         from rmtcompile import bench
 
         return int(bench.main(arguments) or OK)

@@ -18,8 +18,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from rmtcompile.api import optimize
-from rmtcompile.cli.target import Sizes, Target, UsageError, check_device, small_armt
+from rmtcompile.cli.target import Sizes, Target, check_device, small_armt
+from rmtcompile.commandline import UsageError, telling
 from rmtcompile.optimized import Optimized
+from rmtcompile.report import profile
 from rmtcompile.schedule import short_type
 
 SHIPPED = "constitution.txt"
@@ -101,7 +103,8 @@ def run_demo(
     if target is None:
         name, tokens = read_bytes(text, sizes.segment * sizes.segments)
         about = f"ARMT around a Llama: {sizes.layers} layers of width {sizes.hidden}, random weights"
-        target = Target(about, small_armt(sizes, device), (tokens.to(device),), {})
+        with telling(say, "importing transformers, and making the model"):
+            target = Target(about, small_armt(sizes, device), (tokens.to(device),), {})
         read = f"{name}: {tokens.shape[1]:,} bytes as tokens, segments of {sizes.segment}"
     elif text is not None:
         raise UsageError("--text is for the small ARMT; a model of yours gets its own arguments")
@@ -119,15 +122,21 @@ def run_demo(
     say("")
     schedule = fast.schedule
     say(f"4/5  run       {schedule.n_layers} layers x {schedule.n_segments} segments, both orders in turn")
-    result = _measured(target, fast, repeats, name, seconds)
+    result = _measured(target, fast, repeats, name, seconds, say)
     for line in verdict(result, repeats):
         say(f"               {line}")
-    with torch.no_grad():
-        fast.profile(*target.args, **target.kwargs)  # the viewer shows the time of each level
-    written = _written(fast, folder)
+    with telling(say, "measuring the time of each level, for the viewer"), torch.no_grad():
+        found = profile(fast, target.args, target.kwargs, repeats)
+    # One time of a call, here and there: the viewer divides this one as the levels were timed.
+    whole, own = 1e6 * result.diagonal, 1e6 * result.sequential
+    fast.last_profile = dataclasses.replace(found, total_us=whole, sequential_us=own)
+    with telling(say, "writing what there is to look at"):
+        written = _written(fast, folder)
     say(f"5/5  wrote     {written[0]}")
     for path in written[1:]:
         say(f"               {path}")
+    say("")
+    say(f"open {folder / 'viewer.html'} in a browser: each cell, why it runs when it does, and these times")
     return dataclasses.replace(result, files=tuple(str(path) for path in written))
 
 
@@ -145,7 +154,7 @@ def _captured(target: Target, say: Say) -> tuple[Optimized, float]:
     def progress(line: str) -> None:
         say(f"               {time.perf_counter() - start:5.1f} s  {line}")
 
-    fast = optimize(target.model, progress=progress)
+    fast = optimize(target.model, progress=progress, cache=False)  # a saved program has no graphs to look at
     with torch.no_grad():
         fast(*target.args, **target.kwargs)
     seconds = time.perf_counter() - start
@@ -153,12 +162,14 @@ def _captured(target: Target, say: Say) -> tuple[Optimized, float]:
     return fast, seconds
 
 
-def _measured(target: Target, fast: Optimized, repeats: int, name: str, capture: float) -> DemoResult:
+def _measured(
+    target: Target, fast: Optimized, repeats: int, name: str, capture: float, say: Say
+) -> DemoResult:
     times: dict[str, list[float]] = {"sequential": [], "diagonal": []}
     results: dict[str, Any] = {}
     tensors = _tensors((target.args, target.kwargs))
     on_cuda = any(tensor.is_cuda for tensor in tensors)
-    with torch.no_grad():
+    with telling(say, f"timing both, {repeats + 1} turns"), torch.no_grad():
         for turn in range(repeats + 1):
             for order, run in (("sequential", target.model), ("diagonal", fast)):
                 start = time.perf_counter()
@@ -169,6 +180,8 @@ def _measured(target: Target, fast: Optimized, repeats: int, name: str, capture:
                     times[order].append(time.perf_counter() - start)
     a, b = _flat(results["sequential"]), _flat(results["diagonal"])
     schedule = fast.schedule
+    with telling(say, "comparing both with the model in float64"):
+        errors = _errors(target, a, b)
     return DemoResult(
         text=name,
         tokens=tensors[0].numel() if tensors and not tensors[0].is_floating_point() else 0,
@@ -178,7 +191,7 @@ def _measured(target: Target, fast: Optimized, repeats: int, name: str, capture:
         width=schedule.width,
         difference=float((a - b).abs().max()),
         magnitude=float(a.abs().max()),
-        errors=_errors(target, a, b),
+        errors=errors,
         same_bytes=_same_bytes(results["sequential"], results["diagonal"]),
         sequential=statistics.median(times["sequential"]),
         diagonal=statistics.median(times["diagonal"]),

@@ -189,23 +189,29 @@ def _of_inductor() -> Finding:
 def _caches() -> Iterator[Finding]:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+    from rmtcompile.options import CACHE
+
     kept = "kernels of Inductor"
-    yield _folder(kept, Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or cache_dir()))
+    inductor = "TORCHINDUCTOR_CACHE_DIR"
+    yield _folder(kept, Path(os.environ.get(inductor) or cache_dir()), inductor)
     triton = os.environ.get("TRITON_CACHE_DIR")
     if triton:
-        yield _folder("kernels of Triton", Path(triton))
-    yield Finding(
-        "caches", "programs", "where you say: optimize(model, cache='folder'), fast.save('folder')"
-    )
+        yield _folder("kernels of Triton", Path(triton), "TRITON_CACHE_DIR")
+    programs = os.environ.get(CACHE)
+    if programs:
+        yield _folder("programs", Path(programs), CACHE)
+    else:
+        found = f"where you say: optimize(model, cache='folder') or {CACHE}=folder, fast.save('folder')"
+        yield Finding("caches", "programs", found)
 
 
-def _folder(name: str, path: Path) -> Finding:
+def _folder(name: str, path: Path, variable: str) -> Finding:
     there = path if path.exists() else next(p for p in path.parents if p.exists())
     files = [file for file in path.rglob("*") if file.is_file()] if path.exists() else []
     free = shutil.disk_usage(there).free / 2**30
     found = f"{path}, {sum(f.stat().st_size for f in files) / 2**20:.0f} MiB, {free:.1f} GiB free"
     if not os.access(there, os.W_OK):
-        return Finding("caches", name, f"{path} cannot be written", BAD, "set TORCHINDUCTOR_CACHE_DIR")
+        return Finding("caches", name, f"{path} cannot be written", BAD, f"set {variable}")
     if free < 1:
         return Finding("caches", name, found, ODD, "next to no room left")
     return Finding("caches", name, found)
@@ -226,7 +232,7 @@ def _trial() -> Finding:
     started = time.perf_counter()
     try:
         with torch.no_grad():
-            fast = optimize(model)
+            fast = optimize(model, cache=False)
             difference = float((fast(x) - model(x)).abs().max())
     except Exception as error:  # whatever it is, that is what is wrong here
         said = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rmtcompile.commandline import Parser, add_dtype, add_json, positive
+
 Command = Callable[[argparse.Namespace], int]
-USAGE = 2
 
 _MAIN = """\
 Run recurrent-memory transformers a diagonal at a time, and see what the compiler found.
@@ -99,7 +100,7 @@ def build_parser(commands_of: Mapping[str, Command]) -> argparse.ArgumentParser:
     Args:
         commands_of: what runs each command, by name.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="rmtcompile", description=_MAIN, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"rmtcompile {_version()}")
@@ -108,7 +109,7 @@ def build_parser(commands_of: Mapping[str, Command]) -> argparse.ArgumentParser:
     add_target(demo)
     demo.add_argument("--text", metavar="FILE", help="the text to read (default: the one that is shipped)")
     demo.add_argument(
-        "--out", default="demo-output", metavar="FOLDER", help="where to write (default: %(default)s)"
+        "-o", "--out", default="demo-output", metavar="FOLDER", help="where to write (default: %(default)s)"
     )
     demo.add_argument(
         "--repeats", type=positive, default=5, metavar="N", help="timed runs, median (default: 5)"
@@ -124,7 +125,9 @@ def build_parser(commands_of: Mapping[str, Command]) -> argparse.ArgumentParser:
     _add_model(explain)
     explain.add_argument("--html", action="store_true", help="print a page instead of text")
     explain.add_argument(
-        "--cache", metavar="FOLDER", help="look for a saved program there, and save one that is compiled"
+        "--cache",
+        metavar="FOLDER",
+        help="look for a saved program there, and save one that is compiled (default: $RMTCOMPILE_CACHE)",
     )
     view = _command(
         commands, "view", "write the viewer, or the schedule as a picture", _VIEW, commands_of["view"]
@@ -140,21 +143,11 @@ def build_parser(commands_of: Mapping[str, Command]) -> argparse.ArgumentParser:
     )
     _add_model(dump)
     dump.add_argument("-o", "--out", default="rmtcompile-dump", metavar="FOLDER", help="default: %(default)s")
-    _command(
-        commands, "doctor", "what this machine has, and what is missing", _DOCTOR, commands_of["doctor"]
-    )
+    _command(commands, "doctor", "what this machine has, and what is missing", _DOCTOR, commands_of["doctor"])
     commands.add_parser(
         "bench", help="time each way of running a model (rmtcompile bench --help)", add_help=False
     )
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    """Points to --help where a command line is wrong."""
-
-    def error(self, message: str) -> Any:
-        """End with the status of a wrong command line."""
-        self.exit(USAGE, f"{self.prog}: {message}\n{self.prog} --help shows examples\n")
 
 
 def _version() -> str:
@@ -167,17 +160,9 @@ def _command(commands: Any, name: str, summary: str, text: str, run: Command) ->
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true", help="print JSON for another program to read")
+    add_json(parser)
     parser.set_defaults(run=run)
     return parser
-
-
-def positive(text: str) -> int:
-    """A number from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("has to be at least 1")
-    return value
 
 
 def add_sizes(parser: argparse.ArgumentParser, segments: int = 8) -> None:
@@ -216,9 +201,7 @@ def add_target(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="package.module:function, file.py:function or config.json; default: a small ARMT",
     )
-    parser.add_argument(
-        "--dtype", choices=("float64", "float32", "bfloat16", "float16"), help="of model and inputs"
-    )
+    add_dtype(parser)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-
-class UsageError(Exception):
-    """What was asked for on the command line does not exist or does not fit."""
+from rmtcompile.cli.builder import made_by
+from rmtcompile.commandline import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,12 +156,31 @@ def config_target(path: str, sizes: Sizes, device: str = "cpu", dtype: torch.dty
         raise UsageError(
             f"{path} is no config of a decoder of Hugging Face ({type(error).__name__}: {error})"
         ) from error
+    _check_decoder(path, config)
     try:
         model = _armt(config, sizes, dtype).to(device)
     except ValueError as error:
         raise UsageError(f"no ARMT around {path}: {error}") from error
     tokens = torch.randint(0, config.vocab_size, (1, sizes.segment * sizes.segments), device=device)
     return Target(path, model, (tokens,), {})
+
+
+def _check_decoder(path: str, config: Any) -> None:
+    """See that a config is of a causal language model, as transformers itself has them.
+
+    Raises:
+        UsageError: it is of something else.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    name, help_ = config.model_type, "an ARMT needs a decoder, a causal language model"
+    if config.is_encoder_decoder:
+        raise UsageError(f"{path} is the config of an encoder with a decoder ({name}): {help_}")
+    is_masked = name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if is_masked:
+        raise UsageError(f"{path} is the config of an encoder ({name}): {help_}")
+    if type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UsageError(f"{path} is the config of no causal language model ({name}): {help_}")
 
 
 def load_target(
@@ -176,41 +191,16 @@ def load_target(
     It gives (model, args), (model, args, kwargs), or a model alone, which gets `tokens` random token ids.
 
     Raises:
-        UsageError: there is no such function, or it gives something else.
+        UsageError: there is no such function, it needs arguments, or it gives something else.
+        BuilderError: it raises.
     """
-    where, _, name = spec.rpartition(":")
-    if not where or not name:
-        raise UsageError(f"{spec!r} names no function: write package.module:function or file.py:function")
-    function = getattr(_module(where), name, None)
-    if function is None:
-        raise UsageError(f"{where} has no {name!r}")
-    made = function() if callable(function) and not isinstance(function, nn.Module) else function
-    model, args, kwargs = _parts(spec, made, tokens)
+    model, args, kwargs = _parts(spec, made_by(spec), tokens)
     if isinstance(model, nn.Module) and (device is not None or dtype is not None):
         model.to(device=device, dtype=dtype)
         args, kwargs = torch.utils._pytree.tree_map(
             lambda value: _moved(value, device, dtype), (args, kwargs)
         )
     return Target(spec, model, args, kwargs)
-
-
-def _module(where: str) -> Any:
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # the folder that the command runs in, as `python -m` has it
-    try:
-        if where.endswith(".py"):
-            path = Path(where)
-            if not path.exists():
-                raise UsageError(f"there is no file {where}")
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[path.stem] = module
-            spec.loader.exec_module(module)
-            return module
-        return importlib.import_module(where)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"cannot import {where}: {error}") from error
 
 
 def _parts(spec: str, made: Any, tokens: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

@@ -12,6 +12,7 @@ from rmtcompile.report.findings import explain_last
 from rmtcompile.report.names import model_name
 from rmtcompile.report.passes import passes_of
 from rmtcompile.schedule import Cell
+from rmtcompile.schedule.files import check_name
 from rmtcompile.viewer import ViewModel, WitnessView, render
 
 if TYPE_CHECKING:
@@ -36,8 +37,7 @@ def save_view(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if expand and path.suffix.lower() != ".dot":
-        raise ValueError(f"only a .dot file opens cells, not {path.name!r}; the viewer opens them all")
+    check_name(path, opens_cells=bool(expand))
     if expand:
         path.write_text(fast.schedule.to_dot(expand), encoding="utf-8")
         return path

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from rmtcompile import passes
+import rmtcompile.passes as passes
 from rmtcompile.errors import UnsupportedError
 from rmtcompile.options import Options
 from rmtcompile.saved.code import version

@@ -17,15 +17,36 @@ Times = Sequence[float] | None
 
 def save(schedule: Schedule, path: Path, times: Times = None) -> Path:
     """Write `schedule` to `path` in the format of its suffix, with measured times where it shows them."""
-    suffix = next((s for s in (*_TEXT, ".png") if path.name.lower().endswith(s)), None)
-    if suffix is None:
-        known = ", ".join((*_TEXT, ".png"))
-        raise ValueError(f"cannot tell the format of {path.name!r}: the name should end in one of {known}")
+    suffix = _suffix(path)
     if suffix == ".png":
         _save_png(schedule, path)
     else:
         path.write_text(_TEXT[suffix](schedule, times), encoding="utf-8")
     return path
+
+
+def check_name(path: str | Path, opens_cells: bool = False) -> None:
+    """See that the name of a file to save says its format.
+
+    Args:
+        opens_cells: whether cells are opened to their operations.
+
+    Raises:
+        ValueError: the suffix is unknown, or a file of this format opens no cells.
+    """
+    path = Path(path)
+    if opens_cells and path.suffix.lower() != ".dot":
+        raise ValueError(f"only a .dot file opens cells, not {path.name!r}; the viewer opens them all")
+    if path.suffix.lower() not in (".html", ".htm"):
+        _suffix(path)
+
+
+def _suffix(path: Path) -> str:
+    suffix = next((s for s in (*_TEXT, ".png") if path.name.lower().endswith(s)), None)
+    if suffix is None:
+        known = ", ".join((*_TEXT, ".png"))
+        raise ValueError(f"cannot tell the format of {path.name!r}: the name should end in one of {known}")
+    return suffix
 
 
 def _viewer(schedule: Schedule, times: Times) -> str:

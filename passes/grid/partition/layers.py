@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -57,6 +58,8 @@ def find_layers(
             continue
         indexed = split_index(call.path)
         families[(parent, indexed[0] if indexed else call.path)].append(call)
+    if layers is not None and not families:
+        raise _no_such(layers, calls)
     total = max((size.get(call.index, 0) for call in calls if call.parent is None), default=0) or sum(
         size.values()
     )
@@ -97,6 +100,23 @@ def find_layers(
         chosen += [k for k in beside if k not in small or k in taken]
     members = sorted((c for key in chosen for c in families[key]), key=lambda call: call.index)
     return _grid(members, n_segments)
+
+
+def _no_such(layers: str, calls: Sequence[Call]) -> NoLayersError:
+    """What to say where nothing that is called has the path that the user names: which paths are near."""
+    found: dict[str, None] = {}
+    for call in calls:
+        indexed = split_index(call.path)
+        found[indexed[0].rstrip(".[") if indexed else call.path] = None
+    found.pop("", None)
+    near = difflib.get_close_matches(layers, found, n=3, cutoff=0.4)
+    lines = [f"nearest: {', '.join(near)}"] if near else [f"there are: {', '.join(list(found)[:8])}"]
+    remedy = f"layers={near[0]!r}" if near else "name the container that the forward walks"
+    return NoLayersError(
+        f"layers={layers!r}: no module that the forward calls has such a path",
+        lines if found else [],
+        f"{remedy}, or leave layers out: they are found from the graph",
+    )
 
 
 def _needed(
