@@ -7,7 +7,7 @@ import functools
 import inspect
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -216,9 +216,22 @@ class Optimized(Inspected, Opaque):
         """
         return Stream(self, documents, together, share_prefixes)
 
-    def map(self, documents: Iterable[Any], **options: Any) -> list[Any]:
-        """The results of all documents, in order; for the arguments see `stream`."""
-        return list(self.stream(documents, **options))
+    def map(self, documents: Iterable[Any], *, progress: bool = False, **options: Any) -> list[Any]:
+        """The results of all documents, in order; for the other arguments see `stream`.
+
+        Args:
+            progress: show a bar of `tqdm`, in a notebook as a widget.
+
+        Raises:
+            ImportError: there is no tqdm to show a bar.
+        """
+        results: Iterable[Any] = self.stream(documents, **options)
+        if progress:
+            from tqdm.auto import tqdm
+
+            total = len(documents) if isinstance(documents, Sized) else None
+            results = tqdm(results, desc="documents", total=total, unit="document")
+        return list(results)
 
     def _kind(self, args: Any, kwargs: Any) -> Any:
         """Calls of one kind are refused alike, so that one of them is tried."""

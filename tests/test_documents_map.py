@@ -455,3 +455,15 @@ def test_together_has_three_values() -> None:
     for wrong in ("x", "all", None, 2):
         with pytest.raises(ValueError, match=r"together must be True, False or 'auto', not "):
             fast.map([features(2)], together=wrong)
+
+
+@torch.no_grad()
+def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    model, fast = made(Toy), rmtcompile.optimize(made(Toy))
+    documents = [features(n) for n in (4, 5, 3)]
+    found = fast.map(documents, progress=True)
+    assert "documents: 100%" in capsys.readouterr().err
+    for document, result in zip(documents, found, strict=True):
+        assert_same(model(document), result)
+    fast.map(iter(documents), progress=True)
+    assert "3document" in capsys.readouterr().err.replace(" ", "")

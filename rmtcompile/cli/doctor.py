@@ -27,11 +27,18 @@ PACKAGES = (
     ("numpy", "1.26", ""),
     ("transformers", "4.51", "models"),
     ("safetensors", "0.4.3", "models"),
+    ("tqdm", "4.66", "models"),
     ("matplotlib", "3.8", "viz"),
 )
 """Package, oldest version, and the extra that brings it; none for what is always needed."""
 
-WITH = ("accelerate", "peft", "torchao", "rich", "tqdm")
+WITHOUT = {
+    "transformers": "reference models", "safetensors": "states and programs in files",
+    "tqdm": "progress bars", "matplotlib": "pictures as PNG",
+}  # fmt: skip
+"""What there is not where a package is missing."""
+
+WITH = ("accelerate", "peft", "torchao", "rich")
 """Packages that a program is used with, where they are there."""
 
 GOOD, ODD, BAD = "ok", "note", "missing"
@@ -96,8 +103,8 @@ def _versions() -> Iterator[Finding]:
         version, needed = version_of(name), not extra
         wanted = f"pip install 'rmtcompile[{extra}]'" if extra else f"pip install '{name}>={oldest}'"
         if version is None:
-            used = "" if needed else {"models": ": no reference models", "viz": ": no pictures as PNG"}[extra]
-            yield Finding(about, name, f"not installed{used}", BAD if needed else ODD, wanted)
+            without = f": no {WITHOUT[name]}" if name in WITHOUT else ""
+            yield Finding(about, name, f"not installed{without}", BAD if needed else ODD, wanted)
         elif _numbers(version) < _numbers(oldest):
             yield Finding(about, name, f"{version}, older than {oldest}", BAD if needed else ODD, wanted)
         else:
