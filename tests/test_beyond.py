@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from toys import SEGMENT, WIDTH, Toy, assert_equal_runs, assert_same, features, 
 
 import rmtcompile
 import rmtcompile.dispatch.followed
+from rmtcompile.dispatch import told
 from rmtcompile.dispatch.compared import CHECKED, of_segments
 from rmtcompile.dispatch.programs import Programs
 from rmtcompile.dispatch.verify import TOLERANCE
@@ -368,3 +370,19 @@ def test_a_compiled_program_knows_shorter_inputs_after_one_call(monkeypatch: pyt
     for segments in (1, 2, 4):
         assert_same(model(features(segments)), fast(features(segments)))
     assert not compared
+
+
+@torch.no_grad()
+def test_a_program_that_is_slower_than_its_model_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a CPU, once, from the comparison that is made anyway."""
+    for limit, times in ((0.0, 1), (1e9, 0)):
+        monkeypatch.setattr(told, "SLOWER", limit)
+        caplog.clear()
+        fast = rmtcompile.optimize(made(Toy))
+        with caplog.at_level(logging.WARNING, "rmtcompile"):
+            for x in (features(8), features(9), features(8)[:, :-1], features(9)[:, :-2]):
+                fast(x)
+        said = [one.getMessage() for one in caplog.records]
+        assert sum("better called as it is" in text for text in said) == times, said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 from rmtcompile.compiler.pipeline import Compiled
@@ -14,6 +15,11 @@ from rmtcompile.errors import (
 )
 from rmtcompile.options import Options
 from rmtcompile.schedule import blocking
+
+_LOGGER = logging.getLogger("rmtcompile")
+
+SLOWER = 1.2
+"""Times as long as the model from which on a program is called slower: single runs vary."""
 
 CHANGES = 8
 """Captures in a row for new states of the model after which the user is told."""
@@ -30,6 +36,7 @@ class Told:
         self.options = options
         self.changes = 0
         self._ignored: set[str] = set()
+        self._is_told_slower = False
 
     def of(self, compiled: Compiled) -> None:
         """Say what the user is to know of a program.
@@ -68,6 +75,21 @@ class Told:
                 "(a tensor), which is carried from call to call",
                 RecaptureWarning,
             )
+
+    def took(self, count: int, model: float, program: float) -> None:
+        """Say once where the model itself is faster on a CPU: there wavefronts pay for wide layers only.
+
+        Args:
+            count: segments of what both have read.
+            model, program: seconds.
+        """
+        if program > SLOWER * model and not self._is_told_slower:
+            self._is_told_slower = True
+            _LOGGER.warning(
+                "rmtcompile: on this CPU %d segments take the program %.3g ms, and the model itself %.3g: so "
+                "small a model is better called as it is",
+                count, program * 1e3, model * 1e3,
+            )  # fmt: skip
 
     def _say_ignored(self, what: Iterable[str]) -> None:
         """Warn once of each thing that is switched on and has no effect."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -72,24 +73,31 @@ def difference(
     args: Any,
     kwargs: Any,
     tolerance: float = 0.0,
+    took: Callable[[float, float], object] | None = None,
 ) -> str | None:
     """Run both and compare results and what they leave behind; gives the difference in words, or None.
 
     Args:
         tolerance: relative differences that are none, where those of the dtypes that the forward computes in
             are smaller.
+        took: called with the seconds of the model and of the program, which runs twice for this.
     """
     inputs = tensors_of(args, kwargs)
     tolerance = max([tolerance, *(TOLERANCE.get(dtype, 0.0) for dtype in compiled.longest.types)])
     effects = [e for e, _ in compiled.effects]
     written = written_tensors(compiled, inputs)
     with without_draws(compiled, executor), _put_back(fn, written), as_written():
+        seconds = [time.perf_counter()]
         expected = fn(*args, **kwargs)
+        seconds.append(time.perf_counter())
         left = [flat(effect.change.now()) for effect in effects if effect.change is not None]
         contents = [tensor.detach().clone() for tensor in written]
     try:
         with without_draws(compiled, executor):
-            outputs = executor.run(count, inputs)
+            for _ in range(1 if took is None else 2):  # the first of a program lays out its memory
+                seconds.append(time.perf_counter())
+                outputs = executor.run(count, inputs)
+            seconds.append(time.perf_counter())
     except STOPS as error:
         if is_no_fault(error):
             raise
@@ -101,6 +109,8 @@ def difference(
     first = len(outputs) - len(compiled.written)
     for (_, name), theirs, mine in zip(compiled.written, contents, outputs[first:], strict=True):
         found = found or compare(theirs, mine, f"what is written into {name}", tolerance)
+    if took is not None and not found:
+        took(seconds[1] - seconds[0], seconds[-1] - seconds[-2])
     return f"{found}, at {count} segments" if found else None
 
 
