@@ -21,6 +21,7 @@ from rmtcompile.binding.arguments import tensors_of
 from rmtcompile.compiler.results import value_of
 from rmtcompile.dispatch.boundary import explained
 from rmtcompile.dispatch.calls import Call, TooFewSegments
+from rmtcompile.dispatch.compared import of_segments
 from rmtcompile.dispatch.entries import Entry, is_loaded
 from rmtcompile.dispatch.leaving import leave
 from rmtcompile.dispatch.prefixes import Prefixes, chain
@@ -58,6 +59,9 @@ class FailedDocument:
 
     def __repr__(self) -> str:
         return f"FailedDocument({self.index}: {type(self.error).__name__}: {self.error})"
+
+
+_FIRST = "it is the first one of its program"
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,8 @@ class Stream:
             with self._fast._lock, torch.no_grad():
                 one = self._found(index, document)
                 why = "" if isinstance(one, FailedDocument) else self._obstacle(one)
+                if why == _FIRST and isinstance(one, _Document) and self._leads_in(one):
+                    why = self._obstacle(one)
             if isinstance(one, FailedDocument) or why:
                 yield from self._drained()
                 self.alone.update([why] if why else [])
@@ -204,8 +210,27 @@ class Stream:
             return "a last segment of its own kind cuts the wavefront in two, which makes no fewer calls"
         before = self._lead if self._pack is not None else self._left
         if entry.compiled.effects and (before is None or not go_together(executor, before.executor)):
-            return "it is the first one of its program"
+            return _FIRST
         return ""
+
+    def _leads_in(self, one: _Document) -> bool:
+        """Run the first few segments of a document whose beginning others share: behind that it may stand in
+        a wavefront, and leave them what they go on from. Whether that was done."""
+        assert one.call is not None and one.entry is not None
+        tail = _tail(one.entry)
+        if self._prefixes is None or not self._prefixes.borders(one.index, one.call.count - tail):
+            return False
+        few = max(one.entry.compiled.rolled.proved_on[0], tail + 1)
+        if self._pack is not None or few >= one.call.count:
+            return False
+        args, kwargs = of_segments(one.args, one.kwargs, one.entry.segmentation, few)
+        programs = self._fast._programs
+        try:
+            self._fast(*args, **kwargs)
+            _, self._left = programs.entry(programs.located(args, kwargs), args, kwargs)
+        except Exception:  # which is said when the document runs
+            return False
+        return True
 
     def _by_itself(self, one: _Document) -> Any:
         """The result of a document that runs by itself."""
