@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rmtcompile.report.cells import around_of, cells_of
+from rmtcompile.report.cells import around_of, cells_of, generated_of
 from rmtcompile.report.explanation_text import sections
 from rmtcompile.report.findings import explain_last
 from rmtcompile.report.names import model_name
@@ -65,6 +65,7 @@ def view_model(fast: Optimized, title: str | None = None) -> ViewModel:
         schedule=schedule,
         cells=tuple(cells_of(compiled, schedule)),
         around=tuple(around_of(compiled, schedule)),
+        generated=tuple(generated_of(compiled)),
         witnesses=tuple(
             WitnessView(o.offset, o.consumer, f"{o.producer} {o.reason}".rstrip()) for o in found.offsets
         ),

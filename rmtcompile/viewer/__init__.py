@@ -7,7 +7,10 @@ model.js        the data, state, words and small helpers
 grid.js         the layer x segment grid and the strip of levels
 cell.js         the panel of one cell
 graph.js        dependences and carries
-tabs.js         pipeline, code, time
+passes.js       the passes, their texts and the differences of these
+time.js         where the time goes
+tabs.js         the code, the explanation, and the tabs
+links.js        the state of the page in its address
 main.js         keys, player, start
 """
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 from rmtcompile.viewer.render import render
 from rmtcompile.viewer.view_model import (
     CellView,
+    FunctionView,
     OpView,
     PassView,
     ProfileView,
@@ -24,4 +28,14 @@ from rmtcompile.viewer.view_model import (
     WitnessView,
 )
 
-__all__ = ["CellView", "OpView", "PassView", "ProfileView", "ValueView", "ViewModel", "WitnessView", "render"]
+__all__ = [
+    "CellView",
+    "FunctionView",
+    "OpView",
+    "PassView",
+    "ProfileView",
+    "ValueView",
+    "ViewModel",
+    "WitnessView",
+    "render",
+]

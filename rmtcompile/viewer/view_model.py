@@ -22,15 +22,17 @@ class OpView:
         source: the user's `file:line`.
         module: path of the module that ran it, from the layer (`self_attn.q_proj`).
         inputs: names of the operations, live-ins and parameters it reads.
+        target: what is called, in full (`aten.linear.default`).
     """
 
     name: str
     op: str
-    shape: tuple[int, ...] = ()
+    shape: tuple[int | str, ...] = ()
     dtype: str = ""
     source: str = ""
     module: str = ""
     inputs: tuple[str, ...] = ()
+    target: str = ""
 
     @property
     def type(self) -> str:
@@ -43,7 +45,7 @@ class ValueView:
     """A value that enters or leaves a cell, or a parameter of it; `note` says where from or where to."""
 
     name: str
-    shape: tuple[int, ...] = ()
+    shape: tuple[int | str, ...] = ()
     dtype: str = ""
     note: str = ""
 
@@ -51,6 +53,22 @@ class ValueView:
     def type(self) -> str:
         """`f32[8,64,64]`, or nothing for a value that is no tensor."""
         return short_type(self.dtype, self.shape) if self.dtype else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionView:
+    """A function of the emitted module that computes n cells at once.
+
+    Args:
+        ops: in the order in which they run; shapes begin with "n".
+        inputs: its arguments.
+        outputs: names of the values that it returns.
+    """
+
+    name: str
+    ops: tuple[OpView, ...] = ()
+    inputs: tuple[ValueView, ...] = ()
+    outputs: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +145,7 @@ class ViewModel:
         schedule: the grid and its levels.
         cells: one template for each (kind, variant) that occurs.
         around: what runs outside the grid: before it, before layer 0, after the last layer.
+        generated: the functions of the emitted module that cells name in `functions`.
         witnesses: the place in the model that shows each offset.
         passes: the pipeline in order.
         code: the emitted module.
@@ -141,6 +160,7 @@ class ViewModel:
     schedule: Schedule
     cells: tuple[CellView, ...] = ()
     around: tuple[CellView, ...] = ()
+    generated: tuple[FunctionView, ...] = ()
     witnesses: tuple[WitnessView, ...] = ()
     passes: tuple[PassView, ...] = ()
     code: str = ""
@@ -177,6 +197,7 @@ def to_dict(view: ViewModel) -> dict[str, Any]:
         "schedule": _schedule(view.schedule),
         "cells": [_cell(cell) for cell in view.cells],
         "around": [_cell(cell) for cell in view.around],
+        "generated": {f.name: [_op(op) for op in f.ops] for f in view.generated},
         "witnesses": [[list(w.offset), w.reader, w.writer] for w in view.witnesses],
         "passes": [
             {**dataclasses.asdict(p), "before": dict(p.before), "after": dict(p.after)} for p in view.passes
@@ -224,11 +245,15 @@ def _value(value: ValueView) -> dict[str, str]:
     return {"name": value.name, "type": value.type, "note": value.note}
 
 
+def _op(op: OpView) -> list[Any]:
+    return [op.name, op.op, op.type, op.source, op.module, list(op.inputs), op.target]
+
+
 def _cell(cell: CellView) -> dict[str, Any]:
     return {
         "kind": cell.kind,
         "variant": cell.variant,
-        "ops": [[op.name, op.op, op.type, op.source, op.module, list(op.inputs)] for op in cell.ops],
+        "ops": [_op(op) for op in cell.ops],
         "liveIns": [_value(v) for v in cell.live_ins],
         "liveOuts": [_value(v) for v in cell.live_outs],
         "carries": list(cell.carries),

@@ -1,0 +1,136 @@
+"""rmtcompile/viewer: links into the page, the filter, texts of passes, the timeline and the plots."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from viewed import Viewer, start_browser, whole_view, with_operations
+
+from rmtcompile.viewer import render
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    driver = start_browser(tmp_path_factory.mktemp("chromium"), "--window-size=1366,768")
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def viewer(browser: Any, tmp_path: Path) -> Iterator[Viewer]:
+    path = tmp_path / "viewer.html"
+    path.write_text(render(whole_view()), encoding="utf-8")
+    page = Viewer(browser)
+    page.open(path)
+    yield page
+    assert page.errors() == []
+
+
+def fragment(page: Viewer) -> str:
+    """The fragment of the address, when the page has written it."""
+    time.sleep(0.3)
+    return str(page.js("return decodeURIComponent(location.hash)"))
+
+
+def follow(page: Viewer, link: str) -> None:
+    """Open the same file at a fragment."""
+    address = page.js("return location.href").partition("#")[0]
+    page.driver.get("about:blank")
+    page.driver.get(address + link)
+    assert page.js("return document.body.dataset.ready") == "1"
+
+
+# -- links
+
+
+def test_the_address_says_what_is_shown(viewer: Viewer) -> None:
+    assert fragment(viewer) == ""
+    viewer.find("#tab-passes").click()
+    viewer.to_cell(2, 3, 4, click=True)
+    assert fragment(viewer) == "#tab=passes&level=5&cell=2,3"
+    viewer.find("#opfilter").send_keys("mlp & more")
+    viewer.find("#back").click()
+    assert fragment(viewer) == "#tab=passes&level=4&cell=2,3&filter=mlp & more"
+    assert "filter=mlp%20%26%20more" in viewer.js("return location.href")
+
+
+def test_an_address_opens_what_it_says(viewer: Viewer) -> None:
+    follow(viewer, "#tab=code&level=7&cell=2,3&filter=mlp")
+    assert viewer.find("#tab-code").get_attribute("aria-selected") == "true"
+    assert viewer.level == 7
+    assert viewer.text("#cell-h") == "Cell (2,3): segment 2, layer 3"
+    assert viewer.text("#count-ops") == "1 of 2 operations"
+    follow(viewer, "#cell=0,1")
+    assert (viewer.level, viewer.text("#cell-h")) == (1, "Cell (0,1): segment 0, layer 1")
+    follow(viewer, "#level=8")
+    assert (viewer.level, viewer.text("#cell-h")) == (8, "Cell (5,3): segment 5, layer 3")
+    viewer.js("location.hash = '#level=2&tab=time'")
+    time.sleep(0.1)
+    assert viewer.level == 2
+    assert viewer.find("#tab-time").get_attribute("aria-selected") == "true"
+
+
+def test_what_an_address_has_wrong_is_passed_over(viewer: Viewer) -> None:
+    follow(viewer, "#tab=nothing&level=99&cell=7,x&pass=-1&from=1e1&other=%")
+    assert viewer.level == 3
+    assert viewer.find("#tab-deps").get_attribute("aria-selected") == "true"
+    assert viewer.text("#cell-h") == "Cell (2,1): segment 2, layer 1"
+
+
+# -- the panel of a cell
+
+
+@pytest.mark.parametrize("text", ["baddbmm", "aten.split.Tensor", "armt.py:231"])
+def test_the_filter_finds_generated_operations(viewer: Viewer, text: str) -> None:
+    viewer.to_cell(2, 2, 4, click=True)
+    viewer.find("#opfilter").send_keys(text)
+    assert viewer.text("#count-ops-forward") == "1 of 2 operations"
+    rows = viewer.driver.find_elements("css selector", "#ops-forward tr[data-op]")
+    assert [row.is_displayed() for row in rows] == [text != "baddbmm", text == "baddbmm"]
+    viewer.find("#opfilter").clear()
+    viewer.js("document.getElementById('opfilter').dispatchEvent(new Event('input'))")
+    assert viewer.js("return document.getElementById('count-ops-forward').textContent") == "2 operations"
+
+
+def test_the_filter_stays_from_cell_to_cell(viewer: Viewer) -> None:
+    viewer.to_cell(2, 2, 4, click=True)
+    viewer.find("#opfilter").send_keys("linear")
+    viewer.to_cell(0, 2, 4, click=True)
+    assert viewer.find("#opfilter").get_attribute("value") == "linear"
+    assert viewer.text("#count-ops") == "1 of 1 operation"
+
+
+def test_the_panel_is_as_high_as_what_it_holds_or_the_window(browser: Any, tmp_path: Path) -> None:
+    page = Viewer(browser)
+    for n_ops in (2, 200):
+        view = with_operations(n_ops)
+        path = tmp_path / f"{n_ops}.html"
+        path.write_text(render(view), encoding="utf-8")
+        page.open(path)
+        high, whole, window, first = page.js(
+            "const d = document.querySelector('.detail');"
+            "return [d.offsetHeight, d.scrollHeight + 2, innerHeight,"
+            " document.querySelector('#ops tr').getBoundingClientRect().top - d.getBoundingClientRect().top];"
+        )
+        assert high == min(whole, window - 16)
+        assert first < 400
+    assert page.errors() == []
+
+
+def test_nothing_scrolls_sideways_in_a_narrow_window(viewer: Viewer) -> None:
+    size = viewer.driver.get_window_size()
+    viewer.driver.set_window_size(500, 900)
+    try:
+        assert viewer.js("return innerWidth") <= 500
+        for tab in ("deps", "time", "passes", "code", "why"):
+            viewer.js("document.getElementById(arguments[0]).click()", f"tab-{tab}")
+            for css in ("html", ".detail", f"#panel-{tab}"):
+                wide = "const e = document.querySelector(arguments[0]); return [e.scrollWidth, e.clientWidth]"
+                inner, outer = viewer.js(wide, css)
+                assert inner <= outer, (tab, css)
+    finally:
+        viewer.driver.set_window_size(size["width"], size["height"])
