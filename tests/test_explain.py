@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import warnings
+from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import rmtcompile
 from rmtcompile.report import Profile, view_model
 from rmtcompile.report.names import pattern, ranges
 from rmtcompile.report.profiling import ATTENTION_FLOPS, kind_of
+from rmtcompile.viewer import PassView
 from rmtcompile.viewer.view_model import to_dict
 
 X = torch.randn(1, 5 * SEGMENT, WIDTH)
@@ -374,6 +376,17 @@ def test_passes_start_from_nothing_and_shrink(fast: rmtcompile.Optimized) -> Non
     assert not captured.before
     assert sum(reroll.after.values()) < sum(reroll.before.values()) <= sum(captured.after.values())
     assert all(p.after for p in passes[1:])
+
+
+def test_passes_have_texts_and_all_of_them_after_a_capture(fast: rmtcompile.Optimized) -> None:
+    def known(passes: Iterable[PassView]) -> list[str]:
+        return [one.name.partition(",")[0] for one in passes if one.text]
+
+    kept = view_model(fast).passes
+    assert known(kept)[0] == "partition" and known(kept)[-1] == "lift"
+    again = view_model(fast, capture=True).passes
+    assert known(again)[0] == "capture" and len(known(again)) == len(again) - 1
+    assert [one.text for one in again][-3:] == [one.text for one in kept][-3:]
 
 
 def test_a_view_is_written_and_holds_the_phases(fast: rmtcompile.Optimized, tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
-from viewed import Viewer, start_browser, whole_view, with_operations
+from viewed import Viewer, armt, start_browser, whole_view, with_operations
 
-from rmtcompile.viewer import render
+from rmtcompile.viewer import PassView, ViewModel, render
+from rmtcompile.viewer.view_model import to_dict
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +137,68 @@ def test_nothing_scrolls_sideways_in_a_narrow_window(viewer: Viewer) -> None:
                 assert inner <= outer, (tab, css)
     finally:
         viewer.driver.set_window_size(size["width"], size["height"])
+
+
+# -- texts of passes
+
+
+def shown_lines(page: Viewer) -> list[str]:
+    return str(page.text("#pass-text")).splitlines()
+
+
+def test_a_pass_opens_its_text_and_what_it_changed(viewer: Viewer) -> None:
+    viewer.find("#tab-passes").click()
+    assert "Choose a pass" in viewer.text("#pass-note")
+    viewer.js("document.querySelector('[data-pass=\"1\"]').click()")
+    assert viewer.text("#pass-note") == "3 lines."
+    viewer.js("document.querySelector('[data-pass=\"2\"]').click()")
+    assert viewer.text("#pass-note") == "2 lines added, 1 removed, 2 equal."
+    signs = viewer.js("return [...document.querySelectorAll('#pass-text .line i')].map((i) => i.textContent)")
+    assert "".join(signs) == "-+ + "
+    assert viewer.text("#pass-text .add").endswith("a = bmm(x)")
+    assert "<b>" in viewer.text("#pass-text")
+    assert fragment(viewer).endswith("&pass=2&from=1")
+
+
+def test_two_passes_are_chosen(viewer: Viewer) -> None:
+    follow(viewer, "#tab=passes&pass=1&from=2")
+    assert viewer.text("#pass-note") == "1 line added, 2 removed, 2 equal."
+    viewer.js(
+        "const s = document.getElementById('pass-from'); s.value = '1'; s.dispatchEvent(new Event('change'))"
+    )
+    assert viewer.text("#pass-note") == "The texts are equal."
+    assert viewer.text("#pass-text") == "3 equal lines"
+    viewer.js("document.getElementById('pass-all').click()")
+    assert len(viewer.driver.find_elements("css selector", "#pass-text .line")) == 3
+    assert viewer.js("return document.querySelector('[data-pass=\"0\"]')") is None
+
+
+def differences(page: Viewer, a: list[str], b: list[str]) -> list[list[str]]:
+    """What `diff.js` says of two lists of lines."""
+    script = files("rmtcompile.viewer").joinpath("diff.js").read_text(encoding="utf-8")
+    found: list[list[str]] = page.js(f"{script}\nreturn diffLines(arguments[0], arguments[1]);", a, b)
+    return found
+
+
+def test_differences_give_both_texts_and_are_short(viewer: Viewer) -> None:
+    random.seed(0)
+    for letters in ("ab", "abcd", "abcdefghijkl"):
+        for _ in range(20):
+            a, b = ([random.choice(letters) for _ in range(random.randrange(14))] for _ in range(2))
+            found = differences(viewer, a, b)
+            assert [line for sign, line in found if sign != "+"] == a
+            assert [line for sign, line in found if sign != "-"] == b
+    found = differences(viewer, list("abcbdab"), list("bdcaba"))
+    assert sum(sign == " " for sign, _ in found) == 4
+    lines = [f"line {i}" for i in range(6000)]
+    found = differences(viewer, lines, [*lines[:3000], "new", *lines[3001:]])
+    assert [sign for sign, _ in found if sign != " "] == ["-", "+"]
+
+
+def test_long_texts_are_cut() -> None:
+    line = "x" * 99 + "\n"
+    one = PassView("a", {}, {}, text=line * 4000)
+    data = to_dict(ViewModel("t", armt(2, 2), passes=(one, PassView("b", {}, {}), one)))
+    assert [p["text"] for p in data["passes"]] == [0, None, 0]
+    assert data["texts"][0].count("\n") == 3000
+    assert data["texts"][0].endswith("cut here; fast.dump(folder) writes all 4,001 lines")

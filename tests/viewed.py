@@ -112,7 +112,8 @@ def whole_view(n_layers: int = 4, n_segments: int = 6) -> ViewModel:
         witnesses=(WitnessView((1, 0), "model/armt.py:9", "model/armt.py:7"),),
         passes=(
             PassView("capture", {}, {"mm": 24}),
-            PassView("fuse", {"mm": 24}, {"mm": 6, "split": 2}, 0.2),
+            PassView("fuse", {"mm": 24}, {"mm": 6, "split": 2}, 0.2, text="a = mm(x)\n<b>\nreturn a"),
+            PassView("lift, emit", {"mm": 6}, {"bmm": 6}, text="a = bmm(x)\n<b>\nc\nreturn a"),
         ),
         code=CODE,
         code_phases={"ramp_up": (2, 3), "steady": (4, 5)},

@@ -133,6 +133,9 @@ def build_parser(commands_of: Mapping[str, Command]) -> argparse.ArgumentParser:
     view.add_argument("-o", "--out", default="schedule.html", metavar="FILE", help="default: %(default)s")
     view.add_argument("--profile", action="store_true", help="run the model and show the time of each level")
     view.add_argument(
+        "--texts", action="store_true", help="capture once more, to show the texts of the first passes, too"
+    )
+    view.add_argument(
         "--open", type=_cell, action="append", default=[], metavar="S,L", help="open a cell in a .dot file"
     )
     dump = _command(

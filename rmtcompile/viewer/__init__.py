@@ -7,6 +7,7 @@ model.js        the data, state, words and small helpers
 grid.js         the layer x segment grid and the strip of levels
 cell.js         the panel of one cell
 graph.js        dependences and carries
+diff.js         line differences
 passes.js       the passes, their texts and the differences of these
 time.js         where the time goes
 tabs.js         the code, the explanation, and the tabs
