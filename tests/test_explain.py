@@ -21,8 +21,9 @@ from zoo.others import ZOO
 
 import rmtcompile
 from rmtcompile.report import Profile, view_model
+from rmtcompile.report.kinds import kind_of
 from rmtcompile.report.names import pattern, ranges
-from rmtcompile.report.profiling import ATTENTION_FLOPS, kind_of
+from rmtcompile.report.profiling import ATTENTION_FLOPS
 from rmtcompile.viewer import PassView
 from rmtcompile.viewer.view_model import to_dict
 
@@ -438,6 +439,9 @@ def test_every_level_is_timed(measured: tuple[rmtcompile.Optimized, Profile]) ->
     assert profile.kind_us["matrix products"] > 0
     assert profile.flops[0] > 0 and profile.flops[3] == pytest.approx(3 * profile.flops[0], rel=0.2)
     assert all(0 <= share <= 1 for share in profile.utilisation)
+    assert len(profile.level_kinds) == 7
+    for us, kinds in zip(profile.level_us, profile.level_kinds):
+        assert kinds["matrix products"] > 0 and sum(kinds.values()) <= us * 1.001
 
 
 def test_the_table_and_the_data(measured: tuple[rmtcompile.Optimized, Profile]) -> None:
@@ -460,6 +464,8 @@ def test_view_and_explanation_show_the_measurement(
     assert trace["otherData"]["times"] == "measured"
     assert view.profile is not None
     assert sum(view.profile.level_us) + view.profile.outside_us == pytest.approx(profile.total_us)
+    assert [one.keys() for one in view.profile.level_kinds] == [one.keys() for one in profile.level_kinds]
+    assert [(one.offset, one.nbytes) for one in view.values] == [((0, 1), 4 * SEGMENT * WIDTH)]
     assert profile.outside_us > 0 and "outside of levels" in str(profile)
     assert "CPU" in view.device
     assert f"measured {profile.speedup:.2f} x" in str(optimized.explain())

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from viewed import Viewer, armt, start_browser, whole_view, with_operations
 
+from rmtcompile.passes.grid.wavefront import wavefront
+from rmtcompile.schedule import Carry, Schedule, alive_bytes, growth
 from rmtcompile.viewer import PassView, ViewModel, render
 from rmtcompile.viewer.view_model import to_dict
 
@@ -129,7 +131,7 @@ def test_nothing_scrolls_sideways_in_a_narrow_window(viewer: Viewer) -> None:
     viewer.driver.set_window_size(500, 900)
     try:
         assert viewer.js("return innerWidth") <= 500
-        for tab in ("deps", "time", "passes", "code", "why"):
+        for tab in ("deps", "time", "memory", "passes", "code", "why"):
             viewer.js("document.getElementById(arguments[0]).click()", f"tab-{tab}")
             for css in ("html", ".detail", f"#panel-{tab}"):
                 wide = "const e = document.querySelector(arguments[0]); return [e.scrollWidth, e.clientWidth]"
@@ -202,3 +204,130 @@ def test_long_texts_are_cut() -> None:
     assert [p["text"] for p in data["passes"]] == [0, None, 0]
     assert data["texts"][0].count("\n") == 3000
     assert data["texts"][0].endswith("cut here; fast.dump(folder) writes all 4,001 lines")
+
+
+# -- the timeline
+
+
+def span(page: Viewer) -> tuple[float, float]:
+    """The microseconds that the timeline shows."""
+    start, end = page.js("const d = document.getElementById('timeline').dataset; return [+d.from, +d.to]")
+    return start, end
+
+
+def at_timeline(page: Viewer, share: float) -> Any:
+    """Actions with the pointer at a share of the timeline's width."""
+    from selenium.webdriver import ActionChains
+
+    x, y = page.js(
+        "const t = document.getElementById('timeline'); t.scrollIntoView({behavior: 'instant'});"
+        "const r = t.getBoundingClientRect(); return [r.left + arguments[0] * r.width, r.top + 60]",
+        share,
+    )
+    actions = ActionChains(page.driver, duration=0)
+    actions.w3c_actions.pointer_action.move_to_location(int(x), int(y))
+    return actions
+
+
+def test_the_timeline_zooms_and_pans(viewer: Viewer) -> None:
+    viewer.find("#tab-time").click()
+    whole = 9 * 10 + 24
+    assert span(viewer) == (0, whole)
+    viewer.js("document.querySelector('[data-zoom=\"0.5\"]').click()")
+    assert span(viewer) == (whole / 4, 3 * whole / 4)
+    viewer.js(
+        "const t = document.getElementById('timeline'), r = t.getBoundingClientRect();"
+        "t.dispatchEvent(new WheelEvent('wheel', {deltaY: -400, clientX: r.left, cancelable: true}))"
+    )
+    assert span(viewer) == pytest.approx((whole / 4, whole / 2))
+    actions = at_timeline(viewer, 0.5).click_and_hold()
+    actions.w3c_actions.pointer_action.move_by(0, 0)
+    actions.perform()
+    at_timeline(viewer, 0.25).release().perform()
+    start, end = span(viewer)
+    assert start == pytest.approx(whole / 4 + whole / 16, rel=0.02) and end - start == pytest.approx(
+        whole / 4
+    )
+    assert viewer.level == 3
+    viewer.js("document.querySelector('[data-zoom=\"0\"]').click()")
+    assert span(viewer) == (0, whole)
+    viewer.js("document.getElementById('timeline').focus()")
+    viewer.keys("+", "\ue014", "\ue014", "\ue014", "\ue014")
+    assert span(viewer) == pytest.approx((whole / 2, whole))
+
+
+def test_the_timeline_tells_kinds_and_picks_a_level(viewer: Viewer) -> None:
+    viewer.find("#tab-time").click()
+    at_timeline(viewer, 0.99).click().perform()
+    assert viewer.level == 8
+    at_timeline(viewer, 0.98).perform()
+    time.sleep(0.1)
+    assert viewer.text("#tip").splitlines() == [
+        "level 8: 11 µs",
+        "ramp-down, 1 cell",
+        "bmm 7 µs, 64 %",
+        "norms 2 µs, 18 %",
+    ]
+    assert "between operations" in viewer.text("#panel-time .whole .legend")
+
+
+# -- memory
+
+
+def test_memory_and_longer_texts_are_drawn(viewer: Viewer) -> None:
+    viewer.find("#tab-memory").click()
+    panel = viewer.text("#panel-memory")
+    assert "12 segments of 4 layers take 15 levels instead of 48 steps" in panel
+    # On level 3: four layers hand on, of which the last one has no reader in its segment, and three are read.
+    assert viewer.text("#alive-now") == "level 3: 896 KiB carried, 6 KiB within segments"
+    assert len(viewer.driver.find_elements("css selector", "#panel-memory svg.plot")) == 3
+    viewer.js(
+        "const p = document.getElementById('plot-alive'), r = p.getBoundingClientRect();"
+        "p.dispatchEvent(new MouseEvent('click', {clientX: r.right - 8, bubbles: true}))"
+    )
+    assert viewer.level == 8
+
+
+def test_a_schedule_without_carries_has_levels_by_length(browser: Any, tmp_path: Path) -> None:
+    page = Viewer(browser)
+    page.open(wavefront({(0, 1)}, 3, 4).save(tmp_path / "s.html"))
+    page.find("#tab-memory").click()
+    assert "knows no sizes" in page.text("#panel-memory")
+    assert len(page.driver.find_elements("css selector", "#panel-memory svg.plot")) == 1
+    assert page.errors() == []
+
+
+@pytest.mark.parametrize("alpha", [0, 1, 3, 4])
+def test_bytes_alive_are_counted_on_each_level(alpha: int) -> None:
+    carries = [
+        Carry("a", (1, 0), (), "float32", 5),
+        Carry("a", (2, 1), (), "float32", 5),
+        *([Carry("b", (1, -2), (), "float32", 7, (3,))] if alpha > 2 else []),
+    ]
+    schedule = Schedule(4, 7, alpha, frozenset({(1, 0)}), carries=tuple(carries))
+    grid = schedule.grid
+    expected = [0] * grid.n_levels
+    for segment in range(7):
+        for layer in range(4):
+            for nbytes, offsets in (
+                (5, [(1, 0), (2, 1)]),
+                (7, [(1, -2)] if layer == 3 and alpha > 2 else []),
+            ):
+                readers = [(segment + ds, layer + dl) for ds, dl in offsets]
+                inside = [grid.level_of(c) for c in readers if c[0] < 7 and 0 <= c[1] < 4]
+                for t in range(grid.level_of((segment, layer)), max(inside, default=-1) + 1):
+                    expected[t] += nbytes
+    assert list(alive_bytes(grid, carries)) == expected
+
+
+def test_levels_and_bytes_by_length_are_those_of_schedules() -> None:
+    schedule = armt(4, 9)
+    found = {one.n_segments: one for one in growth(schedule)}
+    assert 9 in found and max(found) == 18
+    for n, one in found.items():
+        other = armt(4, n)
+        assert one.n_levels == other.n_levels == n + 3
+        assert one.carried == max(alive_bytes(other.grid, other.carries))
+        assert one.values == 0
+    long = growth(Schedule(100, 5000, 1, frozenset({(1, 0)})))
+    assert long[-1].n_segments == 5000

@@ -79,6 +79,7 @@ def whole_view(n_layers: int = 4, n_segments: int = 6) -> ViewModel:
         title=HOSTILE,
         schedule=schedule,
         cells=cells,
+        values=(Carry("x", (0, 1), (1, 16, 32), "bfloat16", 1024),),
         generated=(
             FunctionView(
                 "forward",
@@ -118,7 +119,10 @@ def whole_view(n_layers: int = 4, n_segments: int = 6) -> ViewModel:
         code=CODE,
         code_phases={"ramp_up": (2, 3), "steady": (4, 5)},
         profile=ProfileView(
-            tuple(10.0 + w for w in schedule.widths), {"bmm": 80.0, "norms": 9.0}, outside_us=6.0
+            tuple(10.0 + w for w in schedule.widths),
+            {"bmm": 80.0, "norms": 9.0},
+            outside_us=6.0,
+            level_kinds=tuple({"bmm": 6.0 + w, "norms": 2.0} for w in schedule.widths),
         ),
         device="a test",
         explanation=(("plan", ("chosen by hand", "for a test")),),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rmtcompile.report.carries import values_of
 from rmtcompile.report.cells import around_of, cells_of, generated_of
 from rmtcompile.report.explanation_text import sections
 from rmtcompile.report.findings import explain_last
 from rmtcompile.report.names import model_name
+from rmtcompile.report.pass_texts import key_of, texts_of
 from rmtcompile.report.passes import passes_of
 from rmtcompile.schedule import Cell
-from rmtcompile.viewer import ViewModel, WitnessView, render
+from rmtcompile.viewer import PassView, ViewModel, WitnessView, render
 
 if TYPE_CHECKING:
     from rmtcompile.optimized import Optimized
@@ -20,7 +23,11 @@ if TYPE_CHECKING:
 
 
 def save_view(
-    fast: Optimized, path: str | Path, title: str | None = None, expand: Sequence[Cell] = ()
+    fast: Optimized,
+    path: str | Path,
+    title: str | None = None,
+    expand: Sequence[Cell] = (),
+    capture: bool = False,
 ) -> Path:
     """Write the viewer of the last call's program; a suffix other than `.html` gives the schedule alone.
 
@@ -29,6 +36,7 @@ def save_view(
     Args:
         title: of the page; the model's name by default.
         expand: cells to open to their operations in a `.dot` file.
+        capture: capture the forward once more, so that the page has the texts of the first passes, too.
 
     Raises:
         RMTCompileError: nothing was captured yet.
@@ -45,7 +53,7 @@ def save_view(
         measured = _measured(fast)
         times = measured.level_us if measured is not None and measured.level_us else None
         return fast.schedule.save(path, times=times)
-    path.write_text(render(view_model(fast, title)), encoding="utf-8")
+    path.write_text(render(view_model(fast, title, capture=capture)), encoding="utf-8")
     return path
 
 
@@ -55,8 +63,19 @@ def _measured(fast: Optimized) -> Profile | None:
     return found if found is not None and found.schedule == fast.schedule else None
 
 
-def view_model(fast: Optimized, title: str | None = None) -> ViewModel:
-    """Everything that the viewer shows of the last call's program."""
+def _passes(fast: Optimized, capture: bool) -> tuple[PassView, ...]:
+    """The passes with the texts that are known.  A first capture that another one follows has none."""
+    texts = texts_of(fast, capture=capture)
+    passes = list(passes_of(fast.compiled, fast.compiled.passes_off))
+    last = {key_of(one.name): one for one in passes}
+    return tuple(
+        replace(one, text=texts.get(key_of(one.name), "")) if last[key_of(one.name)] is one else one
+        for one in passes
+    )
+
+
+def view_model(fast: Optimized, title: str | None = None, *, capture: bool = False) -> ViewModel:
+    """Everything that the viewer shows of the last call's program; `capture` as of `save_view`."""
     compiled, schedule = fast.compiled, fast.schedule
     found = explain_last(fast)
     measured = _measured(fast)
@@ -65,11 +84,12 @@ def view_model(fast: Optimized, title: str | None = None) -> ViewModel:
         schedule=schedule,
         cells=tuple(cells_of(compiled, schedule)),
         around=tuple(around_of(compiled, schedule)),
+        values=tuple(values_of(compiled)),
         generated=tuple(generated_of(compiled)),
         witnesses=tuple(
             WitnessView(o.offset, o.consumer, f"{o.producer} {o.reason}".rstrip()) for o in found.offsets
         ),
-        passes=tuple(passes_of(compiled, fast.compiled.passes_off)),
+        passes=_passes(fast, capture),
         code=compiled.emitted.source,
         code_phases=dict(compiled.emitted.phases),
         profile=measured.view() if measured is not None else None,

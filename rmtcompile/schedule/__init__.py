@@ -5,6 +5,7 @@ skew.py     skew, blocking offsets
 grid.py     Grid, Phases: the one definition of levels
 parts.py    Carry, Window
 data.py     Schedule
+memory.py   bytes that are alive on each level
 text.py     str(schedule)
 svg.py      the grid as a picture;  html.py  the notebook form
 serial.py   JSON and its schema
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from rmtcompile.schedule.data import Schedule
 from rmtcompile.schedule.grid import Grid, Phases
+from rmtcompile.schedule.memory import alive_bytes, growth
 from rmtcompile.schedule.parts import Carry, Operation, Window, short_type
 from rmtcompile.schedule.paths import Cell, Offset, longest_path_levels
 from rmtcompile.schedule.skew import blocking, blocking_reason, skew
@@ -30,8 +32,10 @@ __all__ = [
     "Phases",
     "Schedule",
     "Window",
+    "alive_bytes",
     "blocking",
     "blocking_reason",
+    "growth",
     "longest_path_levels",
     "short_type",
     "skew",

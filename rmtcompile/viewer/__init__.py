@@ -9,7 +9,8 @@ cell.js         the panel of one cell
 graph.js        dependences and carries
 diff.js         line differences
 passes.js       the passes, their texts and the differences of these
-time.js         where the time goes
+time.js         where the time goes;  timeline.js  the levels, to zoom into
+memory.js       bytes alive by level, levels and bytes by number of segments
 tabs.js         the code, the explanation, and the tabs
 links.js        the state of the page in its address
 main.js         keys, player, start

@@ -91,6 +91,7 @@ function initTabs() {
   const tabs = [
     ["deps", "Dependences and carries", initGraph],
     ["time", "Time", initTime],
+    ["memory", "Memory and length", initMemory],
   ];
   if (V.passes.length) tabs.push(["passes", "Passes", initPasses]);
   if (V.code) tabs.push(["code", "Code", initCode]);

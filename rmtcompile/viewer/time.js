@@ -31,7 +31,7 @@ function initTime(panel) {
   panel.innerHTML =
     `<h2>Where the time goes</h2><p class="quiet" style="margin:2px 0 12px"><b style="color:var(--ink)">${micros(total)}</b> in all${faster}${V.device ? `, on ${esc(V.device)}` : ""}. ` +
     `${micros(total / (G.layers * G.segments))} a cell; the slowest level is ${slowest} (${micros(p.levelUs[slowest])}).${used} A level includes what happens to the segment that enters and to the one that leaves.</p>` +
-    `<div class="times"><div><h3 style="margin-top:0">Time of each level</h3><canvas id="timechart" role="img" aria-label="Measured time of each level"></canvas></div><div>` +
+    `<div class="whole">${timelineHtml()}</div><div class="times"><div><h3 style="margin-top:0">Time of each level</h3><canvas id="timechart" role="img" aria-label="Measured time of each level"></canvas></div><div>` +
     `<h3 style="margin-top:0">By phase</h3>${phases.map(([n, t]) => hbar(`${PHASE_WORDS[n]}, ${count(G.phases[n][1] - G.phases[n][0], "level")}`, t, total, longest, n)).join("")}` +
     (p.outsideUs ? hbar("outside of levels", p.outsideUs, total, longest, "outside") : "") +
     (spent.length
@@ -39,8 +39,11 @@ function initTime(panel) {
       : "") +
     `</div></div><details><summary>All levels as a table</summary>${levelTable()}</details>`;
   const draw = () => {
-    if (!panel.hidden) drawTimes();
+    if (panel.hidden) return;
+    drawTimes();
+    drawTimeline();
   };
+  initTimeline(panel);
   dragLevels($("timechart"), 52, 8);
   watch((what) => {
     if (what === "level" || what === "theme") draw();
