@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmtcompile.report.carries import values_of
-from rmtcompile.report.cells import around_of, cells_of, generated_of
+from rmtcompile.report.cells import around_of, cells_of, generated_of, operations_of
 from rmtcompile.report.explanation_text import sections
 from rmtcompile.report.findings import explain_last
 from rmtcompile.report.names import model_name
 from rmtcompile.report.pass_texts import key_of, texts_of
 from rmtcompile.report.passes import passes_of
 from rmtcompile.schedule import Cell
-from rmtcompile.viewer import PassView, ViewModel, WitnessView, render
+from rmtcompile.schedule.graph import opened_cells
+from rmtcompile.viewer import PassView, ViewModel, WitnessView, render, to_explorer
 
 if TYPE_CHECKING:
     from rmtcompile.optimized import Optimized
@@ -31,11 +32,12 @@ def save_view(
 ) -> Path:
     """Write the viewer of the last call's program; a suffix other than `.html` gives the schedule alone.
 
-    `.trace.json` holds measured times if there is a profile of the last call's schedule.
+    `.trace.json` holds measured times if there is a profile of the last call's schedule, `.explorer.json` the
+    operations of cells, too, for Model Explorer.
 
     Args:
         title: of the page; the model's name by default.
-        expand: cells to open to their operations in a `.dot` file.
+        expand: cells to open to their operations in a `.dot` or `.explorer.json` file.
         capture: capture the forward once more, so that the page has the texts of the first passes, too.
 
     Raises:
@@ -44,8 +46,16 @@ def save_view(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if expand and path.suffix.lower() != ".dot":
-        raise ValueError(f"only a .dot file opens cells, not {path.name!r}; the viewer opens them all")
+    is_explored = path.name.lower().endswith(".explorer.json")
+    if expand and path.suffix.lower() != ".dot" and not is_explored:
+        raise ValueError(
+            f"only .dot and .explorer.json files open cells, not {path.name!r}; the viewer opens them all"
+        )
+    if is_explored:
+        operations = operations_of(fast.compiled, fast.schedule.n_segments)
+        opened = {cell: operations(cell) for cell in opened_cells(fast.schedule, expand)}
+        path.write_text(to_explorer(view_model(fast, title), opened), encoding="utf-8")
+        return path
     if expand:
         path.write_text(fast.schedule.to_dot(expand), encoding="utf-8")
         return path

@@ -35,9 +35,17 @@ def _viewer(schedule: Schedule, times: Times) -> str:
     return render(ViewModel(title="schedule", schedule=schedule, profile=profile))
 
 
-# ".trace.json" stands before ".json": the first match counts.
+def _explorer(schedule: Schedule, times: Times) -> str:
+    from rmtcompile.viewer import ViewModel, to_explorer
+
+    del times
+    return to_explorer(ViewModel(title="schedule", schedule=schedule))
+
+
+# ".trace.json" and ".explorer.json" stand before ".json": the first match counts.
 _TEXT: dict[str, Callable[[Schedule, Times], str]] = {
     ".trace.json": lambda schedule, times: schedule.to_chrome_trace(times),
+    ".explorer.json": _explorer,
     ".json": lambda schedule, _: schedule.to_json() + "\n",
     ".svg": lambda schedule, _: schedule.to_svg(),
     ".html": _viewer,

@@ -2,6 +2,7 @@
 
 view_model.py   what is shown, as frozen data
 render.py       data and page -> one file
+explorer.py     the same graphs for Google's Model Explorer
 viewer.html, viewer.css
 model.js        the data, state, words and small helpers
 grid.js         the layer x segment grid and the strip of levels
@@ -18,6 +19,7 @@ main.js         keys, player, start
 
 from __future__ import annotations
 
+from rmtcompile.viewer.explorer import to_explorer
 from rmtcompile.viewer.render import render
 from rmtcompile.viewer.view_model import (
     CellView,
@@ -40,4 +42,5 @@ __all__ = [
     "ViewModel",
     "WitnessView",
     "render",
+    "to_explorer",
 ]
