@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import pickle
 import re
 import warnings
 from collections.abc import Iterable
@@ -420,6 +421,47 @@ def test_cells_of_the_schedule_open_to_their_operations(fast: rmtcompile.Optimiz
     assert "cluster_c_2_1" in fast.schedule.to_dot([(2, 1)])
 
 
+def test_a_path_that_was_written_shows_the_page_in_a_notebook(
+    fast: rmtcompile.Optimized, tmp_path: Path
+) -> None:
+    path = fast.view(tmp_path / "v.html")
+    plain = Path(path)
+    assert isinstance(path, Path) and path == plain and hash(path) == hash(plain)
+    assert repr(path) == repr(tmp_path / "v.html") and str(path) == str(tmp_path / "v.html")
+    shown = path._repr_html_()  # type: ignore[attr-defined]
+    page = HTMLAttributes(shown)
+    assert page["sandbox"] == "allow-scripts" and page["srcdoc"] == plain.read_text()
+    assert pickle.loads(pickle.dumps(path)) == plain
+    assert path.parent._repr_html_() is None  # type: ignore[attr-defined]
+    picture = fast.view(tmp_path / "v.svg")
+    assert picture._repr_html_().startswith("<svg")  # type: ignore[attr-defined]
+
+
+class HTMLAttributes(HTMLParser):
+    """The attributes of the one tag in a text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: dict[str, str | None] = {}
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        del tag
+        self.found |= dict(attrs)
+
+    def __getitem__(self, name: str) -> str | None:
+        return self.found[name]
+
+
+def test_reprs_are_one_line(found: rmtcompile.Explanation) -> None:
+    assert repr(found) == "<Explanation Own, 3 layers, 7 levels, plan diagonal>"
+    assert len(str(found).splitlines()) > 20
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        refused = rmtcompile.explain(ByValue(), X)
+    assert repr(refused).startswith("<Explanation ByValue, ") and "refused: " in repr(refused)
+
+
 # -- profile
 
 
@@ -453,6 +495,16 @@ def test_the_table_and_the_data(measured: tuple[rmtcompile.Optimized, Profile]) 
     assert data["widths"] == [1, 2, 3, 3, 3, 2, 1]
     assert data["speedup"] == pytest.approx(profile.sequential_us / profile.total_us)
     assert len(json.loads(profile.to_chrome_trace())["traceEvents"]) > 15
+
+
+def test_a_notebook_shows_a_profile(measured: tuple[rmtcompile.Optimized, Profile]) -> None:
+    _, profile = measured
+    gain = rf"{profile.speedup:.2f} x as fast as the model as it is"
+    assert re.fullmatch(rf"<Profile [\d.]+ ms a call, {gain}, 7 levels, CPU .*>", repr(profile))
+    html = profile._repr_html_()
+    assert html.count("<tr>") > 7 and f"{profile.total_us / 1e3:.2f} ms" in html and "matrix products" in html
+    assert "levels not timed" in repr(dataclasses.replace(profile, level_us=()))
+    assert "<details>" not in dataclasses.replace(profile, level_us=())._repr_html_()
 
 
 def test_view_and_explanation_show_the_measurement(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rmtcompile.dispatch.entries import Entry
     from rmtcompile.optimized import Optimized
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Profile:
     """Measured time of one call.
 
@@ -91,49 +91,25 @@ class Profile:
         return self.schedule.to_chrome_trace(self.level_us or None)
 
     def __str__(self) -> str:
-        return "\n".join(_table(self))
+        from rmtcompile.report.profile_text import to_text
+
+        return to_text(self)
+
+    def __repr__(self) -> str:
+        levels = f"{self.schedule.n_levels} levels" if self.level_us else "levels not timed"
+        times = f"{self.total_us / 1e3:.2f} ms a call, {self.speedup:.2f} x as fast as the model as it is"
+        return f"<Profile {times}, {levels}, {self.device}>"
+
+    def _repr_html_(self) -> str:
+        from rmtcompile.report.profile_text import to_html_fragment
+
+        return to_html_fragment(self)
 
 
 def _shares(flops: Sequence[int], level_us: Sequence[float], peak: float) -> tuple[float, ...]:
     if not peak or not level_us or not any(flops):
         return ()
     return tuple(min(1.0, n / (us * 1e-6) / peak) for n, us in zip(flops, level_us, strict=True))
-
-
-def _table(found: Profile) -> Iterator[str]:
-    schedule, used = found.schedule, found.utilisation
-    yield (
-        f"profile   {found.total_us / 1e3:.2f} ms a call, the model as it is "
-        f"{found.sequential_us / 1e3:.2f} ms: {found.speedup:.2f} x as fast"
-    )
-    yield f"          {found.device}, median of {found.repeats}"
-    yield ""
-    if not found.level_us:
-        yield "  the program does not run level by level, so levels have no times of their own"
-        yield from _kind_lines(found)
-        return
-    yield f"  {'level':>5}  {'phase':<9}  {'cells':>5}  {'ms':>9}  {'us a cell':>9}" + "  of peak" * bool(
-        used
-    )
-    phases = schedule.phases
-    for level, us in enumerate(found.level_us):
-        width = schedule.widths[level]
-        share = f"  {used[level]:>7.1%}" if used else ""
-        yield f"  {level:>5}  {phases.of(level):<9}  {width:>5}  {us / 1e3:>9.3f}  {us / width:>9.1f}{share}"
-    yield ""
-    whole = sum(found.level_us) + found.outside_us
-    for name, levels in zip(("ramp-up", "steady", "ramp-down"), phases, strict=True):
-        if levels:
-            us = sum(found.level_us[level] for level in levels)
-            yield f"  {name:<22} {us / 1e3:>9.3f} ms  {us / whole:>6.1%}"
-    yield f"  {'outside of levels':<22} {found.outside_us / 1e3:>9.3f} ms  {found.outside_us / whole:>6.1%}"
-    yield from _kind_lines(found)
-
-
-def _kind_lines(found: Profile) -> Iterator[str]:
-    total = sum(found.kind_us.values())
-    for name, us in sorted(found.kind_us.items(), key=lambda item: -item[1]):
-        yield f"  {name:<22} {us / 1e3:>9.3f} ms  {us / total:>6.1%}"
 
 
 def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repeats: int = 5) -> Profile:

@@ -14,6 +14,7 @@ from rmtcompile.report.findings import explain_last
 from rmtcompile.report.names import model_name
 from rmtcompile.report.pass_texts import key_of, texts_of
 from rmtcompile.report.passes import passes_of
+from rmtcompile.report.shown import Shown
 from rmtcompile.schedule import Cell
 from rmtcompile.schedule.graph import opened_cells
 from rmtcompile.viewer import PassView, ViewModel, WitnessView, render, to_explorer
@@ -35,6 +36,8 @@ def save_view(
     `.trace.json` holds measured times if there is a profile of the last call's schedule, `.explorer.json` the
     operations of cells, too, for Model Explorer.
 
+    What it returns is the path; a notebook shows the page behind it.
+
     Args:
         title: of the page; the model's name by default.
         expand: cells to open to their operations in a `.dot` or `.explorer.json` file.
@@ -44,7 +47,7 @@ def save_view(
         RMTCompileError: nothing was captured yet.
         ValueError: the suffix is unknown, or there is no such cell.
     """
-    path = Path(path)
+    path = Shown(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     is_explored = path.name.lower().endswith(".explorer.json")
     if expand and path.suffix.lower() != ".dot" and not is_explored:
@@ -62,7 +65,8 @@ def save_view(
     if path.suffix.lower() not in (".html", ".htm"):
         measured = _measured(fast)
         times = measured.level_us if measured is not None and measured.level_us else None
-        return fast.schedule.save(path, times=times)
+        fast.schedule.save(path, times=times)
+        return path
     path.write_text(render(view_model(fast, title, capture=capture)), encoding="utf-8")
     return path
 
