@@ -13,7 +13,8 @@ import pytest
 from viewed import Viewer, armt, start_browser, whole_view, with_operations
 
 from rmtcompile.passes.grid.wavefront import wavefront
-from rmtcompile.schedule import Carry, Schedule, alive_bytes, growth
+from rmtcompile.schedule import Carry, Schedule
+from rmtcompile.schedule.memory import alive_bytes, growth
 from rmtcompile.viewer import PassView, ViewModel, render
 from rmtcompile.viewer.view_model import to_dict
 

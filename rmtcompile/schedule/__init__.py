@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from rmtcompile.schedule.data import Schedule
 from rmtcompile.schedule.grid import Grid, Phases
-from rmtcompile.schedule.memory import alive_bytes, growth
 from rmtcompile.schedule.parts import Carry, Operation, Window, short_type
 from rmtcompile.schedule.paths import Cell, Offset, longest_path_levels
 from rmtcompile.schedule.skew import blocking, blocking_reason, skew
@@ -32,10 +31,8 @@ __all__ = [
     "Phases",
     "Schedule",
     "Window",
-    "alive_bytes",
     "blocking",
     "blocking_reason",
-    "growth",
     "longest_path_levels",
     "short_type",
     "skew",

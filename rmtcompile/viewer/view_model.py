@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rmtcompile.schedule import Carry, Schedule, alive_bytes, blocking_reason, growth, short_type
+from rmtcompile.schedule import Carry, Schedule, blocking_reason, short_type
+from rmtcompile.schedule.memory import alive_bytes, growth
 
 PHASES = ("ramp_up", "steady", "ramp_down")
 TEXT_CHARS = 300_000
