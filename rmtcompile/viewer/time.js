@@ -108,7 +108,7 @@ function drawTimes() {
     : "";
   ctx.fillText(
     `level ${state.level}: ${micros(p.levelUs[state.level])}, ${count(widths[state.level], "cell")}, ${micros(p.levelUs[state.level] / widths[state.level])} a cell${util}`,
-    52,
+    6,
     tall + 13,
   );
 }
