@@ -71,11 +71,16 @@ class Inspected:
 
         use(self._optimized, path)
 
-    def view(self, path: str | Path) -> Path:
-        """Write the viewer of the last call's program as one HTML file."""
+    def view(self, path: str | Path, *, capture: bool = False) -> Path:
+        """Write the viewer of the last call's program as one HTML file.
+
+        Args:
+            capture: capture the forward once more, so that the page has the texts of the first passes, too;
+                their graphs are not kept.
+        """
         from rmtcompile.report import save_view
 
-        return save_view(self._optimized, path)
+        return save_view(self._optimized, path, capture=capture)
 
     def profile(self, *args: Any, **kwargs: Any) -> Profile:
         """Run the model and measure each level; later `view`s and `explain`s show the times."""

@@ -70,7 +70,8 @@ class Forward(Opaque):
     @property
     def __func__(self) -> Callable[..., Any]:
         """As a bound method has it: what wraps forwards (accelerate) wraps this, and binds it again."""
-        return type(self._fast).forward  # type: ignore[no-any-return]
+        found: Callable[..., Any] = type(self._fast).forward
+        return found
 
     def __getattr__(self, name: str) -> Any:
         if name == "__signature__":

@@ -130,7 +130,7 @@ def test_version_and_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--text", "no_such_text"], "cannot read no_such_text"),
         (["view", f"{TOYS}:own", "-o", "x.nothing", "--quiet"], "cannot tell the format"),
         (["view", f"{TOYS}:own", "-o", "x.dot", "--open", "9,9", "--quiet"], "there is no cell"),
-        (["view", f"{TOYS}:own", "-o", "x.svg", "--open", "0,0", "--quiet"], "only a .dot file opens cells"),
+        (["view", f"{TOYS}:own", "-o", "x.svg", "--open", "0,0", "--quiet"], "only .dot and .explorer"),
         (["view", "--open", "third"], "has to be segment,layer"),
         (["view", f"{TOYS}:own", "-o", f"{TOYS}/x.html", "--quiet"], f"cannot write {TOYS}: File exists"),
         (["dump", f"{TOYS}:own", "-o", str(TOYS), "--quiet"], f"cannot write {TOYS}: File exists"),
@@ -196,6 +196,10 @@ def test_other_files_of_a_view(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     dot = tmp_path / "s.dot"
     assert main(["view", f"{TOYS}:own", "-o", str(dot), "--open", "1,0", "--open", "1,1", "--quiet"]) == 0
     assert dot.read_text().count("subgraph cluster_c_1_") == 2
+    graphs = tmp_path / "s.explorer.json"
+    assert main(["view", f"{TOYS}:own", "-o", str(graphs), "--open", "1,0", "--quiet"]) == 0
+    names = [graph["id"] for graph in json.loads(graphs.read_text())["graphs"]]
+    assert names[:2] == ["cells", "cell of segment 1, layer 0"]
 
 
 def test_modules_of_the_working_folder_are_found(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import pickle
 import re
 import warnings
+from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ from zoo.others import ZOO
 
 import rmtcompile
 from rmtcompile.report import Profile, view_model
+from rmtcompile.report.kinds import kind_of
 from rmtcompile.report.names import pattern, ranges
-from rmtcompile.report.profiling import ATTENTION_FLOPS, kind_of
+from rmtcompile.report.profiling import ATTENTION_FLOPS
 from rmtcompile.runtime.costs import Costs
+from rmtcompile.viewer import PassView
 from rmtcompile.viewer.view_model import to_dict
 
 X = torch.randn(1, 5 * SEGMENT, WIDTH)
@@ -373,6 +377,17 @@ def test_passes_start_from_nothing_and_shrink(fast: rmtcompile.Optimized) -> Non
     assert all(p.after for p in passes[1:])
 
 
+def test_passes_have_texts_and_all_of_them_after_a_capture(fast: rmtcompile.Optimized) -> None:
+    def known(passes: Iterable[PassView]) -> list[str]:
+        return [one.name.partition(",")[0] for one in passes if one.text]
+
+    kept = view_model(fast).passes
+    assert known(kept)[0] == "partition" and known(kept)[-1] == "lift"
+    again = view_model(fast, capture=True).passes
+    assert known(again)[0] == "capture" and len(known(again)) == len(again) - 1
+    assert [one.text for one in again][-3:] == [one.text for one in kept][-3:]
+
+
 def test_a_view_is_written_and_holds_the_phases(fast: rmtcompile.Optimized, tmp_path: Path) -> None:
     data = to_dict(view_model(fast))
     assert set(data["codePhases"]) == {"ramp_up", "steady", "ramp_down"}
@@ -403,6 +418,47 @@ def test_cells_of_the_schedule_open_to_their_operations(fast: rmtcompile.Optimiz
     assert "cluster_c_2_1" in fast.schedule.to_dot([(2, 1)])
 
 
+def test_a_path_that_was_written_shows_the_page_in_a_notebook(
+    fast: rmtcompile.Optimized, tmp_path: Path
+) -> None:
+    path = fast.view(tmp_path / "v.html")
+    plain = Path(path)
+    assert isinstance(path, Path) and path == plain and hash(path) == hash(plain)
+    assert repr(path) == repr(tmp_path / "v.html") and str(path) == str(tmp_path / "v.html")
+    shown = path._repr_html_()  # type: ignore[attr-defined]
+    page = HTMLAttributes(shown)
+    assert page["sandbox"] == "allow-scripts" and page["srcdoc"] == plain.read_text()
+    assert pickle.loads(pickle.dumps(path)) == plain
+    assert path.parent._repr_html_() is None  # type: ignore[attr-defined]
+    picture = fast.view(tmp_path / "v.svg")
+    assert picture._repr_html_().startswith("<svg")  # type: ignore[attr-defined]
+
+
+class HTMLAttributes(HTMLParser):
+    """The attributes of the one tag in a text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: dict[str, str | None] = {}
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        del tag
+        self.found |= dict(attrs)
+
+    def __getitem__(self, name: str) -> str | None:
+        return self.found[name]
+
+
+def test_reprs_are_one_line(found: rmtcompile.Explanation) -> None:
+    assert repr(found) == "<Explanation Own, 3 layers, 7 levels, plan diagonal>"
+    assert len(str(found).splitlines()) > 20
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        refused = rmtcompile.explain(ByValue(), X)
+    assert repr(refused).startswith("<Explanation ByValue, ") and "refused: " in repr(refused)
+
+
 # -- profile
 
 
@@ -422,6 +478,9 @@ def test_every_level_is_timed(measured: tuple[rmtcompile.Optimized, Profile]) ->
     assert profile.kind_us["matrix products"] > 0
     assert profile.flops[0] > 0 and profile.flops[3] == pytest.approx(3 * profile.flops[0], rel=0.2)
     assert all(0 <= share <= 1 for share in profile.utilisation)
+    assert len(profile.level_kinds) == 7
+    for us, kinds in zip(profile.level_us, profile.level_kinds):
+        assert kinds["matrix products"] > 0 and sum(kinds.values()) <= us * 1.001
 
 
 def test_the_table_and_the_data(measured: tuple[rmtcompile.Optimized, Profile]) -> None:
@@ -435,6 +494,16 @@ def test_the_table_and_the_data(measured: tuple[rmtcompile.Optimized, Profile]) 
     assert len(json.loads(profile.to_chrome_trace())["traceEvents"]) > 15
 
 
+def test_a_notebook_shows_a_profile(measured: tuple[rmtcompile.Optimized, Profile]) -> None:
+    _, profile = measured
+    gain = rf"{profile.speedup:.2f} x as fast as the model as it is"
+    assert re.fullmatch(rf"<Profile [\d.]+ ms a call, {gain}, 7 levels, CPU .*>", repr(profile))
+    html = profile._repr_html_()
+    assert html.count("<tr>") > 7 and f"{profile.total_us / 1e3:.2f} ms" in html and "matrix products" in html
+    assert "levels not timed" in repr(dataclasses.replace(profile, level_us=()))
+    assert "<details>" not in dataclasses.replace(profile, level_us=())._repr_html_()
+
+
 def test_view_and_explanation_show_the_measurement(
     measured: tuple[rmtcompile.Optimized, Profile], tmp_path: Path
 ) -> None:
@@ -444,6 +513,8 @@ def test_view_and_explanation_show_the_measurement(
     assert trace["otherData"]["times"] == "measured"
     assert view.profile is not None
     assert sum(view.profile.level_us) + view.profile.outside_us == pytest.approx(profile.total_us)
+    assert [one.keys() for one in view.profile.level_kinds] == [one.keys() for one in profile.level_kinds]
+    assert [(one.offset, one.nbytes) for one in view.values] == [((0, 1), 4 * SEGMENT * WIDTH)]
     assert profile.outside_us > 0 and "outside of levels" in str(profile)
     assert "CPU" in view.device
     assert f"measured {profile.speedup:.2f} x" in str(optimized.explain())

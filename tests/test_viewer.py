@@ -10,120 +10,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from viewed import HOSTILE, Page, Viewer, armt, start_browser, whole_view
 
 from rmtcompile.passes.grid.wavefront import wavefront
-from rmtcompile.schedule import Carry, Schedule
-from rmtcompile.viewer import (
-    CellView,
-    OpView,
-    PassView,
-    ProfileView,
-    ValueView,
-    ViewModel,
-    WitnessView,
-    render,
-)
-
-CHROMIUM_FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-)
-HOSTILE = '</script><script>alert(1)</script><!-- {{style}} & "quotes" \\u003c'
-CODE = """def forward(tokens):
-    for level in range(3):  # ramp-up
-        step(level)
-    for level in range(3, 9):
-        step(level)
-    return finish("done")
-"""
-
-
-def armt(n_layers: int, n_segments: int) -> Schedule:
-    return wavefront(
-        {(0, 1), (1, 0)},
-        n_layers,
-        n_segments,
-        carries=[Carry("W_mem", (1, 0), (8, 64, 64), "float32", 131072, source="model/armt.py:247")],
-        segment_variants=("first",) + ("later",) * (n_segments - 1),
-    )
-
-
-def whole_view(n_layers: int = 4, n_segments: int = 6) -> ViewModel:
-    """A view with something in every part of the page."""
-    schedule = armt(n_layers, n_segments)
-    x, memory = ValueView("x", (1, 16, 32), "bfloat16"), ValueView("W_mem", (8, 64, 64), "float32", "carried")
-    ops = (
-        OpView("linear", "linear", (1, 16, 32), "bfloat16", "model/armt.py:231", "self_attn.q_proj", ("x",)),
-        OpView("mul_3", "mul", (1, 16, 32), "bfloat16", "model/armt.py:240", "mlp", ("linear",)),
-    )
-    cells = tuple(
-        CellView(
-            "layer",
-            variant,
-            ops[: 1 + i],
-            (x, memory),
-            (x,),
-            ("W_mem",),
-            (ValueView("q", (32, 32)),),
-            ("forward",),
-        )
-        for i, variant in enumerate(("first", "later"))
-    )
-    return ViewModel(
-        title=HOSTILE,
-        schedule=schedule,
-        cells=cells,
-        around=(CellView("prologue", "before layer 0", (OpView("e", "embedding", (), "", "embed.py:3"),)),),
-        witnesses=(WitnessView((1, 0), "model/armt.py:9", "model/armt.py:7"),),
-        passes=(
-            PassView("capture", {}, {"mm": 24}),
-            PassView("fuse", {"mm": 24}, {"mm": 6, "split": 2}, 0.2),
-        ),
-        code=CODE,
-        code_phases={"ramp_up": (2, 3), "steady": (4, 5)},
-        profile=ProfileView(
-            tuple(10.0 + w for w in schedule.widths), {"bmm": 80.0, "norms": 9.0}, outside_us=6.0
-        ),
-        device="a test",
-        explanation=(("plan", ("chosen by hand", "for a test")),),
-    )
-
+from rmtcompile.schedule import Carry
+from rmtcompile.viewer import ProfileView, ViewModel, render
 
 # -- the file
-
-
-class Page(HTMLParser):
-    """Collects tags, attributes and the text of the data element."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        if self.tags and self.tags[-1][0] == "script":
-            self.scripts.append(data)
 
 
 def test_the_file_is_whole_and_asks_for_nothing() -> None:
@@ -173,79 +73,11 @@ def test_views_that_do_not_fit_are_refused(change: dict[str, Any], message: str)
 # -- the page in a browser
 
 
-def start_browser(profile: Path, *flags: str) -> Any:
-    """A headless Chromium driven by selenium, or a skip that says what is missing."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="the page is driven with selenium")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (*CHROMIUM_FLAGS, f"--user-data-dir={profile}", *flags):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-
-
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     driver = start_browser(tmp_path_factory.mktemp("chromium"), "--window-size=1366,768")
     yield driver
     driver.quit()
-
-
-class Viewer:
-    """What the tests do on a page."""
-
-    def __init__(self, driver: Any) -> None:
-        self.driver = driver
-
-    def js(self, script: str, *args: Any) -> Any:
-        return self.driver.execute_script(script, *args)
-
-    def open(self, path: Path) -> None:
-        self.driver.get_log("browser")
-        self.driver.get(path.as_uri())
-        assert self.js("return document.body.dataset.ready") == "1"
-
-    def find(self, css: str) -> Any:
-        return self.driver.find_element("css selector", css)
-
-    def text(self, css: str) -> str:
-        return str(self.find(css).text)
-
-    @property
-    def level(self) -> int:
-        return int(self.js("return document.body.dataset.level"))
-
-    def to_cell(self, segment: int, layer: int, n_layers: int, *, click: bool = False) -> None:
-        """Move the pointer over a cell."""
-        from selenium.webdriver import ActionChains
-
-        x, y = self.js(
-            "const g = document.getElementById('grid'), d = g.dataset, r = g.getBoundingClientRect();"
-            "return [r.left + +d.left + (arguments[0] + .5) * +d.w,"
-            " r.top + +d.top + (arguments[2] - 1 - arguments[1] + .5) * +d.h];",
-            segment,
-            layer,
-            n_layers,
-        )
-        actions = ActionChains(self.driver, duration=0)
-        actions.w3c_actions.pointer_action.move_to_location(int(x), int(y))
-        if click:
-            actions.click()
-        actions.perform()
-        # Pointer moves are delivered with the next frame.
-        self.driver.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 20))")
-
-    def keys(self, *keys: str) -> None:
-        from selenium.webdriver import ActionChains
-
-        ActionChains(self.driver).send_keys(*keys).perform()
-
-    def errors(self) -> list[str]:
-        return [e["message"] for e in self.driver.get_log("browser") if e["level"] in ("SEVERE", "WARNING")]
 
 
 @pytest.fixture
@@ -302,6 +134,7 @@ def test_a_click_opens_the_cell(viewer: Viewer) -> None:
     viewer.to_cell(2, 3, 4, click=True)
     assert viewer.text("#cell-h") == "Cell (2,3): segment 2, layer 3"
     assert viewer.level == 5
+    viewer.js("document.querySelectorAll('#cell details').forEach((d) => { d.open = true })")
     panel = viewer.text("#cell")
     for piece in (
         "(2,2)",
@@ -336,7 +169,7 @@ def test_hover_says_what_depends_on_what(viewer: Viewer) -> None:
 def test_the_filter_narrows_the_operations(viewer: Viewer) -> None:
     viewer.to_cell(2, 2, 4, click=True)
     viewer.find("#opfilter").send_keys("mlp")
-    assert viewer.text("#opcount") == "1 of 2 operations"
+    assert viewer.text("#count-ops") == "1 of 2 operations"
 
 
 def test_keys(viewer: Viewer) -> None:
@@ -383,7 +216,7 @@ def test_every_tab_shows_its_part(viewer: Viewer) -> None:
             "on a test",
             "All levels as a table",
         ],
-        "pipeline": ["24 → 6", "0 → 2", "200 ms"],
+        "passes": ["24 → 6", "0 → 2", "200 ms"],
         "code": ["for level in range(3):", "steady state, line 4"],
         "why": ["chosen by hand\nfor a test"],
     }

@@ -155,7 +155,7 @@ def _view(options: argparse.Namespace) -> int:
     if options.profile:
         fast.profile(*target.args, **target.kwargs)
     try:
-        path = save_view(fast, options.out, title=target.name, expand=options.open)
+        path = save_view(fast, options.out, title=target.name, expand=options.open, capture=options.texts)
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
     _report(options, {"file": str(path)}, f"wrote {path}")

@@ -63,7 +63,7 @@ examples
 _VIEW = """\
 Write the viewer: one HTML file with the grid of cells, the dependences, each cell's operations with their
 source lines, the passes and the generated code.  Other suffixes give the schedule alone:
-.svg .png .dot .json .trace.json .txt
+.svg .png .dot .json .trace.json .txt; .explorer.json has the operations, too, for Model Explorer
 
 examples
   rmtcompile view mymodel:build -o schedule.html
@@ -71,6 +71,7 @@ examples
   rmtcompile view mymodel:build -o schedule.svg
   rmtcompile view -o schedule.trace.json --profile    measured times, for ui.perfetto.dev
   rmtcompile view -o cells.dot --open 1,0 --open 1,1  two cells opened to their operations, for dot -Tsvg
+  rmtcompile view -o cells.explorer.json              the dataflow inside of cells, for Model Explorer
 """
 
 _DUMP = """\
@@ -136,7 +137,11 @@ def build_parser(commands_of: Mapping[str, Command]) -> argparse.ArgumentParser:
     view.add_argument("-o", "--out", default="schedule.html", metavar="FILE", help="default: %(default)s")
     view.add_argument("--profile", action="store_true", help="run the model and show the time of each level")
     view.add_argument(
-        "--open", type=_cell, action="append", default=[], metavar="S,L", help="open a cell in a .dot file"
+        "--texts", action="store_true", help="capture once more, to show the texts of the first passes, too"
+    )
+    view.add_argument(
+        "--open", type=_cell, action="append", default=[], metavar="S,L",
+        help="open a cell in a .dot or .explorer.json file",
     )
     dump = _command(
         commands, "dump", "write one file for each stage of the compiler", _DUMP, commands_of["dump"]

@@ -6,8 +6,9 @@ explanation_text.py  the same as text and HTML
 carries.py           what flows from segment to segment;  scheduled.py  the schedule with it
 plans.py             what the runtime measured of its plans
 texts.py             each stage of the compiler as text;  dump.py writes them to a folder
-view.py              a compiled program for the viewer;  cells.py, passes.py  parts of it
-profiling.py         time of each level, and of each kind of operation
+view.py              a compiled program for the viewer;  cells.py, passes.py, pass_texts.py  parts of it
+shown.py             the path of a written file, which a notebook shows
+profiling.py         time of each level;  kinds.py  of each kind of operation;  profile_text.py  as text
 """
 
 from __future__ import annotations

@@ -24,6 +24,11 @@ def carries_of(compiled: Compiled) -> list[Carry]:
     return list(dict.fromkeys([*_between_cells(compiled), *_around_cells(compiled)]))
 
 
+def values_of(compiled: Compiled) -> list[Carry]:
+    """The values that cells leave to other cells of the same segment, such as what goes up the layers."""
+    return list(dict.fromkeys(_between_cells(compiled, later=False)))
+
+
 def reads_of(compiled: Compiled) -> tuple[tuple[Offset, tuple[int, ...]], ...]:
     """The layers that read by each offset, as `Schedule.reads` has them."""
     found: dict[Offset, set[int]] = {}
@@ -32,15 +37,15 @@ def reads_of(compiled: Compiled) -> tuple[tuple[Offset, tuple[int, ...]], ...]:
     return tuple((offset, tuple(sorted(layers))) for offset, layers in sorted(found.items()))
 
 
-def _between_cells(compiled: Compiled) -> Iterator[Carry]:
-    """One for each feed of a lane that goes to a later segment."""
+def _between_cells(compiled: Compiled, later: bool = True) -> Iterator[Carry]:
+    """One for each feed of a lane that goes to a later segment, or to the same one."""
     names = lane_names(compiled)
     for lane in compiled.program.lanes:
         size = torch.empty((), dtype=lane.dtype).element_size()
         for n in lane.shape:
             size *= n
         for feed in lane.feeds:
-            if feed.offset[0]:
+            if bool(feed.offset[0]) == later:
                 yield Carry(
                     names.get(lane.name, lane.name),
                     feed.offset,

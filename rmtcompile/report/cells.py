@@ -10,12 +10,13 @@ import torch
 from torch import fx, nn
 
 from rmtcompile.compiler.pipeline import Compiled
-from rmtcompile.ir.program import Each, Source
+from rmtcompile.ir.program import Each, Port, Source
+from rmtcompile.passes.emit import target_name
 from rmtcompile.passes.grid.partition import CELL, EPILOGUE, INIT, PROLOGUE
 from rmtcompile.passes.grid.reroll import ClassRule, LiveIn
 from rmtcompile.report.names import inside, module_of, op_name, state_names, value_name, where_from
 from rmtcompile.schedule import Carry, Cell, Schedule
-from rmtcompile.viewer import CellView, OpView, ValueView
+from rmtcompile.viewer import CellView, FunctionView, OpView, ValueView
 
 Key = tuple[int, int, int]  # (layer, class, operation)
 
@@ -53,6 +54,50 @@ def around_of(compiled: Compiled, schedule: Schedule) -> Iterator[CellView]:
         live_ins, params = _entering(about, rule, rule, (-1, -1), names)
         if ops:
             yield CellView(kind, when, ops, tuple(live_ins), params=tuple(params))
+
+
+def generated_of(compiled: Compiled) -> Iterator[FunctionView]:
+    """The functions of the emitted module that compute n cells at once, as they stand after all passes."""
+    for cell in compiled.emitted.cells:
+        group = next((one for one in compiled.program.groups if one.name == cell.group), None)
+        ports = {port.name: port for port in group.ports} if group is not None else {}
+        inputs = [node for node in cell.graph.nodes if node.op == "placeholder"]
+        output = next(node for node in cell.graph.nodes if node.op == "output")
+        yield FunctionView(
+            cell.name,
+            tuple(_generated(compiled, node) for node in cell.graph.nodes if node.op == "call_function"),
+            tuple(_input(node, ports.get(node.name)) for node in inputs),
+            tuple(value.name for value in output.args[0] if isinstance(value, fx.Node)),
+        )
+
+
+def _input(node: fx.Node, port: Port | None) -> ValueView:
+    shape, dtype = _type(node)
+    if port is None:
+        return ValueView(node.name, shape, dtype)
+    return ValueView(node.name, _grouped(shape) if port.has_axis else shape, dtype, port.role)
+
+
+def _grouped(shape: tuple[int, ...]) -> tuple[int | str, ...]:
+    """The shape of n cells; that of the capture has a number of its own there."""
+    return ("n", *shape[1:]) if shape else ()
+
+
+def _generated(compiled: Compiled, node: fx.Node) -> OpView:
+    shape, dtype = _type(node)
+    calls, scope = compiled.capture.calls, node.meta.get("scope", ())
+    path = calls[scope[-1]].path if scope and scope[-1] < len(calls) else ""
+    layer = next((root for root in compiled.layer_paths if inside(path, root) != path), "")
+    return OpView(
+        node.name,
+        op_name(node),
+        _grouped(shape),
+        dtype,
+        str(node.meta.get("source", "")),
+        inside(path, layer),
+        tuple(operand.name for operand in node.all_input_nodes),
+        _target(node),
+    )
 
 
 def operations_of(compiled: Compiled, count: int) -> Callable[[Cell], tuple[OpView, ...]]:
@@ -184,7 +229,15 @@ def _op(compiled: Compiled, node: fx.Node, path: str, names: dict[fx.Node, str])
         str(node.meta.get("source", "")),
         inside(module_of(node, compiled), path),
         tuple(names[operand] for operand in node.all_input_nodes if operand in names),
+        _target(node),
     )
+
+
+def _target(node: fx.Node) -> str:
+    """`aten.linear.default`, or the name of a function of ours."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target)
+    return target_name(node.target)
 
 
 def _value(name: str, node: fx.Node, note: str) -> ValueView:

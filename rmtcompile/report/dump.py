@@ -36,7 +36,7 @@ def dump(fast: Optimized, folder: str | Path) -> list[Path]:
     compiled, schedule = entry.compiled, fast.schedule
     program = texts.program_text(compiled, schedule, model_name(fast.model), inputs_of(fast)[0])
     stages: list[tuple[str, str]] = [
-        *_front(fast),
+        *front(fast),
         ("partition.txt", texts.partition_text(compiled)),
         ("reroll.txt", texts.rules_text(compiled)),
         ("dependence.txt", texts.dependence_text(compiled)),
@@ -98,7 +98,7 @@ def _cells(fast: Optimized) -> list[tuple[str, str]]:
     return found
 
 
-def _front(fast: Optimized) -> list[tuple[str, str]]:
+def front(fast: Optimized) -> list[tuple[str, str]]:
     """The graph after capture and after each pass on it."""
     from rmtcompile.compiler.unrolling import unrolled_forward
 

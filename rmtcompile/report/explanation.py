@@ -96,11 +96,12 @@ class Speedup:
     seconds: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Explanation:
     """What the compiler found in a model.
 
-    `str()` gives text, `to_json()` data, `to_html()` a page; notebooks show a table.
+    `str()` gives the whole text, `repr()` one line, `to_json()` data, `to_html()` a page; notebooks show a
+    table.
 
     Attributes:
         model: name of the model.
@@ -184,6 +185,15 @@ class Explanation:
         from rmtcompile.report.explanation_text import to_text
 
         return to_text(self)
+
+    def __repr__(self) -> str:
+        said = [self.model]
+        if self.layers:
+            said.append(f"{len(self.layers)} layers")
+        if self.schedule is not None:
+            said.append(f"{self.schedule.n_levels} levels")
+        said.append(f"refused: {self.refusal.error}" if self.refusal else f"plan {self.plan}")
+        return f"<Explanation {', '.join(said)}>"
 
     def _repr_html_(self) -> str:
         from rmtcompile.report.explanation_text import to_html_fragment

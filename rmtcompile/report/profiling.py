@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ import torch
 from rmtcompile.binding.arguments import tensors_of
 from rmtcompile.errors import RMTCompileError
 from rmtcompile.passes.flat.attention import KERNELS
+from rmtcompile.report.kinds import kinds_of, level_kinds, wait
 from rmtcompile.runtime.base import Level, OnLevel
 from rmtcompile.schedule import Schedule
 from rmtcompile.viewer import ProfileView
@@ -23,21 +23,7 @@ if TYPE_CHECKING:
     from rmtcompile.dispatch.entries import Entry
     from rmtcompile.optimized import Optimized
 
-_KINDS = (
-    ("attention", ("attention", "flash", "fmha", "sdpa")),
-    ("matrix products", (
-        "mm", "matmul", "linear", "einsum", "gemm", "dot", "cutlass", "nvjet", "conv", "gated_product",
-    )),
-    ("norms and reductions", ("mean", "sum", "norm", "softmax", "var", "max", "min", "cumsum", "any", "all")),
-    ("data movement", (
-        "copy", "cat", "stack", "clone", "contiguous", "index", "gather", "roll", "embedding", "fill", "zero",
-        "empty", "slice", "select", "view", "reshape", "expand", "transpose", "permute", "as_strided",
-        "squeeze", "unbind", "split", "memcpy", "memset", "arange", "to", "detach", "alias", "resize", "t",
-    )),
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Profile:
     """Measured time of one call.
 
@@ -55,6 +41,7 @@ class Profile:
         flops: floating-point operations of the matrix products and attentions of each level.
         peak: floating-point operations a second of one large matrix product on this device.
         repeats: timed calls.
+        level_kinds: for each level, microseconds of each kind of operation; empty where that is not known.
     """
 
     schedule: Schedule
@@ -67,6 +54,7 @@ class Profile:
     flops: tuple[int, ...]
     peak: float
     repeats: int
+    level_kinds: tuple[dict[str, float], ...] = ()
 
     @property
     def speedup(self) -> float:
@@ -88,7 +76,8 @@ class Profile:
         scale = self.total_us / (sum(self.level_us) + self.outside_us)
         levels = tuple(us * scale for us in self.level_us)
         used = _shares(self.flops, levels, self.peak)
-        return ProfileView(levels, self.kind_us, used, self.sequential_us, self.outside_us * scale)
+        kinds = tuple({kind: us * scale for kind, us in one.items()} for one in self.level_kinds)
+        return ProfileView(levels, self.kind_us, used, self.sequential_us, self.outside_us * scale, kinds)
 
     def to_json(self, *, indent: int | None = None) -> str:
         """The measured numbers."""
@@ -102,49 +91,25 @@ class Profile:
         return self.schedule.to_chrome_trace(self.level_us or None)
 
     def __str__(self) -> str:
-        return "\n".join(_table(self))
+        from rmtcompile.report.profile_text import to_text
+
+        return to_text(self)
+
+    def __repr__(self) -> str:
+        levels = f"{self.schedule.n_levels} levels" if self.level_us else "levels not timed"
+        times = f"{self.total_us / 1e3:.2f} ms a call, {self.speedup:.2f} x as fast as the model as it is"
+        return f"<Profile {times}, {levels}, {self.device}>"
+
+    def _repr_html_(self) -> str:
+        from rmtcompile.report.profile_text import to_html_fragment
+
+        return to_html_fragment(self)
 
 
 def _shares(flops: Sequence[int], level_us: Sequence[float], peak: float) -> tuple[float, ...]:
     if not peak or not level_us or not any(flops):
         return ()
     return tuple(min(1.0, n / (us * 1e-6) / peak) for n, us in zip(flops, level_us, strict=True))
-
-
-def _table(found: Profile) -> Iterator[str]:
-    schedule, used = found.schedule, found.utilisation
-    yield (
-        f"profile   {found.total_us / 1e3:.2f} ms a call, the model as it is "
-        f"{found.sequential_us / 1e3:.2f} ms: {found.speedup:.2f} x as fast"
-    )
-    yield f"          {found.device}, median of {found.repeats}"
-    yield ""
-    if not found.level_us:
-        yield "  the program does not run level by level, so levels have no times of their own"
-        yield from _kind_lines(found)
-        return
-    yield f"  {'level':>5}  {'phase':<9}  {'cells':>5}  {'ms':>9}  {'us a cell':>9}" + "  of peak" * bool(
-        used
-    )
-    phases = schedule.phases
-    for level, us in enumerate(found.level_us):
-        width = schedule.widths[level]
-        share = f"  {used[level]:>7.1%}" if used else ""
-        yield f"  {level:>5}  {phases.of(level):<9}  {width:>5}  {us / 1e3:>9.3f}  {us / width:>9.1f}{share}"
-    yield ""
-    whole = sum(found.level_us) + found.outside_us
-    for name, levels in zip(("ramp-up", "steady", "ramp-down"), phases, strict=True):
-        if levels:
-            us = sum(found.level_us[level] for level in levels)
-            yield f"  {name:<22} {us / 1e3:>9.3f} ms  {us / whole:>6.1%}"
-    yield f"  {'outside of levels':<22} {found.outside_us / 1e3:>9.3f} ms  {found.outside_us / whole:>6.1%}"
-    yield from _kind_lines(found)
-
-
-def _kind_lines(found: Profile) -> Iterator[str]:
-    total = sum(found.kind_us.values())
-    for name, us in sorted(found.kind_us.items(), key=lambda item: -item[1]):
-        yield f"  {name:<22} {us / 1e3:>9.3f} ms  {us / total:>6.1%}"
 
 
 def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repeats: int = 5) -> Profile:
@@ -189,15 +154,16 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
         for _ in range(repeats)
     ]
     wholes, sequentials, levels, outsides = zip(*turns, strict=True)
-    kinds = _kinds(program, device)
+    kinds = kinds_of(program, device)
     flops = _flops(level_by_level, executor)
     peak = _peak(device, next((t.dtype for t in fast_parameters(fast)), torch.float32))
     schedule = fast.schedule
     fits = all(len(times) == schedule.n_levels for times in levels)
+    times = tuple(statistics.median(times) for times in zip(*levels, strict=True)) if fits else ()
     result = Profile(
         schedule,
         _device_name(device, executor.backend),
-        tuple(statistics.median(times) for times in zip(*levels, strict=True)) if fits else (),
+        times,
         statistics.median(outsides),
         statistics.median(wholes),
         statistics.median(sequentials),
@@ -205,6 +171,7 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
         tuple(flops) if len(flops) == schedule.n_levels else (),
         peak,
         repeats,
+        level_kinds(level_by_level, device, times),
     )
     fast.last_profile = result
     return result
@@ -215,16 +182,11 @@ def fast_parameters(fast: Optimized) -> Iterator[torch.Tensor]:
     return (leaf.tensor for leaf in fast.compiled.leaves.values() if leaf.tensor.is_floating_point())
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _timed(run: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     run()
-    _wait(device)
+    wait(device)
     return (time.perf_counter() - start) * 1e6
 
 
@@ -338,38 +300,6 @@ def _attention_flops(
 
 
 ATTENTION_FLOPS = dict.fromkeys((kernel.overloadpacket for kernel in KERNELS), _attention_flops)
-
-
-def kind_of(name: str) -> str:
-    """The kind of an operation or kernel, by its name."""
-    words = name.removeprefix("aten::").strip("_").lower()
-    parts = words.replace("::", "_").split("_")
-    for kind, keys in _KINDS:
-        if any((key in words) if len(key) > 5 else key in parts or words.endswith(key) for key in keys):
-            return kind
-    return "pointwise"
-
-
-def _kinds(program: Callable[[], None], device: torch.device) -> dict[str, float]:
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
-
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes its progress to standard error
-    cuda = device.type == "cuda"
-    with record(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as events:
-        program()
-        _wait(device)
-    found: dict[str, float] = {}
-    for event in events.key_averages():
-        if cuda:  # kernels only: the operations that launched them count the same time again
-            us = event.self_device_time_total if event.device_type == DeviceType.CUDA else 0
-        else:
-            us = event.self_cpu_time_total if event.key.startswith("aten::") else 0
-        if us > 0:
-            kind = kind_of(event.key)
-            found[kind] = found.get(kind, 0.0) + us
-    return found
 
 
 def _peak(device: torch.device, dtype: torch.dtype) -> float:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rmtcompile.report.cells import around_of, cells_of
+from rmtcompile.report.carries import values_of
+from rmtcompile.report.cells import around_of, cells_of, generated_of, operations_of
 from rmtcompile.report.explanation_text import sections
 from rmtcompile.report.findings import explain_last
 from rmtcompile.report.names import model_name
+from rmtcompile.report.pass_texts import key_of, texts_of
 from rmtcompile.report.passes import passes_of
+from rmtcompile.report.shown import Shown
 from rmtcompile.schedule import Cell
-from rmtcompile.schedule.files import check_name
-from rmtcompile.viewer import ViewModel, WitnessView, render
+from rmtcompile.schedule.files import EXPLORED, check_name
+from rmtcompile.schedule.graph import opened_cells
+from rmtcompile.viewer import PassView, ViewModel, WitnessView, render, to_explorer
 
 if TYPE_CHECKING:
     from rmtcompile.optimized import Optimized
@@ -21,31 +26,45 @@ if TYPE_CHECKING:
 
 
 def save_view(
-    fast: Optimized, path: str | Path, title: str | None = None, expand: Sequence[Cell] = ()
+    fast: Optimized,
+    path: str | Path,
+    title: str | None = None,
+    expand: Sequence[Cell] = (),
+    capture: bool = False,
 ) -> Path:
     """Write the viewer of the last call's program; a suffix other than `.html` gives the schedule alone.
 
-    `.trace.json` holds measured times if there is a profile of the last call's schedule.
+    `.trace.json` holds measured times if there is a profile of the last call's schedule, `.explorer.json` the
+    operations of cells, too, for Model Explorer.
+
+    What it returns is the path; a notebook shows the page behind it.
 
     Args:
         title: of the page; the model's name by default.
-        expand: cells to open to their operations in a `.dot` file.
+        expand: cells to open to their operations in a `.dot` or `.explorer.json` file.
+        capture: capture the forward once more, so that the page has the texts of the first passes, too.
 
     Raises:
         RMTCompileError: nothing was captured yet.
         ValueError: the suffix is unknown, or there is no such cell.
     """
-    path = Path(path)
+    path = Shown(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     check_name(path, opens_cells=bool(expand))
+    if path.name.lower().endswith(EXPLORED):
+        operations = operations_of(fast.compiled, fast.schedule.n_segments)
+        opened = {cell: operations(cell) for cell in opened_cells(fast.schedule, expand)}
+        path.write_text(to_explorer(view_model(fast, title), opened), encoding="utf-8")
+        return path
     if expand:
         path.write_text(fast.schedule.to_dot(expand), encoding="utf-8")
         return path
     if path.suffix.lower() not in (".html", ".htm"):
         measured = _measured(fast)
         times = measured.level_us if measured is not None and measured.level_us else None
-        return fast.schedule.save(path, times=times)
-    path.write_text(render(view_model(fast, title)), encoding="utf-8")
+        fast.schedule.save(path, times=times)
+        return path
+    path.write_text(render(view_model(fast, title, capture=capture)), encoding="utf-8")
     return path
 
 
@@ -55,8 +74,19 @@ def _measured(fast: Optimized) -> Profile | None:
     return found if found is not None and found.schedule == fast.schedule else None
 
 
-def view_model(fast: Optimized, title: str | None = None) -> ViewModel:
-    """Everything that the viewer shows of the last call's program."""
+def _passes(fast: Optimized, capture: bool) -> tuple[PassView, ...]:
+    """The passes with the texts that are known.  A first capture that another one follows has none."""
+    texts = texts_of(fast, capture=capture)
+    passes = list(passes_of(fast.compiled, fast.compiled.passes_off))
+    last = {key_of(one.name): one for one in passes}
+    return tuple(
+        replace(one, text=texts.get(key_of(one.name), "")) if last[key_of(one.name)] is one else one
+        for one in passes
+    )
+
+
+def view_model(fast: Optimized, title: str | None = None, *, capture: bool = False) -> ViewModel:
+    """Everything that the viewer shows of the last call's program; `capture` as of `save_view`."""
     compiled, schedule = fast.compiled, fast.schedule
     found = explain_last(fast)
     measured = _measured(fast)
@@ -65,10 +95,12 @@ def view_model(fast: Optimized, title: str | None = None) -> ViewModel:
         schedule=schedule,
         cells=tuple(cells_of(compiled, schedule)),
         around=tuple(around_of(compiled, schedule)),
+        values=tuple(values_of(compiled)),
+        generated=tuple(generated_of(compiled)),
         witnesses=tuple(
             WitnessView(o.offset, o.consumer, f"{o.producer} {o.reason}".rstrip()) for o in found.offsets
         ),
-        passes=tuple(passes_of(compiled, fast.compiled.passes_off)),
+        passes=_passes(fast, capture),
         code=compiled.emitted.source,
         code_phases=dict(compiled.emitted.phases),
         profile=measured.view() if measured is not None else None,

@@ -5,6 +5,7 @@ skew.py     skew, blocking offsets
 grid.py     Grid, Phases: the one definition of levels
 parts.py    Carry, Window
 data.py     Schedule
+memory.py   bytes that are alive on each level
 text.py     str(schedule)
 svg.py      the grid as a picture;  html.py  the notebook form
 serial.py   JSON and its schema

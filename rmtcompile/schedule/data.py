@@ -286,8 +286,8 @@ class Schedule:
     def save(self, path: str | Path, *, times: Sequence[float] | None = None) -> Path:
         """Write the schedule in the format that the suffix names.
 
-        `.svg`, `.png` (needs matplotlib), `.html` (the viewer), `.json`, `.dot`, `.trace.json` (Perfetto) or
-        `.txt`.
+        `.svg`, `.png` (needs matplotlib), `.html` (the viewer), `.json`, `.dot`, `.trace.json` (Perfetto),
+        `.explorer.json` (Model Explorer) or `.txt`.
 
         Args:
             times: measured microseconds of each level, for `.trace.json` and `.html`.

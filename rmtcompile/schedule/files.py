@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 Times = Sequence[float] | None
 
+EXPLORED = ".explorer.json"
+"""How the names of files for Model Explorer end."""
+
 
 def save(schedule: Schedule, path: Path, times: Times = None) -> Path:
     """Write `schedule` to `path` in the format of its suffix, with measured times where it shows them."""
@@ -35,8 +38,10 @@ def check_name(path: str | Path, opens_cells: bool = False) -> None:
         ValueError: the suffix is unknown, or a file of this format opens no cells.
     """
     path = Path(path)
-    if opens_cells and path.suffix.lower() != ".dot":
-        raise ValueError(f"only a .dot file opens cells, not {path.name!r}; the viewer opens them all")
+    if opens_cells and not path.name.lower().endswith((".dot", EXPLORED)):
+        raise ValueError(
+            f"only .dot and {EXPLORED} files open cells, not {path.name!r}; the viewer opens them all"
+        )
     if path.suffix.lower() not in (".html", ".htm"):
         _suffix(path)
 
@@ -56,9 +61,17 @@ def _viewer(schedule: Schedule, times: Times) -> str:
     return render(ViewModel(title="schedule", schedule=schedule, profile=profile))
 
 
-# ".trace.json" stands before ".json": the first match counts.
+def _explorer(schedule: Schedule, times: Times) -> str:
+    from rmtcompile.viewer import ViewModel, to_explorer
+
+    del times
+    return to_explorer(ViewModel(title="schedule", schedule=schedule))
+
+
+# ".trace.json" and ".explorer.json" stand before ".json": the first match counts.
 _TEXT: dict[str, Callable[[Schedule, Times], str]] = {
     ".trace.json": lambda schedule, times: schedule.to_chrome_trace(times),
+    EXPLORED: _explorer,
     ".json": lambda schedule, _: schedule.to_json() + "\n",
     ".svg": lambda schedule, _: schedule.to_svg(),
     ".html": _viewer,

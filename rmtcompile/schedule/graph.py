@@ -61,7 +61,7 @@ def _name(cell: Cell) -> str:
     return f"c_{cell[0]}_{cell[1]}"
 
 
-def _opened(
+def opened_cells(
     schedule: Schedule, expand: Iterable[Cell] | Mapping[Cell, Sequence[Operation]]
 ) -> Mapping[Cell, Sequence[Operation]]:
     """The cells to open with their operations; see `Schedule.to_dot`."""
@@ -85,7 +85,7 @@ def _opened(
 
 def to_dot(schedule: Schedule, expand: Iterable[Cell] | Mapping[Cell, Sequence[Operation]]) -> str:
     """Graphviz text: a box a cell, a rank a level, a cluster for each cell in `expand`."""
-    expand = _opened(schedule, expand)
+    expand = opened_cells(schedule, expand)
     phases = schedule.phases
     lines = [
         "digraph schedule {",

@@ -2,20 +2,28 @@
 
 view_model.py   what is shown, as frozen data
 render.py       data and page -> one file
+explorer.py     the same graphs for Google's Model Explorer
 viewer.html, viewer.css
 model.js        the data, state, words and small helpers
 grid.js         the layer x segment grid and the strip of levels
 cell.js         the panel of one cell
 graph.js        dependences and carries
-tabs.js         pipeline, code, time
+diff.js         line differences
+passes.js       the passes, their texts and the differences of these
+time.js         where the time goes;  timeline.js  the levels, to zoom into
+memory.js       bytes alive by level, levels and bytes by number of segments
+tabs.js         the code, the explanation, and the tabs
+links.js        the state of the page in its address
 main.js         keys, player, start
 """
 
 from __future__ import annotations
 
+from rmtcompile.viewer.explorer import to_explorer
 from rmtcompile.viewer.render import render
 from rmtcompile.viewer.view_model import (
     CellView,
+    FunctionView,
     OpView,
     PassView,
     ProfileView,
@@ -24,4 +32,15 @@ from rmtcompile.viewer.view_model import (
     WitnessView,
 )
 
-__all__ = ["CellView", "OpView", "PassView", "ProfileView", "ValueView", "ViewModel", "WitnessView", "render"]
+__all__ = [
+    "CellView",
+    "FunctionView",
+    "OpView",
+    "PassView",
+    "ProfileView",
+    "ValueView",
+    "ViewModel",
+    "WitnessView",
+    "render",
+    "to_explorer",
+]

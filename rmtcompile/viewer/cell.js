@@ -1,7 +1,6 @@
 // The panel of one cell: what it depends on, what enters and leaves it, and its operations.
 
 const templateOf = ([s, l]) => V.cells.find((c) => c.variant === G.variants[s] && c.kind === G.kinds[l]);
-let shownTemplate = null;
 
 /** Variant and kind of a cell, where there are several. */
 const sortOf = ([s, l]) =>
@@ -21,23 +20,19 @@ function renderCell() {
   $("cell-h").textContent = `Cell (${s},${l}): segment ${s}, layer ${l}`;
   const others = widths[t] - 1,
     sort = sortOf(cell);
-  const keep = shownTemplate === found && found && $("opfilter") ? $("opfilter").value : "";
-  shownTemplate = found;
   $("cell").innerHTML =
     `<p class="meta">level <b>${t}</b>, <span class="phase ${phaseOf(t)}">${PHASE_WORDS[phaseOf(t)]}</span>, ` +
     `${others ? `together with <b>${count(others, "other cell")}</b>` : "alone on its level"}${sort ? `; ${sort}` : ""}</p>` +
     linksHtml(cell, -1, "Waits for", "in", "nothing: it can start at once") +
     linksHtml(cell, 1, "Feeds", "out", "nothing in the grid") +
-    carriesHtml(cell) +
     (found
-      ? templateHtml(found)
-      : `<h3>Operations</h3><p class="quiet">None were recorded in this file.</p>`);
-  if (found) {
-    $("opfilter").value = keep;
-    $("opfilter").addEventListener("input", () => filterOps(found));
-    renderOps(found);
-    if (keep) filterOps(found);
-  }
+      ? templateHtml(found, cell)
+      : carriesHtml(cell) + `<h3>Operations</h3><p class="quiet">None were recorded in this file.</p>`);
+  if (!found) return;
+  $("opfilter").value = state.filter;
+  $("opfilter").addEventListener("input", () => setFilter($("opfilter").value));
+  tablesOf(found).forEach(([id, ops]) => traceOps($(id), ops));
+  filterOps(found);
 }
 
 function linksHtml(cell, sign, title, cls, none) {
@@ -46,7 +41,7 @@ function linksHtml(cell, sign, title, cls, none) {
     const where = sign < 0 ? whereFrom(offset) : whereTo(offset);
     return `<button class="chip ${cls}" data-cell="${other}"><b>${pair(other)}</b><small>${esc(carried || where)}</small></button>`;
   });
-  return `<h3>${title}</h3><div class="chips">${list.join("") || `<span class="quiet">${none}</span>`}</div>`;
+  return `<div class="links"><h3>${title}</h3><div class="chips">${list.join("") || `<span class="quiet">${none}</span>`}</div></div>`;
 }
 
 function carriesHtml([s, l]) {
@@ -59,8 +54,10 @@ function carriesHtml([s, l]) {
         ? `<tr><td class="mono">${esc(c.name)}</td><td class="mono">${esc(c.type)}</td><td>${what}</td><td class="num">${bytes(c.bytes)}</td></tr>`
         : "";
     })
-    .join("");
-  return rows ? `<h3>Carried between segments</h3><table><tbody>${rows}</tbody></table>` : "";
+    .filter(Boolean);
+  return rows.length
+    ? folded("Carried between segments", rows.length, "value", `<table><tbody>${rows.join("")}</tbody></table>`)
+    : "";
 }
 
 const valuesHtml = (title, values) =>
@@ -73,18 +70,39 @@ const valuesHtml = (title, values) =>
         .join("")}</tbody></table>`
     : "";
 
-function templateHtml(found) {
+/** The operations of a cell and those of the functions that compute it, each table with its id. */
+const tablesOf = (found) => [
+  ["ops", found.ops],
+  ...found.functions.filter((f) => V.generated[f]).map((f) => [`ops-${f}`, V.generated[f]]),
+];
+
+const opsTable = (id, ops) =>
+  `<table class="ops"><thead><tr><th>operation</th><th>result</th><th class="src">source</th></tr></thead><tbody id="${esc(id)}">${opRows(ops).join("")}</tbody></table>`;
+
+const folded = (title, n, noun, html) =>
+  n ? `<details><summary>${title}: ${count(n, noun)}</summary>${html}</details>` : "";
+
+function templateHtml(found, cell) {
+  const generated = tablesOf(found)
+    .slice(1)
+    .map(([id, ops], i) => {
+      const name = found.functions.filter((f) => V.generated[f])[i];
+      return (
+        `<details class="generated"><summary><span class="mono">${esc(name)}</span>, <span id="count-${esc(id)}"></span></summary>` +
+        `${opsTable(id, ops)}</details>`
+      );
+    });
   return (
-    valuesHtml("Reads (live-ins)", found.liveIns) +
-    valuesHtml("Leaves for others (live-outs)", found.liveOuts) +
-    (found.params.length
-      ? `<details><summary>${count(found.params.length, "parameter")} of this layer</summary>${valuesHtml("", found.params)}</details>`
-      : "") +
+    carriesHtml(cell) +
+    folded("Reads (live-ins)", found.liveIns.length, "value", valuesHtml("", found.liveIns)) +
+    folded("Leaves for others (live-outs)", found.liveOuts.length, "value", valuesHtml("", found.liveOuts)) +
+    folded("Weights of this layer", found.params.length, "parameter", valuesHtml("", found.params)) +
+    `<div class="opshead"><h3 id="count-ops"></h3><input type="search" id="opfilter" placeholder="filter" aria-label="Filter operations by name, operation, module or source"></div>` +
+    opsTable("ops", found.ops) +
     (found.functions.length && V.code
-      ? `<p class="quiet infn">Computed by ${found.functions.map((f) => `<button class="link mono" data-function="${esc(f)}">${esc(f)}</button>`).join(", ")} in the generated code.</p>`
+      ? `<h3>Generated code</h3><p class="quiet">Computed for n cells at once by ${found.functions.map((f) => `<button class="link mono" data-function="${esc(f)}">${esc(f)}</button>`).join(", ")}.</p>`
       : "") +
-    `<div class="opshead"><h3 id="opcount"></h3><input type="search" id="opfilter" placeholder="filter" aria-label="Filter operations by name, operation, module or source"></div>` +
-    `<table class="ops"><thead><tr><th>operation</th><th>result</th><th style="text-align:right">source</th></tr></thead><tbody id="ops"></tbody></table>`
+    generated.join("")
   );
 }
 
@@ -99,43 +117,47 @@ function opRows(ops) {
   });
 }
 
-function renderOps(found) {
-  $("ops").innerHTML = opRows(found.ops).join("");
-  $("opcount").textContent = count(found.ops.length, "operation");
-  $("ops").addEventListener("pointerover", (e) => traceOp(found, e.target.closest("[data-op]")));
-  $("ops").addEventListener("pointerleave", () => traceOp(found, null));
-}
-
 /** Shade the operations that the one under the pointer reads, and those that read it. */
-function traceOp(found, row) {
-  $("ops")
-    .querySelectorAll(".uses, .used")
-    .forEach((r) => r.classList.remove("uses", "used"));
-  if (!row) return;
-  const [name, , , , , inputs] = found.ops[row.dataset.op];
-  $("ops")
-    .querySelectorAll("[data-op]")
-    .forEach((r) => {
-      const other = found.ops[r.dataset.op];
-      r.classList.toggle("uses", inputs.includes(other[0]));
-      r.classList.toggle("used", other[5].includes(name));
+function traceOps(table, ops) {
+  const trace = (row) => {
+    const read = row ? ops[row.dataset.op] : null;
+    table.querySelectorAll("[data-op]").forEach((r) => {
+      const other = ops[r.dataset.op];
+      r.classList.toggle("uses", read !== null && read[5].includes(other[0]));
+      r.classList.toggle("used", read !== null && other[5].includes(read[0]));
     });
+  };
+  table.addEventListener("pointerover", (e) => trace(e.target.closest("[data-op]")));
+  table.addEventListener("pointerleave", () => trace(null));
 }
 
+/** Whether an operation has a text in its name, operation, target, type, module or source. */
+const fitsFilter = (op, text) => [...op.slice(0, 5), op[6]].join(" ").toLowerCase().includes(text);
+
+/** Show what fits the filter, in the operations of the cell and in the generated ones. */
 function filterOps(found) {
-  const text = $("opfilter").value.toLowerCase();
-  let shown = 0;
-  $("ops")
-    .querySelectorAll("tr")
-    .forEach((row) => {
-      const op = row.dataset.op === undefined ? null : found.ops[row.dataset.op];
-      const fits = !text || (op !== null && op.slice(0, 5).join(" ").toLowerCase().includes(text));
-      row.hidden = !fits;
-      shown += fits && op ? 1 : 0;
-    });
-  $("opcount").textContent = text
-    ? `${shown} of ${count(found.ops.length, "operation")}`
-    : count(found.ops.length, "operation");
+  const text = state.filter.trim().toLowerCase();
+  tablesOf(found).forEach(([id, ops]) => {
+    let [shown, heading, under] = [0, null, 0];
+    $(id)
+      .querySelectorAll("tr")
+      .forEach((row) => {
+        if (row.dataset.op === undefined) {
+          [heading, under] = [row, 0];
+          heading.hidden = text !== "";
+          return;
+        }
+        const fits = !text || fitsFilter(ops[row.dataset.op], text);
+        row.hidden = !fits;
+        shown += fits ? 1 : 0;
+        under += fits ? 1 : 0;
+        if (heading && under) heading.hidden = false;
+      });
+    const all = count(ops.length, "operation");
+    $(`count-${id}`).textContent = text ? `${shown} of ${all}` : all;
+    const box = $(id).closest("details");
+    if (box) box.open = text !== "" && shown > 0;
+  });
 }
 
 function initCell() {
@@ -150,6 +172,11 @@ function initCell() {
   });
   watch((what) => {
     if (what === "cell") renderCell();
+    const found = templateOf(state.cell);
+    if (what === "filter" && found) {
+      if ($("opfilter").value !== state.filter) $("opfilter").value = state.filter;
+      filterOps(found);
+    }
   });
   renderCell();
 }

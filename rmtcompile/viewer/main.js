@@ -195,6 +195,7 @@ initGrid();
 initCell();
 initTabs();
 initKeys();
+initLinks();
 renderNow();
 keepInSight();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {

@@ -6,9 +6,18 @@ const $ = (id) => document.getElementById(id);
 const PHASE_WORDS = { ramp_up: "ramp-up", steady: "steady state", ramp_down: "ramp-down" };
 const PHASE_COLOURS = { ramp_up: "--up", steady: "--steady", ramp_down: "--down" };
 
-const state = { level: 0, cell: [0, 0], hover: null, playing: false };
+const state = {
+  level: 0,
+  cell: [0, 0],
+  hover: null,
+  playing: false,
+  tab: null,
+  filter: "",
+  pass: null, // the pass whose text is open, and the one it is compared with
+  from: null,
+};
 const watchers = [];
-/** Call `fn(what)` after each change of state; `what` is "level", "cell", "hover" or "theme". */
+/** Call `fn(what)` after each change of state; `what` is "level", "cell", "hover", "tab", "pass", "filter" or "theme". */
 const watch = (fn) => watchers.push(fn);
 const changed = (what) => watchers.forEach((fn) => fn(what));
 
@@ -160,6 +169,21 @@ function setCell(cell, { follow = true } = {}) {
   state.cell = cell;
   changed("cell");
   if (follow) setLevel(levelOf(cell));
+}
+function setTab(id) {
+  if (id === state.tab || !$(`tab-${id}`)) return;
+  state.tab = id;
+  changed("tab");
+}
+function setPasses(pass, from) {
+  state.pass = pass;
+  state.from = from;
+  changed("pass");
+}
+function setFilter(text) {
+  if (text === state.filter) return;
+  state.filter = text;
+  changed("filter");
 }
 function setHover(cell) {
   if (same(cell, state.hover) || (!cell && !state.hover)) return;

@@ -1,35 +1,4 @@
-// Pipeline, code and time, and the tabs that hold them.
-
-function initPipeline(panel) {
-  const total = (counts) => Object.values(counts).reduce((a, b) => a + b, 0);
-  const most = Math.max(1, ...V.passes.map((p) => Math.max(total(p.before), total(p.after))));
-  const rows = V.passes.map((p, i) => {
-    const [was, is] = [total(p.before), total(p.after)];
-    const names = [...new Set([...Object.keys(p.before), ...Object.keys(p.after)])];
-    const moved = names
-      .map((n) => [n, p.before[n] || 0, p.after[n] || 0])
-      .filter(([, a, b]) => a !== b)
-      .sort((a, b) => Math.abs(b[2] - b[1]) - Math.abs(a[2] - a[1]));
-    const chips = moved
-      .slice(0, 10)
-      .map(
-        ([n, a, b]) =>
-          `<span class="chip"><span class="mono">${esc(n)}</span>${was ? `<span class="${b < a ? "less" : "more"}">${a} → ${b}</span>` : b}</span>`,
-      );
-    if (moved.length > 10) chips.push(`<span class="quiet">and ${moved.length - 10} more</span>`);
-    const first = was === 0;
-    return (
-      `<tr><td class="num quiet">${i}</td><td><b>${esc(p.name)}</b></td>` +
-      `<td class="num">${first ? "" : `${was.toLocaleString("en")} → `}<b>${is.toLocaleString("en")}</b></td>` +
-      `<td style="width:160px"><i class="bar was" style="width:${(100 * was) / most}%"></i><i class="bar" style="width:${(100 * is) / most}%"></i></td>` +
-      `<td><div class="chips">${chips.join("") || `<span class="quiet">same operations</span>`}</div>${p.note ? `<p class="quiet">${esc(p.note)}</p>` : ""}</td>` +
-      `<td class="num">${p.seconds ? micros(p.seconds * 1e6) : ""}</td></tr>`
-    );
-  });
-  panel.innerHTML =
-    `<h2>How the program was compiled</h2><p class="quiet" style="margin:2px 0 8px">Each pass, with the number of operations in the program before it and after it.</p>` +
-    `<table class="pipe"><thead><tr><th></th><th>pass</th><th class="num">operations</th><th></th><th>what changed</th><th class="num">took</th></tr></thead><tbody>${rows.join("")}</tbody></table>`;
-}
+// The code and the explanation, and the tabs that hold all parts.
 
 const KEYWORDS = new Set(
   (
@@ -111,116 +80,6 @@ function initCode(panel) {
   return mark;
 }
 
-const sum = (values) => values.reduce((a, b) => a + b, 0);
-const phaseTimes = () =>
-  Object.keys(G.phases)
-    .filter((n) => G.phases[n][1] > G.phases[n][0])
-    .map((n) => [n, sum(V.profile.levelUs.slice(...G.phases[n]))]);
-const totalTime = () => sum(V.profile.levelUs) + V.profile.outsideUs;
-const kindTimes = () => Object.entries(V.profile.kindUs).sort((a, b) => b[1] - a[1]);
-const hbar = (name, part, whole, most, cls = "") =>
-  `<div class="hbar"><span>${esc(name)}</span><span><i class="${cls}" style="width:${(100 * part) / most}%"></i></span><span>${micros(part)} <span class="quiet">${percent(part, whole)}</span></span></div>`;
-
-function initTime(panel) {
-  const p = V.profile;
-  if (!p) {
-    panel.innerHTML = `<h2>No measured times</h2><p class="quiet">This file holds the plan only. A profile (<code>fast.profile(...)</code>) adds the time of each level and of each kind of operation.</p>`;
-    return null;
-  }
-  const total = totalTime();
-  const phases = phaseTimes(),
-    spent = kindTimes();
-  const kindTotal = sum(spent.map((k) => k[1])),
-    longest = Math.max(p.outsideUs, ...phases.map((x) => x[1]));
-  const slowest = p.levelUs.indexOf(Math.max(...p.levelUs));
-  const faster = p.sequentialUs
-    ? `, against ${micros(p.sequentialUs)}: <b>${speed(total, p.sequentialUs)}</b>`
-    : "";
-  const used = p.utilisation.length
-    ? ` The device was used to ${percent(sum(p.utilisation.map((u, t) => u * p.levelUs[t])), total)} of its peak.`
-    : "";
-  panel.innerHTML =
-    `<h2>Where the time goes</h2><p class="quiet" style="margin:2px 0 12px"><b style="color:var(--ink)">${micros(total)}</b> in all${faster}${V.device ? `, on ${esc(V.device)}` : ""}. ` +
-    `${micros(total / (G.layers * G.segments))} a cell; the slowest level is ${slowest} (${micros(p.levelUs[slowest])}).${used} A level includes what happens to the segment that enters and to the one that leaves.</p>` +
-    `<div class="times"><div><h3 style="margin-top:0">Time of each level</h3><canvas id="timechart" role="img" aria-label="Measured time of each level"></canvas></div><div>` +
-    `<h3 style="margin-top:0">By phase</h3>${phases.map(([n, t]) => hbar(`${PHASE_WORDS[n]}, ${count(G.phases[n][1] - G.phases[n][0], "level")}`, t, total, longest, n)).join("")}` +
-    (p.outsideUs ? hbar("outside of levels", p.outsideUs, total, longest, "outside") : "") +
-    (spent.length
-      ? `<h3>By kind of operation</h3>${spent.map(([k, t]) => hbar(k, t, kindTotal, spent[0][1])).join("")}`
-      : "") +
-    `</div></div><details><summary>All levels as a table</summary>${levelTable()}</details>`;
-  const draw = () => {
-    if (!panel.hidden) drawTimes();
-  };
-  dragLevels($("timechart"), 52, 8);
-  watch((what) => {
-    if (what === "level" || what === "theme") draw();
-  });
-  window.addEventListener("resize", draw);
-  return draw;
-}
-
-function levelTable() {
-  const p = V.profile,
-    used = p.utilisation.length > 0;
-  const rows = p.levelUs.map(
-    (us, t) =>
-      `<tr><td class="num">${t}</td><td>${PHASE_WORDS[phaseOf(t)]}</td><td class="num">${widths[t]}</td><td class="num">${callsOf(t)}</td>` +
-      `<td class="num">${micros(us)}</td><td class="num">${micros(us / widths[t])}</td>${used ? `<td class="num">${percent(p.utilisation[t], 1)}</td>` : ""}</tr>`,
-  );
-  return (
-    `<table class="levels"><thead><tr><th class="num">level</th><th>phase</th><th class="num">cells</th><th class="num">calls</th><th class="num">time</th><th class="num">a cell</th>` +
-    `${used ? `<th class="num">of peak</th>` : ""}</tr></thead><tbody>${rows.join("")}</tbody></table>`
-  );
-}
-
-function drawTimes() {
-  const p = V.profile,
-    canvas = $("timechart"),
-    wide = canvas.parentElement.clientWidth,
-    tall = 190;
-  const ctx = sized(canvas, wide, tall + 22),
-    most = Math.max(...p.levelUs);
-  ctx.font = "11px system-ui, sans-serif";
-  ctx.textBaseline = "middle";
-  ctx.textAlign = "right";
-  [0, 0.5, 1].forEach((f) => {
-    const y = tall - f * (tall - 10);
-    ctx.fillStyle = palette.soft;
-    ctx.fillText(f ? micros(f * most) : "0", 46, y - (f === 0 ? 2 : 0));
-    ctx.fillStyle = palette.line;
-    ctx.fillRect(52, y, wide - 60, 1);
-  });
-  const step = (wide - 60) / G.levels;
-  p.levelUs.forEach((us, t) => {
-    const h = (us / most) * (tall - 10),
-      now = t === state.level;
-    ctx.fillStyle = now ? palette.ink : phaseColour(phaseOf(t));
-    ctx.globalAlpha = now ? 1 : 0.75;
-    ctx.fillRect(52 + t * step, tall - h, Math.max(1, step - (step > 4 ? 1.5 : 0)), h);
-  });
-  ctx.globalAlpha = 1;
-  if (p.utilisation.length) {
-    ctx.strokeStyle = palette.out;
-    ctx.lineWidth = 1.6;
-    ctx.beginPath();
-    p.utilisation.forEach((u, t) =>
-      ctx[t ? "lineTo" : "moveTo"](52 + (t + 0.5) * step, tall - u * (tall - 10)),
-    );
-    ctx.stroke();
-  }
-  ctx.fillStyle = palette.soft;
-  ctx.textAlign = "left";
-  const util = p.utilisation.length
-    ? `, device used ${percent(p.utilisation[state.level], 1)} (line: share of peak)`
-    : "";
-  ctx.fillText(
-    `level ${state.level}: ${micros(p.levelUs[state.level])}, ${count(widths[state.level], "cell")}, ${micros(p.levelUs[state.level] / widths[state.level])} a cell${util}`,
-    52,
-    tall + 13,
-  );
-}
-
 function initExplanation(panel) {
   const rows = V.explanation.map(
     ([title, lines]) => `<tr><th>${esc(title)}</th><td class="mono">${lines.map(esc).join("<br>")}</td></tr>`,
@@ -232,8 +91,9 @@ function initTabs() {
   const tabs = [
     ["deps", "Dependences and carries", initGraph],
     ["time", "Time", initTime],
+    ["memory", "Memory and length", initMemory],
   ];
-  if (V.passes.length) tabs.push(["pipeline", "Pipeline", initPipeline]);
+  if (V.passes.length) tabs.push(["passes", "Passes", initPasses]);
   if (V.code) tabs.push(["code", "Code", initCode]);
   if (V.explanation.length) tabs.push(["why", "Explanation", initExplanation]);
   const shown = {};
@@ -243,13 +103,12 @@ function initTabs() {
         `<button role="tab" id="tab-${id}" aria-controls="panel-${id}" aria-selected="false" tabindex="-1">${name}</button>`,
     )
     .join("");
-  const select = (id, focus) =>
+  const show = () =>
     tabs.forEach(([other]) => {
-      const on = other === id;
+      const on = other === state.tab;
       $(`tab-${other}`).setAttribute("aria-selected", on);
       $(`tab-${other}`).tabIndex = on ? 0 : -1;
       $(`panel-${other}`).hidden = !on;
-      if (on && focus) $(`tab-${other}`).focus();
       if (on && shown[other]) shown[other]();
     });
   tabs.forEach(([id, , init]) => {
@@ -259,15 +118,19 @@ function initTabs() {
     panel.setAttribute("aria-labelledby", `tab-${id}`);
     $("panels").append(panel);
     shown[id] = init(panel);
-    $(`tab-${id}`).addEventListener("click", () => select(id));
+    $(`tab-${id}`).addEventListener("click", () => setTab(id));
   });
   $("tablist").addEventListener("keydown", (e) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[e.key];
     if (!step) return;
-    const at = tabs.findIndex(([id]) => $(`tab-${id}`).getAttribute("aria-selected") === "true");
-    select(tabs[(at + step + tabs.length) % tabs.length][0], true);
+    const at = tabs.findIndex(([id]) => id === state.tab);
+    setTab(tabs[(at + step + tabs.length) % tabs.length][0]);
+    $(`tab-${state.tab}`).focus();
     e.preventDefault();
     e.stopPropagation();
   });
-  select(tabs[0][0]);
+  watch((what) => {
+    if (what === "tab") show();
+  });
+  setTab(tabs[0][0]);
 }

@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rmtcompile.schedule import Schedule, blocking_reason, short_type
+from rmtcompile.schedule import Carry, Schedule, blocking_reason, short_type
+from rmtcompile.schedule.memory import alive_bytes, growth
 
 PHASES = ("ramp_up", "steady", "ramp_down")
+TEXT_CHARS = 300_000
+"""The longest text of a pass that a page holds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,15 +25,17 @@ class OpView:
         source: the user's `file:line`.
         module: path of the module that ran it, from the layer (`self_attn.q_proj`).
         inputs: names of the operations, live-ins and parameters it reads.
+        target: what is called, in full (`aten.linear.default`).
     """
 
     name: str
     op: str
-    shape: tuple[int, ...] = ()
+    shape: tuple[int | str, ...] = ()
     dtype: str = ""
     source: str = ""
     module: str = ""
     inputs: tuple[str, ...] = ()
+    target: str = ""
 
     @property
     def type(self) -> str:
@@ -43,7 +48,7 @@ class ValueView:
     """A value that enters or leaves a cell, or a parameter of it; `note` says where from or where to."""
 
     name: str
-    shape: tuple[int, ...] = ()
+    shape: tuple[int | str, ...] = ()
     dtype: str = ""
     note: str = ""
 
@@ -51,6 +56,22 @@ class ValueView:
     def type(self) -> str:
         """`f32[8,64,64]`, or nothing for a value that is no tensor."""
         return short_type(self.dtype, self.shape) if self.dtype else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionView:
+    """A function of the emitted module that computes n cells at once.
+
+    Args:
+        ops: in the order in which they run; shapes begin with "n".
+        inputs: its arguments.
+        outputs: names of the values that it returns.
+    """
+
+    name: str
+    ops: tuple[OpView, ...] = ()
+    inputs: tuple[ValueView, ...] = ()
+    outputs: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +111,17 @@ class WitnessView:
 
 @dataclasses.dataclass(frozen=True)
 class PassView:
-    """One pass of the pipeline: how often each operation stood in the program before it and after it."""
+    """One pass of the pipeline: how often each operation stood in the program before it and after it.
+
+    `text` is the program after the pass; "" where it is not known.
+    """
 
     name: str
     before: Mapping[str, int]
     after: Mapping[str, int]
     seconds: float = 0.0
     note: str = ""
+    text: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +134,7 @@ class ProfileView:
         utilisation: share of the device's peak on each level, 0 to 1; empty if it was not measured.
         sequential_us: one call of the model's own forward, to compare with.
         outside_us: microseconds before the first level and after the last.
+        level_kinds: for each level, microseconds of each kind of operation; empty if it was not measured.
     """
 
     level_us: tuple[float, ...]
@@ -116,6 +142,7 @@ class ProfileView:
     utilisation: tuple[float, ...] = ()
     sequential_us: float | None = None
     outside_us: float = 0.0
+    level_kinds: tuple[Mapping[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +154,8 @@ class ViewModel:
         schedule: the grid and its levels.
         cells: one template for each (kind, variant) that occurs.
         around: what runs outside the grid: before it, before layer 0, after the last layer.
+        values: what cells hand to other cells of the same segment, as carries are described.
+        generated: the functions of the emitted module that cells name in `functions`.
         witnesses: the place in the model that shows each offset.
         passes: the pipeline in order.
         code: the emitted module.
@@ -141,6 +170,8 @@ class ViewModel:
     schedule: Schedule
     cells: tuple[CellView, ...] = ()
     around: tuple[CellView, ...] = ()
+    values: tuple[Carry, ...] = ()
+    generated: tuple[FunctionView, ...] = ()
     witnesses: tuple[WitnessView, ...] = ()
     passes: tuple[PassView, ...] = ()
     code: str = ""
@@ -160,7 +191,8 @@ class ViewModel:
                 )
         if self.profile is None:
             return
-        for name, values in (("level_us", self.profile.level_us), ("utilisation", self.profile.utilisation)):
+        fields = ("level_us", "utilisation", "level_kinds")
+        for name, values in ((name, getattr(self.profile, name)) for name in fields):
             if len(values) != self.schedule.n_levels and (values or name == "level_us"):
                 raise ValueError(
                     f"profile.{name} has {len(values)} values for {self.schedule.n_levels} levels"
@@ -169,18 +201,28 @@ class ViewModel:
 
 def to_dict(view: ViewModel) -> dict[str, Any]:
     """The page's data as JSON values; the names are those that the page's script reads."""
+    texts = list(dict.fromkeys(p.text for p in view.passes if p.text))
     return {
         "title": view.title,
         "device": view.device,
         "facts": [list(fact) for fact in view.facts],
         "explanation": [[title, list(lines)] for title, lines in view.explanation],
         "schedule": _schedule(view.schedule),
+        "memory": _memory(view.schedule, view.values),
         "cells": [_cell(cell) for cell in view.cells],
         "around": [_cell(cell) for cell in view.around],
+        "generated": {f.name: [_op(op) for op in f.ops] for f in view.generated},
         "witnesses": [[list(w.offset), w.reader, w.writer] for w in view.witnesses],
         "passes": [
-            {**dataclasses.asdict(p), "before": dict(p.before), "after": dict(p.after)} for p in view.passes
+            {
+                **dataclasses.asdict(p),
+                "before": dict(p.before),
+                "after": dict(p.after),
+                "text": texts.index(p.text) if p.text else None,
+            }
+            for p in view.passes
         ],
+        "texts": [_cut(text) for text in texts],
         "code": view.code,
         "codePhases": {phase: list(lines) for phase, lines in view.code_phases.items()},
         "profile": _profile(view.profile) if view.profile else None,
@@ -220,15 +262,40 @@ def _schedule(schedule: Schedule) -> dict[str, Any]:
     }
 
 
+def _memory(schedule: Schedule, values: tuple[Carry, ...]) -> dict[str, Any]:
+    """Bytes that are alive on each level, and how levels and bytes grow with the number of segments."""
+    grid, found = schedule.grid, growth(schedule, values)
+    return {
+        "carried": list(alive_bytes(grid, schedule.carries)),
+        "values": list(alive_bytes(grid, values)),
+        "segments": [one.n_segments for one in found],
+        "levels": [one.n_levels for one in found],
+        "carriedAt": [one.carried for one in found],
+        "valuesAt": [one.values for one in found],
+    }
+
+
 def _value(value: ValueView) -> dict[str, str]:
     return {"name": value.name, "type": value.type, "note": value.note}
+
+
+def _cut(text: str) -> str:
+    """A text that a page can hold."""
+    if len(text) <= TEXT_CHARS:
+        return text
+    end = text.rfind("\n", 0, TEXT_CHARS) + 1 or TEXT_CHARS
+    return f"{text[:end]}... cut here; fast.dump(folder) writes all {text.count(chr(10)) + 1:,} lines"
+
+
+def _op(op: OpView) -> list[Any]:
+    return [op.name, op.op, op.type, op.source, op.module, list(op.inputs), op.target]
 
 
 def _cell(cell: CellView) -> dict[str, Any]:
     return {
         "kind": cell.kind,
         "variant": cell.variant,
-        "ops": [[op.name, op.op, op.type, op.source, op.module, list(op.inputs)] for op in cell.ops],
+        "ops": [_op(op) for op in cell.ops],
         "liveIns": [_value(v) for v in cell.live_ins],
         "liveOuts": [_value(v) for v in cell.live_outs],
         "carries": list(cell.carries),
@@ -244,4 +311,5 @@ def _profile(profile: ProfileView) -> dict[str, Any]:
         "utilisation": [round(u, 4) for u in profile.utilisation],
         "sequentialUs": profile.sequential_us,
         "outsideUs": round(profile.outside_us, 3),
+        "levelKinds": [{kind: round(t, 3) for kind, t in one.items()} for one in profile.level_kinds],
     }

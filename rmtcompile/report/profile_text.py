@@ -1,0 +1,103 @@
+"""A `Profile` as text, and as HTML for notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rmtcompile.report.profiling import Profile
+
+
+def to_text(found: Profile) -> str:
+    """The table as text, without a final newline."""
+    return "\n".join(_table(found))
+
+
+def _table(found: Profile) -> Iterator[str]:
+    schedule, used = found.schedule, found.utilisation
+    yield (
+        f"profile   {found.total_us / 1e3:.2f} ms a call, the model as it is "
+        f"{found.sequential_us / 1e3:.2f} ms: {found.speedup:.2f} x as fast"
+    )
+    yield f"          {found.device}, median of {found.repeats}"
+    yield ""
+    if not found.level_us:
+        yield "  the program does not run level by level, so levels have no times of their own"
+        yield from _kind_lines(found)
+        return
+    yield f"  {'level':>5}  {'phase':<9}  {'cells':>5}  {'ms':>9}  {'us a cell':>9}" + "  of peak" * bool(
+        used
+    )
+    phases = schedule.phases
+    for level, us in enumerate(found.level_us):
+        width = schedule.widths[level]
+        share = f"  {used[level]:>7.1%}" if used else ""
+        yield f"  {level:>5}  {phases.of(level):<9}  {width:>5}  {us / 1e3:>9.3f}  {us / width:>9.1f}{share}"
+    yield ""
+    whole = sum(found.level_us) + found.outside_us
+    for name, levels in zip(("ramp-up", "steady", "ramp-down"), phases, strict=True):
+        if levels:
+            us = sum(found.level_us[level] for level in levels)
+            yield f"  {name:<22} {us / 1e3:>9.3f} ms  {us / whole:>6.1%}"
+    yield f"  {'outside of levels':<22} {found.outside_us / 1e3:>9.3f} ms  {found.outside_us / whole:>6.1%}"
+    yield from _kind_lines(found)
+
+
+def _kind_lines(found: Profile) -> Iterator[str]:
+    total = sum(found.kind_us.values())
+    for name, us in sorted(found.kind_us.items(), key=lambda item: -item[1]):
+        yield f"  {name:<22} {us / 1e3:>9.3f} ms  {us / total:>6.1%}"
+
+
+def to_html_fragment(found: Profile) -> str:
+    """A table for a notebook cell, with the total above it: no script, no network."""
+    total = (
+        f"<b>{found.total_us / 1e3:.2f} ms</b> a call, the model as it is "
+        f"{found.sequential_us / 1e3:.2f} ms: <b>{found.speedup:.2f} x as fast</b><br>"
+        f"{escape(found.device)}, median of {found.repeats}"
+    )
+    tables = _html_table(("", "ms", "share"), _html_parts(found))
+    if found.level_us:
+        used = found.utilisation
+        heads = ("level", "phase", "cells", "ms", "us a cell", *(["of peak"] if used else []))
+        levels = _html_table(heads, _html_levels(found))
+        tables += f"<details><summary>{len(found.level_us)} levels</summary>{levels}</details>"
+    return f'<div style="overflow-x:auto;max-width:100%"><p>{total}</p>{tables}</div>'
+
+
+def _html_parts(found: Profile) -> Iterator[tuple[str, ...]]:
+    """Phases, then kinds of operations, each as a share of its own whole."""
+    if found.level_us:
+        whole = sum(found.level_us) + found.outside_us
+        for name, levels in zip(("ramp-up", "steady", "ramp-down"), found.schedule.phases, strict=True):
+            if levels:
+                us = sum(found.level_us[level] for level in levels)
+                yield name, f"{us / 1e3:.3f}", f"{us / whole:.1%}"
+        yield "outside of levels", f"{found.outside_us / 1e3:.3f}", f"{found.outside_us / whole:.1%}"
+    total = sum(found.kind_us.values())
+    for name, us in sorted(found.kind_us.items(), key=lambda item: -item[1]):
+        yield name, f"{us / 1e3:.3f}", f"{us / total:.1%}"
+
+
+def _html_levels(found: Profile) -> Iterator[tuple[str, ...]]:
+    used, phases = found.utilisation, found.schedule.phases
+    for level, us in enumerate(found.level_us):
+        width = found.schedule.widths[level]
+        share = [f"{used[level]:.1%}"] if used else []
+        yield (str(level), phases.of(level), str(width), f"{us / 1e3:.3f}", f"{us / width:.1f}", *share)
+
+
+def _html_table(heads: Sequence[str], rows: Iterator[tuple[str, ...]]) -> str:
+    left, right = 'style="text-align:left"', 'style="text-align:right"'
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        found = (
+            f"<{tag} {left if any(c.isalpha() for c in cell) else right}>{escape(cell)}</{tag}>"
+            for cell in cells
+        )
+        return f"<tr>{''.join(found)}</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f"<table><thead>{line('th', heads)}</thead><tbody>{body}</tbody></table>"
