@@ -255,7 +255,7 @@ def unprepared(model: nn.Module) -> None:
         forward = forward.__wrapped__
         if forward == original:
             break
-    model.forward = forward
+    model.forward = types.MethodType(forward, model)
 
 
 @pytest.mark.parametrize("way", ["optimized", "installed"])

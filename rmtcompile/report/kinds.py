@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,6 +30,15 @@ def wait(device: torch.device) -> None:
     """Until the device has done what was queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> float:
+    """Microseconds of a call, until the device has done it."""
+    wait(device)
+    start = time.perf_counter()
+    run()
+    wait(device)
+    return (time.perf_counter() - start) * 1e6
 
 
 def kind_of(name: str) -> str:

@@ -22,18 +22,20 @@ def _table(found: Profile) -> Iterator[str]:
         f"{found.sequential_us / 1e3:.2f} ms: {found.speedup:.2f} x as fast"
     )
     yield f"          {found.device}, median of {found.repeats}"
+    if found.backward_us:
+        yield f"          backward {found.backward_total_us / 1e3:.2f} ms, level by level from the last one"
     yield ""
     if not found.level_us:
         yield "  the program does not run level by level, so levels have no times of their own"
         yield from _kind_lines(found)
         return
-    yield f"  {'level':>5}  {'phase':<9}  {'cells':>5}  {'ms':>9}  {'us a cell':>9}" + "  of peak" * bool(
-        used
-    )
+    more = "  of peak" * bool(used) + "  backward ms" * bool(found.backward_us)
+    yield f"  {'level':>5}  {'phase':<9}  {'cells':>5}  {'ms':>9}  {'us a cell':>9}{more}"
     phases = schedule.phases
     for level, us in enumerate(found.level_us):
         width = schedule.widths[level]
         share = f"  {used[level]:>7.1%}" if used else ""
+        share += f"  {found.backward_us[level] / 1e3:>11.3f}" if found.backward_us else ""
         yield f"  {level:>5}  {phases.of(level):<9}  {width:>5}  {us / 1e3:>9.3f}  {us / width:>9.1f}{share}"
     yield ""
     whole = sum(found.level_us) + found.outside_us
@@ -58,10 +60,13 @@ def to_html_fragment(found: Profile) -> str:
         f"{found.sequential_us / 1e3:.2f} ms: <b>{found.speedup:.2f} x as fast</b><br>"
         f"{escape(found.device)}, median of {found.repeats}"
     )
+    if found.backward_us:
+        total += f"<br>backward <b>{found.backward_total_us / 1e3:.2f} ms</b>"
     tables = _html_table(("", "ms", "share"), _html_parts(found))
     if found.level_us:
         used = found.utilisation
-        heads = ("level", "phase", "cells", "ms", "us a cell", *(["of peak"] if used else []))
+        more = [*(["of peak"] if used else []), *(["backward ms"] if found.backward_us else [])]
+        heads = ("level", "phase", "cells", "ms", "us a cell", *more)
         levels = _html_table(heads, _html_levels(found))
         tables += f"<details><summary>{len(found.level_us)} levels</summary>{levels}</details>"
     return f'<div style="overflow-x:auto;max-width:100%"><p>{total}</p>{tables}</div>'
@@ -86,6 +91,7 @@ def _html_levels(found: Profile) -> Iterator[tuple[str, ...]]:
     for level, us in enumerate(found.level_us):
         width = found.schedule.widths[level]
         share = [f"{used[level]:.1%}"] if used else []
+        share += [f"{found.backward_us[level] / 1e3:.3f}"] if found.backward_us else []
         yield (str(level), phases.of(level), str(width), f"{us / 1e3:.3f}", f"{us / width:.1f}", *share)
 
 

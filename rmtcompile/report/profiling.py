@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,8 @@ import torch
 from rmtcompile.binding.arguments import tensors_of
 from rmtcompile.errors import RMTCompileError
 from rmtcompile.passes.flat.attention import KERNELS
-from rmtcompile.report.kinds import kinds_of, level_kinds, wait
+from rmtcompile.report.backward import backward_us
+from rmtcompile.report.kinds import kinds_of, level_kinds, timed
 from rmtcompile.runtime.base import Level, OnLevel
 from rmtcompile.schedule import Schedule
 from rmtcompile.viewer import ProfileView
@@ -42,6 +42,9 @@ class Profile:
         peak: floating-point operations a second of one large matrix product on this device.
         repeats: timed calls.
         level_kinds: for each level, microseconds of each kind of operation; empty where that is not known.
+        backward_us: microseconds of each level's part of backward, its forward included where it is computed
+            again; empty where no gradients are recorded.
+        backward_total_us: of all of backward, launched, with a gradient of one for each result.
     """
 
     schedule: Schedule
@@ -55,6 +58,8 @@ class Profile:
     peak: float
     repeats: int
     level_kinds: tuple[dict[str, float], ...] = ()
+    backward_us: tuple[float, ...] = ()
+    backward_total_us: float = 0.0
 
     @property
     def speedup(self) -> float:
@@ -77,7 +82,9 @@ class Profile:
         levels = tuple(us * scale for us in self.level_us)
         used = _shares(self.flops, levels, self.peak)
         kinds = tuple({kind: us * scale for kind, us in one.items()} for one in self.level_kinds)
-        return ProfileView(levels, self.kind_us, used, self.sequential_us, self.outside_us * scale, kinds)
+        outside = self.outside_us * scale
+        measured = levels, self.kind_us, used, self.sequential_us, outside, kinds
+        return ProfileView(*measured, self.backward_us)
 
     def to_json(self, *, indent: int | None = None) -> str:
         """The measured numbers."""
@@ -88,7 +95,7 @@ class Profile:
 
     def to_chrome_trace(self) -> str:
         """Trace events with the measured times, for Perfetto."""
-        return self.schedule.to_chrome_trace(self.level_us or None)
+        return self.schedule.to_chrome_trace(self.level_us or None, self.backward_us)
 
     def __str__(self) -> str:
         from rmtcompile.report.profile_text import to_text
@@ -133,8 +140,8 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
     def program() -> None:
         executor.run(count, tensors)
 
-    def level_by_level(on_level: OnLevel) -> None:
-        executor.run(count, tensors, graphs=False, on_level=on_level)
+    def level_by_level(on_level: OnLevel) -> Any:
+        return executor.run(count, tensors, graphs=False, on_level=on_level)
 
     def model() -> None:
         snapshot = Snapshot(roots_of(fast.model))
@@ -150,7 +157,7 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
     model()
     # In turn: a machine that others use changes its pace from second to second.
     turns = [
-        (_timed(program, device), _timed(model, device), *_levels(level_by_level, device))
+        (timed(program, device), timed(model, device), *_levels(level_by_level, device))
         for _ in range(repeats)
     ]
     wholes, sequentials, levels, outsides = zip(*turns, strict=True)
@@ -172,6 +179,7 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
         peak,
         repeats,
         level_kinds(level_by_level, device, times),
+        *backward_us(level_by_level, [*tensors, *executor.held().values()], device, repeats),
     )
     fast.last_profile = result
     return result
@@ -180,14 +188,6 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], repe
 def fast_parameters(fast: Optimized) -> Iterator[torch.Tensor]:
     """The floating-point tensors of the model that the last program reads."""
     return (leaf.tensor for leaf in fast.compiled.leaves.values() if leaf.tensor.is_floating_point())
-
-
-def _timed(run: Callable[[], Any], device: torch.device) -> float:
-    wait(device)
-    start = time.perf_counter()
-    run()
-    wait(device)
-    return (time.perf_counter() - start) * 1e6
 
 
 def _prepared(
@@ -222,10 +222,10 @@ def _levels(program: Callable[[OnLevel], Any], device: torch.device) -> tuple[li
         return _levels_on_cuda(program, device)
     times: list[float] = []
 
-    def timed(run: Any, level: int, step: Level) -> None:
-        times.append(_timed(lambda: step(run, level), device))
+    def by_itself(run: Any, level: int, step: Level) -> None:
+        times.append(timed(lambda: step(run, level), device))
 
-    whole = _timed(lambda: program(timed), device)
+    whole = timed(lambda: program(by_itself), device)
     return times, max(0.0, whole - sum(times))
 
 
@@ -250,7 +250,7 @@ def _levels_on_cuda(program: Callable[[OnLevel], Any], device: torch.device) -> 
         marks.clear()
         is_late = False
 
-        def timed(run: Any, level: int, step: Level, n: int = n) -> None:
+        def marked(run: Any, level: int, step: Level, n: int = n) -> None:
             nonlocal is_late
             reached, begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(3))
             reached.record()
@@ -264,7 +264,7 @@ def _levels_on_cuda(program: Callable[[OnLevel], Any], device: torch.device) -> 
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         occupy(n)
         first.record()
-        program(timed)
+        program(marked)
         last.record()
         torch.cuda.synchronize(device)
         if not is_late:
@@ -306,7 +306,7 @@ def _peak(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a large matrix product."""
     size = 4096 if device.type == "cuda" else 512
     a = torch.ones(size, size, dtype=dtype, device=device)
-    times = [_timed(lambda: torch.mm(a, a), device) for _ in range(6)]
+    times = [timed(lambda: torch.mm(a, a), device) for _ in range(6)]
     return 2 * size**3 / (min(times) * 1e-6)
 
 

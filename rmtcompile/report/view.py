@@ -62,7 +62,10 @@ def save_view(
     if path.suffix.lower() not in (".html", ".htm"):
         measured = _measured(fast)
         times = measured.level_us if measured is not None and measured.level_us else None
-        fast.schedule.save(path, times=times)
+        if measured is not None and path.name.lower().endswith(".trace.json"):
+            path.write_text(measured.to_chrome_trace(), encoding="utf-8")
+        else:
+            fast.schedule.save(path, times=times)
         return path
     path.write_text(render(view_model(fast, title, capture=capture)), encoding="utf-8")
     return path

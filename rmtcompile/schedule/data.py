@@ -273,15 +273,18 @@ class Schedule:
 
         return to_svg(self)
 
-    def to_chrome_trace(self, times: Sequence[float] | None = None) -> str:
+    def to_chrome_trace(
+        self, times: Sequence[float] | None = None, backward: Sequence[float] = ()
+    ) -> str:
         """The schedule as trace events (open them in ui.perfetto.dev): a track a layer, a slice a cell.
 
         Args:
             times: measured microseconds of each level.  Without them each level is drawn 100 long.
+            backward: measured microseconds of each level's part of backward, which follows.
         """
         from rmtcompile.schedule.trace import to_chrome_trace
 
-        return to_chrome_trace(self, times)
+        return to_chrome_trace(self, times, backward)
 
     def save(self, path: str | Path, *, times: Sequence[float] | None = None) -> Path:
         """Write the schedule in the format that the suffix names.

@@ -13,8 +13,17 @@ PLANNED_US = 100.0
 _LEVELS_TRACK = 0
 
 
-def to_chrome_trace(schedule: Schedule, times: Sequence[float] | None = None) -> str:
-    """A JSON object with `traceEvents`: a track for the levels, one a layer, and a counter for the width."""
+def to_chrome_trace(
+    schedule: Schedule, times: Sequence[float] | None = None, backward: Sequence[float] = ()
+) -> str:
+    """A JSON object with `traceEvents`: a track for the levels, one a layer, and a counter for the width.
+
+    Args:
+        times: microseconds of each level.
+        backward: of each level's part of backward, which is shown behind, from the last level to the first.
+    """
+    if backward and len(backward) != schedule.n_levels:
+        raise ValueError(f"one time of backward a level: expected {schedule.n_levels}, got {len(backward)}")
     if times is not None and len(times) != schedule.n_levels:
         raise ValueError(f"one time a level: expected {schedule.n_levels}, got {len(times)}")
     spans = [float(t) for t in times] if times is not None else [PLANNED_US] * schedule.n_levels
@@ -23,6 +32,9 @@ def to_chrome_trace(schedule: Schedule, times: Sequence[float] | None = None) ->
     for level, duration in enumerate(spans):
         events += _level_events(schedule, level, start, duration)
         start += duration
+    for level in reversed(range(len(backward))):
+        events += _level_events(schedule, level, start, float(backward[level]), "backward of ")
+        start += float(backward[level])
     events.append(_event("C", "width", start, args={"cells": 0}))
     return json.dumps(
         {
@@ -52,7 +64,9 @@ def _tracks(schedule: Schedule) -> list[dict[str, Any]]:
     return events
 
 
-def _level_events(schedule: Schedule, level: int, start: float, duration: float) -> list[dict[str, Any]]:
+def _level_events(
+    schedule: Schedule, level: int, start: float, duration: float, which: str = ""
+) -> list[dict[str, Any]]:
     cells = schedule.levels[level]
     window = schedule.windows[level]
     dur = round(duration, 3)
@@ -63,14 +77,14 @@ def _level_events(schedule: Schedule, level: int, start: float, duration: float)
     }
     events = [
         _event("C", "width", start, args={"cells": len(cells)}),
-        _event("X", f"level {level}", start, cat="level", dur=dur, args=facts),
+        _event("X", f"{which}level {level}", start, cat="level", dur=dur, args=facts),
     ]
     if schedule.alpha == 0:
         # All segments of the layer share one track, where slices may not overlap.
         layer = cells[0][1]
-        name = f"segments {cells[0][0]}..{cells[-1][0]}"
+        name = f"{which}segments {cells[0][0]}..{cells[-1][0]}"
         return [*events, _event("X", name, start, 1 + layer, cat="cell", dur=dur, args={"level": level})]
     for s, layer in cells:
         args = {"segment": s, "layer": layer, "level": level, "variant": schedule.variant_of((s, layer))}
-        events.append(_event("X", f"segment {s}", start, 1 + layer, cat="cell", dur=dur, args=args))
+        events.append(_event("X", f"{which}segment {s}", start, 1 + layer, cat="cell", dur=dur, args=args))
     return events

@@ -37,7 +37,7 @@ function initTime(panel) {
     (spent.length
       ? `<h3>By kind of operation</h3>${spent.map(([k, t]) => hbar(k, t, kindTotal, spent[0][1])).join("")}`
       : "") +
-    `</div></div><details><summary>All levels as a table</summary>${levelTable()}</details>`;
+    `</div></div>${backwardHtml()}<details><summary>All levels as a table</summary>${levelTable()}</details>`;
   const draw = () => {
     if (panel.hidden) return;
     drawTimes();
@@ -52,17 +52,32 @@ function initTime(panel) {
   return draw;
 }
 
+/** Backward, which goes from the last level to the first: what each level takes there and back. */
+function backwardHtml() {
+  const back = V.profile.backwardUs;
+  if (!back.length) return "";
+  const series = [
+    { name: `forward, ${micros(totalTime())}`, ys: V.profile.levelUs, colour: "--accent" },
+    { name: `backward, ${micros(sum(back))} in levels`, ys: back, colour: "--down" },
+  ];
+  const xs = back.map((_, t) => t);
+  const label = "Time of each level forwards and backwards";
+  return `<h3>Forwards and backwards</h3>${plotHtml({ id: "backward", label, xs, series, shown: micros, under: "level" })}${keyHtml(series)}`;
+}
+
 function levelTable() {
   const p = V.profile,
-    used = p.utilisation.length > 0;
+    used = p.utilisation.length > 0,
+    back = p.backwardUs.length > 0;
   const rows = p.levelUs.map(
     (us, t) =>
       `<tr><td class="num">${t}</td><td>${PHASE_WORDS[phaseOf(t)]}</td><td class="num">${widths[t]}</td><td class="num">${callsOf(t)}</td>` +
-      `<td class="num">${micros(us)}</td><td class="num">${micros(us / widths[t])}</td>${used ? `<td class="num">${percent(p.utilisation[t], 1)}</td>` : ""}</tr>`,
+      `<td class="num">${micros(us)}</td><td class="num">${micros(us / widths[t])}</td>${used ? `<td class="num">${percent(p.utilisation[t], 1)}</td>` : ""}` +
+      `${back ? `<td class="num">${micros(p.backwardUs[t])}</td>` : ""}</tr>`,
   );
   return (
     `<table class="levels"><thead><tr><th class="num">level</th><th>phase</th><th class="num">cells</th><th class="num">calls</th><th class="num">time</th><th class="num">a cell</th>` +
-    `${used ? `<th class="num">of peak</th>` : ""}</tr></thead><tbody>${rows.join("")}</tbody></table>`
+    `${used ? `<th class="num">of peak</th>` : ""}${back ? `<th class="num">backward</th>` : ""}</tr></thead><tbody>${rows.join("")}</tbody></table>`
   );
 }
 

@@ -135,6 +135,7 @@ class ProfileView:
         sequential_us: one call of the model's own forward, to compare with.
         outside_us: microseconds before the first level and after the last.
         level_kinds: for each level, microseconds of each kind of operation; empty if it was not measured.
+        backward_us: microseconds of each level's part of backward; empty if it was not measured.
     """
 
     level_us: tuple[float, ...]
@@ -143,6 +144,7 @@ class ProfileView:
     sequential_us: float | None = None
     outside_us: float = 0.0
     level_kinds: tuple[Mapping[str, float], ...] = ()
+    backward_us: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,4 +314,5 @@ def _profile(profile: ProfileView) -> dict[str, Any]:
         "sequentialUs": profile.sequential_us,
         "outsideUs": round(profile.outside_us, 3),
         "levelKinds": [{kind: round(t, 3) for kind, t in one.items()} for one in profile.level_kinds],
+        "backwardUs": [round(us, 3) for us in profile.backward_us],
     }
