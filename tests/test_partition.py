@@ -192,7 +192,7 @@ def test_shared_block() -> None:
 def test_override() -> None:
     assert parts(Pairs, layers="attn").layers.paths == ("attn.0", "attn.1", "attn.2")
     assert parts(Whole, layers=r"layers\.\d+").n_layers == 3
-    with pytest.raises(PartitionError, match="no repeated layers were found"):
+    with pytest.raises(PartitionError, match="no module that the forward calls has such a path"):
         parts(Whole, layers="blocks")
 
 

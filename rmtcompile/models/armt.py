@@ -171,11 +171,8 @@ class MemoryCell(nn.Module):
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.append(args[0] if args else kwargs["hidden_states"])
 
-        hooks = (
-            [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in self.layers]
-            if wanted
-            else []
-        )
+        layers = self.layers if wanted else ()
+        hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
         try:
             yield seen
         finally:
@@ -187,9 +184,8 @@ class ARMT(nn.Module):
     """A decoder with associative memory over any number of segments.
 
     Args:
-        model: a Hugging Face decoder, with language head (`LlamaForCausalLM`) or without (`LlamaModel`);
-            it is
-            changed in place.
+        model: a Hugging Face decoder, with language head (`LlamaForCausalLM`) or without (`LlamaModel`); it
+            is changed in place.
         config: the memory.
 
     Raises:
@@ -256,8 +252,19 @@ class ARMT(nn.Module):
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Has the decoder's layers compute again in backward what they do not keep; arguments are those of
-        transformers. A program of rmtcompile computes levels again instead."""
+        transformers. A program of rmtcompile computes levels again instead.
+
+        Raises:
+            ValueError: this transformers runs whole layers again, which would write their memory twice.
+        """
         self._checkpointing("enable")(*args, **kwargs)
+        layers = [layer.layer for layer in self.memory_cell.layers]
+        if not all(getattr(layer, "gradient_checkpointing", False) for layer in layers):
+            self.activation_checkpointing_disable()
+            raise ValueError(
+                "this transformers runs whole layers again, and would write their memory twice: use "
+                "rmtcompile.optimize(model, recompute='level'), or a newer transformers"
+            )
 
     def activation_checkpointing_disable(self) -> None:
         """Undoes it."""
