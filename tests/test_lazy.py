@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import pickle
 import subprocess
 import sys
@@ -18,9 +19,9 @@ HOME = Path(rmtcompile.__file__).parent
 
 def run(code: str, *arguments: str) -> str:
     """What Python prints for some code, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, *arguments, "-c", code], capture_output=True, text=True, check=True, cwd=HOME.parent
-    )
+    path = {**os.environ, "PYTHONPATH": str(HOME.parent)}  # -W is read before packages are found otherwise
+    command = [sys.executable, *arguments, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HOME.parent, env=path)
     return done.stdout
 
 

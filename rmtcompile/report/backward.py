@@ -72,7 +72,8 @@ def _by_level(
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes its progress to standard error
     cuda = device.type == "cuda"
-    with record(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as recorded:
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    with record(activities=activities, acc_events=True) as recorded:
         backward()
         wait(device)
     whole, taken = 0.0, [0.0] * len(starts)

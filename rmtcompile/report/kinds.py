@@ -59,7 +59,8 @@ def kinds_of(program: Callable[[], None], device: torch.device) -> dict[str, flo
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes its progress to standard error
     cuda = device.type == "cuda"
-    with record(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as events:
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    with record(activities=activities, acc_events=True) as events:
         program()
         wait(device)
     found: dict[str, float] = {}
@@ -92,13 +93,14 @@ def level_kinds(
     from torch.profiler import profile as record
 
     cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
 
     def marked(run: Any, level: int, step: Level) -> None:
         with record_function(_MARK):
             step(run, level)
             wait(device)
 
-    with record(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as recorded:
+    with record(activities=activities, acc_events=True) as recorded:
         program(marked)
     events = recorded.events() or ()
     marks = sorted(
