@@ -234,7 +234,7 @@ def test_windows_gradients_are_not_padded() -> None:
     fast = rmtcompile.optimize(made(lambda: Toy(n_layers=6)))
     x = features(9)
     result = fast(x).sum()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         result.backward()
     padded = [event for event in profile.key_averages() if event.key == "aten::slice_backward"]
     assert sum(event.count for event in padded) < 9  # of the inputs' parts at most

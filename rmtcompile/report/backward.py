@@ -8,7 +8,6 @@ Backward runs level by level in the opposite order; a level that is computed aga
 
 from __future__ import annotations
 
-import os
 import statistics
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from rmtcompile.report.kinds import timed, wait
+from rmtcompile.report.kinds import recording, timed
 from rmtcompile.runtime.base import Level, OnLevel
 
 _NODE = "autograd::engine::evaluate_function"
@@ -67,15 +66,10 @@ def _by_level(
         starts: the number of the first node of each level; `end` follows those of the last.
     """
     from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes its progress to standard error
     cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    with record(activities=activities, acc_events=True) as recorded:
+    with recording(device) as recorded:
         backward()
-        wait(device)
     whole, taken = 0.0, [0.0] * len(starts)
     for event in recorded.events() or ():
         if not event.name.startswith(_NODE) or _is_within(event) or event.device_type != DeviceType.CPU:

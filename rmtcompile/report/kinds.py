@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +42,18 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
     return (time.perf_counter() - start) * 1e6
 
 
+@contextmanager
+def recording(device: torch.device) -> Iterator[Any]:
+    """torch's profiler over a block, to its end on the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes its progress to standard error
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities, acc_events=True) as found:
+        yield found
+        wait(device)
+
+
 def kind_of(name: str) -> str:
     """The kind of an operation or kernel, by its name."""
     words = name.removeprefix("aten::").strip("_").lower()
@@ -54,15 +67,10 @@ def kind_of(name: str) -> str:
 def kinds_of(program: Callable[[], None], device: torch.device) -> dict[str, float]:
     """Microseconds of each kind of operation over one run."""
     from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes its progress to standard error
     cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    with record(activities=activities, acc_events=True) as events:
+    with recording(device) as events:
         program()
-        wait(device)
     found: dict[str, float] = {}
     for event in events.key_averages():
         if cuda:  # kernels only: the operations that launched them count the same time again
@@ -89,18 +97,16 @@ def level_kinds(
     if not level_us:
         return ()
     from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, record_function
-    from torch.profiler import profile as record
+    from torch.profiler import record_function
 
     cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
 
     def marked(run: Any, level: int, step: Level) -> None:
         with record_function(_MARK):
             step(run, level)
             wait(device)
 
-    with record(activities=activities, acc_events=True) as recorded:
+    with recording(device) as recorded:
         program(marked)
     events = recorded.events() or ()
     marks = sorted(
