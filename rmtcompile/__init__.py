@@ -68,11 +68,11 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _ROOMS = (
     "api", "bench", "binding", "cli", "commandline", "compiler", "data", "dispatch", "documents", "errors",
     "frontend", "inspected", "installed", "ir", "models", "module", "optimized", "options", "passes",
-    "report", "runtime", "saved", "schedule", "viewer",
+    "patience", "report", "runtime", "saved", "schedule", "viewer",
 )  # fmt: skip
 """Modules that `import rmtcompile` is enough for, as attributes."""
 
-_WITHOUT_TORCH = ("bench", "cli", "commandline", "data", "errors")
+_WITHOUT_TORCH = ("bench", "cli", "commandline", "data", "errors", "patience")
 
 if not TYPE_CHECKING:  # or else every name would be one that there is
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+from rmtcompile.patience import said_after
 
 USAGE = 2
 """Exit status of a command line that makes no sense."""
@@ -107,16 +108,11 @@ def check_folder(path: str | Path) -> Path:
     return path
 
 
-@contextmanager
-def telling(say: Callable[[str], None], what: str, after: float = 2.0) -> Iterator[None]:
+def telling(
+    say: Callable[[str], None], what: str, after: float | None = None
+) -> AbstractContextManager[None]:
     """Say what is being done where it takes longer than `after` seconds."""
-    timer = threading.Timer(after, say, [f"               ... {what}"])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    return said_after(say, f"               ... {what}", after)
 
 
 def cannot_write(error: OSError, path: str | Path) -> UsageError:

@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -120,7 +121,7 @@ class Optimized(Inspected, Opaque):
                         kind = self._kind(args, kwargs)
                         if kind in self._refusals:
                             raise UnsupportedError(self._refusals[kind])
-                    call = self._programs.located(args, kwargs)
+                    call = replace(self._programs.located(args, kwargs), by_itself=True)
                     started = self._programs.start(call, args, kwargs)
                     call, entry = self._programs.entry(call, args, kwargs)  # the device is at work meanwhile
                 running = started[1] if started is not None and started[0] is entry else None
@@ -247,7 +248,8 @@ class Optimized(Inspected, Opaque):
     def prepare(self, *args: Any, **kwargs: Any) -> Optimized:
         """Compile for these arguments without running the program; returns self."""
         with self._lock, explained(self.model, args, kwargs):
-            call, entry = self._programs.entry(self._programs.located(args, kwargs), args, kwargs)
+            call = replace(self._programs.located(args, kwargs), by_itself=True)
+            call, entry = self._programs.entry(call, args, kwargs)
             self._last = entry, call.count
             self._keep()
         return self

@@ -295,6 +295,21 @@ def test_options_are_those_of_transformers(way: str) -> None:
     assert not torch.equal(found[0], model.generate(x, NEW)[:, : found[0].shape[1]])
 
 
+@pytest.mark.filterwarnings("default")  # of transformers
+@torch.no_grad()
+def test_what_a_config_begins_with_is_not_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    """A cache that may be used need not be; values that transformers 4 has in each config say nothing."""
+    older, x = small(), ids(3)
+    older.memory_cell.model.config.cache_implementation = "hybrid"
+    expected = older.generate(x, 4, use_cache=False)
+    config = GenerationConfig(max_new_tokens=4, use_cache=True)
+    with caplog.at_level(logging.WARNING, "rmtcompile"):
+        assert torch.equal(expected, older.generate(x, generation_config=config))
+        assert not caplog.records
+        older.generate(x, generation_config=GenerationConfig(max_new_tokens=4, top_p=0.5))
+    assert "top_p of the generation config: no effect" in caplog.text
+
+
 @torch.no_grad()
 def test_logits_to_keep() -> None:
     model, fast = pair()

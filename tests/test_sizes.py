@@ -413,6 +413,23 @@ def test_a_text_without_a_rest_after_texts_with_one(build: Callable[[int], nn.Mo
 
 
 @torch.no_grad()
+def test_parts_and_queues_have_a_program_without_a_rest() -> None:
+    """A rest is read again by the next part, and cuts a wavefront of several texts in two."""
+    model = made(lambda: Wide(2))
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    assert_equal_runs(model, fast, [batch(2, n) for n in (20, 21, 24)])
+    assert fast.captures == 2
+    out, state = fast.run(batch(2, 24))
+    assert (out.shape[1], state.segments, state.pending_tokens) == (24, 4, 0) and fast.captures == 3
+    assert_same(model(batch(2, 24)), out)
+    documents = [batch(2, n) for n in (24, 30, 18)]
+    stream = fast.stream(documents)
+    for document, result in zip(documents, stream, strict=True):
+        assert_same(model(document), result)
+    assert not stream.alone and fast.captures == 3
+
+
+@torch.no_grad()
 def test_a_text_without_a_rest_is_followed_by_itself() -> None:
     """What the model does to long ones alone shows."""
     model = made(lambda: ClosedLate(2))

@@ -8,7 +8,7 @@ import pytest
 from toys import Toy, features, made
 
 import rmtcompile
-from rmtcompile.compiler import stages
+from rmtcompile import patience
 from rmtcompile.compiler.stages import said_when_long
 
 
@@ -19,7 +19,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_a_long_capture_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(stages, "PATIENCE", 0.0)
+    monkeypatch.setattr(patience, "PATIENCE", 0.0)
     fast = rmtcompile.optimize(made(Toy))
     fast(features(3))
     fast(features(5))
@@ -29,14 +29,14 @@ def test_a_long_capture_is_said_once(
 def test_with_progress_nothing_else_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(stages, "PATIENCE", 0.0)
+    monkeypatch.setattr(patience, "PATIENCE", 0.0)
     lines: list[str] = []
     rmtcompile.optimize(made(Toy), progress=lines.append)(features(3))
     assert lines and not said(caplog)
 
 
 def test_what_is_quick_is_not_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(stages, "PATIENCE", 0.05)
+    monkeypatch.setattr(patience, "PATIENCE", 0.05)
     with said_when_long("quick"):
         pass
     with said_when_long("slow"):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
+
+from rmtcompile.patience import said_after
 
 Progress = Callable[[str], None]
 """Called with a line."""
@@ -62,22 +63,12 @@ class Log:
         self.stages.append(Stage(name, time.perf_counter() - start, before, after))
 
 
-PATIENCE = 2.0
-"""Seconds after which work is no longer done in silence."""
-
 _LOGGER = logging.getLogger("rmtcompile")
 
 
-@contextmanager
-def said_when_long(text: str) -> Iterator[None]:
+def said_when_long(text: str) -> AbstractContextManager[None]:
     """Log one line, as a warning so that it is seen by default, if the work within takes long."""
-    timer = threading.Timer(PATIENCE, _LOGGER.warning, [f"rmtcompile: {text}"])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    return said_after(_LOGGER.warning, f"rmtcompile: {text}")
 
 
 def op_counts(graph: fx.Graph) -> dict[str, int]:

@@ -19,12 +19,15 @@ class Call:
 
     Attributes:
         first: segments that were read by earlier calls.
+        by_itself: whether the text begins and ends with it, and shares no level with another one: then it may
+            run as one with a rest where it has none.
     """
 
     segmentation: Segmentation
     count: int
     key: Any
     first: int = 0
+    by_itself: bool = False
 
     @property
     def total(self) -> int:

@@ -74,6 +74,10 @@ class Entry:
     is_edited: bool = False
     made_for: tuple[Any, Vector] | None = None
 
+    def serves(self, by_itself: bool) -> bool:
+        """Whether it runs such calls; see `Call`."""
+        return by_itself or self.trial is None or not self.trial.is_whole
+
     @property
     def is_borrowed(self) -> bool:
         """Whether it is a saved program, or one for texts with a rest that runs a whole one: where it is in

@@ -96,8 +96,10 @@ class Families:
         only: int | None = None,
         fewest: int = 2,
         anew: bool = False,
+        by_itself: bool = False,
     ) -> Entry:
         """A program for these arguments: of rules that apply, saved, or captured now; `anew`: captured.
+        `by_itself`: see `Call`.
 
         Raises:
             UnsupportedError: the forward cannot be compiled.
@@ -113,7 +115,7 @@ class Families:
         found = None if anew else self._saved(family, key, sizes, args, kwargs, segmentation)
         if found is not None:
             return found
-        if vector not in family.known and not anew:
+        if by_itself and vector not in family.known and not anew:
             found = self._as_rest(key, args, kwargs, segmentation)
             if found is not None:
                 return found

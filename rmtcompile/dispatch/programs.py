@@ -139,7 +139,7 @@ class Programs:
             if isinstance(error, RerollError) and error.period > 1 and not call.first:
                 return self._periodic(call, error, args, kwargs)
             known = self._segmentations.pop(call_key(args, kwargs), call.segmentation)
-            again = replace(self.located(args, kwargs), first=call.first)
+            again = replace(self.located(args, kwargs), first=call.first, by_itself=call.by_itself)
             if again.segmentation == known:
                 raise
             return again, self._entry_of(again, args, kwargs)
@@ -153,7 +153,7 @@ class Programs:
         key = call_key(args, kwargs)
         self._segmentations[key] = call.segmentation.times(error.period)
         try:
-            again = self.located(args, kwargs)
+            again = replace(self.located(args, kwargs), by_itself=call.by_itself)
             return again, self._entry_of(again, args, kwargs)
         except TooFewSegments:
             raise
@@ -188,7 +188,7 @@ class Programs:
         segments, its own repeated: what is compared there is the program, not the text."""
         entries = self._entries.setdefault(call.key, [])
         self._entries.move_to_end(call.key)
-        entry = next((e for e in entries if is_current(e.compiled)), None)
+        entry = next((e for e in entries if e.serves(call.by_itself) and is_current(e.compiled)), None)
         if call.first and entry is not None and self._lengths.is_settled(entry, call.total):
             return entry
         self.shelf.is_dirty = True
@@ -229,7 +229,7 @@ class Programs:
             fewest: segments to capture at least.
             anew: whether it is captured in any case.
         """
-        entry = self._families.entry(args, kwargs, call.segmentation, only, fewest, anew)
+        entry = self._families.entry(args, kwargs, call.segmentation, only, fewest, anew, call.by_itself)
         entry.asked = asked(args, kwargs)
         if entry.longer is not None:
             entry.longer.asked = entry.asked

@@ -124,7 +124,7 @@ def choices(
     undrawn = [name for name in _WARPERS if name in fields and not draws]
     if asked := [name for name in undrawn if _is_set(name, options.get(name))]:
         raise ValueError(f"{asked[0]} has no effect without do_sample=True")
-    if undrawn:
+    if undrawn and _is_told(generation_config, undrawn):
         _LOGGER.warning("%s of the generation config: no effect without do_sample=True", ", ".join(undrawn))
     made = [make(fields[name], ids, ends) for name, make in _PROCESSORS.items() if name in fields]
     made += logits_processor
@@ -146,6 +146,8 @@ def _fields(config: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in options.items() if _is_set(name, value)}
     if config is not None:
         told = {name: getattr(config, name, None) for name in {*known, *config.to_diff_dict()} - _TOLD}
+        if told.get("use_cache"):  # of a config it allows a cache, and asks for none
+            told.pop("use_cache")
         if "max_new_tokens" in given or told.get("max_new_tokens") is not None:
             told.pop("max_length", None)
         given = {name: value for name, value in told.items() if _is_set(name, value)} | given
@@ -160,6 +162,11 @@ def _fields(config: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 def _is_set(name: str, value: Any) -> bool:
     is_off = value is False and name != "use_cache"
     return not (value is None or is_off or (name in _NEUTRAL and value == _NEUTRAL[name]))
+
+
+def _is_told(config: Any, names: Iterable[str]) -> bool:
+    """Whether a config has other values than it begins with: some versions begin with a `top_k`."""
+    return not config.to_diff_dict().keys().isdisjoint(names)
 
 
 def _check_text(ids: Tensor, attention_mask: Tensor | None) -> None:
