@@ -15,7 +15,7 @@ import torch.distributed as dist
 import toys
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._pytree import tree_leaves
-from toys import Toy, assert_same
+from toys import Toy, assert_same, leave_quietly
 from zoo.others import ZOO
 
 import rmtcompile
@@ -253,7 +253,7 @@ def main(device: str, rank: int, count: int, file: str, cases: str) -> None:
     with torch.no_grad():
         print(json.dumps({case: CASES[case](rank, dist.group.WORLD) for case in cases.split()}))
     if cases != "leaving":
-        dist.destroy_process_group()
+        leave_quietly()
 
 
 if __name__ == "__main__":

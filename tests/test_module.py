@@ -14,7 +14,7 @@ import torch
 from test_end_to_end import Scaled
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from toys import SEGMENT, WIDTH, Toy, assert_same, features, made
+from toys import SEGMENT, WIDTH, Toy, assert_same, features, leave_quietly, made
 
 import rmtcompile
 from rmtcompile.errors import CaptureError, FallbackWarning, IgnoredWarning, UnsupportedError
@@ -356,7 +356,7 @@ def _rank(rank: int, port: int) -> None:
         assert (a.grad is None) == (b.grad is None)
         if a.grad is not None:
             assert_same(a.grad, b.grad, 1e-9)
-    dist.destroy_process_group()
+    leave_quietly()
 
 
 class Heads(Toy):
