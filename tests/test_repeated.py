@@ -113,3 +113,40 @@ def test_settings_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         torch.set_default_dtype(before)
     assert types == [torch.float32, torch.float64]
+
+
+class Twice(nn.Module):
+    """The same operations on one tensor twice, and on two."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = x.sin()
+        once = torch.atleast_2d(x, x), torch.broadcast_tensors(x, x)
+        both = torch.atleast_2d(x, y), torch.broadcast_tensors(x, y)
+        parts = y.split(2, 1)
+        return *once[0], *once[1], *both[0], *both[1], torch.broadcast_tensors(parts[0], parts[1])[1]
+
+
+def test_which_operands_are_one_tensor_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 4, dtype=torch.float64)
+    assert_captured_alike(monkeypatch, Twice, x)
+    module = capture(Twice(), (x,), {}).module
+    for expected, got in zip(Twice()(x), module(x), strict=True):
+        assert torch.equal(expected, got)
+
+
+class SplitAt(nn.Module):
+    """Sizes that two buffers of one shape hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("one", torch.tensor([1, 3]))
+        self.register_buffer("other", torch.tensor([2, 3]))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return *x.tensor_split(self.one, 1), *x.tensor_split(self.other, 1)
+
+
+def test_integers_that_are_sizes_are_asked_each_time() -> None:
+    captured = capture(SplitAt(), (torch.randn(2, 4),), {})
+    shapes = [node.meta["val"].shape[1] for node in captured.outputs]
+    assert shapes == [1, 2, 1, 2, 1, 1]

@@ -159,7 +159,19 @@ def key_of(func: Any, args: Any, kwargs: Any, given: list[torch.Tensor], where: 
     except _OtherError:
         return None
     settings = torch.is_grad_enabled(), torch.get_default_dtype(), where
-    return func, values, named, settings, _kernels() if func is _ATTENTION else None
+    kernels = _kernels() if func is _ATTENTION else None
+    return func, values, named, settings, _shared(given) if len(given) > 1 else None, kernels
+
+
+def _shared(given: list[torch.Tensor]) -> tuple[Any, ...]:
+    """Which of the tensors that a call is given are one tensor, and where they lie in the same memory."""
+    first: dict[int, tuple[int, Any]] = {}
+    found: list[Any] = []
+    for i, x in enumerate(given):
+        at, start = first.setdefault(_memory(x), (i, x.storage_offset()))
+        same = next(k for k, other in enumerate(given) if other is x)
+        found.append((same, at, x.storage_offset() - start) if at < i else None)
+    return tuple(found)
 
 
 def answer_of(key: Any) -> Answer | None:
@@ -195,7 +207,7 @@ def _kind(value: Any, given: list[torch.Tensor]) -> Any:
     """
     kind = type(value)
     if kind is FakeTensor or kind is nn.Parameter or (kind is torch.Tensor and value.dim()):
-        if value.layout is not torch.strided:
+        if value.layout is not torch.strided or (kind is torch.Tensor and not _is_real(value)):
             raise _OtherError
         given.append(value)
         keys = torch._C._dispatch_keys(value).raw_repr()
@@ -205,6 +217,11 @@ def _kind(value: Any, given: list[torch.Tensor]) -> Any:
     if kind not in _STATIC:
         raise _OtherError
     return kind, value
+
+
+def _is_real(value: torch.Tensor) -> bool:
+    """Whether it holds numbers, and no integers: from these a call may read sizes (`tensor_split`)."""
+    return value.is_floating_point() or value.is_complex() or value.dtype is torch.bool
 
 
 def _kernels() -> tuple[Any, ...]:
