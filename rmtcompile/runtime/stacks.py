@@ -15,6 +15,7 @@ from rmtcompile.binding.captured import Leaf
 from rmtcompile.errors import UnsupportedError
 from rmtcompile.ir.weights import Weight
 from rmtcompile.runtime.gradients import Stacked, is_transformed
+from rmtcompile.runtime.sharing import Sharing
 
 _LARGE = 0.1
 """Share of all weights above which a stack is large."""
@@ -27,12 +28,13 @@ class Stack:
     """One stacked weight [layers, rows, ...]; leaf p of layer l is `tensor[l, start:stop]`, the same
     memory."""
 
-    def __init__(self, weight: Weight, leaves: dict[str, Leaf]) -> None:
+    def __init__(self, weight: Weight, leaves: dict[str, Leaf], sharing: Sharing | None = None) -> None:
         self.weight = weight
         self.leaves = [[leaves[name] for name in parts] for parts in weight.leaves]
         self.tensor: torch.Tensor | None = None
         self.pointers: list[int] = []
         self.is_large = False
+        self._sharing = sharing or Sharing()
 
     def holds(self, weight: Weight, leaves: dict[str, Leaf]) -> bool:
         """Whether this is the stack of these very parameters."""
@@ -51,18 +53,32 @@ class Stack:
         flat = [tensor for parts in tensors for tensor in parts]
         has_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in flat)
         if has_gradients and (is_transformed() or not all(tensor.is_leaf for tensor in flat)):
-            return torch.stack([parts[0] if len(parts) == 1 else torch.cat(parts) for parts in tensors])
-        if (
-            self.tensor is None
-            or [t.data_ptr() for t in flat] != self.pointers
-            or flat[0].dtype != self.tensor.dtype
-        ):
+            return _together(tensors)
+        if not self._is_made_of(flat):
+            if self._stays(flat):
+                return _together(tensors)
             self._stack(tensors)
         assert self.tensor is not None
         if has_gradients:
             found: torch.Tensor = Stacked.apply(self.tensor, [len(parts) for parts in tensors], *flat)
             return found
         return self.tensor
+
+    def _is_made_of(self, flat: Sequence[torch.Tensor]) -> bool:
+        """Whether these lie in the stack."""
+        pointers = [tensor.data_ptr() for tensor in flat]
+        return self.tensor is not None and pointers == self.pointers and flat[0].dtype == self.tensor.dtype
+
+    @property
+    def stays(self) -> bool:
+        """Whether the parameters stay where they are, and are put together at each call."""
+        flat = [leaf.fetch() for parts in self.leaves for leaf in parts]
+        return not self._is_made_of(flat) and self._stays(flat)
+
+    def _stays(self, flat: Sequence[torch.Tensor]) -> bool:
+        """Whether some share memory with each other or with more than themselves, which is to last."""
+        stacks = {s.tensor.untyped_storage().data_ptr() for s in Stacks._alive if s.tensor is not None}
+        return self._sharing.stays(flat, stacks, [leaf.name for parts in self.leaves for leaf in parts])
 
     def _stack(self, tensors: Sequence[Sequence[torch.Tensor]]) -> None:
         first = tensors[0]
@@ -87,6 +103,7 @@ class Stack:
         shape = (rows, *first[0].shape[1:]) if len(first) > 1 else first[0].shape
         # A parameter made in inference mode cannot become a view of memory that was not.
         made_there = any(part.is_inference() for parts in tensors for part in parts)
+        self._sharing.tell_others([part for parts in tensors for part in parts], self.leaves[0][0].name)
         with torch.inference_mode(made_there), torch.no_grad():
             stack = self._room(tensors, (len(tensors), *shape))
             for layer, parts in enumerate(tensors):
@@ -121,6 +138,11 @@ class Stack:
         """Bytes of the weights as they were captured."""
         leaves = [leaf for parts in self.leaves for leaf in parts]
         return sum(leaf.tensor.numel() * leaf.tensor.element_size() for leaf in leaves)
+
+
+def _together(tensors: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """A new stack of what the layers have, of several parts each."""
+    return torch.stack([parts[0] if len(parts) == 1 else torch.cat(list(parts)) for parts in tensors])
 
 
 def _apart(view: torch.Tensor) -> torch.Tensor:
@@ -178,7 +200,7 @@ class Derived:
         gradients = torch.is_grad_enabled() and any(t.requires_grad for parts in tensors for t in parts)
         if views and not gradients and (found := self._rows(views)) is not None:
             return found
-        return torch.stack([parts[0] if len(parts) == 1 else torch.cat(parts) for parts in tensors])
+        return _together(tensors)
 
     @property
     def has_gradients(self) -> bool:
@@ -233,6 +255,7 @@ class Stacks:
         replaced: frozenset[str] = frozenset(),
     ) -> None:
         owner: dict[str, Stack] = {}
+        sharing = Sharing()
         made: dict[Weight, Stack | Derived | Gathered] = {}
         self.dtypes = {name: weight.dtype for name, weight in weights.items() if weight.dtype is not None}
         weights = {name: replace(weight, dtype=None) for name, weight in weights.items()}
@@ -245,7 +268,7 @@ class Stacks:
                 made[weight] = Gathered(weight)
             elif len(set(names)) == len(names) and not any(name in owner for name in names):
                 alike = next((s for s in self._alive if s.holds(weight, leaves)), None)
-                made[weight] = single = alike or Stack(weight, leaves)
+                made[weight] = single = alike or Stack(weight, leaves, sharing)
                 self._alive.add(single)
                 owner.update(dict.fromkeys(names, single))
             else:
@@ -261,8 +284,10 @@ class Stacks:
     @property
     def can_be_alone(self) -> bool:
         """Whether stacks can be leaves of autograd in the place of their parameters: no weight is put
-        together of parameters that live in another stack."""
-        return not any(isinstance(stack, Derived) and stack.has_gradients for stack in self._in_order)
+        together of parameters that live elsewhere."""
+        return not any(
+            stack.has_gradients if isinstance(stack, Derived) else stack.stays for stack in self._in_order
+        )
 
     def alone(self) -> list[Alone]:
         """The stacks whose parameters want gradients, apart from them."""
