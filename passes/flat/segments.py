@@ -5,14 +5,10 @@ Requires: a graph whose loads are forwarded, and along which dimensions its inpu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import fx
 
+from rmtcompile.ir.segmentation import Cuts
 from rmtcompile.passes.flat.store_forwarding.nodes import as_load
-
-Cuts = Mapping[str, tuple[int, int]]
-"""By placeholder: the dimension along which segments lie, and the length of one."""
 
 
 class Segments:

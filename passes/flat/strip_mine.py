@@ -28,8 +28,9 @@ from torch.fx.node import map_arg
 
 from rmtcompile.ir.modes import graph_module
 from rmtcompile.ir.randomness import is_random
+from rmtcompile.ir.segmentation import Cuts
 from rmtcompile.passes.flat.functionalise import bind, is_pointwise, overload_name
-from rmtcompile.passes.flat.segments import Cuts, Segments
+from rmtcompile.passes.flat.segments import Segments
 from rmtcompile.passes.flat.store_forwarding.joins import parts_of
 from rmtcompile.passes.flat.store_forwarding.nodes import (
     View,

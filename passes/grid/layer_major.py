@@ -17,8 +17,9 @@ from torch import fx
 
 from rmtcompile.binding.captured import Call
 from rmtcompile.errors import PartitionError
+from rmtcompile.ir.segmentation import Cuts
 from rmtcompile.passes.flat.functionalise import overload_name
-from rmtcompile.passes.flat.segments import Cuts, Segments
+from rmtcompile.passes.flat.segments import Segments
 from rmtcompile.passes.flat.store_forwarding.nodes import as_load
 from rmtcompile.passes.grid.partition import Layers, call_sizes, feeding, find_layers, split_index
 from rmtcompile.passes.grid.partition.place import cells_of

@@ -129,6 +129,8 @@ class Capture:
         read: the tensors that decided numbers which the forward read.
         checkpoint: where the forward asks first that backward computes a part of it again, as "file:line".
         ignored: what the forward switches on and no program does, in words.
+        by_layout: what the forward gives in another way for inputs that lie in memory in another way, as
+            "file:line"; empty where nothing does.
     """
 
     module: fx.GraphModule
@@ -141,6 +143,7 @@ class Capture:
     read: list[Leaf]
     checkpoint: str = ""
     ignored: tuple[str, ...] = ()
+    by_layout: str = ""
 
     @property
     def graph(self) -> fx.Graph:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from rmtcompile.binding.objects import ATOMS, contains_tensor
 from rmtcompile.binding.templates import template
 from rmtcompile.errors import UnsupportedError
+from rmtcompile.ir.layouts import Layout, layout_of
 from rmtcompile.ir.segmentation import Segmentation
 
 _tracked: dict[type, type] = {}
@@ -101,6 +102,12 @@ def _subclass(cls: type[nn.Module]) -> type:
     return _tracked[cls]
 
 
+def layouts_of(args: Any, kwargs: Any) -> tuple[Layout, ...]:
+    """How the tensors of a call that are no integers lie in memory."""
+    tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+    return tuple(layout_of(x) for x in tensors if x.is_floating_point() or x.is_complex())
+
+
 def call_key(args: Any, kwargs: Any) -> tuple[Any, ...]:
     """What decides whether an earlier segmentation fits: structure, types and static values, shapes left
     out."""
@@ -117,13 +124,20 @@ def program_key(args: Any, kwargs: Any, segmentation: Segmentation) -> tuple[Any
     return (spec, tuple(_static(value) for value in flat), tuple(canonical), rest, _modes())
 
 
-def structure_key(args: Any, kwargs: Any, segmentation: Segmentation) -> tuple[Any, ...]:
+def structure_key(
+    args: Any, kwargs: Any, segmentation: Segmentation, layouts: tuple[Layout, ...] = ()
+) -> tuple[Any, ...]:
     """What calls have in common that differ in sizes only: all of `program_key` but the shapes, and whether
-    there is an incomplete segment (of how many segments of the model, where several are one)."""
+    there is an incomplete segment (of how many segments of the model, where several are one).
+
+    Args:
+        layouts: of the inputs, where they decide what the forward does.
+    """
     flat = pytree.tree_leaves((args, kwargs))
     _, rest = segmentation.count([value.shape for value in flat if isinstance(value, torch.Tensor)])
     begun = segmentation.pieces(rest) if segmentation.period > 1 else rest > 0
-    return (call_key(args, kwargs), segmentation, begun)
+    called = call_key(args, kwargs)
+    return ((called, layouts) if layouts else called, segmentation, begun)
 
 
 def _static(value: Any) -> Any:

@@ -40,6 +40,7 @@ from rmtcompile.frontend.asking import watching
 from rmtcompile.frontend.blame import refusal
 from rmtcompile.frontend.counting import Counts, note, plain
 from rmtcompile.frontend.known import NUMBERS, Known, Reads
+from rmtcompile.frontend.layouts import Layouts
 from rmtcompile.frontend.masks import Masks
 from rmtcompile.frontend.recorder import Recorder
 from rmtcompile.frontend.repeated import Repeated
@@ -154,7 +155,7 @@ def _captured(
         _disable_torch_fn_metadata_mode=True,
     )  # fmt: skip
     grad = torch.is_grad_enabled()
-    tracker, known, masks = ReadTracker(), Known(), Masks()
+    tracker, known, masks, layouts = ReadTracker(), Known(), Masks(), Layouts()
     checkpoints: list[str] = []
     contents, around, shared = Contents(snapshot), Surroundings(fn, roots), SharedData()
     try:
@@ -174,6 +175,7 @@ def _captured(
             refused_draws(),
             saved_in_their_way(checkpoints) as ignored,
             masks,
+            layouts,
         ):
             module = trace(*fakes)
         shared.refuse_swallowed()
@@ -221,7 +223,7 @@ def _captured(
     read = [_leaf(tensor, f"read{i}", owners) for i, tensor in enumerate(known.read)]
     return Capture(
         module, leaves, recorder.calls, produced["result"], produced["effects"], roots, guard, read,
-        checkpoints[0] if checkpoints else "", tuple(ignored),
+        checkpoints[0] if checkpoints else "", tuple(ignored), layouts.shown(),
     )  # fmt: skip
 
 

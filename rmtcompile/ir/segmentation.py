@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+
+from rmtcompile.ir.layouts import in_layout
+
+Cuts = Mapping[str, tuple[int, int]]
+"""By placeholder: the dimension along which segments lie, and the length of one."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,12 @@ class Segmentation:
 
 
 def _repeated(tensors: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Tensors of these shapes, the given ones repeated or cut, or themselves."""
+    """Tensors of these shapes, the given ones repeated or cut, or themselves; in their layouts."""
     found = []
-    for x, shape in zip(tensors, shapes, strict=True):
+    for given, shape in zip(tensors, shapes, strict=True):
+        x = given
         for dim, size in enumerate(shape):
             if size != x.shape[dim]:
                 x = x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
-        found.append(x)
+        found.append(x if x is given else in_layout(x, given))
     return found
