@@ -46,6 +46,7 @@ def inner(rule: ClassRule, segmented: Collection[str], init: Collection[int] = (
     for node, live_in in zip(rule.body.live_ins, rule.sources, strict=True):
         if node is not None and any(map(counts, sources_of(live_in))):
             found |= set(node) if isinstance(node, tuple) else {node}
+    found -= set(rule.body.nodes)  # a list may end with the region's own member
     for node in rule.body.nodes:
         if found.intersection(node.all_input_nodes):
             found.add(node)
@@ -61,14 +62,9 @@ def inner_places(rule: ClassRule, segmented: Collection[str]) -> frozenset[int]:
 def mixed(nodes: Sequence[fx.Node], rule: ClassRule, counted: Collection[fx.Node]) -> fx.Node | None:
     """The first of some operations that meets what is counted from the start of the input and something else
     whose size depends on s or S."""
-    ints = rule.integers()
-    sized: set[fx.Node] = set()
     for node in nodes:
-        if node in counted:
-            if sized.intersection(node.all_input_nodes):
-                return node
-        elif sized.intersection(node.all_input_nodes) or not all(a.is_constant for a in ints[node]):
-            sized.add(node)
+        if node in counted and any(x in rule.varying and x not in counted for x in node.all_input_nodes):
+            return node
     return None
 
 

@@ -82,7 +82,7 @@ def _of_init(regions: Regions) -> Iterator[str]:
             sized.add(node)
             if not _begins_alike(node, ints[node]):
                 yield f"{_said(node)} depends on how long the text becomes"
-    met = mixed(rule.body.nodes, rule, found & needed)
+    met = mixed([node for node in rule.body.nodes if node in needed], rule, found)
     if met is not None:
         yield f"{_said(met)} joins the whole input with what depends on its length"
 
