@@ -38,6 +38,7 @@ from rmtcompile.passes.flat.functionalise.nodes import (
     is_removable,
     overload_name,
     remove_dead,
+    taken_over,
     where,
 )
 from rmtcompile.passes.flat.functionalise.rewrite import Functional, functionalise
@@ -59,5 +60,6 @@ __all__ = [
     "overload_name",
     "remove_dead",
     "same_strides",
+    "taken_over",
     "where",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from rmtcompile.errors import UnsupportedError
-from rmtcompile.passes.flat.functionalise.nodes import grad_mode, where
+from rmtcompile.passes.flat.functionalise.nodes import grad_mode, taken_over, where
 from rmtcompile.passes.flat.functionalise.values import Values, dense_order, same_strides
 
 aten = torch.ops.aten
@@ -41,7 +41,7 @@ class Builder:
     def emit(self, op: str, target: Any, args: Any = (), kwargs: Any = None, *, val: Any = None) -> fx.Node:
         """A node of the new graph; `val` is its fake value if it is known."""
         node = self.graph.create_node(op, target, args, kwargs or {})
-        node.meta = {k: v for k, v in self.reader.meta.items() if k != "val"}
+        node.meta = taken_over(self.reader)
         node.meta["val"] = (
             self.values.run(target, args, kwargs or {}) if val is None else self.values.local(val)
         )

@@ -122,6 +122,16 @@ def where(node: fx.Node) -> str:
     return f"{node.format_node()}  {files[-1] if files else ''}".rstrip()
 
 
+def taken_over(node: fx.Node) -> dict[str, Any]:
+    """The metadata that nodes made for this one take over: what the output makes comes from the line of what
+    it returns."""
+    found = {key: value for key, value in node.meta.items() if key != "val"}
+    if node.op == "output":
+        lines = (operand.meta.get("source") for operand in node.all_input_nodes)
+        found.setdefault("source", next(filter(None, lines), "?"))
+    return found
+
+
 def nodes_in(args: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     map_arg(args, found.append)

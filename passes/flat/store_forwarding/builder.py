@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rmtcompile.passes.flat.functionalise import PERMUTES, Values, alias_root, overload_name
+from rmtcompile.passes.flat.functionalise import PERMUTES, Values, alias_root, overload_name, taken_over
 from rmtcompile.passes.flat.store_forwarding.nodes import is_reshape, operand_of, permutation, shape_of
 from rmtcompile.passes.flat.store_forwarding.ranges import Range
 
@@ -42,7 +42,7 @@ class Builder:
         """A call on nodes, with its fake value."""
         with self.graph.inserting_before(self.here):
             node = self.graph.create_node("call_function", target, args, kwargs)
-        node.meta = {k: v for k, v in self.here.meta.items() if k != "val"}
+        node.meta = taken_over(self.here)
         node.meta["val"] = self.values.run(target, args, kwargs)
         if self.grad is False:
             self.no_grad.add(node)

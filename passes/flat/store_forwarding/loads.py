@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from rmtcompile.ir.segmentation import Cuts
 from rmtcompile.passes.flat.functionalise import overload_name
 from rmtcompile.passes.flat.store_forwarding.builder import Builder
 from rmtcompile.passes.flat.store_forwarding.nodes import View, as_load, is_static_tensor, shape_of
@@ -27,11 +28,15 @@ class Loads(Builder):
 
     Args:
         rules: by name of operation.
-        windows: see `forward_stores`.
+        windows, cuts: see `forward_stores`.
     """
 
-    def __init__(self, gm: fx.GraphModule, rules: dict[str, Rule], windows: str = "") -> None:
+    def __init__(
+        self, gm: fx.GraphModule, rules: dict[str, Rule], windows: str = "", cuts: Cuts | None = None
+    ) -> None:
         super().__init__(gm)
+        inputs = {str(node.target): node for node in self.graph.nodes if node.op == "placeholder"}
+        self._cuts = [(dim, shape_of(inputs[name])[dim], n) for name, (dim, n) in (cuts or {}).items()]
         self.rules = rules
         self.holds, self.lists = windows == HELD, windows == LISTED
         self.memo: dict[Any, fx.Node | None] = {}
@@ -62,6 +67,15 @@ class Loads(Builder):
             self.memo[key] = found
         return self.memo[key]
 
+    def _is_segment(self, view: View) -> bool:
+        """Whether a view shows one segment of an input, or of what is as long."""
+        r, size = view.range, shape_of(view.source)[view.dim]
+        for dim, whole, length in self._cuts:
+            if (dim, whole) == (view.dim, size) and r.step == 1 and not r.drop and r.lo % length == 0:
+                if r.n == length or (r.lo + r.n == size and r.n < length):
+                    return True
+        return False
+
     def _load_load(self, view: View, d: int, r: Range) -> fx.Node | None:
         inner, at = view.range, view.dim
         if inner.drop:
@@ -69,6 +83,10 @@ class Loads(Builder):
             found = self.try_load(view.source, below, r)
             return None if found is None else self.load(found, at - (r.drop and below < at), inner)
         if d == at:
-            return self.load(view.source, d, Range(inner.at(r.lo), r.n, inner.step * r.step, r.drop))
+            both = Range(inner.at(r.lo), r.n, inner.step * r.step, r.drop)
+            found = self.try_load(view.source, d, both)
+            if found is None and self._is_segment(view):
+                return None  # a position in the segment: the same one in each
+            return self.take(view.source, d, both) if found is None else found
         found = self.try_load(view.source, d, r)
         return None if found is None else self.load(found, at - (r.drop and d < at), inner)

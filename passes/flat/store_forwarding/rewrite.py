@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 
 from rmtcompile.errors import UnsupportedError
 from rmtcompile.ir.modes import graph_module
+from rmtcompile.ir.segmentation import Cuts
 from rmtcompile.passes.flat.functionalise import (
     PERMUTES,
     alias_root,
@@ -51,8 +52,8 @@ def deep_recursion() -> Iterator[None]:
 class Forwarder(Loads):
     """Rewrites a copy of a graph, node by node in order."""
 
-    def __init__(self, gm: fx.GraphModule, windows: str = "") -> None:
-        super().__init__(gm, {**shapes.RULES, **joins.RULES, **stores.RULES}, windows)
+    def __init__(self, gm: fx.GraphModule, windows: str = "", cuts: Cuts | None = None) -> None:
+        super().__init__(gm, {**shapes.RULES, **joins.RULES, **stores.RULES}, windows, cuts)
         self.dirty: set[fx.Node] = set()
         self.original = set(self.graph.nodes)
         self.count = 0
@@ -132,13 +133,14 @@ class Forwarder(Loads):
         node.replace_all_uses_with(found)
 
 
-def forward_stores(gm: fx.GraphModule, windows: str = "") -> fx.GraphModule:
+def forward_stores(gm: fx.GraphModule, windows: str = "", cuts: Cuts | None = None) -> fx.GraphModule:
     """Rewrites loads of stored values into the values; the same module object if there is nothing to do.
 
     Args:
         windows: what a window of the last few segments is, which is cut and put together anew in each.
             "held": one value, as it is written: a load that meets several stored values at once stays a load.
             "listed": its parts: what joins it with something else joins them.
+        cuts: of inputs; what is taken of one of their segments stays so, and is no part of the whole input.
     """
     with deep_recursion():
-        return Forwarder(gm, windows).run()
+        return Forwarder(gm, windows, cuts).run()
