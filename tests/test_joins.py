@@ -237,22 +237,60 @@ class Long(IndexCopy):
 
 
 @torch.no_grad()
-def test_what_slides_later_than_all_captures_never_reads_out_of_bounds() -> None:
-    """Up to ten segments there is nothing that slides; a longer input is exact or refused."""
+def test_what_slides_later_than_all_captures() -> None:
+    """Up to ten segments there is nothing that slides."""
     model = made(Long)
     fast = rmtcompile.optimize(copy.deepcopy(model), backend="eager")
-    assert_equal_runs(model, fast, [inputs(SEGMENT * n) for n in (4, 9)])
-    with pytest.raises(rmtcompile.UnsupportedError) as caught:
-        fast(inputs(SEGMENT * 14))
-    assert "what holds for up to 10 segments does not hold for 11" in str(caught.value)
-    assert "test_joins.py:" in str(caught.value)
+    assert_equal_runs(model, fast, [inputs(SEGMENT * n) for n in (4, 9, 14, 40)])
 
 
+class Reversed(Joins):
+    """The last segment first."""
+
+    def join(self, out: list[Tensor], x: Tensor) -> Tensor:
+        return torch.cat([self.head(h) for h in reversed(out)], 1)
+
+
+class Stacked(Joins):
+    """A value of each segment, the last one first."""
+
+    def join(self, out: list[Tensor], x: Tensor) -> Tensor:
+        return torch.stack([h.mean(1) for h in out][::-1], 1)
+
+
+class Skips(Layer):
+    """Leaves the first segment as it is."""
+
+    def forward(self, x: Tensor, m: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return (x, x.mean(1)) if m is None else super().forward(x, m)
+
+
+class Untouched(nn.Module):
+    """What is returned of the first segment no layer has seen."""
+
+    def __init__(self, turn: int = 1) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Skips() for _ in range(2))
+        self.turn = turn
+
+    def forward(self, x: Tensor) -> Tensor:
+        states: list[Tensor | None] = [None, None]
+        out = []
+        for h in x.split(SEGMENT, 1):
+            for l, layer in enumerate(self.layers):
+                h, states[l] = layer(h, states[l])
+            out.append(torch.cat([h.sin(), h.cos()], 2))
+        return torch.cat(out[:: self.turn], 1)
+
+
+@pytest.mark.parametrize(
+    "build", [Reversed, Stacked, Untouched, lambda: Untouched(-1)], ids=["turned", "stack", "first", "both"]
+)
 @torch.no_grad()
-def test_what_slides_later_than_all_captures_falls_back() -> None:
-    model = made(Long)
-    fast = rmtcompile.optimize(copy.deepcopy(model), backend="eager", fallback="sequential")
-    assert_equal_runs(model, fast, [inputs(SEGMENT * 4)])
-    with pytest.warns(rmtcompile.FallbackWarning, match="does not hold for 11"):
-        found = fast(inputs(SEGMENT * 14))
-    assert_same(model(inputs(SEGMENT * 14)), found)
+def test_lists_that_end_with_the_first_segment(build: Callable[[], nn.Module]) -> None:
+    model = made(build)
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    for length in (12, 10, 31, 12):
+        x = torch.randn(2, length, WIDTH, dtype=torch.float64)
+        assert_same(model(x), fast(x))
+    assert fast.schedule.width == 2

@@ -137,8 +137,10 @@ def _operation(
         if isinstance(value, fx.Node):
             return Named(names.get(value, value.name))
         if isinstance(value, (list, tuple)):
-            if value and all(isinstance(v, fx.Node) for v in value) and tuple(value) in names:
-                return _each(tuple(value), names, rule)
+            if value and all(isinstance(v, fx.Node) for v in value):
+                for values, turned in ((tuple(value), ""), (tuple(value[::-1]), "[::-1]")):
+                    if values in names:
+                        return Named(f"{_each(values, names, rule)}{turned}")
             return type(value)(show(item) for item in value)
         if isinstance(value, dict):
             return {k: show(v) for k, v in value.items()}
@@ -152,10 +154,10 @@ def _operation(
     return call(node.target, parts)
 
 
-def _each(values: tuple[fx.Node, ...], names: Mapping[Any, str], rule: ClassRule) -> Named:
+def _each(values: tuple[fx.Node, ...], names: Mapping[Any, str], rule: ClassRule) -> str:
     """A list over segments; the last one may be made by this region itself."""
     own = values[-1]
-    return Named(f"[*{names[values]}, {own.name}]" if own in rule.body.nodes else names[values])
+    return f"[*{names[values]}, {own.name}]" if own in rule.body.nodes else names[values]
 
 
 def _needed(nodes: tuple[fx.Node, ...], results: list[fx.Node]) -> set[fx.Node]:

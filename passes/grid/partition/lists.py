@@ -10,7 +10,7 @@ from torch import fx
 from rmtcompile.passes.grid.partition.regions import EPILOGUE, INIT, Region
 
 aten = torch.ops.aten
-_JOINS = (aten.cat.default, aten.stack.default)
+JOINS = (aten.cat.default, aten.stack.default)
 
 
 def complete_lists(graph: fx.Graph, region: dict[fx.Node, Region]) -> None:
@@ -21,11 +21,12 @@ def complete_lists(graph: fx.Graph, region: dict[fx.Node, Region]) -> None:
     epilogues of their segments.
     """
     for node in list(graph.nodes):
-        if node.target not in _JOINS or node not in region or region[node].kind != EPILOGUE:
+        if node.target not in JOINS or node not in region or region[node].kind != EPILOGUE:
             continue
         _join_by_segment(graph, node, region)
         places = [region.get(member, Region(INIT)) for member in node.args[0]]
-        is_list = [place.segment for place in places] == list(range(len(places)))
+        segments = [place.segment for place in places]
+        is_list = list(range(len(places))) in (segments, segments[::-1])
         if not is_list or len({(place.kind, place.layer) for place in places}) == 1:
             continue
         members = []

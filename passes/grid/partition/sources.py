@@ -10,6 +10,7 @@ from torch import fx
 
 from rmtcompile.ir.randomness import is_random
 from rmtcompile.passes.flat.segments import Segments
+from rmtcompile.passes.grid.partition.lists import JOINS
 from rmtcompile.passes.grid.partition.regions import CELL, EPILOGUE, INIT, PROLOGUE, Region, site_of
 
 
@@ -33,6 +34,7 @@ def place_sources(nodes: list[fx.Node], region: dict[fx.Node, Region], segments:
     region.update(_counters(nodes, region, from_input, n_segments))
     region.update(_totals(nodes, region, from_input - leaving.keys(), n_segments))
     region.update(_joined_at_the_end(nodes, region, from_input - leaving.keys(), segments))
+    region.update(_joined_with_others(nodes, region, from_input - leaving.keys(), segments))
     region.update(_draws(nodes, region, drawn - leaving.keys(), n_segments))
     for node in reversed(nodes):
         if node in region or node in leaving:
@@ -123,6 +125,24 @@ def _joined_at_the_end(
         own = [segments.of(node) for node in alike]
         if own == list(range(n_segments)) and all(first_use[node] == n_segments - 1 for node in alike):
             found |= {node: Region(PROLOGUE, s) for s, node in enumerate(alike)}
+    return found
+
+
+def _joined_with_others(
+    nodes: list[fx.Node], region: dict[fx.Node, Region], from_input: set[fx.Node], segments: Segments
+) -> dict[fx.Node, Region]:
+    """What the first segments give without any cell, where what cells give for the others is joined with it
+    at the end: the last segment would make it; the prologue of each makes its own."""
+    first_use = _first_uses(nodes, region, segments.n_segments)
+    found: dict[fx.Node, Region] = {}
+    for node in nodes:
+        if node.target not in JOINS or region.get(node, Region(INIT)).kind != EPILOGUE:
+            continue
+        members = [x for x in node.args[0] if isinstance(x, fx.Node)]  # type: ignore[union-attr]
+        own = [region[x].segment if x in region else segments.of(x) for x in members]
+        if list(range(segments.n_segments)) in (own, own[::-1]):
+            placed = [(x, s) for x, s in zip(members, own, strict=True) if x in from_input]
+            found |= {x: Region(PROLOGUE, s) for x, s in placed if s <= first_use.get(x, -1)}
     return found
 
 

@@ -22,7 +22,7 @@ from rmtcompile.ir.program import Body
 from rmtcompile.passes.flat.value_numbering import key_of
 from rmtcompile.passes.grid.partition import CELL
 from rmtcompile.passes.grid.reroll.rules import ClassRule
-from rmtcompile.passes.grid.reroll.unrolled import Unrolled
+from rmtcompile.passes.grid.reroll.unrolled import Unrolled, period_of
 
 
 def loosened(unrolled: Unrolled, layers: Collection[int]) -> Unrolled:
@@ -32,6 +32,15 @@ def loosened(unrolled: Unrolled, layers: Collection[int]) -> Unrolled:
         for region, body in unrolled.bodies.items()
     }
     return replace(unrolled, bodies=bodies)
+
+
+def period_of_growing(unrolled: Unrolled, longest: int) -> int:
+    """The same as `period_of` where cells grow: two or more, or 0."""
+    written = {
+        region: _loose(body) if region.kind == CELL else body for region, body in unrolled.written.items()
+    }
+    period = period_of(replace(unrolled, written=written), longest)
+    return period if period > 1 else 0
 
 
 def _loose(body: Body) -> Body:

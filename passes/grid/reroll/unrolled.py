@@ -37,7 +37,7 @@ class Unrolled:
     outputs: tuple[fx.Node | tuple[fx.Node, ...], ...]
     leaf_names: dict[str, str]
     sizes: tuple[int, ...] = ()
-    written: Mapping[Region, Any] = field(default_factory=dict)
+    written: Mapping[Region, Body] = field(default_factory=dict)
 
     def source(self, node: fx.Node) -> Source:
         """Where `node` is computed, its segment absolute."""
@@ -70,7 +70,7 @@ def unroll(graph: fx.Graph, parts: Partition, leaf_names: dict[str, str]) -> Unr
         for index, node in enumerate(kept):
             if region.kind != CELL or parts.region[node] == region:
                 place[node] = (region, index)
-    written = {region: body.key for region, body in bodies.items()}
+    written = dict(bodies)
     _restore_dead(bodies, place, parts)
     output = next(node for node in graph.nodes if node.op == "output")
     outputs: list[fx.Node] = []
@@ -84,6 +84,9 @@ def unroll(graph: fx.Graph, parts: Partition, leaf_names: dict[str, str]) -> Unr
 _FILLED = 7
 """Segments after which it has to repeat."""
 
+_READ = 4
+"""Last segments that may do less, where what they write is read no more."""
+
 
 def period_of(unrolled: Unrolled, longest: int) -> int:
     """After how many segments, `longest` at most, what the regions do repeats, the first ones and the last,
@@ -91,12 +94,14 @@ def period_of(unrolled: Unrolled, longest: int) -> int:
     last = unrolled.count - 1
     rows = [(PROLOGUE, -1), *((CELL, layer) for layer in range(unrolled.n_layers)), (EPILOGUE, -1)]
 
+    def at(kind: str, segment: int, layer: int) -> Any:
+        return unrolled.written.get(Region(kind, segment, layer), EMPTY).key
+
     def repeats(period: int) -> bool:
-        at = unrolled.written.get
         return all(
-            at(Region(kind, s, layer)) == at(Region(kind, s + period, layer))
+            at(kind, s, layer) == at(kind, s + period, layer)
             for kind, layer in rows
-            for s in range(_FILLED, last - 2 * period)
+            for s in range(_FILLED, last - period - max(period, _READ))
         )
 
     return next((period for period in range(1, longest + 1) if repeats(period)), 0)
@@ -107,8 +112,11 @@ def _restore_dead(
 ) -> None:
     """Give a cell whose last writes are dead code (no segment reads them) the body of the segment before it.
 
-    Computing them all the same changes no result, and spares a class of its own for the last segment.
+    Computing them all the same changes no result, and spares a class of its own for the last segment. What
+    later cells read of it has to be what they read of the one before: a memory that is written at every
+    second segment is another value there, and no dead code.
     """
+    read = _read_later(place, parts)
     for layer in range(parts.n_layers):
         for segment in range(1, parts.n_segments):
             here, before = Region(CELL, segment, layer), Region(CELL, segment - 1, layer)
@@ -117,8 +125,22 @@ def _restore_dead(
             whole = bodies[before]
             found = _embed(bodies[here], whole, _may_be_one)
             if found is not None:
-                _restore(bodies, place, here, whole, *found)
+                mine = {found[0][place[node][1]] for node in read[here]}
+                if mine <= {place[node][1] for node in read[before]}:
+                    _restore(bodies, place, here, whole, *found)
     _restore_layers(bodies, place, parts)
+
+
+def _read_later(
+    place: dict[fx.Node, tuple[Region, int]], parts: Partition
+) -> dict[Region, list[fx.Node]]:
+    """What cells of later segments read of each region."""
+    found: dict[Region, list[fx.Node]] = defaultdict(list)
+    for node, (region, _) in place.items():
+        readers = (parts.region[user] for user in node.users if user in parts.region)
+        if any(reader.kind == CELL and reader.segment > region.segment for reader in readers):
+            found[region].append(node)
+    return found
 
 
 def _may_be_one(x: fx.Node, y: fx.Node) -> bool:
@@ -279,8 +301,9 @@ def _body(nodes: list[fx.Node], region: Region, parts: Partition) -> Body:
             j = live_ins.setdefault(value, len(live_ins))
             return ("x", j) if loose else ("x", j, shape_of(value.meta.get("val")))
         if isinstance(value, (list, tuple)):
-            if loose and (each := _each_segment(value, parts, region)) is not None:
-                return ("each", live_ins.setdefault(each, len(live_ins)))
+            for turned, values in enumerate((value, value[::-1]) if loose else ()):
+                if (each := _each_segment(values, parts, region)) is not None:
+                    return ("each", "the last one first" * turned, live_ins.setdefault(each, len(live_ins)))
             return (type(value).__name__, *map(encode, value))
         if isinstance(value, dict):
             return ("dict", *((k, encode(v)) for k, v in value.items()))
