@@ -190,3 +190,17 @@ def test_counts_and_shapes(length: int, whole: int, rest: int, wanted: int) -> N
     if wanted > 1 or not rest:
         assert segmentation.count(resized)[0] == wanted
     assert segmentation.shapes(resized, count) == shapes
+
+
+@pytest.mark.parametrize("length", [3, 2, 12])
+def test_halves_of_features_are_no_segments(length: int) -> None:
+    """One segment is not cut at all, and what it is made of is."""
+
+    def halves(x: Tensor) -> Tensor:
+        out = []
+        for piece in x.split(3, 1):
+            a, b = piece.chunk(2, -1)
+            out.append(torch.cat([-b, a], -1) * torch.linspace(0, 1, 4, dtype=x.dtype))
+        return torch.cat(out, 1)
+
+    assert probe(halves, (torch.randn(2, length, 4),), {}) == Segmentation((Axis(0, 1, 3),))

@@ -151,18 +151,24 @@ def probe(
     operations = 0  # of the last attempt
     run = partial(_attempt, fn, flat, positions, spec)
     short = growth = Growth()
+    beside: list[Axis] = []  # cuts of an axis that the input cannot grow along: halves of features
     for attempt in range(7):
-        views, failure = run(grown, growth)
+        views, failure = run(grown, growth, bool(beside))
         first = failure if attempt == 0 else first
         axes, of_tokens = _axes(views.taken, grown), _axes(views.tokens, grown)
+        candidates = [(i, d) for i, shape in enumerate(grown) for d in (1, 0) if len(shape) > d]
         if axes and not of_tokens:
-            axes = _confirmed(axes, run, grown) or _followed(axes[0], run, grown) or axes
+            found = _confirmed(axes, run, grown)
+            found = _followed(axes[0], run, grown) if found == [] else found
+            if not found and not beside and (axes[0].leaf, axes[0].dim) not in candidates:
+                beside, axes = axes, []  # there may be one segment only
+            else:
+                axes = found or axes
         elif axes:
             known = {(axis.leaf, axis.dim) for axis in of_tokens}
             axes = [*of_tokens, *(axis for axis in axes if (axis.leaf, axis.dim) not in known)]
         if axes:
             return _with_partners(axes[0], {(a.leaf, a.dim): a for a in axes}, shapes)
-        candidates = [(i, d) for i, shape in enumerate(grown) for d in (1, 0) if len(shape) > d]
         if (cut := growth.cut()) is not None:
             return _with_partners(Axis(*candidates[0], cut), {}, shapes)
         walks = attempt > 0 and views.operations > 3 * operations > 0  # more of them for more tokens
@@ -171,6 +177,8 @@ def probe(
         operations = views.operations if failure is None else 0
         grown = _longer(grown, *candidates[0], 4)
         growth = _grown(short, *candidates[0], shapes, grown)
+    if beside:
+        return _with_partners(beside[0], {(a.leaf, a.dim): a for a in beside}, shapes)
     if first is not None:
         raise refusal(first, held_oddly(fn)) from None
     raise PartitionError(
@@ -210,9 +218,9 @@ def _followed(
 
 def _confirmed(
     axes: list[Axis], run: Callable[..., tuple[_Views, Exception | None]], shapes: list[Any]
-) -> list[Axis]:
-    """The cut that two of three lengths of the input agree on; that of the input as it is, if the model does
-    not run on others. Lengths at which two axes cannot be told apart say nothing."""
+) -> list[Axis] | None:
+    """The cut that two of three lengths of the input agree on; None if the model does not run on others.
+    Lengths at which two axes cannot be told apart say nothing."""
     found, failed = [axes], False
     longer = [_longer(shapes, axes[0].leaf, axes[0].dim, factor) for factor in (4, 3, 5, 7)]
     for sizes in [sizes for sizes in longer if not _collides(shapes, sizes, axes[0])][:2]:
@@ -222,7 +230,7 @@ def _confirmed(
             return again
         failed = failed or failure is not None
         found.append(again or axes)
-    return axes if failed else []
+    return None if failed else []
 
 
 def _collides(shapes: list[Any], longer: list[Any], axis: Axis) -> bool:
