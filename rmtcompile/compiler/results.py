@@ -25,24 +25,32 @@ from rmtcompile.ir.program import Affine
 
 @dataclass(frozen=True)
 class Family:
-    """One member a segment.
+    """One member a segment, where the last one may have none.
 
     Attributes:
         member: rule of one member: an `Out` in it is an output of the program that is a list, of which member
             j holds number j; integers are affine in j.
         keys: `("logits_", "")` for the keys `logits_0`, `logits_1`, ..., or None in a sequence.
         first: number in the first key.
+        step: by how much it is larger in the next one.
         is_woven: whether its members stand in turn with those of the family before it.
+        ends_early: whether the last segment has no member.
     """
 
     member: Any
     keys: tuple[str, str] | None = None
     first: int = 0
+    step: int = 1
     is_woven: bool = False
+    ends_early: bool = False
+
+    def has(self, j: int, count: int) -> bool:
+        """Whether segment j of so many has a member."""
+        return j < count - self.ends_early
 
     def entry(self, outputs: tuple[Any, ...], count: int, j: int, made: Made) -> tuple[Any, Any]:
         """Key (None in a sequence) and value of one member."""
-        key = None if self.keys is None else f"{self.keys[0]}{self.first + j}{self.keys[1]}"
+        key = None if self.keys is None else f"{self.keys[0]}{self.first + self.step * j}{self.keys[1]}"
         return key, value_of(self.member, outputs, count, j, made)
 
 
@@ -82,7 +90,10 @@ class Node:
                 woven = itertools.takewhile(_is_woven, self.children[i + 1 :])
                 families = [child, *woven]
                 entries += [
-                    family.entry(outputs, count, j, made) for j in range(count) for family in families
+                    family.entry(outputs, count, j, made)
+                    for j in range(count)
+                    for family in families
+                    if family.has(j, count)
                 ]
         return entries
 
@@ -226,9 +237,11 @@ class Aligner:
             self.pairs.append((tuple(x.index for x in a), tuple(x.index for x in b), True))
             return Out(len(self.pairs) - 1)
         if all(type(value) is int for value in (*a, *b)):
-            step, more = b[-1] - b[-2], (b[0] - a[0]) // (len(b) - len(a))
-            fit = Affine(a[0] - more * len(a), step, more)
-            if all(fit.at(j, len(values)) == v for values in (a, b) for j, v in enumerate(values)):
+            small, large = self.counts
+            step, more = b[-1] - b[-2], (b[0] - a[0]) // (large - small)
+            fit = Affine(a[0] - more * small, step, more)
+            told = ((small, a), (large, b))
+            if all(fit.at(j, count) == v for count, values in told for j, v in enumerate(values)):
                 return fit if step or more else a[0]
             raise self._error(f"{a}", f"{b}")
         for value in (*a, *b):
@@ -241,14 +254,12 @@ class Aligner:
         if names_a is None or names_b is None:
             if isinstance(a.context, Keys) and (a.context.has_fields or b.context.has_fields):
                 raise self._error(str(a), str(b))
-            each, rest = divmod(len(parts_a), self.counts[0])
-            if rest or len(parts_b) != each * self.counts[1]:
+            families = self._in_turn(parts_a, parts_b)
+            if not families:
                 raise self._error(f"{len(parts_a)} entries", f"{len(parts_b)} entries")
-            families = [self._family(parts_a[i::each], parts_b[i::each]) for i in range(each)]
-            in_turn = (dataclasses.replace(family, is_woven=i > 0) for i, family in enumerate(families))
-            return Node(a.type, a.context, tuple(in_turn), getattr(a, "label", None))
+            return Node(a.type, a.context, tuple(families), getattr(a, "label", None))
         numbered_a, numbered_b = _numbered(names_a), _numbered(names_b)
-        growing = {k for k, v in numbered_b.items() if (len(numbered_a.get(k, ())), len(v)) == self.counts}
+        growing = {k for k, v in numbered_b.items() if self._each(len(numbered_a.get(k, ())), len(v))}
         children: list[Any] = []
         context: list[Any] = []
         done: set[Any] = set()
@@ -265,11 +276,11 @@ class Aligner:
                 done.add(pattern[:2])
                 members_a = [parts_a[j] for j in numbered_a[pattern[:2]]]
                 members_b = [parts_b[j] for j in numbered_b[pattern[:2]]]
-                family = self._family(members_a, members_b, pattern[:2], pattern[2])
+                families = self._in_turn(members_a, members_b, pattern[:2], pattern[2])
                 before = children[-1].keys if children and isinstance(children[-1], Family) else None
                 woven = before is not None and numbered_b[before][1] > numbered_b[pattern[:2]][0]
-                children.append(dataclasses.replace(family, is_woven=woven))
-                context.append(key)
+                children += [dataclasses.replace(families[0], is_woven=woven), *families[1:]]
+                context += [key] * len(families)
         for key in names_b:
             pattern = _pattern(key)
             if key not in names_a and (pattern is None or pattern[:2] not in growing):
@@ -278,6 +289,26 @@ class Aligner:
             steps = tuple(("item", key) for key in context)
             return Node(a.type, dataclasses.replace(a.context, steps=steps), tuple(children), a.label)
         return Node(a.type, context, tuple(children))
+
+    def _each(self, few: int, many: int) -> int:
+        """How many entries each segment has, where the last one may have fewer; 0 where there is no such
+        number."""
+        each, (small, large) = (many - few) // (self.counts[1] - self.counts[0]), self.counts
+        is_even = each > 0 and 0 <= each * small - few < each and each * large - many == each * small - few
+        return each if is_even else 0
+
+    def _in_turn(
+        self, parts_a: list[Any], parts_b: list[Any], keys: tuple[str, str] | None = None, first: int = 0
+    ) -> list[Family]:
+        """The families whose members these are, in turn; none where these are no families."""
+        each = self._each(len(parts_a), len(parts_b))
+        missing = each * self.counts[0] - len(parts_a)
+        found = []
+        for i in range(each):
+            family = self._family(parts_a[i::each], parts_b[i::each], keys, first + i)
+            ends_early = i >= each - missing
+            found.append(dataclasses.replace(family, step=each, is_woven=i > 0, ends_early=ends_early))
+        return found
 
     def _family(
         self, parts_a: list[Any], parts_b: list[Any], keys: tuple[str, str] | None = None, first: int = 0
