@@ -52,9 +52,11 @@ class RerollError(UnsupportedError):
 
     Attributes:
         period: after how many segments what they do seems to repeat; 0 where it does not.
+        nodes: of a capture, for each segment; 0 where none was made.
     """
 
     period = 0
+    nodes = 0
 
 
 class BoundedError(RerollError):

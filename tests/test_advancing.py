@@ -465,6 +465,41 @@ def test_tables_of_positions_may_be_as_long_as_the_text() -> None:
     assert_same(model(features(7)), got)
 
 
+@torch.no_grad()
+def test_parts_that_keep_other_values_are_told_from_other_models() -> None:
+    """A memory that an incomplete segment does not write, and that is returned."""
+
+    class Skips(Toy):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            states, out = [x.new_zeros(x.shape[0], x.shape[2])] * len(self.layers), []
+            for h in x.split(SEGMENT, 1):
+                for l, layer in enumerate(self.layers):
+                    h, new = layer(h, states[l])
+                    states[l] = new if x.shape[1] % SEGMENT == 0 else states[l]
+                out.append(h)
+            return torch.cat(out, 1), torch.stack(states)
+
+    fast = rmtcompile.optimize(made(Skips))
+    x = features(5)
+    _, state = fast.run(x[:, : 3 * SEGMENT])
+    with pytest.raises(StateError, match="carries other values than the one that made the state"):
+        fast.run(x[:, 3 * SEGMENT : 5 * SEGMENT - 1], state=state)
+
+
+@torch.no_grad()
+def test_the_last_segment_of_a_part_knows_its_number_in_the_text() -> None:
+    """Its epilogue also joins the parts of all segments, which are counted from the start of the part."""
+
+    class Numbered(Toy):
+        def forward(self, x: Tensor) -> Tensor:
+            parts = super().forward(x).split(SEGMENT, 1)
+            return torch.cat([part / (s + 1) for s, part in enumerate(parts)], 1)
+
+    model = made(Numbered)
+    got, _ = in_parts(rmtcompile.optimize(model), features(7), [2 * SEGMENT, 5 * SEGMENT])
+    assert_same(model(features(7)), got)
+
+
 class TimeFirst(Toy):
     """f[T, B, D] -> f[T, B, D]."""
 

@@ -211,21 +211,64 @@ def test_what_one_segment_gave_is_read_by_all(plan: str, alpha: int) -> None:
     assert fast.schedule.alpha == alpha
 
 
+class By(At):
+    """Scales its memory by what is said of the segment."""
+
+    def __init__(self, scale: Callable[[int], float]) -> None:
+        super().__init__(-1)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = [x.new_zeros(x.shape[0], WIDTH)] * 2
+        out = []
+        for s, h in enumerate(x.split(SEGMENT, 1)):
+            for l, layer in enumerate(self.layers):
+                h = torch.tanh(layer(h + memory[l][:, None]))
+                memory[l] = h.mean(1) * self.scale(s)
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: At(9),
+        lambda: At(20),
+        lambda: By(lambda s: 1.0 if s < 10 else 0.5),
+        lambda: By(lambda s: 1.0 if s < 12 else 2.0 if s < 19 else 0.5),
+        lambda: By(lambda s: 0.5 if 12 < s < 31 else 1.0),
+    ],
+    ids=["tenth", "twenty-first", "from the tenth on", "twice", "for a while"],
+)
 @torch.no_grad()
-def test_another_rule_from_the_tenth_segment_on() -> None:
-    """It runs as long as it holds, in 16 bits too, and is refused with the line that departs from it."""
+def test_another_rule_late(build: Callable[[], nn.Module]) -> None:
+    """It is followed, and read from captures that show it."""
+    model = made(build)
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    assert_equal_runs(model, fast, [features(segments) for segments in (9, 12, 1, 14, 5, 30, 70)])
+    assert fast.schedule.alpha == 1
+
+
+@torch.no_grad()
+def test_rules_that_change_again_and_again_are_refused() -> None:
+    """They run as long as they hold, in 16 bits too, and are refused with the line that departs."""
+
+    def prime(s: int) -> float:
+        return 0.5 if s > 8 and all(s % d for d in range(2, s)) else 1.0
+
     for dtype in (torch.float64, torch.bfloat16):
-        model = made(lambda: At(9), dtype)
+        model = made(lambda: By(prime), dtype)
         fast = rmtcompile.optimize(model)
         assert torch.allclose(model(features(9, dtype=dtype)), fast(features(9, dtype=dtype)), rtol=0.2)
         with pytest.raises(RerollError) as caught:
-            fast(features(12, dtype=dtype))
-        assert "what holds for up to 9 segments does not hold for 10" in str(caught.value)
+            fast(features(60, dtype=dtype))
+        assert re.match(r"what holds for up to \d+ segments does not hold for \d+", str(caught.value))
         assert re.search(r"mul at tests/test_beyond\.py:\d+ ", str(caught.value))
-        fast(features(9, dtype=dtype))
-    model = made(lambda: At(9))
-    x = features(12)
-    with pytest.warns(rmtcompile.FallbackWarning, match="what holds for up to 9 segments"):
+        for count in (9, 40) if dtype is torch.float64 else ():
+            assert_same(model(features(count)), fast(features(count)))
+    model = made(lambda: By(prime))
+    x = features(60)
+    with pytest.warns(rmtcompile.FallbackWarning, match=r"what holds for up to \d+ segments"):
         assert torch.equal(rmtcompile.optimize(model, fallback="sequential")(x), model(x))
 
 

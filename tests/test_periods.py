@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -83,11 +84,11 @@ class FromTheTop(EverySecond):
         return x + out[-1].mean(1, keepdim=True) if out else x
 
 
-class EveryNinth(Periodic):
-    """Repeats too seldom."""
+class Seldom(Periodic):
+    """Repeats after seven segments."""
 
     def after(self, s: int, a: Tensor, b: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-        return (torch.tanh(a), b) if s % 9 == 4 else (a + new, b)
+        return (torch.tanh(a), b) if s * s % 7 in (1, 2) else (a + new, b)
 
 
 MODELS: list[tuple[type[Periodic], int]] = [(EverySecond, 2), (Forgets, 3), (InTurn, 2)]
@@ -135,14 +136,39 @@ def test_texts_in_parts_are_refused() -> None:
         rmtcompile.optimize(EverySecond().double()).run(tokens(8))
 
 
-def test_layers_that_wait_for_what_is_behind_them_are_refused() -> None:
-    with pytest.raises(RerollError, match=r"2 segments at a time: .* in a circle"):
-        rmtcompile.optimize(FromTheTop().double())(tokens(8))
+def test_layers_that_wait_for_what_is_behind_them_have_no_rules() -> None:
+    model = FromTheTop().double()
+    fast = rmtcompile.optimize(model)
+    circle = pytest.raises(RerollError, match=r"2 segments at a time: .* in a circle")
+    with pytest.warns(rmtcompile.SequentialScheduleWarning), circle:
+        fast.run(tokens(8))
+    ids = tokens(8)
+    with pytest.warns(rmtcompile.SequentialScheduleWarning):
+        assert_equal(fast(ids), model(ids))
 
 
-def test_what_repeats_too_seldom_is_refused() -> None:
+def test_what_repeats_too_seldom_has_programs_for_each_number(caplog: pytest.LogCaptureFixture) -> None:
+    """Of segments; the log says so, a number that came before costs nothing, gradients are the model's."""
+    model = Seldom().double()
+    fast = rmtcompile.optimize(model)
     with pytest.raises(RerollError):
-        rmtcompile.optimize(EveryNinth().double())(tokens(16))
+        fast.run(tokens(16))
+    for segments, captures in ((16, 1), (11, 1), (16, 0)):
+        before, ids = fast.captures, tokens(segments)
+        with caplog.at_level(logging.WARNING, "rmtcompile"):
+            caplog.clear()
+            assert_equal(fast(ids), model(ids))
+        assert fast.captures - before == captures
+        said = f"this program is for {segments} segments alone" in caplog.text
+        assert said == bool(captures)
+    assert fast.schedule.width == LAYERS
+    ids = tokens(11)
+    wanted = torch.autograd.grad(model(ids).square().mean(), list(model.parameters()))
+    found = torch.autograd.grad(fast(ids).square().mean(), list(model.parameters()))
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert_equal(mine, theirs)
+    with pytest.raises(RerollError):
+        fast(tokens(60))
 
 
 class WarmsUp(nn.Module):

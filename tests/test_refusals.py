@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from typing import Any
@@ -122,7 +123,12 @@ class Doubling(Walk):
 
 @torch.no_grad()
 def test_a_cache_that_does_not_grow_evenly() -> None:
-    lines = refusal(made(Doubling), features(4), kind=RerollError)
+    model = made(Doubling)
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    assert torch.allclose(model(features(4)), fast(features(4)), atol=1e-12)
+    with pytest.raises(RerollError) as caught:
+        fast.run(features(4))
+    lines = str(caught.value).splitlines()
     assert any("cat" in line and "test_refusals.py:" in line for line in lines[1:])
     assert lines[-1].startswith("  help: ")
 

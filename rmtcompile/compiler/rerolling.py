@@ -27,7 +27,7 @@ from rmtcompile.passes.flat.functionalise import overload_name
 from rmtcompile.passes.flat.nest import NESTED
 from rmtcompile.passes.flat.store_forwarding import HELD, LISTED
 from rmtcompile.passes.grid.dependence import Edge, edges
-from rmtcompile.passes.grid.reroll import Rolled, Unrolled, period_of, reroll
+from rmtcompile.passes.grid.reroll import Rolled, Unrolled, period_of, period_of_growing, reroll
 
 LONGEST = 4
 """The longest period that is looked for."""
@@ -103,6 +103,7 @@ def rules_of(
         joins = _joins(found.captures[-1], found.rolled.proved_on[-1], segmentation, options)
     except _NoRulesError as error:
         failure, joins = error.error, error.joins
+        failure.nodes = error.nodes
         is_long_affordable = error.nodes * SEEN <= NODES
     if joins.slide and (found is None or (_waits_for_windows(found) and not options.has_bands)):
         listed = settled(LISTED)
@@ -133,7 +134,7 @@ def period_of_forward(
         _, unrolled, _, _ = unrolled_forward(fn, args, kwargs, segmentation, SEEN, options, log)
     except UnsupportedError:
         return 0
-    return period_of(unrolled, LONGEST)
+    return period_of(unrolled, LONGEST) or period_of_growing(unrolled, LONGEST)
 
 
 def _joins(capture: Capture, count: int, segmentation: Segmentation, options: Options) -> Joins:

@@ -19,9 +19,10 @@ from rmtcompile.compiler.stages import Log
 from rmtcompile.errors import CaptureError, PartitionError, UnsupportedError
 from rmtcompile.frontend.capture import capture
 from rmtcompile.frontend.literals import literals, merge_literals
+from rmtcompile.ir.layouts import strides_like
 from rmtcompile.ir.modes import autocast_as
 from rmtcompile.ir.randomness import drop_dead
-from rmtcompile.ir.segmentation import Segmentation
+from rmtcompile.ir.segmentation import Cuts, Segmentation
 from rmtcompile.options import Options
 from rmtcompile.passes.flat.aliases import aliases
 from rmtcompile.passes.flat.decompose import decompose
@@ -29,7 +30,7 @@ from rmtcompile.passes.flat.foreach import foreach
 from rmtcompile.passes.flat.functionalise import alias_root, functionalise, is_mutating
 from rmtcompile.passes.flat.nest import NESTED, grows, nest, slides
 from rmtcompile.passes.flat.pieces import pieces
-from rmtcompile.passes.flat.segments import Cuts, Segments
+from rmtcompile.passes.flat.segments import Segments
 from rmtcompile.passes.flat.spread import spread
 from rmtcompile.passes.flat.store_forwarding import forward_stores
 from rmtcompile.passes.flat.stream import stream
@@ -162,7 +163,7 @@ def _alive(flat: Flat) -> fx.GraphModule:
 
 PASSES: tuple[tuple[str, Callable[[Flat], fx.GraphModule]], ...] = (
     ("functionalise", _functional),
-    ("forward", lambda flat: forward_stores(flat.module, flat.joins)),
+    ("forward", lambda flat: forward_stores(flat.module, flat.joins, flat.cuts)),
     ("strip-mine", _mined),
     ("stream, spread", lambda flat: spread(stream(flat.module, flat.inside, flat.joins), flat.inside)),
     ("decompose", lambda flat: decompose(flat.module)),
@@ -240,14 +241,15 @@ def resize(args: Any, kwargs: Any, segmentation: Segmentation, count: int) -> tu
 
 
 def reshaped(args: Any, kwargs: Any, shapes: Sequence[Sequence[int]]) -> tuple[Any, Any]:
-    """Inputs like the given ones, with other shapes; values are not kept."""
+    """Inputs like the given ones, with other shapes, in their layouts; values are not kept."""
     values, spec = pytree.tree_flatten((args, kwargs))
     positions = [i for i, value in enumerate(values) if isinstance(value, torch.Tensor)]
     with FakeTensorMode():
         for position, shape in zip(positions, shapes, strict=True):
             old = values[position]
             if tuple(old.shape) != tuple(shape):
-                made = torch.empty(tuple(shape), dtype=old.dtype, device=old.device)
+                like = tuple(shape), strides_like(old, shape)
+                made = torch.empty_strided(*like, dtype=old.dtype, device=old.device)
                 values[position] = made.requires_grad_(old.requires_grad)
     return pytree.tree_unflatten(values, spec)
 

@@ -175,13 +175,24 @@ def weighed(compiled: Compiled) -> str:
 
 def _check(programs: Programs, state: RunState, compiled: Compiled, segmentation: Segmentation) -> None:
     plan = fingerprint(compiled, segmentation)
+    is_ours = state.origin is not None and state.origin.model is programs.model
+    if state.plan != plan and is_ours:
+        kept = {one.name for one in compiled.emitted.carried.kept}
+        raise StateError(
+            "the program of this call carries other values than the one that made the state",
+            [
+                f"in the state: {', '.join(sorted({name for name, _ in state.values}))}",
+                f"in the program: {', '.join(sorted(kept))}",
+            ],
+            "with the same arguments, the forward does something else for a part of this length (one that "
+            "ends within a segment, say): cut the text where segments end",
+        )
     if state.plan != plan:
         raise StateError(
             "the state belongs to another plan: another model, other segments, or other arguments",
             [f"plan {state.plan} of the state, {plan} of this call"],
             _SAME,
         )
-    is_ours = state.origin is not None and state.origin.model is programs.model
     if not is_ours and (then := state.weighed()) != (now := weighed(compiled)):
         evidence = [f"{then} then, {now} now"]
         raise StateError("the state was made with other weights", evidence, "start again with state=None")

@@ -10,6 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from rmtcompile.compiler.pipeline import Compiled
+from rmtcompile.ir.layouts import in_layout
 from rmtcompile.ir.segmentation import Segmentation
 
 CHECKED = 8
@@ -54,7 +55,7 @@ def _with(
     positions = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
     given = [flat[i].detach() for i in positions]
     for position, old, new in zip(positions, given, change(given), strict=True):
-        flat[position] = new.clone() if new is old else new
+        flat[position] = in_layout(new.clone(), old) if new is old else new
     again: tuple[Any, Any] = pytree.tree_unflatten(flat, spec)
     return again
 

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.dispatch.size_vectors import Columns, Tie, Vector
+from rmtcompile.errors import RerollError
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.passes.sizes import Sizes
 from rmtcompile.runtime.costs import Costs
@@ -58,6 +59,7 @@ class Entry:
         trial: for a program that rules for sizes gave, what would show that they are wrong.
         is_edited: whether its module is one that the user has edited.
         made_for: the key of its family, and the sizes.
+        unruled: why there are no rules, where it is for one number of segments for that reason.
         asked: the arguments of the call that it was made for, without their tensors; see `asked`.
     """
 
@@ -73,10 +75,12 @@ class Entry:
     trial: Trial | None = None
     is_edited: bool = False
     made_for: tuple[Any, Vector] | None = None
+    unruled: RerollError | None = None
 
     def serves(self, by_itself: bool) -> bool:
         """Whether it runs such calls; see `Call`."""
-        return by_itself or self.trial is None or not self.trial.is_whole
+        is_general = self.unruled is None and (self.trial is None or not self.trial.is_whole)
+        return by_itself or is_general
 
     @property
     def is_borrowed(self) -> bool:

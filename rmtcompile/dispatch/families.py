@@ -32,12 +32,13 @@ from typing import Any
 from rmtcompile.binding.guard import structure_key
 from rmtcompile.compiler.free_sizes import instance, sized
 from rmtcompile.compiler.pipeline import Compiled, rescheduled
-from rmtcompile.compiler.unrolling import reshaped
+from rmtcompile.compiler.unrolling import reshaped, resize
 from rmtcompile.dispatch.compared import CHECKED, of_rest
 from rmtcompile.dispatch.entries import Entry, Lengths, Restored, Rules, Trial
 from rmtcompile.dispatch.learning import Family, learn
 from rmtcompile.dispatch.size_vectors import Vector, lengths_of, shapes_at, sizes_of, tensors_in
 from rmtcompile.errors import UnsupportedError
+from rmtcompile.ir.layouts import Layout
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.passes.sizes import Sizes
 from rmtcompile.passes.sizes import at as at_sizes
@@ -54,7 +55,10 @@ class Families:
         execute: makes an executor, like another one.
         compare: compares the program of rules with the model for arguments, and settles the trial; raises
             UnsupportedError where the model itself fails on them.
+        is_alike: whether the model calls the same for arguments and for others, of so many segments; None
+            where that cannot be told.
         saved_rules, saved_program: what a folder has for a key and sizes.
+        layouts: of the arguments, where they decide what the forward does.
     """
 
     def __init__(
@@ -62,20 +66,22 @@ class Families:
         compile_at: Callable[[Any, Any, Segmentation, int | None, int], Compiled],
         execute: Callable[[Compiled, Segmentation, Executor | None], Executor],
         compare: Callable[[Entry, Any, Any], object],
+        is_alike: Callable[[tuple[Any, Any], tuple[Any, Any], int], bool | None],
         saved_rules: Callable[[Any, Vector], Sequence[Rules]],
         saved_program: Callable[[Any, Vector], Restored | None],
+        layouts: Callable[[Any, Any], tuple[Layout, ...]],
     ) -> None:
         self._compile_at = compile_at
         self._execute = execute
-        self._compare = compare
-        self._saved_rules, self._saved_program = saved_rules, saved_program
+        self._compare, self._is_alike = compare, is_alike
+        self._saved_rules, self._saved_program, self._layouts = saved_rules, saved_program, layouts
         self._families: dict[Any, Family] = {}
         self._expected: tuple[Any, Vector, Rules, Entry] | None = None
 
     def expected(self, args: Any, kwargs: Any, segmentation: Segmentation) -> Entry | None:
         """What `entry` will give for sizes that come for the first time, where rules are trusted with them
         and nothing has changed since: it may be started before that is looked at."""
-        key = (structure_key(args, kwargs, segmentation), None, 2)
+        key = (structure_key(args, kwargs, segmentation, self._layouts(args, kwargs)), None, 2)
         family = self._families.get(key)
         if family is None:
             return None
@@ -104,7 +110,7 @@ class Families:
         Raises:
             UnsupportedError: the forward cannot be compiled.
         """
-        key = (structure_key(args, kwargs, segmentation), only, fewest)
+        key = (structure_key(args, kwargs, segmentation, self._layouts(args, kwargs)), only, fewest)
         family = self._families.setdefault(key, Family())
         sizes = sizes_of(args, kwargs, segmentation)
         vector = family.at(sizes)
@@ -272,7 +278,10 @@ class Families:
         kept = vector[len(sizes_of(args, kwargs, segmentation)) :]
         compiled = instance(rules.compiled, sizes, kept if rules.counts else None)
         executor = self._execute(compiled, segmentation, rules.executor)
-        if edges not in rules.trusted and not self._holds(rules, sizes, executor, args, kwargs):
+        if edges not in rules.trusted and not (
+            self._holds(rules, sizes, executor, args, kwargs)
+            and self._calls_the_same(rules, edges, executor, args, kwargs)
+        ):
             return None
         rules.executor = rules.executor or executor
         executor.costs = rules.costs
@@ -299,6 +308,19 @@ class Families:
             return executor.dry_run(count, shapes, inputs) == at_sizes(rules.shapes, sizes)
         except Exception:  # whatever it is, the rules do not hold here
             return False
+
+
+    def _calls_the_same(
+        self, rules: Rules, edges: frozenset[str], executor: Executor, args: Any, kwargs: Any
+    ) -> bool:
+        """Whether the model calls at these sizes what it calls at a corner: values may not show it. Where it
+        cannot be followed, sizes at an edge are captured."""
+        segmentation, count = executor.segmentation, executor.compiled.rolled.base.count
+        corner = rules.corners[0]
+        there = reshaped(args, kwargs, shapes_at(corner, args, kwargs, segmentation))
+        here, there = (resize(*given, segmentation, count) for given in ((args, kwargs), there))
+        found = self._is_alike(here, there, count)
+        return not edges if found is None else found
 
 
 def _whole(rules: Rules, sizes: Sizes, segmentation: Segmentation) -> Compiled:

@@ -7,7 +7,7 @@ Outlines (`frontend/outline.py`) of the two captured lengths promise one for eac
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rmtcompile.compiler.pipeline import Compiled
@@ -38,12 +38,14 @@ class Followed:
         departs: what the forward of one segment more does else, and the user's line.
         unknown: why it could not be followed further.
         is_farthest: whether that is as far as any forward is followed.
+        nodes: of a capture, for each segment.
     """
 
     to: int
     departs: str = ""
     unknown: str = ""
     is_farthest: bool = False
+    nodes: int = 0
 
     def error(self, cause: UnsupportedError | None = None) -> RerollError:
         """The refusal of rules that do not hold longer than this."""
@@ -56,7 +58,7 @@ class Followed:
             "let rules depend on the number of the segment in the first few at most; fallback='sequential' "
             "runs the model as it is",
         )
-        error.period = getattr(cause, "period", 0)
+        error.period, error.nodes = getattr(cause, "period", 0), self.nodes
         return error
 
 
@@ -79,11 +81,12 @@ def followed(
         far: segments to follow it to where that can be done.
     """
     reasons = []
+    nodes = compiled.longest.nodes // compiled.rolled.proved_on[-1]
     for below in (False, True):
         walk = _Walk(Outliner(fn, below), compiled.rolled.proved_on, args, kwargs, segmentation)
         for length in dict.fromkeys((max(count, 2 * known, far), max(count, 2 * known), count)):
             try:
-                return walk.to(length)
+                return replace(walk.to(length), nodes=nodes)
             except OutlineError as error:
                 reasons.append(str(error))
     return Followed(known, unknown=reasons[-1])
@@ -134,6 +137,48 @@ class _Walk:
         resized = resize(args, kwargs, segmentation, count)
         _, line = self.outliner.outline(*resized, count, (place.label, place.number))
         return f"{count} segments: {self.outliner.name(place.label)} at {line} {place.what}"
+
+
+def is_alike(
+    fn: Callable[..., Any], one: tuple[Any, Any], other: tuple[Any, Any], count: int
+) -> bool | None:
+    """Whether a forward calls the same operations, in the same order and on the same values, for two inputs
+    of so many segments: what it calls may leave no trace in its results, times zero. None where it cannot be
+    followed.
+
+    Args:
+        one, other: (args, kwargs), of which only shapes are read.
+    """
+    for below in (False, True):
+        outliner = Outliner(fn, below)
+        try:
+            a, b = (outliner.outline(*inputs, count)[0] for inputs in (one, other))
+        except OutlineError:
+            continue
+        return a.order() == b.order()
+    return None
+
+
+def are_as_many(
+    fn: Callable[..., Any],
+    proved: tuple[int, ...],
+    args: Any,
+    kwargs: Any,
+    segmentation: Segmentation,
+    count: int,
+) -> bool | None:
+    """Whether a forward of few segments calls each operation as often as those of more promise, the captured
+    ones; None where it cannot be followed."""
+    for below in (False, True):
+        walk = _Walk(Outliner(fn, below), proved, args, kwargs, segmentation)
+        try:
+            short, few, many = (walk.outliner.calls(walk.outline(n)) for n in (count, *proved))
+        except OutlineError:
+            continue
+        fewer = proved[0] - count
+        called = short.keys() | few.keys() | many.keys()
+        return all(short[key] == max(0, few[key] - fewer * (many[key] - few[key])) for key in called)
+    return None
 
 
 def is_affordable(compiled: Compiled, count: int) -> bool:

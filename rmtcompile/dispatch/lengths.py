@@ -34,7 +34,8 @@ from rmtcompile.dispatch.compared import (
     unexplained,
 )
 from rmtcompile.dispatch.entries import Entry, is_loaded
-from rmtcompile.dispatch.followed import FAR, Followed, followed, is_affordable
+from rmtcompile.dispatch.followed import FAR, Followed, are_as_many, followed, is_affordable
+from rmtcompile.dispatch.ruleless import alone
 from rmtcompile.dispatch.verify import first_difference
 from rmtcompile.errors import RerollError, UnsupportedError, VerificationError
 
@@ -47,6 +48,9 @@ whether what the forward does repeats."""
 
 ANY = 1 << 62
 """More segments than any input has."""
+
+BEHIND = 3
+"""Segments captured behind one that departs late: at the end what it leaves is dead code."""
 
 DOUBTS = 4
 """Longer captures in a row that one call may cost."""
@@ -79,6 +83,8 @@ class Lengthening:
         """
         goes_on = call.first > 0
         call = replace(call, first=0, count=call.total)
+        if not goes_on and call.count in entry.only and entry.only[call.count].unruled is not None:
+            return self._for_just(entry, call, args, kwargs)
         entry = self._followed(entry, call, args, kwargs)
         entry = self._beyond(entry, call, args, kwargs)
         entry = self._followed(entry, call, args, kwargs)
@@ -106,6 +112,9 @@ class Lengthening:
             return
         with entry.executor.uncompiled():
             holds = count >= rolled.minimum and self._programs.difference(entry, count, args, kwargs) is None
+        if holds:  # values may not show what is done else: times zero
+            given = self._programs.model, rolled.proved_on, args, kwargs, entry.segmentation
+            holds = are_as_many(*given, count) is not False
         (lengths.checked if holds else lengths.uncovered).add(count)
 
     def _settle_shorter(self, entry: Entry, count: int, args: Any, kwargs: Any) -> None:
@@ -135,7 +144,13 @@ class Lengthening:
         return VerificationError("\n  ".join([found, *where]))
 
     def _for_just(self, entry: Entry, call: Call, args: Any, kwargs: Any) -> Entry:
-        """The program for this number of segments alone."""
+        """The program for this number of segments alone.
+
+        Raises:
+            RerollError: it would be too large, or wrong.
+        """
+        if entry.unruled is not None and call.count not in entry.only:
+            entry.only[call.count] = alone(self._programs, call, entry.unruled, args, kwargs)
         if call.count in entry.lengths.refused:
             raise TooFewSegments(entry.lengths.refused[call.count])
         if call.count not in entry.only:
@@ -155,7 +170,9 @@ class Lengthening:
         """The entry, its forward followed to the length of the call, or what replaces it."""
         while entry.longer is not None:
             entry = entry.longer
+        changed: Followed | None = None
         for _ in range(DOUBTS):
+            changed = None
             lengths, rolled = entry.lengths, entry.compiled.rolled
             known = max(lengths.followed_to, rolled.proved_on[-1])
             is_first = not lengths.followed_to and not lengths.tried_to
@@ -172,6 +189,10 @@ class Lengthening:
                 lengths.tried_to = ANY if found.is_farthest else max(call.count, 2 * known)
             if found.to < call.count:
                 entry = self._settled(entry, found, call, args, kwargs)
+                if not entry.compiled.rolled.is_like(rolled):
+                    changed = found
+        if changed is not None:
+            raise changed.error()
         entry.lengths.unknown = "it does something else again and again that no result shows"
         entry.lengths.tried_to = call.count
         return entry
@@ -180,6 +201,8 @@ class Lengthening:
         """The entry, or rules of longer captures, where the forward departs from the rules, or cannot be
         followed."""
         fewest = found.to + 1 if found.departs else call.count - 1
+        if found.departs and fewest > self._programs.options.max_segments_captured:
+            fewest += BEHIND
         rolled = entry.compiled.rolled
         if found.departs and rolled.proved_on[0] > AGAIN and is_affordable(entry.compiled, SEEN):
             error = found.error()
@@ -197,9 +220,6 @@ class Lengthening:
                 raise found.error(error) from error
             return entry  # these lengths cannot be captured: it stays unknown
         is_same = longer.compiled.rolled.is_like(rolled)
-        is_late = fewest >= self._programs.options.max_segments_captured + LONGER
-        if not is_same and is_late and not rolled.grows:  # a window that fills up seems to grow
-            raise found.error()
         if is_same and not found.departs:
             entry.lengths.followed_to, entry.lengths.unknown = longer.compiled.rolled.proved_on[-1], ""
             return entry

@@ -23,11 +23,13 @@ from rmtcompile.compiler.pipeline import Compiled, compile_forward
 from rmtcompile.compiler.rerolling import period_of_forward
 from rmtcompile.compiler.stages import Log, Progress, said_when_long
 from rmtcompile.dispatch.boundary import explained
-from rmtcompile.dispatch.calls import Call, TooFewSegments
+from rmtcompile.dispatch.calls import Call, Layouts, TooFewSegments
 from rmtcompile.dispatch.compared import CHECKED, ENOUGH, LONGER, of_segments, rounding
 from rmtcompile.dispatch.entries import Entry, Restored, Rules, asked, is_current, is_loaded
 from rmtcompile.dispatch.families import Families
+from rmtcompile.dispatch.followed import is_alike
 from rmtcompile.dispatch.lengths import Lengthening
+from rmtcompile.dispatch.ruleless import alone, periodic
 from rmtcompile.dispatch.shelf import Key, Shelf
 from rmtcompile.dispatch.size_vectors import Vector
 from rmtcompile.dispatch.told import Told
@@ -62,7 +64,9 @@ class Programs:
     Attributes:
         model: the callable, which may be exchanged.
         captures: how many programs were captured.
+        segmentations: how calls are cut, by their keys.
         shelf: saved programs.
+        told: what the log was told.
     """
 
     def __init__(self, model: Callable[..., Any], options: Options, progress: Progress | None) -> None:
@@ -70,14 +74,16 @@ class Programs:
         self.options = options
         self.progress = progress
         self.captures = 0
-        self._segmentations: dict[Any, Segmentation] = {}
+        self.segmentations: dict[Any, Segmentation] = {}
         self._entries: OrderedDict[Any, list[Entry]] = OrderedDict()
         self.shelf = Shelf(options, options.cache)
+        self._layouts = Layouts()
         self._families = Families(
-            self._compile, self._execute, self._compare, self._saved_rules, self._saved_program
-        )
+            self._compile, self._execute, self._compare, self._is_alike,
+            self._saved_rules, self._saved_program, self._layouts.of,
+        )  # fmt: skip
         self._ready: dict[tuple[Any, int], Entry] = {}  # what ran the last call of a key and length
-        self._told = Told(options)
+        self.told = Told(options)
         self._lengths = Lengthening(self)
 
     # ---- a call --------------------------------------------------------------------------------------------
@@ -93,7 +99,9 @@ class Programs:
         count, _ = segmentation.count([tensor.shape for tensor in tensors_of(args, kwargs)])
         if count == 0:
             raise _empty()
-        return Call(segmentation, count, program_key(args, kwargs, segmentation))
+        key = program_key(args, kwargs, segmentation)
+        layouts = self._layouts.of(args, kwargs)
+        return Call(segmentation, count, (key, layouts) if layouts else key)
 
     def segmentation(self, args: Any, kwargs: Any) -> Segmentation:
         """Along which axes these arguments are cut."""
@@ -101,13 +109,13 @@ class Programs:
         key, tensors = call_key(args, kwargs), tensors_of(args, kwargs)
         if tensors and not any(tensor.numel() for tensor in tensors):
             raise _empty()
-        if key not in self._segmentations:
+        if key not in self.segmentations:
             refuse_model(self.model)
             found = self.shelf.segmentation(self.model, key)
             if found is None:
                 found = probe(self.model, args, kwargs, self.options.segment_size)
-            self._segmentations[key] = found
-        return self._segmentations[key]
+            self.segmentations[key] = found
+        return self.segmentations[key]
 
     def start(self, call: Call, args: Any, kwargs: Any) -> tuple[Entry, Started] | None:
         """Start what ran the last such call, or what rules will give for the first one, if it is recorded;
@@ -121,7 +129,8 @@ class Programs:
         return (entry, started) if entry is not None and started is not None else None
 
     def entry(self, call: Call, args: Any, kwargs: Any) -> tuple[Call, Entry]:
-        """The call and its program, compiled now if there is none.
+        """The call and its program, compiled now if there is none: of rules, or for this number of segments
+        alone.
 
         Where it cannot be compiled the segments are looked for again: the model may cut its inputs in another
         way by now, or this input may show what an earlier one has hidden.
@@ -132,35 +141,28 @@ class Programs:
             VerificationError: with `verify`, the program differs from the model.
         """
         try:
-            return call, self._entry_of(call, args, kwargs)
+            return self._ruled(call, args, kwargs)
+        except RerollError as error:
+            found = alone(self, call, error, args, kwargs)
+        if (ruled := self._kept(call)) is not None:
+            ruled.only[call.count] = found
+        else:
+            self._entries[call.key].append(found)
+        return call, found
+
+    def _ruled(self, call: Call, args: Any, kwargs: Any) -> tuple[Call, Entry]:
+        try:
+            return call, self.of_rules(call, args, kwargs)
         except TooFewSegments:
             raise
         except UnsupportedError as error:
             if isinstance(error, RerollError) and error.period > 1 and not call.first:
-                return self._periodic(call, error, args, kwargs)
-            known = self._segmentations.pop(call_key(args, kwargs), call.segmentation)
+                return periodic(self, call, error, args, kwargs)
+            known = self.segmentations.pop(call_key(args, kwargs), call.segmentation)
             again = replace(self.located(args, kwargs), first=call.first, by_itself=call.by_itself)
             if again.segmentation == known:
                 raise
-            return again, self._entry_of(again, args, kwargs)
-
-    def _periodic(self, call: Call, error: RerollError, args: Any, kwargs: Any) -> tuple[Call, Entry]:
-        """The same with several segments taken as one.
-
-        Raises:
-            RerollError: there are no rules for these either.
-        """
-        key = call_key(args, kwargs)
-        self._segmentations[key] = call.segmentation.times(error.period)
-        try:
-            again = replace(self.located(args, kwargs), by_itself=call.by_itself)
-            return again, self._entry_of(again, args, kwargs)
-        except TooFewSegments:
-            raise
-        except UnsupportedError as other:
-            self._segmentations[key] = call.segmentation
-            evidence = [*error.evidence, f"{error.period} segments at a time: {other.what}", *other.evidence]
-            raise RerollError(error.what, evidence, error.remedy) from other
+            return again, self.of_rules(again, args, kwargs)
 
     def instead(
         self, call: Call, entry: Entry, args: Any, kwargs: Any, error: Exception
@@ -183,24 +185,24 @@ class Programs:
 
     # ---- programs ------------------------------------------------------------------------------------------
 
-    def _entry_of(self, call: Call, args: Any, kwargs: Any) -> Entry:
-        """See `entry`. The rules of a call that goes on from a state are looked at on a whole text of as many
-        segments, its own repeated: what is compared there is the program, not the text."""
+    def of_rules(self, call: Call, args: Any, kwargs: Any) -> Entry:
+        """The program of rules, compiled now if there is none. Those of a call that goes on from a state are
+        looked at on a whole text of as many segments, its own repeated: that compares programs, not texts."""
         entries = self._entries.setdefault(call.key, [])
         self._entries.move_to_end(call.key)
-        entry = next((e for e in entries if e.serves(call.by_itself) and is_current(e.compiled)), None)
+        entry = self._kept(call)
         if call.first and entry is not None and self._lengths.is_settled(entry, call.total):
             return entry
         self.shelf.is_dirty = True
         if call.first:
             args, kwargs = of_segments(args, kwargs, call.segmentation, min(call.total, ENOUGH))
         if entry is not None:
-            self._told.changes = 0
+            self.told.changes = 0
         else:
             captures, last = self.captures, entries[-1].compiled if entries else None
             entry = self.made(call, args, kwargs)
             if self.captures > captures:
-                self._told.captured_anew(last)
+                self.told.captured_anew(last)
             if entry.compiled.numbers is not None:  # those for other integers have had their turn
                 entries[:] = [one for one in entries if not _alike(one, entry)]
             entries.append(entry)
@@ -212,6 +214,11 @@ class Programs:
         if self.is_refuted(entry, call.total, args, kwargs):
             entries[entries.index(entry)] = entry = self.made(call, args, kwargs)
         return self._lengths.entry(entry, call, args, kwargs)
+
+    def _kept(self, call: Call) -> Entry | None:
+        """The first program for such calls that fits the model's state."""
+        entries = self._entries[call.key]
+        return next((e for e in entries if e.serves(call.by_itself) and is_current(e.compiled)), None)
 
     def made(
         self,
@@ -293,8 +300,11 @@ class Programs:
         words, or None; relative differences up to `tolerance` are none."""
         executor, is_small = entry.executor, count <= self.options.max_segments_captured
         is_timed = executor.device.type == "cpu" and executor.backend == "eager" and not is_small
-        took = partial(self._told.took, count) if is_timed else None
+        took = partial(self.told.took, count) if is_timed else None
         return difference(self.model, entry.compiled, executor, count, args, kwargs, tolerance, took)
+
+    def _is_alike(self, one: tuple[Any, Any], other: tuple[Any, Any], count: int) -> bool | None:
+        return is_alike(self.model, one, other, count)
 
     def choose_plan(self, entry: Entry, args: Any, kwargs: Any) -> None:
         """Once a program has run on CUDA: keep its wavefronts only if they are measured to pay. A saved one
@@ -340,8 +350,9 @@ class Programs:
             for module, name in compiled.capture.guard.number_places():
                 forget(module, name)
             return self._compile(args, kwargs, segmentation, only, fewest)
+        self._layouts.captured(compiled.capture, args, kwargs)
         compiled.origin = self.shelf.origin(self.model, compiled)
-        self._told.of(compiled)
+        self.told.of(compiled)
         return compiled
 
     def _is_itself(self, compiled: Compiled, args: Any, kwargs: Any, segmentation: Segmentation) -> bool:
@@ -357,7 +368,7 @@ class Programs:
     def _saved_program(self, key: Key, vector: Vector) -> Restored | None:
         saved = self.shelf.program(self.model, key, vector)
         if saved is not None:
-            self._told.of(saved.compiled)
+            self.told.of(saved.compiled)
         return saved
 
     def _execute(self, compiled: Compiled, segmentation: Segmentation, like: Executor | None) -> Executor:

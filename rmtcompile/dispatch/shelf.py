@@ -220,6 +220,12 @@ class Shelf:
 
     def origin(self, fn: Callable[..., Any], compiled: Compiled) -> Any:
         """What a program that was captured now depends on, or why it cannot be told."""
+        if place := compiled.capture.by_layout:
+            return UnsupportedError(
+                "what the forward does depends on how its inputs lie in memory",
+                [f"what `contiguous()` or `reshape()` gives is written, or what it reads, at {place}"],
+                "clone before the write",
+            )
         try:
             return origin_of(fn, compiled.capture, compiled.leaves, compiled.values, self.options)
         except UnsupportedError as error:

@@ -9,6 +9,7 @@ from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.errors import (
     IgnoredWarning,
     RecaptureWarning,
+    RerollError,
     SequentialScheduleWarning,
     UnsupportedError,
     warn,
@@ -75,6 +76,15 @@ class Told:
                 "(a tensor), which is carried from call to call",
                 RecaptureWarning,
             )
+
+    def alone(self, count: int, error: RerollError) -> None:
+        """Say that a program is for one number of segments."""
+        _LOGGER.warning(
+            "no rules hold for any number of segments (%s): this program is for %d segments alone, and each "
+            "other number costs a capture",
+            error.what,
+            count,
+        )
 
     def took(self, count: int, model: float, program: float) -> None:
         """Say once where the model itself is faster on a CPU: there wavefronts pay for wide layers only.

@@ -21,7 +21,7 @@ import contextlib
 import logging
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,8 +47,10 @@ from rmtcompile.frontend.outline_arguments import (
     OutlineError,
     Place,
     Same,
+    integers_of,
     known_of,
     literal,
+    runs,
 )
 from rmtcompile.frontend.tracing import SharedData, as_written, refused_functions
 from rmtcompile.ir.modes import uncached_autocast
@@ -73,7 +75,7 @@ class Outline:
     Attributes:
         count: segments of its input.
         rows: by label, in the order of the calls.
-        lists: by the label of a call, what its lists hold, told in both of two ways, see `_runs`.
+        lists: by the label of a call, what its lists hold, told in both of two ways, see `runs`.
         size: how many there are.
     """
 
@@ -83,6 +85,11 @@ class Outline:
         default_factory=lambda: defaultdict(lambda: (defaultdict(list), defaultdict(list)))
     )
     size: int = 0
+
+    def order(self) -> dict[int, list[tuple[int, ...]]]:
+        """Which operations are called, after which ones and on the results of which ones, whatever the
+        integers and sizes."""
+        return {label: [symbols for symbols, _ in rows] for label, rows in self.rows.items()}
 
 
 class Outliner:
@@ -153,6 +160,15 @@ class Outliner:
         """What a label stands for, in a word."""
         what = next(key for key, number in self._labels.items() if number == label)[0]
         return what if isinstance(what, str) else _name(what)
+
+    def calls(self, outline: Outline) -> Counter[Any]:
+        """How often each operation is called, whatever it gives."""
+        called = {number: key[:-1] for key, number in self._labels.items() if callable(key[0])}
+        found: Counter[Any] = Counter()
+        for label, rows in outline.rows.items():
+            if label in called:
+                found[called[label]] += len(rows)
+        return found
 
     def label(self, key: Any) -> int:
         """The label of what is described by a key."""
@@ -254,10 +270,10 @@ class _Recorder:
         key = (func, *said.symbols, self.parameter, modes, known.symbol)
         if said.items:
             for start, rows in enumerate(self.outline.lists[self.owner.label(key)]):
-                for run in _runs(said.items, start):
+                for run in runs(said.items, start):
                     item = run[0]
                     made = [place.label for place in item.reads]  # lists of lists: by what is in them
-                    ints = [*item.ints, len(run), *_integers(run[-1])]
+                    ints = [*item.ints, len(run), *integers_of(run[-1])]
                     self._add(rows, (func, start, self.parameter, *item.symbols, *made), item.reads, ints)
                     self.outline.size += 1
         if said.parameter is not None:
@@ -342,38 +358,6 @@ class _Below(_Recorder, TorchDispatchMode):
         if known is not None:
             self.stamp_all(known, result, self.noted(func, said, known, None))
         return result
-
-
-def _runs(items: Sequence[Arguments], start: int) -> Iterator[Sequence[Arguments]]:
-    """Items of a list in runs, each of items that differ by the same integers, one from the next: the first,
-    the last and their number say all of them. A list of all earlier segments is one run, which grows.
-
-    Args:
-        start: where runs may begin. Two items, of which the first comes from a special first segment, do not
-            show that they are no run: from the second item on, what grows does so evenly.
-    """
-    yield from (items[i : i + 1] for i in range(min(start, len(items))))
-    while start < len(items):
-        steps, end = _steps(items, start), start + 1
-        while steps is not None and _steps(items, end - 1) == steps:
-            end += 1
-        yield items[start:end]
-        start = end
-
-
-def _steps(items: Sequence[Arguments], i: int) -> list[int] | None:
-    """By how much the integers of the next item of a list differ; None where more does, or there is none."""
-    if i + 1 >= len(items):
-        return None
-    a, b = items[i], items[i + 1]
-    if a.symbols != b.symbols or [x.label for x in a.reads] != [x.label for x in b.reads]:
-        return None
-    return [y - x for x, y in zip(_integers(a), _integers(b), strict=True)]
-
-
-def _integers(item: Arguments) -> list[int]:
-    """Everything of an item that is another one in another segment."""
-    return [*item.ints, *(n for place in item.reads for n in (place.number, place.which))]
 
 
 @contextlib.contextmanager

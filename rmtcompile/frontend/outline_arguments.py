@@ -3,6 +3,7 @@ from; and what is known of the results of calls with such arguments."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -214,3 +215,35 @@ def _known(value: Any, places: dict[int, int], outliner: Outliner) -> Any:
         elem = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     fields = {name: field for name, field in value.__dict__.items() if name != "_outline"}
     return New(elem, value.device, value.requires_grad, outliner.kind(value), fields)
+
+
+def runs(items: Sequence[Arguments], start: int) -> Iterator[Sequence[Arguments]]:
+    """Items of a list in runs, each of items that differ by the same integers, one from the next: the first,
+    the last and their number say all of them. A list of all earlier segments is one run, which grows.
+
+    Args:
+        start: where runs may begin. Two items, of which the first comes from a special first segment, do not
+            show that they are no run: from the second item on, what grows does so evenly.
+    """
+    yield from (items[i : i + 1] for i in range(min(start, len(items))))
+    while start < len(items):
+        steps, end = _steps(items, start), start + 1
+        while steps is not None and _steps(items, end - 1) == steps:
+            end += 1
+        yield items[start:end]
+        start = end
+
+
+def _steps(items: Sequence[Arguments], i: int) -> list[int] | None:
+    """By how much the integers of the next item of a list differ; None where more does, or there is none."""
+    if i + 1 >= len(items):
+        return None
+    a, b = items[i], items[i + 1]
+    if a.symbols != b.symbols or [x.label for x in a.reads] != [x.label for x in b.reads]:
+        return None
+    return [y - x for x, y in zip(integers_of(a), integers_of(b), strict=True)]
+
+
+def integers_of(item: Arguments) -> list[int]:
+    """Everything of an item that is another one in another segment."""
+    return [*item.ints, *(n for place in item.reads for n in (place.number, place.which))]
