@@ -88,3 +88,15 @@ def test_who_holds_the_memory_of_before_is_told(caplog: pytest.LogCaptureFixture
         rmtcompile.optimize(other)(features(4))
     assert caplog.text.count("take them again") == 1
     assert len(kept) == len(list(other.parameters())) and out.requires_grad
+
+
+@torch.no_grad()
+def test_tensors_without_memory_are_passed_over() -> None:
+    """Those of transforms look like any others."""
+    model = made(Toy)
+    kept = model.state_dict()
+    leaked: list[Tensor] = [torch.eye(2).to_sparse()]
+    torch.func.vmap(lambda x: leaked.append(x) or x)(torch.ones(2, 3))  # type: ignore[func-returns-value]
+    assert_same(model(features(4)), rmtcompile.optimize(copy.deepcopy(model))(features(4)))
+    assert_same(model(features(4)), rmtcompile.optimize(model)(features(4)))
+    assert len(leaked) == 2 and kept

@@ -78,11 +78,16 @@ class Sharing:
 def _others(tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Tensors of Python that lie in the same memory."""
     mine = {id(tensor) for tensor in tensors}
-    memories = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    memories = {_memory(tensor) for tensor in tensors} - {None, 0}
     for found in gc.get_objects():
-        if issubclass(type(found), torch.Tensor) and id(found) not in mine and type(found) in _PLAIN:
-            if found.layout is torch.strided and found.untyped_storage().data_ptr() in memories:
+        if type(found) in (torch.Tensor, torch.nn.Parameter) and id(found) not in mine:
+            if _memory(found) in memories:
                 yield found
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+def _memory(tensor: torch.Tensor) -> int | None:
+    """Where its storage begins; None for what has none: sparse tensors, those of transforms."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return None
