@@ -59,7 +59,7 @@ def test_the_first_cell_is_named(build: Any, cell: tuple[int, int]) -> None:
     assert lines[0].startswith("the result") and "differs from the sequential forward by" in lines[0]
     assert lines[0].endswith("at 4 segments")
     assert lines[1].startswith(f"  first in segment {cell[0]}, layer {cell[1]}: add")
-    assert "add.Tensor" in lines[1] and "toys.py:29" in lines[1]
+    assert "add.Tensor" in lines[1] and "toys.py:32" in lines[1]
     assert lines[2].startswith("  its value differs from the sequential forward by")
 
 
@@ -107,7 +107,7 @@ def test_a_broken_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         rules.RULES, aten.tanh.default, lambda b, call: b.emit(aten.sigmoid.default, call.args["self"])
     )
     lines = message(rmtcompile.optimize(made(Toy), verify=True), features(3))
-    assert lines[1].startswith("  first in segment 0, layer 0: add") and "toys.py:29" in lines[1]
+    assert lines[1].startswith("  first in segment 0, layer 0: add") and "toys.py:32" in lines[1]
 
 
 class LeavesAnother(Toy):

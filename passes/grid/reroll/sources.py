@@ -194,6 +194,8 @@ def _each(key: Key, seen: list[tuple[Unrolled, int, Any]], classes: dict[Key, Cl
         sources = [unrolled.source(node) for node in (values if isinstance(values, tuple) else (values,))]
         first, last = sources[0], sources[-1]
         found.add(Each(first.segment, segment - last.segment, first.kind, first.layer))
+        if len({(source.kind, source.layer) for source in sources}) > 1:
+            found.add(Each(-1, -1, first.kind, first.layer))
         for source in sources:
             number = classes[(source.kind, source.layer)].of(source.segment, unrolled.count)
             if nodes.setdefault(number, source.node) != source.node:
