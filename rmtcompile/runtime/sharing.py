@@ -78,7 +78,7 @@ class Sharing:
 def _others(tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Tensors of Python that lie in the same memory."""
     mine = {id(tensor) for tensor in tensors}
-    memories = {_memory(tensor) for tensor in tensors} - {None, 0}
+    memories = {_memory(tensor) for tensor in tensors} - {None}
     for found in gc.get_objects():
         if type(found) in (torch.Tensor, torch.nn.Parameter) and id(found) not in mine:
             if _memory(found) in memories:
@@ -86,8 +86,8 @@ def _others(tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def _memory(tensor: torch.Tensor) -> int | None:
-    """Where its storage begins; None for what has none: sparse tensors, those of transforms."""
+    """Its storage; None for what has none: sparse tensors, those of transforms."""
     try:
-        return tensor.untyped_storage().data_ptr()
+        return tensor.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):
         return None
