@@ -50,9 +50,12 @@ class At(nn.Module):
         for s, h in enumerate(x.split(SEGMENT, 1)):
             for l, layer in enumerate(self.layers):
                 h = torch.tanh(layer(h + memory[l][:, None]))
-                memory[l] = h.mean(1) * (2 if s == self.special else 1)
+                memory[l] = h.mean(1) * self.scale(s)
             out.append(h)
         return torch.cat(out, 1)
+
+    def scale(self, s: int) -> float:
+        return 2 if s == self.special else 1
 
 
 @torch.no_grad()
@@ -214,19 +217,12 @@ def test_what_one_segment_gave_is_read_by_all(plan: str, alpha: int) -> None:
 class By(At):
     """Scales its memory by what is said of the segment."""
 
-    def __init__(self, scale: Callable[[int], float]) -> None:
+    def __init__(self, said: Callable[[int], float]) -> None:
         super().__init__(-1)
-        self.scale = scale
+        self.said = said
 
-    def forward(self, x: Tensor) -> Tensor:
-        memory = [x.new_zeros(x.shape[0], WIDTH)] * 2
-        out = []
-        for s, h in enumerate(x.split(SEGMENT, 1)):
-            for l, layer in enumerate(self.layers):
-                h = torch.tanh(layer(h + memory[l][:, None]))
-                memory[l] = h.mean(1) * self.scale(s)
-            out.append(h)
-        return torch.cat(out, 1)
+    def scale(self, s: int) -> float:
+        return self.said(s)
 
 
 @pytest.mark.parametrize(

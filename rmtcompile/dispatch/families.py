@@ -309,7 +309,6 @@ class Families:
         except Exception:  # whatever it is, the rules do not hold here
             return False
 
-
     def _calls_the_same(
         self, rules: Rules, edges: frozenset[str], executor: Executor, args: Any, kwargs: Any
     ) -> bool:

@@ -243,6 +243,5 @@ def _complete(
 
 __all__ = [
     "ClassRule", "Classes", "LiveIn", "Rolled", "Unrolled", "fixed", "period_of", "period_of_growing",
-    "reroll", "shape_of",
-    "typed", "unroll",
+    "reroll", "shape_of", "typed", "unroll",
 ]  # fmt: skip
