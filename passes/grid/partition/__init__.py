@@ -53,14 +53,30 @@ def partition(
     Raises:
         PartitionError: the regions cannot be ordered.
     """
-    found = _partition(graph, layers, segments, period)
-    if may_join and skew_of(found.region) > 1 and (parts := period_of_parts(found.region, layers)) > 1:
-        whole = _partition(graph, joined(layers, parts), segments, period)
-        return whole if skew_of(whole.region) == 1 else found
-    return found
+    region = _placed(graph, layers, segments, period)
+    if may_join and skew_of(region) > 1 and (parts := period_of_parts(region, layers)) > 1:
+        whole = joined(layers, parts)
+        if (other := _ordered(graph, whole, segments, period)) is not None and skew_of(other) == 1:
+            layers, region = whole, other
+    complete_lists(graph, region)
+    region = {node: region[node] for node in graph.nodes if node in region}
+    _check_acyclic(region)
+    return Partition(-(-segments.n_segments // period), layers, region)
 
 
-def _partition(graph: fx.Graph, layers: Layers, segments: Segments, period: int) -> Partition:
+def _ordered(
+    graph: fx.Graph, layers: Layers, segments: Segments, period: int
+) -> dict[fx.Node, Region] | None:
+    """The places of all nodes, if there is an order of cells."""
+    region = _placed(graph, layers, segments, period)
+    try:
+        _check_acyclic(region)
+    except PartitionError:
+        return None
+    return region
+
+
+def _placed(graph: fx.Graph, layers: Layers, segments: Segments, period: int) -> dict[fx.Node, Region]:
     n_segments = segments.n_segments
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     region: dict[fx.Node, Region] = {}
@@ -78,10 +94,7 @@ def _partition(graph: fx.Graph, layers: Layers, segments: Segments, period: int)
             region[node] = region[node.all_input_nodes[0]]
     if period > 1:
         region = _coarse(graph, region, period)
-    complete_lists(graph, region)
-    ordered = {node: region[node] for node in graph.nodes if node in region}
-    _check_acyclic(ordered)
-    return Partition(-(-n_segments // period), layers, ordered)
+    return {node: region[node] for node in graph.nodes if node in region}
 
 
 def _coarse(graph: fx.Graph, region: dict[fx.Node, Region], period: int) -> dict[fx.Node, Region]:

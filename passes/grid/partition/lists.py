@@ -48,7 +48,8 @@ def _join_by_segment(graph: fx.Graph, node: fx.Node, region: dict[fx.Node, Regio
     members: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
     segments = [region.get(member, Region(INIT)).segment for member in members]
     count = max(segments, default=0) + 1
-    if len(members) == count or segments != sorted(segments) or set(segments) != set(range(count)):
+    is_of_all = segments == sorted(segments) and set(segments) == set(range(count))
+    if count < 2 or len(members) == count or not is_of_all:
         return
     pieces = []
     for s in range(count):
