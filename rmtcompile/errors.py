@@ -23,7 +23,12 @@ class UnsupportedError(RMTCompileError):
         what: one sentence naming what is not handled.
         evidence: lines that show it (FX nodes, module paths, the user's file:line).
         remedy: what the user can do about it.
+
+    Attributes:
+        parts: in how many equal parts the forward seems to walk each segment; 0 where it does not.
     """
+
+    parts = 0
 
     def __init__(self, what: str, evidence: Sequence[str] = (), remedy: str = "") -> None:
         self.what = what

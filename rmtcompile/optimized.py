@@ -140,7 +140,7 @@ class Optimized(Inspected, Opaque):
                         self._refusals.popitem(last=False)
                 return self._as_it_is(str(error), args, kwargs)
             leave(entry, call.count, outputs, tensors_of(args, kwargs))
-            result = value_of(entry.compiled.result, outputs, call.count)
+            result = value_of(entry.compiled.result, outputs, entry.compiled.steps(call.count))
             if running is None:
                 self._programs.choose_plan(entry, args, kwargs)
                 entry.executor.record(tensors_of(args, kwargs))
@@ -295,7 +295,7 @@ class Optimized(Inspected, Opaque):
             instead = None if is_no_fault(error) else self._programs.instead(call, entry, args, kwargs, error)
             if instead is not None:
                 return self._outputs(*instead, args, kwargs, None)
-            proved = entry.compiled.rolled.proved_on
+            proved = entry.compiled.proved_on
             is_proved = count in range(min(proved, default=count), max(proved, default=count) + 1)
             if is_proved or entry.is_edited or is_no_fault(error):
                 raise

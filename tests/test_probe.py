@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rmtcompile.errors import PartitionError
-from rmtcompile.frontend.probe import probe
+from rmtcompile.frontend.probe import probe, recounted
 from rmtcompile.ir.segmentation import Axis, Segmentation
 
 
@@ -204,3 +204,51 @@ def test_halves_of_features_are_no_segments(length: int) -> None:
         return torch.cat(out, 1)
 
     assert probe(halves, (torch.randn(2, length, 4),), {}) == Segmentation((Axis(0, 1, 3),))
+
+
+@pytest.mark.parametrize("batch", [3, 12, 2])
+def test_a_batch_as_large_as_a_text_is_long(batch: int) -> None:
+    """Layers that walk the tokens of the only segment, and features as many as there are tokens."""
+
+    def walked(x: Tensor) -> Tensor:
+        out = []
+        for piece in (2 * x).split(3, 1):
+            out += [token.sin() for token in piece.unbind(1)]
+        return torch.stack(out, 1)
+
+    assert probe(walked, (torch.randn(batch, 3, 4),), {}) == Segmentation((Axis(0, 1, 3),))
+
+
+def test_one_token_and_its_mask() -> None:
+    def masked(x: Tensor, mask: Tensor) -> Tensor:
+        pieces = zip(x.split(2, 1), mask.split(2, 1), strict=True)
+        return torch.cat([piece * m[..., None] for piece, m in pieces], 1)
+
+    found = probe(masked, (torch.randn(2, 1, 4), torch.ones(2, 1)), {})
+    assert {(axis.leaf, axis.dim, axis.length) for axis in found.axes} == {(0, 1, 2), (1, 1, 2)}
+
+
+class Ends(nn.Module):
+    """Cuts both ends off its segments of two tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        last, out = x[:, :1] * 0, []
+        for start in range(0, x.shape[1], 2):
+            h = x[:, start : start + 2]
+            last, h = h[:, -1:], torch.cat([last, h[:, :-1]], 1)
+            for layer in self.layers:
+                h = layer(h)
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+def test_segments_are_counted_by_the_calls_of_layers() -> None:
+    model, args = Ends(), (torch.randn(2, 8, 4),)
+    short = Segmentation((Axis(0, 1, 1),))
+    assert recounted(model, args, {}, short) == Segmentation((Axis(0, 1, 2),))
+    assert recounted(model, args, {}, Segmentation((Axis(0, 1, 2),))) is None
+    assert recounted(split, (torch.randn(2, 12, 4),), {}, short) is None

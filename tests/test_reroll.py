@@ -170,6 +170,11 @@ def test_captures_of_other_lengths_are_refused() -> None:
         reroll(small, replace(unrolled(Kept, 3), n_layers=2))
 
 
+def test_several_segments_more() -> None:
+    small = unrolled(Kept, 3)
+    assert reroll(small, unrolled(Kept, 6)).is_like(reroll(small, unrolled(Kept, 4)))
+
+
 def test_a_broken_prediction_is_refused() -> None:
     """One operation of the larger capture is another one: the proof fails."""
     small, large = unrolled(Kept, 2), unrolled(Kept, 3)

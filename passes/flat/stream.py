@@ -29,6 +29,7 @@ from torch.fx.node import map_arg
 
 from rmtcompile.ir.modes import contexts
 from rmtcompile.ir.randomness import is_random
+from rmtcompile.ir.segmentation import Cuts
 from rmtcompile.passes.flat.functionalise import PERMUTES, bind, is_pointwise, overload_name
 from rmtcompile.passes.flat.store_forwarding.nodes import (
     SPLITS,
@@ -60,18 +61,20 @@ _FILLED = {
 Dims = dict[fx.Node, int]
 
 
-def stream(gm: fx.GraphModule, inside: Callable[[fx.Node], bool], windows: str = "") -> fx.GraphModule:
+def stream(
+    gm: fx.GraphModule, inside: Callable[[fx.Node], bool], windows: str = "", cuts: Cuts | None = None
+) -> fx.GraphModule:
     """Move loads up through row-wise operations; see the module docstring.
 
     Args:
         inside: whether a node belongs to a layer's call.
-        windows: see `forward_stores`.
+        windows, cuts: see `forward_stores`.
 
     Returns:
         A new module, or the same object if there is nothing to do.
     """
     with deep_recursion():
-        return Streamer(gm, inside, windows).run()
+        return Streamer(gm, inside, windows, cuts).run()
 
 
 # ---- legality ----------------------------------------------------------------------------------------------
@@ -228,8 +231,14 @@ class Streamer(Forwarder):
 
     moves_layouts = False  # whether constants may be laid out anew
 
-    def __init__(self, gm: fx.GraphModule, inside: Callable[[fx.Node], bool], windows: str = "") -> None:
-        super().__init__(gm, windows)
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        inside: Callable[[fx.Node], bool],
+        windows: str = "",
+        cuts: Cuts | None = None,
+    ) -> None:
+        super().__init__(gm, windows, cuts)
         self.inside = inside
         self.partial: dict[tuple[fx.Node, int], bool] = {}
         self.asked = (Range(0, 0), 0, 0)  # of the load that is visited: range, size of the dimension, end

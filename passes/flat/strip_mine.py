@@ -20,7 +20,6 @@ Reference: strip mining, loop distribution, loop interchange.
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import fx
@@ -29,7 +28,7 @@ from torch.fx.node import map_arg
 from rmtcompile.ir.modes import graph_module
 from rmtcompile.ir.randomness import is_random
 from rmtcompile.ir.segmentation import Cuts
-from rmtcompile.passes.flat.functionalise import bind, is_pointwise, overload_name
+from rmtcompile.passes.flat.functionalise import is_pointwise, overload_name
 from rmtcompile.passes.flat.segments import Segments
 from rmtcompile.passes.flat.store_forwarding.joins import parts_of
 from rmtcompile.passes.flat.store_forwarding.nodes import (
@@ -43,39 +42,42 @@ from rmtcompile.passes.flat.store_forwarding.nodes import (
 from rmtcompile.passes.flat.store_forwarding.ranges import Range
 from rmtcompile.passes.flat.store_forwarding.rewrite import Forwarder, deep_recursion
 from rmtcompile.passes.flat.store_forwarding.stores import store_of
-from rmtcompile.passes.flat.stream import Dims, Streamer
-from rmtcompile.passes.flat.strip_rows import DRAWS, TRIANGLES, places_of, rows_of, window_of
+from rmtcompile.passes.flat.stream import Dims
+from rmtcompile.passes.flat.strip_pieces import PADS, PieceMaker
+from rmtcompile.passes.flat.strip_rows import DRAWS, places_of, rows_of, window_of
 
 aten = torch.ops.aten
 _AS = {
     "expand_as": aten.expand.default, "view_as": aten.reshape.default, "reshape_as": aten.reshape.default
 }  # fmt: skip
-_PADS = ("pad", "constant_pad_nd")
 _SCATTERS = ("slice_scatter", "select_scatter")
 
 
-def strip_mine(gm: fx.GraphModule, cuts: Cuts, n_segments: int) -> fx.GraphModule:
+def strip_mine(gm: fx.GraphModule, cuts: Cuts, n_segments: int, are_parts: bool = False) -> fx.GraphModule:
     """Apply row-wise operations to the pieces of segments; see the module docstring.
 
     Args:
         cuts: where inputs are cut.
         n_segments: segments in this capture.
+        are_parts: whether they are parts of the model's own, which the forward walks in order: then joins of
+            some of them are taken apart, too, and the order stays.
     """
     with deep_recursion():
-        return _StripMiner(gm, cuts, n_segments).run()
+        return _StripMiner(gm, cuts, n_segments, are_parts).run()
 
 
-class _StripMiner(Streamer):
+class _StripMiner(PieceMaker):
     """Walks the graph from the inputs on, and keeps values as joins of their segments' pieces."""
 
     moves_layouts = True
 
-    def __init__(self, gm: fx.GraphModule, cuts: Cuts, n_segments: int) -> None:
-        super().__init__(gm, lambda node: False)
-        self.n_segments = n_segments
+    def __init__(self, gm: fx.GraphModule, cuts: Cuts, n_segments: int, are_parts: bool) -> None:
+        super().__init__(gm, lambda node: False, cuts=cuts)
+        self.n_segments, self.are_parts = n_segments, are_parts
+        self.first: dict[fx.Node, int] = {}  # segment of a join, where it is not of all
         self.segments = Segments(cuts, n_segments)
         self.strips: dict[fx.Node, tuple[int, tuple[int, ...]] | None] = {}
-        self.usual: dict[int, tuple[int, ...]] = {}  # pieces of the inputs, by the length of all
+        self.usual = {}
         self.merged: dict[fx.Node, tuple[int, ...]] = {}  # rows of all batches: the dimensions they were
         self.mined: fx.Node | None = None  # whose pieces are made
 
@@ -90,7 +92,7 @@ class _StripMiner(Streamer):
         for placeholder, whole in joined:
             whole.replace_all_uses_with(placeholder)
         self.graph.eliminate_dead_code()
-        return graph_module(self.gm, self._interchanged())
+        return graph_module(self.gm, self.graph if self.are_parts else self._interchanged())
 
     def _interchanged(self) -> fx.Graph:
         """The same nodes segment by segment: operands never lie in a later segment."""
@@ -141,6 +143,7 @@ class _StripMiner(Streamer):
                 self._shorten(node, view, strips[1])
                 return
         if overload_name(node) in ("cat", "stack"):
+            self._flatten(node)
             return
         node = self._on_rows(node) or node
         self._mine(node)
@@ -165,6 +168,24 @@ class _StripMiner(Streamer):
             return x is self.mined
         return self.mined is not None or super()._only_loaded(x, d)
 
+    def _flatten(self, node: fx.Node) -> None:
+        """The join of segments' joins of parts is the join of all parts."""
+        known = parts_of(node) if self.are_parts and overload_name(node) == "cat" else None
+        if known is None:
+            return
+        joins, dim = known
+        parts = [part for join in joins for part in self._parts_of(join, dim)]
+        if len(parts) > len(joins):
+            self._replace(node, self.join(aten.cat.default, parts, dim))
+
+    def _parts_of(self, join: fx.Node, dim: int) -> list[fx.Node]:
+        """The pieces of a join along a dimension, or what is none of several."""
+        strips = self.strips_of(join)
+        if strips is None or strips[0] != dim:
+            return [join]
+        ranges = zip(accumulate(strips[1], initial=0), strips[1], strict=False)
+        return [self.load(join, dim, Range(lo, size)) for lo, size in ranges]
+
     # ---- pieces --------------------------------------------------------------------------------------------
 
     def strips_of(self, x: fx.Node) -> tuple[int, tuple[int, ...]] | None:
@@ -172,9 +193,19 @@ class _StripMiner(Streamer):
         if x not in self.strips:
             name = overload_name(x)
             known = parts_of(x) if name in ("cat", "stack") and is_static_tensor(x) else None
-            sizes = None if known is None else self._grouped(self._flat_parts(known, name == "stack"))
+            parts = [] if known is None else self._flat_parts(known, name == "stack")
+            sizes = self._grouped(parts) if parts else None
+            if sizes is None and self.are_parts and len(parts) > 1:
+                sizes = self._some(parts)
+                self.first[x] = parts[0][1]
             self.strips[x] = None if known is None or sizes is None else (known[1], sizes)
         return self.strips[x]
+
+    def _some(self, parts: list[tuple[int, int]]) -> tuple[int, ...] | None:
+        """The parts of a join of several segments in order, one of each, if it is one."""
+        first = parts[0][1]
+        is_each = first >= 0 and [s for _, s in parts] == list(range(first, first + len(parts)))
+        return tuple(size for size, _ in parts) if is_each else None
 
     def _flat_parts(self, known: tuple[list[fx.Node], int], is_stack: bool) -> list[tuple[int, int]]:
         """(size, segment) of the parts of a join; a part that is the join of segments itself counts as its
@@ -184,7 +215,7 @@ class _StripMiner(Streamer):
         for part in parts:
             inner = None if is_stack else self.strips_of(part)
             if inner is not None and inner[0] == at:
-                found += [(size, s) for s, size in enumerate(inner[1])]
+                found += [(size, s) for s, size in enumerate(inner[1], self.first.get(part, 0))]
             else:
                 found.append((1 if is_stack else shape_of(part)[at], self.segments.of(part)))
         return found
@@ -225,6 +256,7 @@ class _StripMiner(Streamer):
             if pieces is not None:
                 whole = self.join(aten.cat.default, pieces, d)
                 self.strips[whole] = d, sizes
+                self.first[whole] = next((self.first[n] for n in operands if n in self.first), 0)
                 self._replace(node, whole)
                 return
 
@@ -234,7 +266,7 @@ class _StripMiner(Streamer):
         try:
             pieces = []
             for lo, size in zip(accumulate(sizes, initial=0), sizes, strict=False):
-                piece = self._special(node, d, lo, size) or self.try_load(node, d, Range(lo, size))
+                piece = self.special(node, d, lo, size) or self.try_load(node, d, Range(lo, size))
                 if piece is None:
                     return None
                 pieces.append(piece)
@@ -249,10 +281,10 @@ class _StripMiner(Streamer):
         sizes."""
         if not is_static_tensor(node):
             return []
-        if overload_name(node) in _PADS:
-            return [(d, self._pads(node, d, sizes))]
+        if overload_name(node) in PADS:
+            return [(d, self.pads(node, d, sizes))]
         if (window := window_of(node)) is not None:
-            return [(d, self._moved(sizes, shape_of(node)[d]))] if operand is window.source and d == 2 else []
+            return [(d, self.moved(sizes, shape_of(node)[d]))] if operand is window.source and d == 2 else []
         total, found = sum(sizes), []
         for at in places_of(node, operand, d):
             length = shape_of(node)[at]
@@ -284,62 +316,6 @@ class _StripMiner(Streamer):
         self._replace(node, rows)
         self.here = rows  # what stands for the inner one is read by it
         return inner
-
-    # ---- padding, triangles, convolutions, buffers -------------------------------------------------------
-
-    def _special(self, node: fx.Node, d: int, lo: int, size: int) -> fx.Node | None:
-        """The piece of an operation that knows where its piece lies."""
-        name, rank = overload_name(node), len(shape_of(node))
-        if name in _PADS:
-            return self._padded(node, d, lo, size)
-        if name in TRIANGLES and d >= rank - 2:
-            bound = bind(node)
-            piece = self.load(bound["self"], d, Range(lo, size))
-            return self.emit(node.target, piece, bound["diagonal"] + (lo if d == rank - 2 else -lo))
-        return self._convolved(node, lo, size) if window_of(node) is not None else None
-
-    def _moved(self, sizes: tuple[int, ...], total: int) -> tuple[int, ...]:
-        """The pieces of a convolution's result: as those of its operand, what it adds or loses at one end."""
-        more = total - sum(sizes)
-        at_end = more > 0 or sizes[0] <= sizes[-1]
-        first, last = (0, more) if at_end else (more, 0)
-        return self.usual.get(total, (sizes[0] + first, *sizes[1:-1], sizes[-1] + last))
-
-    def _convolved(self, node: fx.Node, lo: int, size: int) -> fx.Node | None:
-        """The piece of a convolution: of the positions that it reads, padded at the ends of the input."""
-        window = window_of(node)
-        assert window is not None
-        bound, n = bind(node), shape_of(window.source)[-1]
-        start, end = lo - window.padding, lo - window.padding + size + window.beyond
-        first, last = max(start, 0), min(end, n)
-        if first >= last or size < 1:
-            return None
-        piece = self.load(window.source, 2, Range(first, last - first))
-        if (pads := [first - start, end - last]) != [0, 0]:
-            piece = self.emit(aten.constant_pad_nd.default, piece, pads, 0.0)
-        weights = (bound["weight"], bound["bias"], [1], [0], bound["dilation"], bound["groups"])
-        return self.emit(node.target, piece, *weights)
-
-    def _pads(self, node: fx.Node, d: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """The sizes of pieces whose first and last one are padded."""
-        left, right = _pads_along(node, d)
-        return (sizes[0] + left, *sizes[1:-1], sizes[-1] + right)
-
-    def _padded(self, node: fx.Node, d: int, lo: int, size: int) -> fx.Node | None:
-        """The piece of a padded value: that of the operand, with its share of the padding."""
-        if overload_name(node) not in _PADS or bind(node).get("mode", "constant") != "constant":
-            return None
-        bound, at = bind(node), 2 * (len(shape_of(node)) - 1 - d)
-        (left, right), n = _pads_along(node, d), shape_of(bound["self"])[d]
-        if min(left, right) < 0 or (left, right) == (0, 0):
-            return None
-        first, last = max(lo - left, 0), min(lo - left + size, n)
-        if first >= last:
-            return None
-        pads = list(bound["pad"])
-        pads[at : at + 2] = max(left - lo, 0), max(lo - left + size - n, 0)
-        piece = self.load(bound["self"], d, Range(first, last - first))
-        return self.emit(node.target, piece, pads, *node.args[2:], **node.kwargs) if any(pads) else piece
 
     def _shorten(self, node: fx.Node, view: View, sizes: tuple[int, ...]) -> None:
         """A part of a join is the join of parts of its pieces, the first and the last of them cut."""
@@ -373,11 +349,3 @@ class _StripMiner(Streamer):
         parts = [self.reshape(src, (*shape[:at], r.n, *shape[at + 1 :])) for r, src in stores]
         self._replace(node, self.join(aten.cat.default, parts, at))
         return True
-
-
-def _pads_along(node: fx.Node, d: int) -> tuple[int, int]:
-    """Elements that a padding adds before and behind a dimension."""
-    pads: list[Any] = list(bind(node)["pad"])
-    at = 2 * (len(shape_of(node)) - 1 - d)
-    left, right = (*pads[at : at + 2], 0, 0)[:2]
-    return left, right

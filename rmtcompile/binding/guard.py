@@ -128,14 +128,16 @@ def structure_key(
     args: Any, kwargs: Any, segmentation: Segmentation, layouts: tuple[Layout, ...] = ()
 ) -> tuple[Any, ...]:
     """What calls have in common that differ in sizes only: all of `program_key` but the shapes, and whether
-    there is an incomplete segment (of how many segments of the model, where several are one).
+    there is an incomplete segment (of how many segments of the model, where several are one, or of how many
+    parts, where one is cut).
 
     Args:
         layouts: of the inputs, where they decide what the forward does.
     """
     flat = pytree.tree_leaves((args, kwargs))
     _, rest = segmentation.count([value.shape for value in flat if isinstance(value, torch.Tensor)])
-    begun = segmentation.pieces(rest) if segmentation.period > 1 else rest > 0
+    is_own = segmentation.period == segmentation.parts == 1
+    begun = rest > 0 if is_own else segmentation.pieces(rest)
     called = call_key(args, kwargs)
     return ((called, layouts) if layouts else called, segmentation, begun)
 

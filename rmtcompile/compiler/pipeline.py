@@ -54,6 +54,7 @@ class Compiled:
         values: the tensors that decided numbers.
         origin: what another process compares (`rmtcompile/saved/origin.py`), or why it cannot.
         joins: the form of joins that the rules were found in, see `Options`.
+        parts: steps of the grid that a segment of the model is; see `Segmentation`.
     """
 
     program: Program
@@ -76,6 +77,34 @@ class Compiled:
     values: Values = field(default_factory=lambda: Values(()))
     origin: Any = None
     joins: str = ""
+    parts: int = 1
+
+    def steps(self, segments: int) -> int:
+        """The steps of the grid that so many segments of the model are, the last of them as long as it was
+        captured."""
+        return self.parts * segments + self._less
+
+    @property
+    def _less(self) -> int:
+        return -(-self.rolled.proved_on[0] % self.parts) if self.parts > 1 else 0
+
+    @property
+    def proved_on(self) -> tuple[int, ...]:
+        """Segments of the model in the captures that the rules were proved on."""
+        return tuple(self._segments(steps) for steps in self.rolled.proved_on)
+
+    @property
+    def fewest(self) -> int:
+        """The fewest segments of the model that the rules can be for."""
+        return self._segments(self.rolled.minimum)
+
+    @property
+    def fixed(self) -> int | None:
+        """The number of segments of the model that the program is for alone, if it is."""
+        return None if self.rolled.fixed is None else self._segments(self.rolled.fixed)
+
+    def _segments(self, steps: int) -> int:
+        return -(-steps // self.parts)
 
     @property
     def seconds(self) -> float:
@@ -158,6 +187,7 @@ def compile_forward(
         options.passes_off,
         values=Values(list(read.values())),
         joins=joins,
+        parts=segmentation.parts,
     )
     weakref.finalize(compiled, unload, module.__name__)
     return compiled

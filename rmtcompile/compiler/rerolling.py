@@ -19,7 +19,7 @@ from rmtcompile.binding.arguments import tensors_of
 from rmtcompile.binding.captured import Capture, Effect
 from rmtcompile.compiler.results import Aligner, Pairs
 from rmtcompile.compiler.stages import Log
-from rmtcompile.compiler.unrolling import Joins, joins_of, unrolled_forward
+from rmtcompile.compiler.unrolling import Joins, joins_of, unrolled_forward, walked_parts
 from rmtcompile.errors import BoundedError, CaptureError, RerollError, UnsupportedError
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.options import Options
@@ -128,7 +128,7 @@ def period_of_forward(
 ) -> int:
     """After how many segments what the forward does repeats, as a longer capture shows it; 0 where it does
     not, or where several segments are taken as one already."""
-    if segmentation.period > 1:
+    if segmentation.period > 1 or segmentation.parts > 1:
         return 0
     try:
         _, unrolled, _, _ = unrolled_forward(fn, args, kwargs, segmentation, SEEN, options, log)
@@ -138,8 +138,9 @@ def period_of_forward(
 
 
 def _joins(capture: Capture, count: int, segmentation: Segmentation, options: Options) -> Joins:
-    """What layers join; of segments that are several of the model this is not asked."""
-    return joins_of(capture, count, options) if segmentation.period == 1 else Joins()
+    """What layers join; of segments that are several of the model, or parts of one, this is not asked."""
+    is_own = segmentation.period == segmentation.parts == 1
+    return joins_of(capture, count, options) if is_own else Joins()
 
 
 def _waits(found: Found) -> list[Edge]:
@@ -191,6 +192,8 @@ def _settled(
         older, capture_a, small, written = small, capture_b, large, again
     assert failure is not None
     joins = _joins(capture_a, count, segmentation, options)
+    length = (count - (rest > 0)) * segmentation.axes[0].length + rest
+    failure.parts = walked_parts(capture_a, segmentation, length)
     raise _NoRulesError(failure, joins, len(capture_a.graph.nodes) // count)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,11 +84,15 @@ def unrolled_forward(
         captured = capture(fn, args, kwargs)
         box.append(captured.module)
     first = segmentation.axes[0]
-    count = segmentation.pieces(tensors_of(args, kwargs)[first.leaf].shape[first.dim])
+    length = tensors_of(args, kwargs)[first.leaf].shape[first.dim]
+    count = segmentation.pieces(length)
+    are_parts = segmentation.parts > 1
     try:
-        return _placed(captured, count, options, log, segmentation)
-    except PartitionError:
-        if options.layers is not None or layer_major(captured.graph, captured.calls, count) is not None:
+        return _placed(captured, count, options, log, segmentation, is_mined=are_parts)
+    except PartitionError as error:
+        error.parts = walked_parts(captured, segmentation, length)
+        is_named = are_parts or options.layers is not None
+        if is_named or layer_major(captured.graph, captured.calls, count) is not None:
             raise
         try:  # layers that are no modules may walk the segments themselves, too
             return _placed(capture(fn, args, kwargs), count, options, log, segmentation, is_mined=True)
@@ -96,16 +101,31 @@ def unrolled_forward(
         raise
 
 
+def walked_parts(captured: Capture, segmentation: Segmentation, length: int) -> int:
+    """Into how many equal parts each segment is cut, if modules are called once for each of these; 0 else.
+
+    Args:
+        length: of the input.
+    """
+    segment = segmentation.axes[0].length
+    called = Counter(Counter(call.module for call in captured.calls).values())
+    parts = [n for n in range(2, segment + 1) if segment % n == 0]
+    found = {n: called[-(-length * n // segment)] for n in parts}
+    best = max(found, key=lambda n: found[n], default=0)
+    return best if best and found[best] > 1 and segmentation.parts == segmentation.period == 1 else 0
+
+
 @dataclass
 class Flat:
     """What the passes on the flat graph work on.
 
     Attributes:
         captured: its module is the graph; each pass replaces it.
-        count: segments.
+        count: segments, or steps of these.
         layers: the user's path of the layers, if there is one.
         cuts: where inputs are cut, by placeholder.
         is_mined: whether operations on the whole input are taken apart in any case.
+        are_parts: whether these segments are parts of the model's own.
         joins: how joins of values of several segments are written; see `Options`.
         written: ("leaf" | "input", name) of each tensor that the forward writes in place.
     """
@@ -115,6 +135,7 @@ class Flat:
     layers: str | None
     cuts: Cuts
     is_mined: bool = False
+    are_parts: bool = False
     joins: str = ""
     written: tuple[tuple[str, str], ...] = ()
 
@@ -152,7 +173,13 @@ def _functional(flat: Flat) -> fx.GraphModule:
 def _mined(flat: Flat) -> fx.GraphModule:
     """What is computed of the whole input taken apart, where layers walk the segments themselves."""
     is_mined = flat.is_mined or flat.outer is not None
-    return strip_mine(flat.module, flat.cuts, flat.count) if is_mined else flat.module
+    given = flat.module, flat.cuts, flat.count, flat.are_parts
+    return strip_mine(*given) if is_mined else flat.module
+
+
+def _streamed(flat: Flat) -> fx.GraphModule:
+    """Parts of values taken before they are computed, and heads on the parts of a join."""
+    return spread(stream(flat.module, flat.inside, flat.joins, flat.cuts), flat.inside)
 
 
 def _alive(flat: Flat) -> fx.GraphModule:
@@ -165,7 +192,7 @@ PASSES: tuple[tuple[str, Callable[[Flat], fx.GraphModule]], ...] = (
     ("functionalise", _functional),
     ("forward", lambda flat: forward_stores(flat.module, flat.joins, flat.cuts)),
     ("strip-mine", _mined),
-    ("stream, spread", lambda flat: spread(stream(flat.module, flat.inside, flat.joins), flat.inside)),
+    ("stream, spread", _streamed),
     ("decompose", lambda flat: decompose(flat.module)),
     ("number", lambda flat: number_values(flat.module, flat.inside)),
     ("tiles", lambda flat: tiles(flat.module, flat.inside)),
@@ -187,14 +214,16 @@ def _placed(
     """See `unrolled_forward`: from the capture on.
 
     Args:
-        count: segments of the model.
+        count: segments of the model, or steps of these.
         is_mined: whether operations on the whole input are taken apart though no module call shows that this
             is called for.
     """
     inputs = [str(node.target) for node in captured.graph.nodes if node.op == "placeholder"]
-    own = [(axis, axis.length // segmentation.period) for axis in reversed(segmentation.axes)]
+    steps = segmentation.steps
+    own = [(axis, axis.length // steps.period) for axis in reversed(steps.axes)]
     cuts = {inputs[axis.leaf]: (axis.dim, length) for axis, length in own}
-    flat = Flat(captured, count, options.layers, cuts, is_mined, options.joins)
+    are_parts = segmentation.parts > 1
+    flat = Flat(captured, count, options.layers, cuts, is_mined, are_parts, options.joins)
     for name, run in PASSES:
         with log.stage(name, captured.module) as box:
             captured.module = run(flat)
@@ -203,7 +232,7 @@ def _placed(
             check_flat(captured.graph, name, captured.leaves, functional=True)
     with log.stage("partition"):
         graph = captured.module.graph
-        if flat.outer is None:
+        if are_parts or flat.outer is None:
             layers = layers_of(graph, captured.calls, count, options.layers)
         else:
             layers = cells_by_segment(graph, flat.outer, cuts, count)

@@ -28,7 +28,7 @@ def length_to_check(compiled: Compiled, count: int, checked: int) -> int | None:
         count: segments of the call.
         checked: the most segments compared so far.
     """
-    proved = compiled.rolled.proved_on[-1]
+    proved = compiled.proved_on[-1]
     wanted, known = min(count, max(CHECKED, proved + 2)), max(checked, proved)
     return wanted if compiled.rolled.fixed is None and wanted > known else None
 

@@ -59,6 +59,8 @@ class Entry:
         trial: for a program that rules for sizes gave, what would show that they are wrong.
         is_edited: whether its module is one that the user has edited.
         made_for: the key of its family, and the sizes.
+        finer: the program on a finer grid that runs texts read in one call in its place (`finer.py`).
+        parts: of a segment on that grid; None where it was not looked for yet.
         unruled: why there are no rules, where it is for one number of segments for that reason.
         asked: the arguments of the call that it was made for, without their tensors; see `asked`.
     """
@@ -75,12 +77,14 @@ class Entry:
     trial: Trial | None = None
     is_edited: bool = False
     made_for: tuple[Any, Vector] | None = None
+    finer: Entry | None = None
+    parts: int | None = None
     unruled: RerollError | None = None
 
     def serves(self, by_itself: bool) -> bool:
         """Whether it runs such calls; see `Call`."""
-        is_general = self.unruled is None and (self.trial is None or not self.trial.is_whole)
-        return by_itself or is_general
+        is_general = self.unruled is None and self.segmentation.parts == 1
+        return by_itself or (is_general and (self.trial is None or not self.trial.is_whole))
 
     @property
     def is_borrowed(self) -> bool:
@@ -261,3 +265,14 @@ def is_current(compiled: Compiled, any_numbers: bool = False) -> bool:
         any_numbers: see `Compiled.changed`.
     """
     return compiled.fits() and compiled.changed(any_numbers) is None
+
+
+def counts_on(compiled: Compiled) -> bool:
+    """Whether the integers that the model keeps from call to call are those that a program is for."""
+    guard = compiled.capture.guard
+    return guard.numbers_now() == (guard.numbers if compiled.numbers is None else compiled.numbers)
+
+
+def are_alike(one: Entry, other: Entry) -> bool:
+    """Whether two entries are of the same rules."""
+    return one.trial is not None and other.trial is not None and one.trial.rules is other.trial.rules

@@ -150,6 +150,12 @@ class Families:
         executor = self._execute(compiled, segmentation, None)
         return Entry(compiled, executor, segmentation, lengths=lengths, made_for=(key, sizes))
 
+    def saved(self, args: Any, kwargs: Any, segmentation: Segmentation) -> Entry | None:
+        """A saved program for these arguments."""
+        key = (structure_key(args, kwargs, segmentation, self._layouts(args, kwargs)), None, 2)
+        sizes, family = sizes_of(args, kwargs, segmentation), self._families.setdefault(key, Family())
+        return self._saved(family, key, sizes, args, kwargs, segmentation)
+
     def _saved(
         self, family: Family, key: Any, sizes: Vector, args: Any, kwargs: Any, segmentation: Segmentation
     ) -> Entry | None:
@@ -172,7 +178,7 @@ class Families:
         """The program of rules for rests, for a text of whole segments: its last one is the longest rest.
         Saved under the key of the rests; the first use is compared with the model."""
         (call, _, rest), only, fewest = key
-        if rest:
+        if rest or segmentation.parts > 1:
             return None
         begun = segmentation.pieces(segmentation.axes[0].length) if segmentation.period > 1 else True
         family = self._families.setdefault(with_rest := ((call, segmentation, begun), only, fewest), Family())
@@ -280,12 +286,12 @@ class Families:
         executor = self._execute(compiled, segmentation, rules.executor)
         if edges not in rules.trusted and not (
             self._holds(rules, sizes, executor, args, kwargs)
-            and self._calls_the_same(rules, edges, executor, args, kwargs)
+            and self._calls_the_same(rules, edges, compiled, args, kwargs, segmentation)
         ):
             return None
         rules.executor = rules.executor or executor
         executor.costs = rules.costs
-        executor.replays.whole = partial(_whole, rules, sizes, segmentation)
+        executor.replays.whole = partial(_whole, rules, sizes)
         if rules.workspaces:
             executor.replays.trust(rules.workspaces)
         is_corner = (vector if rules.counts else vector[: len(rules.corners[0])]) in rules.corners
@@ -310,19 +316,24 @@ class Families:
             return False
 
     def _calls_the_same(
-        self, rules: Rules, edges: frozenset[str], executor: Executor, args: Any, kwargs: Any
+        self,
+        rules: Rules,
+        edges: frozenset[str],
+        compiled: Compiled,
+        args: Any,
+        kwargs: Any,
+        segmentation: Segmentation,
     ) -> bool:
         """Whether the model calls at these sizes what it calls at a corner: values may not show it. Where it
         cannot be followed, sizes at an edge are captured."""
-        segmentation, count = executor.segmentation, executor.compiled.rolled.base.count
-        corner = rules.corners[0]
+        corner, count = rules.corners[0], compiled.proved_on[0]
         there = reshaped(args, kwargs, shapes_at(corner, args, kwargs, segmentation))
         here, there = (resize(*given, segmentation, count) for given in ((args, kwargs), there))
         found = self._is_alike(here, there, count)
         return not edges if found is None else found
 
 
-def _whole(rules: Rules, sizes: Sizes, segmentation: Segmentation) -> Compiled:
+def _whole(rules: Rules, sizes: Sizes) -> Compiled:
     """The program of rules for a last segment as long as the others."""
     (name,) = rules.remainders
-    return instance(rules.compiled, {**sizes, name: segmentation.axes[0].length})
+    return instance(rules.compiled, {**sizes, name: rules.full[name]})

@@ -81,9 +81,9 @@ def followed(
         far: segments to follow it to where that can be done.
     """
     reasons = []
-    nodes = compiled.longest.nodes // compiled.rolled.proved_on[-1]
+    nodes = compiled.longest.nodes // compiled.proved_on[-1]
     for below in (False, True):
-        walk = _Walk(Outliner(fn, below), compiled.rolled.proved_on, args, kwargs, segmentation)
+        walk = _Walk(Outliner(fn, below), compiled.proved_on, args, kwargs, segmentation)
         for length in dict.fromkeys((max(count, 2 * known, far), max(count, 2 * known), count)):
             try:
                 return replace(walk.to(length), nodes=nodes)
@@ -183,5 +183,5 @@ def are_as_many(
 
 def is_affordable(compiled: Compiled, count: int) -> bool:
     """Whether so many segments may be captured to settle a doubt."""
-    nodes, captured = compiled.longest.nodes, compiled.rolled.proved_on[-1]
+    nodes, captured = compiled.longest.nodes, compiled.proved_on[-1]
     return nodes * count <= CAPTURED * captured

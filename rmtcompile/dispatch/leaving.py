@@ -37,7 +37,8 @@ def leave_effects(compiled: Compiled, count: int, outputs: tuple[Any, ...]) -> N
 def left_values(compiled: Compiled, count: int, outputs: tuple[Any, ...]) -> list[Any]:
     """What each effect leaves, DELETED among it; an object that several leave is one object."""
     made: dict[int, Any] = {}
-    return [value_of(rule, outputs, count, made=made) for _, rule in compiled.effects]
+    steps = compiled.steps(count)
+    return [value_of(rule, outputs, steps, made=made) for _, rule in compiled.effects]
 
 
 def written_tensors(compiled: Compiled, inputs: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -64,12 +64,12 @@ class Lengthening:
 
     def is_settled(self, entry: Entry, count: int) -> bool:
         """Whether nothing is left to be looked at before a program runs so many segments."""
-        rolled, lengths = entry.compiled.rolled, entry.lengths
-        known = max(lengths.followed_to, lengths.tried_to, rolled.proved_on[-1])
+        compiled, lengths = entry.compiled, entry.lengths
+        known = max(lengths.followed_to, lengths.tried_to, compiled.proved_on[-1])
         is_trusted = entry.trial is None or entry.trial.is_corner or not entry.trial.is_new
         return (
-            rolled.fixed is None
-            and rolled.proved_on[0] <= count <= known
+            compiled.fixed is None
+            and compiled.proved_on[0] <= count <= known
             and entry.longer is None
             and is_trusted
             and length_to_check(entry.compiled, count, lengths.checked_to) is None
@@ -82,7 +82,7 @@ class Lengthening:
             args, kwargs: a whole text of as many segments, or the first 16 of it.
         """
         goes_on = call.first > 0
-        call = replace(call, first=0, count=call.total)
+        call = replace(call, first=0, count=call.total, segmentation=entry.segmentation)
         if not goes_on and call.count in entry.only and entry.only[call.count].unruled is not None:
             return self._for_just(entry, call, args, kwargs)
         entry = self._followed(entry, call, args, kwargs)
@@ -91,7 +91,7 @@ class Lengthening:
         count, lengths = call.count, entry.lengths
         self.settle_short(entry, count, args, kwargs)
         self._settle_shorter(entry, count, args, kwargs)
-        if entry.compiled.rolled.fixed not in (None, count):  # no input is as long as rules need
+        if entry.compiled.fixed not in (None, count):  # no input is as long as rules need
             lengths.uncovered.add(count)
         if goes_on and count in lengths.uncovered:
             raise UnsupportedError(
@@ -106,14 +106,14 @@ class Lengthening:
 
     def settle_short(self, entry: Entry, count: int, args: Any, kwargs: Any) -> None:
         """Find out whether rules hold for fewer segments than they were read from, unless that is known."""
-        rolled, lengths = entry.compiled.rolled, entry.lengths
-        is_short = rolled.fixed is None and count < rolled.proved_on[0]
+        compiled, lengths = entry.compiled, entry.lengths
+        is_short = compiled.fixed is None and count < compiled.proved_on[0]
         if not is_short or count in lengths.uncovered or count in lengths.checked:
             return
         with entry.executor.uncompiled():
-            holds = count >= rolled.minimum and self._programs.difference(entry, count, args, kwargs) is None
+            holds = count >= compiled.fewest and self._programs.difference(entry, count, args, kwargs) is None
         if holds:  # values may not show what is done else: times zero
-            given = self._programs.model, rolled.proved_on, args, kwargs, entry.segmentation
+            given = self._programs.model, compiled.proved_on, args, kwargs, entry.segmentation
             holds = are_as_many(*given, count) is not False
         (lengths.checked if holds else lengths.uncovered).add(count)
 
@@ -122,7 +122,7 @@ class Lengthening:
         if entry.lengths.are_shorter_known or not entry.executor.engine.is_compiled:
             return
         entry.lengths.are_shorter_known = True
-        for shorter in range(1, min(count, entry.compiled.rolled.proved_on[0])):
+        for shorter in range(1, min(count, entry.compiled.proved_on[0])):
             part = of_segments(args, kwargs, entry.segmentation, shorter)
             with suppress(UnsupportedError), explained(self._programs.model, *part):
                 self.settle_short(entry, shorter, *part)
@@ -174,7 +174,7 @@ class Lengthening:
         for _ in range(DOUBTS):
             changed = None
             lengths, rolled = entry.lengths, entry.compiled.rolled
-            known = max(lengths.followed_to, rolled.proved_on[-1])
+            known = max(lengths.followed_to, entry.compiled.proved_on[-1])
             is_first = not lengths.followed_to and not lengths.tried_to
             far = FAR if is_first and entry.executor.engine.is_compiled else 0
             if rolled.fixed is not None or max(call.count, far) <= max(known, lengths.tried_to):
@@ -204,7 +204,7 @@ class Lengthening:
         if found.departs and fewest > self._programs.options.max_segments_captured:
             fewest += BEHIND
         rolled = entry.compiled.rolled
-        if found.departs and rolled.proved_on[0] > AGAIN and is_affordable(entry.compiled, SEEN):
+        if found.departs and entry.compiled.proved_on[0] > AGAIN and is_affordable(entry.compiled, SEEN):
             error = found.error()
             error.period = self._programs.period(call, args, kwargs)
             if error.period > 1:
@@ -221,7 +221,7 @@ class Lengthening:
             return entry  # these lengths cannot be captured: it stays unknown
         is_same = longer.compiled.rolled.is_like(rolled)
         if is_same and not found.departs:
-            entry.lengths.followed_to, entry.lengths.unknown = longer.compiled.rolled.proved_on[-1], ""
+            entry.lengths.followed_to, entry.lengths.unknown = longer.compiled.proved_on[-1], ""
             return entry
         entry.longer = longer
         return longer
@@ -232,7 +232,7 @@ class Lengthening:
         longest = self._programs.options.max_segments_captured + LONGER
         length = length_to_check(entry.compiled, call.count, entry.lengths.checked_to)
         while length is not None:
-            proved = entry.compiled.rolled.proved_on[-1]
+            proved = entry.compiled.proved_on[-1]
             part = of_segments(args, kwargs, entry.segmentation, length)
             if not entry.lengths.too_short:
                 with entry.executor.uncompiled(), torch.no_grad():

@@ -25,20 +25,27 @@ from rmtcompile.compiler.stages import Log, Progress, said_when_long
 from rmtcompile.dispatch.boundary import explained
 from rmtcompile.dispatch.calls import Call, Layouts, TooFewSegments
 from rmtcompile.dispatch.compared import CHECKED, ENOUGH, LONGER, of_segments, rounding
-from rmtcompile.dispatch.entries import Entry, Restored, Rules, asked, is_current, is_loaded
+from rmtcompile.dispatch.entries import (
+    Entry,
+    Restored,
+    Rules,
+    are_alike,
+    asked,
+    counts_on,
+    is_current,
+    is_loaded,
+)
 from rmtcompile.dispatch.families import Families
+from rmtcompile.dispatch.finer import finer, made_or_finer
 from rmtcompile.dispatch.followed import is_alike
 from rmtcompile.dispatch.lengths import Lengthening
+from rmtcompile.dispatch.relocated import relocated
 from rmtcompile.dispatch.ruleless import alone, periodic
 from rmtcompile.dispatch.shelf import Key, Shelf
 from rmtcompile.dispatch.size_vectors import Vector
 from rmtcompile.dispatch.told import Told
 from rmtcompile.dispatch.verify import difference
-from rmtcompile.errors import (
-    BoundedError,
-    RerollError,
-    UnsupportedError,
-)
+from rmtcompile.errors import BoundedError, RerollError, UnsupportedError
 from rmtcompile.frontend.counting import forget
 from rmtcompile.frontend.probe import probe
 from rmtcompile.ir.segmentation import Segmentation
@@ -121,7 +128,7 @@ class Programs:
         """Start what ran the last such call, or what rules will give for the first one, if it is recorded;
         whether it still holds is seen afterwards."""
         entry = self._ready.get((call.key, call.count))
-        if entry is not None and not _counts_on(entry.compiled):
+        if entry is not None and not counts_on(entry.compiled):
             entry = None
         if entry is None and call.key not in self._entries:
             entry = self._families.expected(args, kwargs, call.segmentation)
@@ -158,11 +165,7 @@ class Programs:
         except UnsupportedError as error:
             if isinstance(error, RerollError) and error.period > 1 and not call.first:
                 return periodic(self, call, error, args, kwargs)
-            known = self.segmentations.pop(call_key(args, kwargs), call.segmentation)
-            again = replace(self.located(args, kwargs), first=call.first, by_itself=call.by_itself)
-            if again.segmentation == known:
-                raise
-            return again, self.of_rules(again, args, kwargs)
+            return relocated(self, call, error, args, kwargs)
 
     def instead(
         self, call: Call, entry: Entry, args: Any, kwargs: Any, error: Exception
@@ -175,7 +178,7 @@ class Programs:
         else:
             self._families.settle(entry.trial, False)
         entries = self._entries.get(call.key, [])
-        self._entries[call.key] = [one for one in entries if one is not entry]
+        self._entries[call.key] = [one for one in entries if entry not in (one, one.finer)]
         return self.entry(call, args, kwargs)
 
     def has_run(self, call: Call, entry: Entry) -> None:
@@ -200,11 +203,11 @@ class Programs:
             self.told.changes = 0
         else:
             captures, last = self.captures, entries[-1].compiled if entries else None
-            entry = self.made(call, args, kwargs)
+            entry = made_or_finer(self, call, args, kwargs)
             if self.captures > captures:
                 self.told.captured_anew(last)
             if entry.compiled.numbers is not None:  # those for other integers have had their turn
-                entries[:] = [one for one in entries if not _alike(one, entry)]
+                entries[:] = [one for one in entries if not are_alike(one, entry)]
             entries.append(entry)
             del entries[:-8]
             if len(self._entries) > MAX_SIZES:
@@ -212,8 +215,9 @@ class Programs:
                     self._entries.popitem(last=False)
                 self._ready = {k: e for k, e in self._ready.items() if k[0] in self._entries}
         if self.is_refuted(entry, call.total, args, kwargs):
-            entries[entries.index(entry)] = entry = self.made(call, args, kwargs)
-        return self._lengths.entry(entry, call, args, kwargs)
+            entries[entries.index(entry)] = entry = made_or_finer(self, call, args, kwargs)
+        fine = finer(self, self._lengths, entry, call, args, kwargs)
+        return fine or self._lengths.entry(entry, call, args, kwargs)
 
     def _kept(self, call: Call) -> Entry | None:
         """The first program for such calls that fits the model's state."""
@@ -242,6 +246,10 @@ class Programs:
             entry.longer.asked = entry.asked
         return entry
 
+    def saved(self, call: Call, args: Any, kwargs: Any) -> Entry | None:
+        """A program from a folder."""
+        return self._families.saved(args, kwargs, call.segmentation)
+
     def period(self, call: Call, args: Any, kwargs: Any) -> int:
         """After how many segments what the forward does repeats."""
         given = self._compile_options(args, kwargs), Log(None)
@@ -255,21 +263,21 @@ class Programs:
     def is_refuted(self, entry: Entry, count: int, args: Any, kwargs: Any) -> bool:
         """Compare the first use of rules for sizes with the model, or each with `verify`; short lengths have
         no say."""
-        rolled, trial = entry.compiled.rolled, entry.trial
-        if rolled.fixed not in (None, count):  # it does not run so many
+        compiled, trial = entry.compiled, entry.trial
+        if compiled.fixed not in (None, count):  # it does not run so many
             return False
-        is_short = rolled.fixed is None and count < rolled.proved_on[0]
+        is_short = compiled.fixed is None and count < compiled.proved_on[0]
         if trial is None or trial.is_corner or is_short or not (trial.is_new or self.options.verify):
             return False
-        is_all = self.options.verify or rolled.fixed is not None
-        length = count if is_all else min(count, max(CHECKED, rolled.proved_on[0]))
+        is_all = self.options.verify or compiled.fixed is not None
+        length = count if is_all else min(count, max(CHECKED, compiled.proved_on[0]))
         is_right = self._agrees(entry, length, args, kwargs)
-        if not is_right and rounding(entry.compiled) and not is_all and length > rolled.proved_on[-1]:
-            length = rolled.proved_on[-1]  # rounding in 16 bits grows from segment to segment
+        if not is_right and rounding(compiled) and not is_all and length > compiled.proved_on[-1]:
+            length = compiled.proved_on[-1]  # rounding in 16 bits grows from segment to segment
             is_right = self._agrees(entry, length, args, kwargs)
         self._families.settle(trial, is_right)
         trial.is_new = False
-        if is_right and length > rolled.proved_on[-1]:
+        if is_right and length > compiled.proved_on[-1]:
             entry.lengths.checked_to = max(entry.lengths.checked_to, length)
         return not is_right
 
@@ -285,11 +293,11 @@ class Programs:
         Raises:
             UnsupportedError: the model itself fails on these arguments.
         """
-        rolled = entry.compiled.rolled
+        compiled = entry.compiled
         with explained(self.model, args, kwargs):
-            if rolled.fixed is not None or self.is_refuted(entry, CHECKED, args, kwargs):
+            if compiled.fixed is not None or self.is_refuted(entry, CHECKED, args, kwargs):
                 return
-            for count in range(1, rolled.proved_on[0]):
+            for count in range(1, compiled.proved_on[0]):
                 part = of_segments(args, kwargs, entry.segmentation, count)
                 self._lengths.settle_short(entry, count, *part)
 
@@ -358,7 +366,7 @@ class Programs:
     def _is_itself(self, compiled: Compiled, args: Any, kwargs: Any, segmentation: Segmentation) -> bool:
         """Whether a program of a forward whose integers were watched gives what the model gives: the forward
         may have seen that they are no `int`."""
-        fixed, proved = compiled.rolled.fixed, compiled.rolled.proved_on
+        fixed, proved = compiled.fixed, compiled.proved_on
         entry = Entry(compiled, self._execute(compiled, segmentation, None), segmentation)
         return self._agrees(entry, fixed or proved[0], args, kwargs)
 
@@ -375,7 +383,7 @@ class Programs:
         options = self.options
         return executor_for(
             compiled,
-            segmentation,
+            segmentation.steps,
             options.backend,
             options.cuda_graphs,
             like,
@@ -383,17 +391,6 @@ class Programs:
             options.devices,
             options.group,
         )
-
-
-def _counts_on(compiled: Compiled) -> bool:
-    """Whether the integers that the model keeps from call to call are those that a program is for."""
-    guard = compiled.capture.guard
-    return guard.numbers_now() == (guard.numbers if compiled.numbers is None else compiled.numbers)
-
-
-def _alike(one: Entry, other: Entry) -> bool:
-    """Whether two entries are of the same rules."""
-    return one.trial is not None and other.trial is not None and one.trial.rules is other.trial.rules
 
 
 def _empty() -> UnsupportedError:

@@ -121,7 +121,7 @@ class Shelf:
         for one in self._candidates(fn):
             if one.serves["call"] == said and self._program(one) is not None:
                 found: Segmentation = decode(one.serves["segmentation"])
-                return found
+                return found.cut(1)
         return None
 
     def rules(self, fn: Callable[..., Any], key: Key, vector: Vector) -> list[Rules]:
@@ -358,11 +358,12 @@ def _class_of(told: Any) -> Any:
 
 
 def _all(entries: Sequence[Entry]) -> Iterator[Entry]:
-    """Entries, and those for single lengths and for longer inputs that belong to them."""
+    """Entries, and those for single lengths, for longer inputs and on finer grids that belong to them."""
     for entry in entries:
         if entry.longer is None or entry.longer.made_for != entry.made_for:  # else it is captured anew
             yield entry
-        yield from _all([*entry.only.values(), *([entry.longer] if entry.longer is not None else [])])
+        others = [other for other in (entry.longer, entry.finer) if other is not None]
+        yield from _all([*entry.only.values(), *others])
 
 
 def _serves(one: Shelved, key: Key) -> bool:

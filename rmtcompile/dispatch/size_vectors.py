@@ -51,9 +51,12 @@ def _rests(args: Any, kwargs: Any, segmentation: Segmentation) -> dict[tuple[int
 
 
 def lengths_of(args: Any, kwargs: Any, segmentation: Segmentation) -> list[int | None]:
-    """For each place of the size vector, the length of a whole segment; None where nothing is cut."""
-    cut = {(axis.leaf, axis.dim): axis.length for axis in segmentation.axes}
-    shapes = _shapes(args, kwargs)
+    """For each place of the size vector, the length of a whole segment, or of the parts of it that are begun;
+    None where nothing is cut."""
+    shapes, parts = _shapes(args, kwargs), segmentation.parts
+    if parts > 1:
+        parts = segmentation.pieces(segmentation.count(shapes)[1]) or parts
+    cut = {(a.leaf, a.dim): a.length * parts // segmentation.parts for a in segmentation.axes}
     return [cut.get((i, d)) for i, shape in enumerate(shapes) for d in range(len(shape))]
 
 

@@ -86,6 +86,14 @@ class Told:
             count,
         )
 
+    def finer(self, parts: int, before: float, after: float) -> None:
+        """Say that segments are cut into parts."""
+        _LOGGER.info(
+            "rmtcompile: the model walks each segment in %d parts: on a grid of these a segment takes %.3g "
+            "levels, not %.3g",
+            parts, after, before,
+        )  # fmt: skip
+
     def took(self, count: int, model: float, program: float) -> None:
         """Say once where the model itself is faster on a CPU: there wavefronts pay for wide layers only.
 

@@ -102,7 +102,8 @@ def difference(
         if is_no_fault(error):
             raise
         return f"the program does not cover {count} segments ({type(error).__name__}: {first_line(error)})"
-    found = compare(expected, value_of(compiled.result, outputs, count), "the result", tolerance)
+    result = value_of(compiled.result, outputs, compiled.steps(count))
+    found = compare(expected, result, "the result", tolerance)
     for effect, theirs, mine in zip(effects, left, left_values(compiled, count, outputs), strict=True):
         if effect.change is not None and not effect.change.is_hook:
             found = found or compare(theirs, flat(mine), f"what is left in {effect.name}", tolerance)

@@ -10,13 +10,15 @@ that grow with the input are followed (`growing`): layers that walk the segments
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,7 +58,7 @@ class _Views(TorchDispatchMode):
         self.axis_of_size: dict[int, tuple[int, int]] = {}
         for i, leaf in enumerate(leaves):
             self.bases[leaf.untyped_storage()._cdata] = (leaf, {d: (i, d) for d in range(leaf.dim())})
-            for d, size in enumerate(leaf.shape):
+            for d, size in sorted(enumerate(leaf.shape), key=lambda one: one[0] != 1):  # as long as the batch
                 if size > 2:
                     self.axis_of_size.setdefault(size, (i, d))
         self.operations = 0
@@ -168,9 +170,9 @@ def probe(
             known = {(axis.leaf, axis.dim) for axis in of_tokens}
             axes = [*of_tokens, *(axis for axis in axes if (axis.leaf, axis.dim) not in known)]
         if axes:
-            return _with_partners(axes[0], {(a.leaf, a.dim): a for a in axes}, shapes)
+            return _with_partners(axes[0], {(a.leaf, a.dim): a for a in axes}, grown)
         if (cut := growth.cut()) is not None:
-            return _with_partners(Axis(*candidates[0], cut), {}, shapes)
+            return _with_partners(Axis(*candidates[0], cut), {}, grown)
         walks = attempt > 0 and views.operations > 3 * operations > 0  # more of them for more tokens
         if not candidates or views.operations > _MOST or (walks and failure is None):
             break
@@ -186,6 +188,32 @@ def probe(
         [f"input {i}: shape {tuple(shape)}" for i, shape in enumerate(shapes)],
         "give segment_size=, or check that the forward walks its input segment by segment",
     )
+
+
+_LONG = 24
+"""Segments of a forward whose calls are counted: a number with many divisors."""
+
+
+def recounted(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], found: Segmentation
+) -> Segmentation | None:
+    """The segmentation with segments several times as long, if the forward calls its modules once for each of
+    these; None if it does not. What layers cut off at the ends of a segment may look like segments.
+
+    Args:
+        found: the segmentation that shorter cuts show.
+    """
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    positions = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
+    shapes = found.shapes([flat[i].shape for i in positions], _LONG)
+    calls: Counter[int] = Counter()
+    with register_module_forward_pre_hook(lambda module, _: calls.update((id(module),))):
+        _, failure = _attempt(fn, flat, positions, spec, shapes, None, True)
+    times = Counter(n for n in calls.values() if 1 < n < _LONG and _LONG % n == 0)
+    if failure is not None or not times:
+        return None
+    several = _LONG // max(times, key=lambda n: (times[n], n))
+    return Segmentation(tuple(replace(axis, length=axis.length * several) for axis in found.axes))
 
 
 def _longer(shapes: list[Any], leaf: int, dim: int, factor: int) -> list[Any]:

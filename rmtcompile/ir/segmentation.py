@@ -34,19 +34,32 @@ class Segmentation:
 
     Attributes:
         period: how many segments of the model are one here, where its rules repeat after so many.
+        parts: into how many steps of the grid each segment is cut, where the model walks it in so many.
     """
 
     axes: tuple[Axis, ...]
     period: int = 1
+    parts: int = 1
 
     def times(self, period: int) -> Segmentation:
         """The same with `period` segments taken as one."""
         axes = tuple(replace(axis, length=axis.length * period) for axis in self.axes)
         return Segmentation(axes, self.period * period)
 
+    def cut(self, parts: int) -> Segmentation:
+        """The same, each segment in `parts` steps."""
+        return replace(self, parts=parts)
+
+    @property
+    def steps(self) -> Segmentation:
+        """The steps of the grid: what a program counts."""
+        axes = tuple(replace(axis, length=axis.length // self.parts) for axis in self.axes)
+        return Segmentation(axes, self.period)
+
     def pieces(self, length: int) -> int:
-        """How many segments of the model are begun in `length` elements of the first axis."""
-        return -(-length // (self.axes[0].length // self.period))
+        """How many segments of the model, or steps of these, are begun in `length` elements of the first
+        axis."""
+        return -(-length // (self.axes[0].length // self.period // self.parts))
 
     def count(self, shapes: list[torch.Size]) -> tuple[int, int]:
         """(segments, elements in an incomplete one) for inputs of these shapes."""

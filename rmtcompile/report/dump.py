@@ -108,7 +108,7 @@ def front(fast: Optimized) -> list[tuple[str, str]]:
     base = entry.compiled.capture
     leaves = {target: leaf.name for target, leaf in base.leaves.items()}
     log = _Notes([call.path for call in base.calls], leaves)
-    count = entry.compiled.rolled.base.count
+    count = entry.compiled.proved_on[0]
     options = replace(fast.options, joins=entry.compiled.joins)
     unrolled_forward(fast.model, args, kwargs, entry.segmentation, count, options, log)
     return log.found

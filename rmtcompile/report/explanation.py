@@ -110,6 +110,7 @@ class Explanation:
         layers: module path of each layer.
         segments: segments of this call.
         axes: where the segments come from.
+        parts: segments of the grid that each of them is, where the model walks them in parts.
         proved_on: numbers of segments whose captures prove the rules.
         followed_to: the most segments for which operations, integers, sizes and operands of the forward were
             seen to be as the rules say; beyond it the rules are extrapolated.
@@ -144,6 +145,7 @@ class Explanation:
     layers: tuple[str, ...] = ()
     segments: int = 0
     axes: tuple[Axis, ...] = ()
+    parts: int = 1
     proved_on: tuple[int, ...] = ()
     followed_to: int = 0
     compared_to: int = 0

@@ -72,6 +72,11 @@ def _segments(found: Explanation) -> Iterator[str]:
         text = f"{axis.length} elements along dimension {axis.dim} of {axis.input}"
         rest = f", the last one {axis.rest}" if axis.rest else ""
         yield f"{found.segments} of {text}{rest}" if i == 0 else f"with {text}"
+    if found.parts > 1:
+        yield (
+            f"the model walks each in {found.parts} parts, which are the segments of the grid; texts that "
+            "are read in parts, or in a queue with others, run on the model's own"
+        )
     if found.only is not None:
         yield f"the program serves this number of segments only ({found.only})"
     else:

@@ -60,8 +60,7 @@ def explain_last(fast: Optimized) -> Explanation:
     facts = facts_of(compiled)
     schedule = schedule_of(compiled, count, facts)
     inputs, axes = inputs_of(fast)
-    rolled = compiled.rolled
-    measured = measured_plans(entry.executor, count)
+    measured = measured_plans(entry.executor, schedule.n_segments)
     plan, why = plan_of(fast, compiled, schedule, measured)
     return Explanation(
         model=model_name(fast.model),
@@ -69,12 +68,13 @@ def explain_last(fast: Optimized) -> Explanation:
         layers=compiled.layer_paths,
         segments=count,
         axes=axes,
-        proved_on=rolled.proved_on,
-        followed_to=max(entry.lengths.followed_to, rolled.proved_on[-1]),
+        parts=compiled.parts,
+        proved_on=compiled.proved_on,
+        followed_to=max(entry.lengths.followed_to, compiled.proved_on[-1]),
         compared_to=entry.lengths.checked_to,
         unfollowed=entry.lengths.unknown,
-        shortest=rolled.minimum,
-        only=rolled.fixed,
+        shortest=compiled.fewest,
+        only=compiled.fixed,
         variants=_variants(compiled, schedule, facts),
         kinds=_kinds(compiled, schedule, facts),
         offsets=_offsets(compiled),

@@ -12,13 +12,14 @@ from rmtcompile.schedule import Schedule
 
 
 def schedule_of(compiled: Compiled, count: int, facts: Facts | None = None) -> Schedule:
-    """The schedule of a compiled program over `count` segments, with its carries, variants and kinds.
+    """The schedule of a compiled program over `count` segments of the model, with its carries, variants and
+    kinds. Its own segments are the steps of the grid.
 
     Args:
         facts: of the program, where they are known already.
     """
     facts = facts or facts_of(compiled)
-    program = compiled.program
+    program, count = compiled.program, compiled.steps(count)
     classes = [program.rolled.classes[("cell", layer)] for layer in range(program.n_layers)]
     finest = max(classes, key=lambda one: one.head + one.tail)
     variants = tuple(_variant(finest.of(s, count), finest.head) for s in range(count))

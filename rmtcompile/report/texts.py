@@ -296,8 +296,9 @@ def result_types(compiled: Compiled, count: int) -> list[str]:
         if isinstance(rolled.outputs[index], Each):
             types.append(f"{count} x {type_of(a)}")
         elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dim() == b.dim():
-            steps = count - rolled.proved_on[0]
-            shape = [int(m) + (int(n) - int(m)) * steps for m, n in zip(a.shape, b.shape, strict=True)]
+            few, by = rolled.proved_on[0], max(1, rolled.proved_on[-1] - rolled.proved_on[0])
+            more = [(int(n) - int(m)) // by for m, n in zip(a.shape, b.shape, strict=True)]
+            shape = [int(m) + n * (count - few) for m, n in zip(a.shape, more, strict=True)]
             types.append(short_type(str(a.dtype), shape))
     return types
 

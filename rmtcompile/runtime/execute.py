@@ -144,7 +144,7 @@ class Executor:
         if not self._use_graphs or self._records_gradients(inputs):
             return None
         with plain_tensors():
-            return self.replays.start(segments, inputs)
+            return self.replays.start(self.compiled.steps(segments), inputs)
 
     def finish(self, started: Started) -> tuple[Any, ...] | None:
         """The outputs of a run that was started; None where weights have moved since it was recorded."""
@@ -181,7 +181,7 @@ class Executor:
             graphs: whether CUDA graphs may be recorded and replayed.
             on_level: called with (run, level, step) in place of step(run, level); nothing is recorded then.
         """
-        started = time.perf_counter()
+        started, segments = time.perf_counter(), self.compiled.steps(segments)
         if self.compile_seconds is None and self.engine.is_compiled:
             with said_when_long("compiling the cells, once for all lengths"):
                 outputs = self._outputs(segments, inputs, graphs, on_level)
@@ -388,4 +388,5 @@ class Executor:
     def observe(self, segments: int, inputs: list[torch.Tensor], on_value: OnValue) -> None:
         """Run without CUDA graphs and gradients; `on_value` gets what leaves each region."""
         with plain_tensors():
-            self._run(segments, inputs, self.held(), False, on_value=on_value)
+            steps = self.compiled.steps(segments)
+            self._run(steps, inputs, self.held(), False, on_value=on_value)

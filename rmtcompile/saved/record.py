@@ -31,7 +31,7 @@ from rmtcompile.saved.encode import Unsaved, decode, encode
 from rmtcompile.saved.moment import Moment, read
 from rmtcompile.saved.origin import Origin, guard_from, place_of, told
 
-FORMAT = "rmtcompile.program/2"
+FORMAT = "rmtcompile.program/3"
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ def record_of(compiled: Compiled) -> Record:
         "stages": encode(compiled.stages),
         "passes_off": encode(compiled.passes_off),
         "sizes": encode(dict(compiled.sizes)),
+        "parts": compiled.parts,
         "checkpoint": compiled.capture.checkpoint,
         "ignored": encode(compiled.capture.ignored),
         "reads": origin.reads,
@@ -165,6 +166,7 @@ def program_of(record: Record, moment: Moment) -> Compiled:
         passes_off=decode(data["passes_off"]),
         sizes=sizes,
         values=values,
+        parts=data["parts"],
     )
     weakref.finalize(compiled, unload, module.__name__)
     return compiled

@@ -52,6 +52,8 @@ def draw(seed: int) -> Spec:
     if irregular:
         lengths = tuple(segment * n for n in r.choice([(9,), (12, 5), (4, 11), (7, 8, 10)]))
     usage = "call" if trains else _odd(r, 0.3, "call", ("run", "map"))
+    if usage == "run" and cut == "right":
+        usage = "call"  # the borders of segments depend on where the text will end
     in_parts = usage == "run"  # a model that goes on by itself from its last call is refused there
     spec = Spec(
         kinds,

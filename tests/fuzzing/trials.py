@@ -111,10 +111,16 @@ def in_parts(fast: Any, calls: list[tuple[Tensor, ...]], spec: Spec) -> Any:
                 out, _ = fast.run(*call)
             else:
                 first, state = fast.run(*(x[:, :k] for x in call))
-                pending = state.pending_tokens
+                again = state.pending_tokens + _added(spec) * -(-state.pending_tokens // spec.segment)
                 second, _ = fast.run(*(x[:, k:] for x in call), state=state)
-                out = torch.cat([first[:, : first.shape[1] - pending], second], 1)
+                out = torch.cat([first[:, : first.shape[1] - again], second], 1)
         yield observed(fast.model, out, spec, whole=True)
+
+
+def _added(spec: Spec) -> int:
+    """Positions that the result of each segment has and its input has not."""
+    is_dropped = "drop memory tokens" in spec.epilogue
+    return 0 if is_dropped else 2 * spec.prologue.count("memory tokens")
 
 
 def mapped(fast: Any, calls: list[tuple[Tensor, ...]], spec: Spec) -> Any:

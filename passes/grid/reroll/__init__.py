@@ -43,7 +43,7 @@ from rmtcompile.passes.grid.reroll.unrolled import (
 
 
 def reroll(small: Unrolled, large: Unrolled, older: Unrolled | None = None, may_grow: bool = False) -> Rolled:
-    """Read rules from `small` (k segments) and prove that they give `large` (k + 1 segments).
+    """Read rules from `small` (k segments) and prove that they give `large` (k + 1 segments, or more).
 
     Args:
         older: a capture of fewer segments, for integers that two captures show too seldom.
@@ -53,7 +53,7 @@ def reroll(small: Unrolled, large: Unrolled, older: Unrolled | None = None, may_
         RerollError: the two captures do not follow one rule; the message shows the first place where they
             differ.
     """
-    if large.count != small.count + 1 or large.n_layers != small.n_layers:
+    if large.count <= small.count or large.n_layers != small.n_layers:
         raise RerollError(
             "one more segment changes the layers that run",
             [

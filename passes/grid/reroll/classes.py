@@ -14,9 +14,9 @@ from rmtcompile.passes.grid.reroll.unrolled import Key, Unrolled, body_at, regio
 
 
 def classes_of(key: Key, small: Unrolled, large: Unrolled) -> Classes:
-    """The fewest peeled segments such that repeating the body before the tail once more gives the larger
-    capture, and such that the integers of what is repeated follow one rule (a short last segment ends
-    early, a short first one shifts those behind it)."""
+    """The fewest peeled segments such that repeating the body before the tail gives the larger capture, and
+    such that the integers of what is repeated follow one rule (a short last segment ends early, a short first
+    one shifts those behind it)."""
     found = list(_candidates(key, small, large))
     for classes, repeated in found:
         if classes.tail == found[0][0].tail or repeated >= 2:  # integers of one segment follow any rule
@@ -54,9 +54,10 @@ def _candidates(key: Key, small: Unrolled, large: Unrolled) -> Iterator[tuple[Cl
     front for their operations, and how many segments of `small` are left to repeat."""
     short = [body_at(small, key, s).key for s in range(small.count)]
     long = [body_at(large, key, s).key for s in range(large.count)]
+    more = large.count - small.count
     for tail in range(small.count):
         middle = small.count - tail
-        if short[:middle] + [short[middle - 1]] + short[middle:] != long:
+        if short[:middle] + [short[middle - 1]] * more + short[middle:] != long:
             continue
         head = middle - 1
         while head and short[head - 1] == short[middle - 1]:

@@ -76,8 +76,8 @@ def _steps(members: list[tuple[Unrolled, int]]) -> set[int]:
     if len(sizes) == 1:
         ((count, only),) = sizes.items()
         return {1, *(n // count for n in only if n % count == 0)}
-    small, large = (sizes[count] for count in sorted(sizes))
-    return {1, *(b - a for a, b in zip(small, large, strict=True))}
+    (few, small), (many, large) = sorted(sizes.items())
+    return {1, *((b - a) // (many - few) for a, b in zip(small, large, strict=True))}
 
 
 def live_in_of(
