@@ -11,7 +11,7 @@ that grow with the input are followed (`growing`): layers that walk the segments
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -340,7 +340,9 @@ def _axes(taken: Boxes, shapes: list[Any]) -> list[Axis]:
     return sorted(axes, key=lambda axis: (axis.leaf, axis.dim))
 
 
-def _with_partners(first: Axis, cut: dict[tuple[int, int], Axis], shapes: list[torch.Size]) -> Segmentation:
+def _with_partners(
+    first: Axis, cut: dict[tuple[int, int], Axis], shapes: Sequence[Sequence[int]]
+) -> Segmentation:
     """Add the axes that grow with the first one: those that are cut too, and those of equal size."""
     axes = [first]
     size = shapes[first.leaf][first.dim]
