@@ -91,7 +91,8 @@ class _Views(TorchDispatchMode):
             return
         base, axes = found
         is_token = value.untyped_storage()._cdata in self.integers
-        if value.numel() == base.numel() and value.is_contiguous() and len(like_inputs) > len(axes):
+        are_told_apart = len(set(like_inputs.values())) == len(like_inputs) > len(axes)
+        if value.numel() == base.numel() and value.is_contiguous() and are_told_apart:
             # The rows [B * T, D] of a product, seen as [B, T, D]
             self.bases[value.untyped_storage()._cdata] = (value, like_inputs)
             return
@@ -162,8 +163,8 @@ def probe(
         if axes and not of_tokens:
             found = _confirmed(axes, run, grown)
             found = _followed(axes[0], run, grown) if found == [] else found
-            if not found and not beside and (axes[0].leaf, axes[0].dim) not in candidates:
-                beside, axes = axes, []  # there may be one segment only
+            if not found and not beside and (axes[0].leaf, axes[0].dim) != candidates[0]:
+                beside, axes = axes, []  # there may be one segment only, or a batch of as many
             else:
                 axes = found or axes
         elif axes:
@@ -254,6 +255,8 @@ def _confirmed(
     for sizes in [sizes for sizes in longer if not _collides(shapes, sizes, axes[0])][:2]:
         views, failure = run(sizes)
         again = _axes(views.taken, sizes)
+        if again and again[0].dim > max(1, axes[0].dim):
+            again = []  # that of features, which have not grown, says nothing
         if any(again[:1] == other[:1] for other in found):
             return again
         failed = failed or failure is not None
@@ -351,7 +354,9 @@ def _with_partners(
             if (leaf, dim) == (first.leaf, first.dim):
                 continue
             if (leaf, dim) in cut:
-                axes.append(cut[(leaf, dim)])
+                other = cut[(leaf, dim)]
+                if dim >= first.dim or -(-n // other.length) == -(-size // first.length):
+                    axes.append(other)  # else a batch that is as large as something that is cut
             elif n == size and dim == first.dim and size > 1:
                 axes.append(Axis(leaf, dim, first.length))
     return Segmentation(tuple(axes))
