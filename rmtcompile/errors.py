@@ -48,6 +48,10 @@ class PartitionError(UnsupportedError):
     """No layer x segment grid was found in the graph."""
 
 
+class CircleError(PartitionError):
+    """Regions wait for each other; with more segments it may show better where operations lie."""
+
+
 class DependenceError(UnsupportedError):
     """The dependences between cells are not a function of (segment, layer) offsets."""
 

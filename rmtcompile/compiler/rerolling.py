@@ -20,7 +20,13 @@ from rmtcompile.binding.captured import Capture, Effect
 from rmtcompile.compiler.results import Aligner, Pairs
 from rmtcompile.compiler.stages import Log
 from rmtcompile.compiler.unrolling import Joins, joins_of, unrolled_forward, walked_parts
-from rmtcompile.errors import BoundedError, CaptureError, RerollError, UnsupportedError
+from rmtcompile.errors import (
+    BoundedError,
+    CaptureError,
+    CircleError,
+    RerollError,
+    UnsupportedError,
+)
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.options import Options
 from rmtcompile.passes.flat.functionalise import overload_name
@@ -172,7 +178,14 @@ def _settled(
             return unrolled_forward(fn, args, kwargs, segmentation, count, options, log)
 
     first = max(options.min_segments_captured, 3 if rest else 2)  # a whole one between two special ones
-    capture_a, small, paths, written = unrolled(first)
+    while True:
+        try:
+            capture_a, small, paths, written = unrolled(first)
+            break
+        except CircleError:
+            first += 1
+            if first >= options.max_segments_captured:
+                raise
     for count in range(first + 1, options.max_segments_captured + 1):
         capture_b, large, _, again = unrolled(count)
         try:

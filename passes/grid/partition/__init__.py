@@ -20,7 +20,7 @@ import operator
 
 from torch import fx
 
-from rmtcompile.errors import PartitionError
+from rmtcompile.errors import CircleError
 from rmtcompile.passes.flat.segments import Segments
 from rmtcompile.passes.grid.partition.claim import claim
 from rmtcompile.passes.grid.partition.layers import call_sizes, feeding, find_layers, split_index
@@ -51,7 +51,7 @@ def partition(
         may_join: whether layers may be parts of larger ones, see `parts`.
 
     Raises:
-        PartitionError: the regions cannot be ordered.
+        CircleError: the regions cannot be ordered.
     """
     region = _placed(graph, layers, segments, period)
     if may_join and skew_of(region) > 1 and (parts := period_of_parts(region, layers)) > 1:
@@ -71,7 +71,7 @@ def _ordered(
     region = _placed(graph, layers, segments, period)
     try:
         _check_acyclic(region)
-    except PartitionError:
+    except CircleError:
         return None
     return region
 
@@ -134,7 +134,7 @@ def _check_acyclic(region: dict[fx.Node, Region]) -> None:
             f"{a} -> {b}: {producer} ({producer.meta.get('source')}) feeds "
             f"{consumer} ({consumer.meta.get('source')})"
         )
-    raise PartitionError(
+    raise CircleError(
         "the layers of one segment depend on each other in a circle, so there is no order of cells",
         evidence,
         "name the layers with layers='path.to.container' so that each layer's work lies in one call",
