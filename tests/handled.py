@@ -115,6 +115,7 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
         model("The same with a memory of two or three segments, kept by the layers or moved in the model's loop", windows + "test_all_segments_of_a_layer_at_once", "test_gradients", offsets="(0,1) (1,1) (2,1) ...", levels="l: all segments of a layer at once"),
         model("Windows of what a layer computes, cut and joined in place, rolled, longer than what is captured", windows + "test_a_window_longer_than_captures_is_a_carry", "test_gradients", "test_results_of_the_last_segments_alone"),
         model("Lists of the last few segments that fill up first, longer than what is captured", windows + "test_lists_that_are_full_after_seven_segments"),
+        model("Segments that the model walks in equal parts, token by token say, each part through all layers; short last segments too", "test_finer.py::test_parts_are_the_segments_of_the_grid", "test_gradients", "test_ragged_ends_other_batches_and_one_segment", "test_rests_that_are_no_whole_parts", "test_saved"),
         model("Rules that repeat every two to four segments, each so many as one; any number of segments", periods + "test_any_number_of_segments", "test_gradients", "test_short_last_segments", "test_a_start_that_is_another_and_then_a_period"),
         zoo("No carry at all", "no_carry", more=("test_rows.py::test_equal_block_by_block", "test_memory_does_not_grow_with_the_number_of_blocks")),
         zoo("Layers that are plain functions, no module", "plain_function", more=("test_repeats.py::test_equal_on_diagonals", "test_two_kinds_of_layers")),
