@@ -200,3 +200,40 @@ def test_what_each_layer_gives_with_a_rest(plan: str) -> None:
         for segments in (3, 5, 2, 1):
             x = features(segments)[:, :-1]
             assert_same(model(x), fast(x))
+
+
+class Begins(Layer):
+    """A layer that lets through what comes before it has a state."""
+
+    def forward(self, x: Tensor, m: Tensor | None) -> tuple[Tensor, Tensor]:
+        return (x, torch.tanh(self.mix(x[:, 0]))) if m is None else super().forward(x, m)
+
+
+class FirstIsInput(nn.Module):
+    """The first segment passes all layers as it came: its result is its input."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layers, self.how = nn.ModuleList(Begins() for _ in range(3)), how
+
+    def forward(self, x: Tensor) -> Any:
+        states: list[Any] = [None] * 3
+        out = []
+        for h in x.split(SEGMENT, 1):
+            for l, layer in enumerate(self.layers):
+                h, states[l] = layer(h, states[l])
+            out.append(h)
+        if self.how == "pairs":
+            return [(h, h.mean()) for h in out]
+        return {f"segment_{s}": h for s, h in enumerate(out)} if self.how == "keys" else out
+
+
+@pytest.mark.parametrize("how", ["list", "pairs", "keys"])
+@torch.no_grad()
+def test_lists_whose_first_member_is_an_input(how: str) -> None:
+    model = made(lambda: FirstIsInput(how))
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    for segments in (5, 2, 3, 8):
+        x = features(segments)
+        assert_same(model(x), fast(x))
+    assert fast.schedule.level_rule == "s + l"

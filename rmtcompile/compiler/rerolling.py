@@ -33,7 +33,7 @@ from rmtcompile.passes.flat.functionalise import overload_name
 from rmtcompile.passes.flat.nest import NESTED
 from rmtcompile.passes.flat.store_forwarding import HELD, LISTED
 from rmtcompile.passes.grid.dependence import Edge, edges
-from rmtcompile.passes.grid.reroll import Rolled, Unrolled, period_of, period_of_growing, reroll
+from rmtcompile.passes.grid.reroll import Rolled, Unrolled, gathered, period_of, period_of_growing, reroll
 
 LONGEST = 4
 """The longest period that is looked for."""
@@ -266,9 +266,9 @@ def results_of(
 
 
 def grouped(unrolled: Unrolled, pairs: Pairs, side: int) -> Unrolled:
-    """Outputs in the order of the pairs; a family is a tuple of nodes."""
+    """Outputs in the order of the pairs; a family is a tuple of nodes of one kind."""
     outputs: list[Any] = []
     for small, large, is_family in pairs:
         found = [unrolled.outputs[i] for i in (small, large)[side]]
         outputs.append(tuple(found) if is_family else found[0])
-    return replace(unrolled, outputs=tuple(outputs))
+    return gathered(replace(unrolled, outputs=tuple(outputs)))

@@ -27,6 +27,7 @@ from rmtcompile.errors import RerollError
 from rmtcompile.ir.program import Body, Each, Source
 from rmtcompile.passes.grid.partition import CELL, EPILOGUE, INIT, PROLOGUE, Region
 from rmtcompile.passes.grid.reroll.classes import classes_of, members_of
+from rmtcompile.passes.grid.reroll.gathered import gathered
 from rmtcompile.passes.grid.reroll.loosened import check_growth, loosened, period_of_growing
 from rmtcompile.passes.grid.reroll.rules import Classes, ClassRule, LiveIn, Rolled
 from rmtcompile.passes.grid.reroll.sources import affine, live_in_of, outputs_of
@@ -242,6 +243,6 @@ def _complete(
 
 
 __all__ = [
-    "ClassRule", "Classes", "LiveIn", "Rolled", "Unrolled", "fixed", "period_of", "period_of_growing",
-    "reroll", "shape_of", "typed", "unroll",
+    "ClassRule", "Classes", "LiveIn", "Rolled", "Unrolled", "fixed", "gathered", "period_of",
+    "period_of_growing", "reroll", "shape_of", "typed", "unroll",
 ]  # fmt: skip

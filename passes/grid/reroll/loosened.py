@@ -35,12 +35,11 @@ def loosened(unrolled: Unrolled, layers: Collection[int]) -> Unrolled:
 
 
 def period_of_growing(unrolled: Unrolled, longest: int) -> int:
-    """The same as `period_of` where cells grow: two or more, or 0."""
+    """The same as `period_of` where cells grow."""
     written = {
         region: _loose(body) if region.kind == CELL else body for region, body in unrolled.written.items()
     }
-    period = period_of(replace(unrolled, written=written), longest)
-    return period if period > 1 else 0
+    return period_of(replace(unrolled, written=written), longest)
 
 
 def _loose(body: Body) -> Body:
