@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import rmtcompile
-from rmtcompile.errors import RerollError, UnsupportedError
+from rmtcompile.errors import RerollError
 
 VOCAB, WIDTH, LAYERS, SIZE = 32, 8, 3, 3
 
@@ -131,9 +131,28 @@ def test_short_last_segments() -> None:
         assert_equal(fast(ids), model(ids))
 
 
-def test_texts_in_parts_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="reads more of the input than its own segment"):
-        rmtcompile.optimize(EverySecond().double()).run(tokens(8))
+@pytest.mark.parametrize(("make", "period"), MODELS)
+@torch.no_grad()
+def test_texts_in_parts(make: type[Periodic], period: int) -> None:
+    """A border may lie anywhere, also within the segments that are taken as one."""
+    model = make().double()
+    fast = rmtcompile.optimize(model)
+    texts = (tokens(8), range(1, 24, 2)), (tokens(7), (2, 9, 12, 20)), (tokens(9, 1), (3, 25, 27))
+    for ids, borders in texts:
+        expected = model(ids)
+        for border in borders:
+            first, state = fast.run(ids[:, :border])
+            kept = first[:, : first.shape[1] - state.pending_tokens]
+            second, _ = fast.run(ids[:, border:], state=state)
+            assert_equal(torch.cat([kept, second], 1), expected)
+
+
+@torch.no_grad()
+def test_documents() -> None:
+    model = EverySecond().double()
+    texts = [tokens(8), tokens(3), tokens(5, 1), tokens(2)]
+    for found, text in zip(rmtcompile.optimize(model).map(texts), texts, strict=True):
+        assert_equal(found, model(text))
 
 
 def test_layers_that_wait_for_what_is_behind_them_have_no_rules() -> None:

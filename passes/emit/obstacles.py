@@ -10,7 +10,9 @@ What is allowed on a whole input treats each of its elements by itself; what is 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -135,7 +137,7 @@ def _of_case(regions: Regions, calls: Calls, case: Case) -> Iterator[str]:
     rule, is_last = case.rule, case.test.startswith("s == S")
     found, ints = inner(rule, regions.program.segmented, regions.inner_init), rule.integers()
     for node in case.parts.before:
-        if node in found and not is_own_part(ints[node]):
+        if node in found and not is_own_part(ints[node], _length(node, ints[node])):
             yield f"{_said(node)} reads more of the input than its own segment"
     for node in (*case.parts.before, *case.parts.after):
         if not is_last and any(a.by_count for a in ints[node]) and not (node in found and is_view(node)):
@@ -154,17 +156,32 @@ def _of_case(regions: Regions, calls: Calls, case: Case) -> Iterator[str]:
         yield f"{_said(met)} joins all segments with what depends on their number"
 
 
-def is_own_part(ints: Sequence[Affine]) -> bool:
-    """Whether a view of an input with these integers reads nothing outside of its reader's segment."""
+def is_own_part(ints: Sequence[Affine], length: int | None = None) -> bool:
+    """Whether a view of an input with these integers reads nothing outside of its reader's segment.
+
+    Args:
+        length: of what is shown, where the integer that moves says where it starts, and none where it ends.
+    """
     moving = [a for a in ints if a.by_segment]
     if not moving:
         return True
     if any(a.by_count for a in moving) or len(moving) > 2:
         return False
     start, end = moving[0], moving[-1]
-    if start.const < 0 or (len(moving) == 1 and start.const):
+    if len(moving) == 1 and length is not None:
+        end = replace(start, const=start.const + length)
+    elif len(moving) == 1 and start.const:
         return False
-    return start.by_segment == end.by_segment and end.const <= end.by_segment
+    return start.const >= 0 and start.by_segment == end.by_segment and end.const <= end.by_segment
+
+
+def _length(node: fx.Node, ints: Sequence[Affine]) -> int | None:
+    """How much a view shows that says where it starts and how long it is; see `is_own_part`."""
+    if node.target is operator.getitem or _opname(node) == "select":
+        return 1
+    if _opname(node) == "narrow" and not ints[-1].by_segment and not ints[-1].by_count:
+        return ints[-1].const
+    return None
 
 
 def _said(node: fx.Node) -> str:

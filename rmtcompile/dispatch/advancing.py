@@ -69,8 +69,6 @@ def prepared(programs: Programs, state: RunState | None, args: Any, kwargs: Any)
         return Advance(call, entry, args, kwargs, 0)
     carried = compiled.emitted.carried
     obstacle = carried.obstacle or _obstacle(compiled)
-    if not obstacle and call.segmentation.period > 1:
-        obstacle = f"its rules repeat after {call.segmentation.period} segments, which are read at once"
     if obstacle:
         raise UnsupportedError(f"this forward cannot be run in parts: {obstacle}", remedy=_HELP)
     if state is not None and first:

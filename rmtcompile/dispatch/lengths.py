@@ -52,6 +52,10 @@ ANY = 1 << 62
 BEHIND = 3
 """Segments captured behind one that departs late: at the end what it leaves is dead code."""
 
+GOES_ON = 24
+"""The same of a text that is read in parts: a state that was left by rules of a few segments is of no use to
+those that more of them show."""
+
 DOUBTS = 4
 """Longer captures in a row that one call may cost."""
 
@@ -176,7 +180,7 @@ class Lengthening:
             lengths, rolled = entry.lengths, entry.compiled.rolled
             known = max(lengths.followed_to, entry.compiled.proved_on[-1])
             is_first = not lengths.followed_to and not lengths.tried_to
-            far = FAR if is_first and entry.executor.engine.is_compiled else 0
+            far = _far(entry, call) if is_first else 0
             if rolled.fixed is not None or max(call.count, far) <= max(known, lengths.tried_to):
                 return entry
             model, wanted = self._programs.model, (call.count, known, far)
@@ -189,13 +193,25 @@ class Lengthening:
                 lengths.tried_to = ANY if found.is_farthest else max(call.count, 2 * known)
             if found.to < call.count:
                 entry = self._settled(entry, found, call, args, kwargs)
-                if not entry.compiled.rolled.is_like(rolled):
-                    changed = found
+            elif found.departs and not call.by_itself:
+                entry = self._foreseen(entry, found, call, args, kwargs)
+            if not entry.compiled.rolled.is_like(rolled):
+                changed = found
         if changed is not None:
             raise changed.error()
         entry.lengths.unknown = "it does something else again and again that no result shows"
         entry.lengths.tried_to = call.count
         return entry
+
+    def _foreseen(self, entry: Entry, found: Followed, call: Call, args: Any, kwargs: Any) -> Entry:
+        """The same where the forward departs from the rules in a later part of the text: the entry itself
+        where there are no others that it could begin with."""
+        try:
+            return self._settled(entry, found, replace(call, count=found.to + 1), args, kwargs)
+        except RerollError as error:
+            if error.period > 1:
+                raise
+            return entry
 
     def _settled(self, entry: Entry, found: Followed, call: Call, args: Any, kwargs: Any) -> Entry:
         """The entry, or rules of longer captures, where the forward departs from the rules, or cannot be
@@ -279,3 +295,10 @@ class Lengthening:
             return limit > 0
         with entry.executor.uncompiled(), torch.no_grad():
             return self._programs.difference(entry, length, *part, tolerance=limit) is None
+
+
+def _far(entry: Entry, call: Call) -> int:
+    """Segments to which a forward is followed at its first call, if it can be."""
+    if entry.executor.engine.is_compiled:
+        return FAR
+    return 0 if call.by_itself else GOES_ON

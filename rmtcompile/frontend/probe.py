@@ -171,7 +171,9 @@ def probe(
             known = {(axis.leaf, axis.dim) for axis in of_tokens}
             axes = [*of_tokens, *(axis for axis in axes if (axis.leaf, axis.dim) not in known)]
         if axes:
-            return _with_partners(axes[0], {(a.leaf, a.dim): a for a in axes}, grown)
+            apart = {(axis.leaf, axis.dim) for axis in beside}
+            cut_too = {(a.leaf, a.dim): a for a in axes if (a.leaf, a.dim) not in apart}
+            return _with_partners(axes[0], cut_too, grown)
         if (cut := growth.cut()) is not None:
             return _with_partners(Axis(*candidates[0], cut), {}, grown)
         walks = attempt > 0 and views.operations > 3 * operations > 0  # more of them for more tokens

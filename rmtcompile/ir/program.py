@@ -312,6 +312,7 @@ class Tap:
     Attributes:
         when: "each" (every segment), or ("end", b): only segment S - 1 - b, or ("at", s): only segment s.
         keep: how many segments back it is read, or None if all segments are collected.
+        pinned: segments whose value is read at any later time.
     """
 
     name: str
@@ -319,6 +320,7 @@ class Tap:
     group_outputs: tuple[tuple[str, str], ...]  # for cells: (group, output name)
     when: tuple[Any, ...]
     keep: int | None
+    pinned: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -222,6 +222,7 @@ def route_text(compiled: Compiled, program: Program) -> str:
     lines += [line for lane in program.lanes for line in _lane(lane, names)]
     for tap in program.taps:
         kept = "of every segment" if tap.keep is None else f"of the last {tap.keep + 1} segments"
+        kept += f" and of {', '.join(map(str, sorted(tap.pinned)))}" * bool(tap.pinned)
         value = f"{tap.value.kind} {tap.value.layer}" if tap.value.kind == CELL else tap.value.kind
         lines.append(f"tap {tap.name}: of {value}, made {' '.join(map(str, tap.when))}, kept {kept}")
     return "\n".join(lines)

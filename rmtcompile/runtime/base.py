@@ -94,7 +94,7 @@ class BaseRun:
         self.on_value = on_value
         self.init: dict[int, Any] = {}
         self.stacked: dict[str, torch.Tensor] = {}
-        self.taps = {tap.name: TapStore(tap.keep, self.first) for tap in program.taps}
+        self.taps = {tap.name: TapStore(tap.keep, self.first, tap.pinned) for tap in program.taps}
         self._cell_taps = [tap for tap in program.taps if tap.value.kind == "cell"]
         self._handed: dict[tuple[str, int], tuple[Any, ...]] = {}
         self._embedded: dict[int, Embedded] = {}  # by the weight, which is one of the leaves

@@ -71,7 +71,7 @@ class Snapshot:
         assert self._crossing is not None
         self.values, self._crossing, self.is_ready = self._crossing.left(), None, True
         for name, store in member.taps.items():
-            if store.keep is None:
+            if store.keep is None or store.pinned:
                 self.lists[name] = {s: value for s, value in store.values.items() if s < self.border}
 
 

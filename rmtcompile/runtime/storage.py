@@ -158,10 +158,11 @@ class TapStore:
     Args:
         keep: how many segments back it is read, or None if all segments are collected.
         first: the first segment of the run; lists over segments begin with it.
+        pinned: segments whose values are kept to the end.
     """
 
-    def __init__(self, keep: int | None, first: int = 0) -> None:
-        self.keep = keep
+    def __init__(self, keep: int | None, first: int = 0, pinned: frozenset[int] = frozenset()) -> None:
+        self.keep, self.pinned = keep, pinned
         self.first = first
         self.values: dict[int, torch.Tensor] = {}
 
@@ -175,7 +176,7 @@ class TapStore:
         """Keep the value of one segment, and drop those that no reader needs any more."""
         self.values[segment] = value
         if self.keep is not None:
-            for old in [s for s in self.values if s < segment - self.keep]:
+            for old in [s for s in self.values if s < segment - self.keep and s not in self.pinned]:
                 del self.values[old]
 
     def __contains__(self, segment: int) -> bool:

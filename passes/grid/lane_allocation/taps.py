@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from rmtcompile.ir.program import Each, Source, Tap, Value
@@ -39,19 +40,18 @@ class Taps:
         if isinstance(output, Each):
             self._add(output.kind, output.layer, output.nodes, ("each",), None)
         else:
-            self.keep(output, "end", ("end" if output.relative else "at", output.segment))
+            self.keep(output, "end", ("end", output.segment))
 
     def keep(self, source: Source, reader: str, when: tuple[Any, ...] = ("each",)) -> None:
         """Keep a value for a region, an entry of a lane, or the end."""
         if source.kind not in (PROLOGUE, CELL, EPILOGUE):
             return
-        if reader == "end":
-            keep: int | None = source.segment
-        elif not source.relative:
-            keep, when = None, ("at", source.segment)
+        if not source.relative:
+            pinned = frozenset((source.segment,))
+            self._add(source.kind, source.layer, source.nodes, ("at", source.segment), 0, pinned)
         else:
-            keep = source.segment + self.window
-        self._add(source.kind, source.layer, source.nodes, when, keep)
+            keep = source.segment + (0 if reader == "end" else self.window)
+            self._add(source.kind, source.layer, source.nodes, when, keep)
 
     def _add(
         self,
@@ -60,16 +60,18 @@ class Taps:
         nodes: tuple[tuple[int, int], ...],
         when: tuple[Any, ...],
         keep: int | None,
+        pinned: frozenset[int] = frozenset(),
     ) -> None:
         key = (kind, layer, nodes)
         if key in self.taps:
             old = self.taps[key]
             when = when if when == old.when else ("each",)
             keep = None if keep is None or old.keep is None else max(keep, old.keep)
+            pinned |= old.pinned
             name = old.name
         else:
             name = f"{kind}{layer}_{len(self.taps)}" if kind == CELL else f"{kind}_{len(self.taps)}"
-        self.taps[key] = Tap(name, Value(kind, layer, nodes), (), when, keep)
+        self.taps[key] = Tap(name, Value(kind, layer, nodes), (), when, keep, pinned)
 
     def ask(self, draft: GroupDraft) -> None:
         """Ask a group for the outputs that are kept of its cells."""
@@ -78,4 +80,4 @@ class Taps:
                 output = draft.output(dict(tap.value.nodes))
                 if output is not None:
                     outputs = (*tap.group_outputs, (draft.name, output))
-                    self.taps[key] = Tap(tap.name, tap.value, outputs, tap.when, tap.keep)
+                    self.taps[key] = replace(tap, group_outputs=outputs)

@@ -98,15 +98,22 @@ def _placed(graph: fx.Graph, layers: Layers, segments: Segments, period: int) ->
 
 
 def _coarse(graph: fx.Graph, region: dict[fx.Node, Region], period: int) -> dict[fx.Node, Region]:
-    """Places with `period` segments as one. What one of them leaves to the prologue of the next is then
-    within one segment, and belongs to the cell that made it."""
+    """Places with `period` segments as one. What one of them leaves to the next is then within one segment,
+    and belongs to the cell that made it: in its prologue, or in an epilogue that a cell reads."""
+    wide = {
+        node: at if at.kind == INIT else at._replace(segment=at.segment // period)
+        for node in graph.nodes
+        if (at := region.get(node)) is not None
+    }
+    inner: set[fx.Node] = set()
+    for node in reversed(wide):
+        if wide[node].kind == EPILOGUE:
+            readers = [u for u in node.users if u in wide and wide[u].segment == wide[node].segment]
+            if any(wide[u].kind != EPILOGUE or u in inner for u in readers):
+                inner.add(node)
     found: dict[fx.Node, Region] = {}
-    for node in graph.nodes:
-        if node not in region:
-            continue
-        at = region[node]
-        at = at if at.kind == INIT else at._replace(segment=at.segment // period)
-        if at.kind == PROLOGUE:
+    for node, at in wide.items():
+        if at.kind == PROLOGUE or node in inner:
             read = [found[operand] for operand in node.all_input_nodes if operand in found]
             layers = [place.layer for place in read if place.kind == CELL and place.segment == at.segment]
             at = Region(CELL, at.segment, max(layers)) if layers else at
