@@ -20,7 +20,7 @@ import torch
 from rmtcompile.binding.arguments import tensors_of
 from rmtcompile.compiler.results import value_of
 from rmtcompile.dispatch.boundary import explained
-from rmtcompile.dispatch.calls import Call, TooFewSegments
+from rmtcompile.dispatch.calls import Call
 from rmtcompile.dispatch.compared import of_segments
 from rmtcompile.dispatch.entries import Entry, is_loaded
 from rmtcompile.dispatch.leaving import leave
@@ -172,7 +172,7 @@ class Stream:
             with explained(fast.model, args, kwargs):
                 call = fast._programs.located(args, kwargs)
                 call, entry = fast._programs.entry(call, args, kwargs)
-        except TooFewSegments:
+        except UnsupportedError:  # by itself it may have a program of its own
             return _Document(index, args, kwargs)
         except Exception as error:
             if isinstance(error, RMTCompileError) and falls_back:

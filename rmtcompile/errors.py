@@ -68,6 +68,10 @@ class RerollError(UnsupportedError):
     nodes = 0
 
 
+class UnseenError(RerollError):
+    """Captures are too short to show all that longer inputs need."""
+
+
 class BoundedError(RerollError):
     """The model does not run on as many segments as it takes to find a rule."""
 

@@ -201,6 +201,54 @@ def test_what_needs_whole_segments_runs_on_these() -> None:
     assert fast.compiled.parts == 1
 
 
+class FromTheStart(Tokens):
+    """All tokens of a segment read what the one before has left, behind a gate that is closed at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, out = [layer.start(x) for layer in self.layers], []
+        for part in x.split(T, 1):
+            new = list(h)
+            for t in range(part.shape[1]):
+                token = part[:, t]
+                for i, layer in enumerate(self.layers):
+                    token, new[i] = layer(token, self.gate * h[i])
+                out.append(token)
+            h = new
+        return torch.stack(out, 1)
+
+
+class Positions(Tokens):
+    """Positions in the segment, zeros at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(T, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = -(-x.shape[1] // T)
+        return super().forward(x + self.positions.repeat(n, 1)[: x.shape[1]])
+
+
+@pytest.mark.parametrize("kind", [FromTheStart, Positions])
+@pytest.mark.parametrize("tokens", [12, 16, 40])
+def test_parts_that_differ_where_no_value_shows_it(kind: type[nn.Module], tokens: int) -> None:
+    model = made(kind)
+    for name in ("gate", "positions"):
+        if hasattr(model, name):
+            nn.init.zeros_(getattr(model, name))
+    fast, x = rmtcompile.optimize(model), text(tokens)
+    with torch.no_grad():
+        assert torch.allclose(fast(x), model(x), rtol=0, atol=1e-12)
+        for p in model.parameters():
+            p.add_(torch.rand_like(p))
+        assert torch.allclose(fast(x), model(x), rtol=0, atol=1e-12)
+        assert torch.allclose(fast(text(24)), model(text(24)), rtol=0, atol=1e-12)
+
+
 def test_a_text_in_parts_runs_on_the_models_segments() -> None:
     model, x = made(Tokens), text(32)
     fast = rmtcompile.optimize(model)
@@ -217,7 +265,7 @@ def test_a_text_in_parts_runs_on_the_models_segments() -> None:
 def test_documents() -> None:
     model = made(Tokens)
     fast = rmtcompile.optimize(model)
-    texts = [text(n, 1) for n in (16, 8, 20)]
+    texts = [text(n, 1) for n in (16, 8, 20, 9, 3)]
     with torch.no_grad():
         fast(texts[0])
         for mine, x in zip(fast.map(texts), texts, strict=True):

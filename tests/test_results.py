@@ -223,12 +223,14 @@ class FirstIsInput(nn.Module):
             for l, layer in enumerate(self.layers):
                 h, states[l] = layer(h, states[l])
             out.append(h)
+        if self.how == "a parameter":
+            return [self.layers[0].mix.weight, *out[1:]]
         if self.how == "pairs":
             return [(h, h.mean()) for h in out]
         return {f"segment_{s}": h for s, h in enumerate(out)} if self.how == "keys" else out
 
 
-@pytest.mark.parametrize("how", ["list", "pairs", "keys"])
+@pytest.mark.parametrize("how", ["list", "pairs", "keys", "a parameter"])
 @torch.no_grad()
 def test_lists_whose_first_member_is_an_input(how: str) -> None:
     model = made(lambda: FirstIsInput(how))

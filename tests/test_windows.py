@@ -326,3 +326,54 @@ def test_one_layer_and_fewer_segments_than_layers() -> None:
         for segments in (7, 4, 3):
             ids = tokens(model, segments, batch=1)
             assert_equal(fast(ids), model(ids))
+
+
+WIDTH = 8
+
+
+class Behind(nn.Module):
+    """Each layer reads what it has kept some segments before, or the last few; fewer at first."""
+
+    def __init__(self, how: str, back: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.how, self.back = how, back
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept: list[list[Tensor]] = [[] for _ in self.layers]
+        out = []
+        for h in x.split(3, 1):
+            n = h.shape[1]
+            for i, layer in enumerate(self.layers):
+                found = kept[i][-self.back :]
+                if self.how == "one" and len(found) == self.back:
+                    h = torch.cat([found[0], h], 1)
+                elif self.how == "all" and found:
+                    h = torch.cat([*found, h], 1)
+                h = h[:, -n:] + torch.tanh(layer(h)).mean(1, keepdim=True)
+                kept[i].append(h.mean(1, keepdim=True))
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("back", [2, 3])
+@torch.no_grad()
+def test_what_was_kept_some_segments_before_is_seen_where_no_value_shows_it(back: int) -> None:
+    """A first call with zeros: longer captures are asked for, not the values of a longer input."""
+    model = Behind("one", back).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+        if parameter.dim() == 1:
+            torch.nn.init.zeros_(parameter)
+    fast = rmtcompile.optimize(model)
+    for x in (torch.zeros(2, 24, WIDTH), torch.randn(2, 24, WIDTH), torch.randn(2, 36, WIDTH)):
+        torch.testing.assert_close(fast(x.double()), model(x.double()), rtol=1e-10, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_window_that_is_full_before_a_short_last_segment_does_not_grow() -> None:
+    model = Behind("all", 3).double()
+    fast = rmtcompile.optimize(model)
+    for length in (24, 11, 14, 26, 8):
+        x = torch.randn(2, length, WIDTH, dtype=torch.float64)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-10, atol=1e-12)

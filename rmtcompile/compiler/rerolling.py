@@ -25,6 +25,7 @@ from rmtcompile.errors import (
     CaptureError,
     CircleError,
     RerollError,
+    UnseenError,
     UnsupportedError,
 )
 from rmtcompile.ir.segmentation import Segmentation
@@ -40,6 +41,9 @@ LONGEST = 4
 
 SEEN = 18
 """Segments of the capture in which it is looked for."""
+
+UNSEEN = 3
+"""Segments more that are captured where what was captured does not show all that longer inputs need."""
 
 NODES = 12_000
 """Nodes that this capture may have."""
@@ -186,7 +190,9 @@ def _settled(
             first += 1
             if first >= options.max_segments_captured:
                 raise
-    for count in range(first + 1, options.max_segments_captured + 1):
+    count, longest = first, options.max_segments_captured
+    while count < longest or (isinstance(failure, UnseenError) and count < longest + UNSEEN):
+        count += 1
         capture_b, large, _, again = unrolled(count)
         try:
             _same_leaves(capture_a, capture_b)
@@ -197,7 +203,7 @@ def _settled(
             with log.stage(f"reroll {small.count} -> {large.count}"):
                 counts = (small.count, large.count)
                 result, effects, pairs = results_of(capture_a, capture_b, counts, len(written))
-                may_grow = count > 3  # a window that fills up grows at first
+                may_grow = count - (rest > 0) > 3  # a window that fills up grows at first
                 rolled = _ruled(grouped(small, pairs, 0), grouped(large, pairs, 1), older, may_grow)
             return Found(rolled, (capture_a, capture_b), paths, written, result, effects, options.joins)
         except RerollError as error:
@@ -230,6 +236,8 @@ def _ruled(small: Unrolled, large: Unrolled, older: Unrolled | None, may_grow: b
             raise
         try:
             return reroll(small, large, older, may_grow=True)
+        except UnseenError:
+            raise
         except RerollError:
             raise error from None
 

@@ -73,7 +73,9 @@ def prepared(programs: Programs, state: RunState | None, args: Any, kwargs: Any)
         raise UnsupportedError(f"this forward cannot be run in parts: {obstacle}", remedy=_HELP)
     if state is not None and first:
         _check(programs, state, compiled, call.segmentation)
-    return Advance(call, entry, args, kwargs, max(call.total - carried.tail, first))
+    _, rest = call.segmentation.count([tensor.shape for tensor in tensors_of(args, kwargs)])
+    last = max(carried.tail, int(rest > 0))  # an incomplete one is read again, whatever it does
+    return Advance(call, entry, args, kwargs, max(call.total - last, first))
 
 
 def _obstacle(compiled: Compiled) -> str:

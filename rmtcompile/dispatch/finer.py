@@ -103,8 +103,9 @@ def _parts_of(programs: Programs, entry: Entry) -> int:
     is_plain = entry.compiled.fixed is None and entry.segmentation.parts == 1
     if not is_plain or options.plan == "sequential" or options.has_bands:
         return 1
-    times = set(Counter(entry.compiled.layer_paths).values())
-    return times.pop() if len(times) == 1 else 1
+    called = Counter(entry.compiled.layer_paths)
+    times = set(called.values())
+    return times.pop() if len(times) == 1 and len(called) > 1 else 1
 
 
 def _fits(segmentation: Segmentation) -> bool:

@@ -52,7 +52,7 @@ ANY = 1 << 62
 BEHIND = 3
 """Segments captured behind one that departs late: at the end what it leaves is dead code."""
 
-GOES_ON = 24
+GOES_ON = SEEN
 """The same of a text that is read in parts: a state that was left by rules of a few segments is of no use to
 those that more of them show."""
 
@@ -195,7 +195,7 @@ class Lengthening:
                 entry = self._settled(entry, found, call, args, kwargs)
             elif found.departs and not call.by_itself:
                 entry = self._foreseen(entry, found, call, args, kwargs)
-            if not entry.compiled.rolled.is_like(rolled):
+            if entry.compiled.rolled is not rolled and not entry.compiled.rolled.is_like(rolled):
                 changed = found
         if changed is not None:
             raise changed.error()
@@ -301,4 +301,4 @@ def _far(entry: Entry, call: Call) -> int:
     """Segments to which a forward is followed at its first call, if it can be."""
     if entry.executor.engine.is_compiled:
         return FAR
-    return 0 if call.by_itself else GOES_ON
+    return GOES_ON if not call.by_itself and call.segmentation.period == 1 else 0

@@ -23,12 +23,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from rmtcompile.errors import RerollError
+from rmtcompile.errors import RerollError, UnseenError
 from rmtcompile.ir.program import Body, Each, Source
 from rmtcompile.passes.grid.partition import CELL, EPILOGUE, INIT, PROLOGUE, Region
 from rmtcompile.passes.grid.reroll.classes import classes_of, members_of
 from rmtcompile.passes.grid.reroll.gathered import gathered
-from rmtcompile.passes.grid.reroll.loosened import check_growth, loosened, period_of_growing
+from rmtcompile.passes.grid.reroll.loosened import (
+    check_growth,
+    check_readers,
+    loosened,
+    period_of_growing,
+)
 from rmtcompile.passes.grid.reroll.rules import Classes, ClassRule, LiveIn, Rolled
 from rmtcompile.passes.grid.reroll.sources import affine, live_in_of, outputs_of
 from rmtcompile.passes.grid.reroll.unrolled import (
@@ -37,6 +42,7 @@ from rmtcompile.passes.grid.reroll.unrolled import (
     Unrolled,
     body_at,
     period_of,
+    region_name,
     shape_of,
     typed,
     unroll,
@@ -82,8 +88,12 @@ def reroll(small: Unrolled, large: Unrolled, older: Unrolled | None = None, may_
     for layer in growing:
         for rule in rules[(CELL, layer)].values():
             check_growth(layer, rule)
+    if growing:
+        check_readers(rules, classes)
     outputs = outputs_of(small, large, classes)
     rules, outputs = _complete(rules, outputs)
+    for key in keys:
+        _check_seen(key, rules[key], classes, small, large)
     minimum = max(c.head + c.tail if c.head and c.tail else 1 for c in classes.values())
     return Rolled(small.n_layers, classes, rules, outputs, small, minimum, None, (small.count, large.count))
 
@@ -187,6 +197,28 @@ def _varying(body: Body, others: list[Body]) -> dict[fx.Node, frozenset[int]]:
                 if a != b and isinstance(mine.meta.get("val"), torch.Tensor):
                     found[mine] |= {i for i, (x, y) in enumerate(zip(a[0], b[0], strict=False)) if x != y}
     return {node: frozenset(dims) for node, dims in found.items()}
+
+
+def _check_seen(
+    key: Key, by_class: dict[int, ClassRule], classes: dict[Key, Classes], small: Unrolled, large: Unrolled
+) -> None:
+    """Look whether the captures show what every class of producers gives that longer inputs make one read: a
+    value of three segments before is of the first ones in a capture of six."""
+    members = members_of(key, classes[key], small, large)
+    for number, rule in by_class.items():
+        bodies = [body_at(unrolled, key, s) for unrolled, s in members[number]]
+        for j, live_in in enumerate(rule.sources):
+            source = live_in.steady
+            is_read = any(j < len(body.live_ins) and body.live_ins[j] is not None for body in bodies)
+            if not (isinstance(source, Source) and source.relative and source.nodes and is_read):
+                continue
+            other, apart = classes[(source.kind, source.layer)], live_in.early
+            met = classes[key].met(number, source.segment, other, small.count, apart)
+            if unseen := met - {seen for seen, _ in source.nodes}:
+                raise UnseenError(
+                    f"{region_name(key)} of a longer input reads what these captures do not show",
+                    [f"{source}, which may be of class {', '.join(map(str, sorted(unseen)))}"],
+                )
 
 
 def _complete(

@@ -1,6 +1,6 @@
 """Gathered: lists over segments that are returned, with one member a segment, of one kind.
 
-    [x0, h1, h2]      the first segment's is made by the prologue (no layer adds to it), the others' by cells
+    [x0, h1, h2]      the first segment's is made by the prologue, or is a parameter, the others' by cells
         ->            [alias(x0), alias(h1), alias(h2)], each in the epilogue of its segment
 
 Rules say where all members of a list come from at once.  Lists that the forward joins itself are completed
@@ -32,12 +32,12 @@ def gathered(unrolled: Unrolled) -> Unrolled:
 
 
 def _is_mixed(unrolled: Unrolled, members: tuple[fx.Node, ...]) -> bool:
-    """Whether the members are one a segment, and lie in regions of different kinds or layers."""
-    if not all(member in unrolled.place for member in members):
-        return False
-    regions = [unrolled.place[member][0] for member in members]
-    is_each = [region.segment for region in regions] == list(range(len(regions)))
-    return is_each and len({(region.kind, region.layer) for region in regions}) > 1
+    """Whether the members are one a segment, and lie in regions of different kinds or layers, or in none: a
+    parameter, an argument."""
+    placed = {s: unrolled.place[x][0] for s, x in enumerate(members) if x in unrolled.place}
+    is_each = all(region.segment == s for s, region in placed.items())
+    kinds = {(region.kind, region.layer) for region in placed.values()}
+    return is_each and bool(kinds) and (len(kinds) > 1 or len(placed) < len(members))
 
 
 def _passed(unrolled: Unrolled, members: tuple[fx.Node, ...]) -> tuple[Unrolled, tuple[fx.Node, ...]]:

@@ -10,7 +10,7 @@ sizes of all values. Each has to be an affine function of the segment alone, and
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +18,11 @@ import torch
 from torch import fx
 
 from rmtcompile.errors import RerollError
-from rmtcompile.ir.program import Body
+from rmtcompile.ir.program import Body, Source
 from rmtcompile.passes.flat.value_numbering import key_of
 from rmtcompile.passes.grid.partition import CELL
-from rmtcompile.passes.grid.reroll.rules import ClassRule
-from rmtcompile.passes.grid.reroll.unrolled import Unrolled, period_of
+from rmtcompile.passes.grid.reroll.rules import Classes, ClassRule
+from rmtcompile.passes.grid.reroll.unrolled import Key, Unrolled, period_of, region_name
 
 
 def loosened(unrolled: Unrolled, layers: Collection[int]) -> Unrolled:
@@ -104,3 +104,29 @@ def check_growth(layer: int, rule: ClassRule) -> None:
             raise RerollError(
                 f"sizes in layer {layer} do not grow evenly with the segment", [f"one of them is {affine}"]
             )
+
+
+def check_readers(rules: Mapping[Key, Mapping[int, ClassRule]], classes: Mapping[Key, Classes]) -> None:
+    """Check that what grows is read as something that grows: a window that is full in both captures may look
+    as if it went on.
+
+    Raises:
+        RerollError: it is not.
+    """
+    for key, by_class in rules.items():
+        for rule in by_class.values():
+            for node, live_in in zip(rule.body.live_ins, rule.sources, strict=True):
+                source = live_in.steady
+                if not (isinstance(source, Source) and source.relative and isinstance(node, fx.Node)):
+                    continue
+                made = (source.kind, source.layer)
+                index = dict(source.nodes).get(classes[made].head)
+                maker = rules[made].get(classes[made].head)
+                if index is None or maker is None:
+                    continue
+                grown = maker.varying.get(maker.body.nodes[index], frozenset())
+                if not grown <= rule.varying.get(node, frozenset()):
+                    raise RerollError(
+                        f"what grows in {region_name(made)} has one size where {region_name(key)} reads it",
+                        [f"{node.format_node()}   {node.meta.get('source')}"],
+                    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,15 +90,17 @@ class Classes:
             return segment - count
         return min(segment, self.head)
 
-    def met(self, number: int, back: int, other: Classes, minimum: int) -> set[int]:
+    def met(
+        self, number: int, back: int, other: Classes, minimum: int, apart: Container[int] = ()
+    ) -> set[int]:
         """The classes of another region that this one's class `number` finds `back` segments before, in
-        inputs of `minimum` segments or more."""
+        inputs of `minimum` segments or more; some segments left out."""
         enough = minimum + self.head + self.tail + other.head + other.tail + back + 1
         return {
             other.of(segment - back, count)
             for count in range(minimum, enough + 1)
             for segment in range(back, count)
-            if self.of(segment, count) == number
+            if self.of(segment, count) == number and segment not in apart
         }
 
 

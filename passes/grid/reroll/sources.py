@@ -121,7 +121,10 @@ def live_in_of(
             [f"segment {s} of {one.count}: {_told(one, found)}" for one, t, found in seen if t == s],
             _AS_FAR_BACK,
         )
-    if early and (max(early) >= last_segment or (predicts and len(regular) < 2)):
+    counts = {unrolled.count for unrolled, _, _ in seen}
+    are_parts = max(counts) - min(counts) > 1  # of segments, each of which may do the same in turn
+    is_in_turn = are_parts and early and max(early) > min(regular, default=0)
+    if early and (max(early) >= last_segment or is_in_turn or (predicts and len(regular) < 2)):
         raise RerollError(
             f"a value that {region_name(key)} reads comes from another place in each segment",
             [f"segment {s}: {_told(one, found)}" for one, s, found in seen],
