@@ -206,14 +206,15 @@ def _check_seen(
     value of three segments before is of the first ones in a capture of six."""
     members = members_of(key, classes[key], small, large)
     for number, rule in by_class.items():
-        bodies = [body_at(unrolled, key, s) for unrolled, s in members[number]]
+        found = [(u.count - 1 - s, body_at(u, key, s).live_ins) for u, s in members[number]]
         for j, live_in in enumerate(rule.sources):
             source = live_in.steady
-            is_read = any(j < len(body.live_ins) and body.live_ins[j] is not None for body in bodies)
+            ends = {end for end, live_ins in found if live_ins[j] is None}  # dead code
+            is_read = len(ends) < len({end for end, _ in found})
             if not (isinstance(source, Source) and source.relative and source.nodes and is_read):
                 continue
-            other, apart = classes[(source.kind, source.layer)], live_in.early
-            met = classes[key].met(number, source.segment, other, small.count, apart)
+            other = classes[(source.kind, source.layer)]
+            met = classes[key].met(number, source.segment, other, small.count, live_in.early, ends)
             if unseen := met - {seen for seen, _ in source.nodes}:
                 raise UnseenError(
                     f"{region_name(key)} of a longer input reads what these captures do not show",

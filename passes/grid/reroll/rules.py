@@ -91,16 +91,28 @@ class Classes:
         return min(segment, self.head)
 
     def met(
-        self, number: int, back: int, other: Classes, minimum: int, apart: Container[int] = ()
+        self,
+        number: int,
+        back: int,
+        other: Classes,
+        minimum: int,
+        early: Container[int] = (),
+        ends: Container[int] = (),
     ) -> set[int]:
         """The classes of another region that this one's class `number` finds `back` segments before, in
-        inputs of `minimum` segments or more; some segments left out."""
+        inputs of `minimum` segments or more.
+
+        Args:
+            early, ends: segments that do not read there, counted from the start and from the end.
+        """
         enough = minimum + self.head + self.tail + other.head + other.tail + back + 1
         return {
             other.of(segment - back, count)
             for count in range(minimum, enough + 1)
             for segment in range(back, count)
-            if self.of(segment, count) == number and segment not in apart
+            if self.of(segment, count) == number
+            and segment not in early
+            and count - 1 - segment not in ends
         }
 
 
