@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 
 class RMTCompileError(Exception):
@@ -69,7 +70,13 @@ class RerollError(UnsupportedError):
 
 
 class UnseenError(RerollError):
-    """Captures are too short to show all that longer inputs need."""
+    """Captures are too short to show all that longer inputs need.
+
+    Attributes:
+        rolled: the rules as far as they show.
+    """
+
+    rolled: Any = None
 
 
 class BoundedError(RerollError):

@@ -69,14 +69,12 @@ def test_a_segment_that_no_short_capture_shows(special: int) -> None:
         assert fast.captures > 1
 
 
+@pytest.mark.parametrize("back", [4, 9])
 @torch.no_grad()
-def test_what_comes_later_than_all_captures_is_refused() -> None:
-    fast = rmtcompile.optimize(made(lambda: Toy(2, back=4)))
-    with pytest.raises(RerollError) as caught:
-        fast(features(11))
-    lines = str(caught.value).splitlines()
-    assert lines[0].startswith("what holds for up to 8 segments does not hold for")
-    assert "differs from the sequential forward" in lines[1] and "fallback='sequential'" in lines[2]
+def test_what_comes_later_than_the_usual_captures_is_captured_too(back: int) -> None:
+    model = made(lambda: Toy(2, back=back))
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    assert_equal_runs(model, fast, [features(segments) for segments in (11, 2, 20)])
 
 
 class Squares(nn.Module):

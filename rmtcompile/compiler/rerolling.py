@@ -174,6 +174,7 @@ def _settled(
         BoundedError: none were found before the model refused so long an input.
     """
     failure: RerollError | None = None
+    unseen: Found | None = None  # rules that do not show all that longer inputs need: these are compared
     older: Unrolled | None = None
     at_hand, rest = segmentation.count([tensor.shape for tensor in tensors_of(args, kwargs)])
 
@@ -191,9 +192,14 @@ def _settled(
             if first >= options.max_segments_captured:
                 raise
     count, longest = first, options.max_segments_captured
-    while count < longest or (isinstance(failure, UnseenError) and count < longest + UNSEEN):
+    while count < longest or (unseen is not None and count < longest + UNSEEN):
         count += 1
-        capture_b, large, _, again = unrolled(count)
+        try:
+            capture_b, large, _, again = unrolled(count)
+        except BoundedError:
+            if unseen is None:
+                raise
+            return unseen
         try:
             _same_leaves(capture_a, capture_b)
             if written != again:
@@ -207,9 +213,14 @@ def _settled(
                 rolled = _ruled(grouped(small, pairs, 0), grouped(large, pairs, 1), older, may_grow)
             return Found(rolled, (capture_a, capture_b), paths, written, result, effects, options.joins)
         except RerollError as error:
-            failure = error
+            failure, unseen = error, None
+            if isinstance(error, UnseenError):
+                given = (capture_a, capture_b), paths, written, result, effects, options.joins
+                unseen = Found(error.rolled, *given)
         older, capture_a, small, written = small, capture_b, large, again
     assert failure is not None
+    if unseen is not None:
+        return unseen
     joins = _joins(capture_a, count, segmentation, options)
     length = (count - (rest > 0)) * segmentation.axes[0].length + rest
     failure.parts = walked_parts(capture_a, segmentation, length)

@@ -264,12 +264,14 @@ class Lengthening:
                 if length <= proved:
                     raise self._located_difference(entry, length, found, *part)
                 if proved >= longest:
-                    raise RerollError(
+                    error = RerollError(
                         f"what holds for up to {proved} segments does not hold for {length}",
                         [found],
-                        "a value must be read at most three segments later; fallback='sequential' runs the "
+                        "a value must be read at most a few segments later; fallback='sequential' runs the "
                         "model as it is",
                     )
+                    error.nodes = entry.compiled.longest.nodes // proved
+                    raise error
             entry.lengths.too_short = True
             entry.longer = self._programs.made(call, args, kwargs, fewest=proved)
             same = entry.longer.compiled.rolled.is_like(entry.compiled.rolled)

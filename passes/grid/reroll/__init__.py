@@ -92,10 +92,12 @@ def reroll(small: Unrolled, large: Unrolled, older: Unrolled | None = None, may_
         check_readers(rules, classes)
     outputs = outputs_of(small, large, classes)
     rules, outputs = _complete(rules, outputs)
-    for key in keys:
-        _check_seen(key, rules[key], classes, small, large)
     minimum = max(c.head + c.tail if c.head and c.tail else 1 for c in classes.values())
-    return Rolled(small.n_layers, classes, rules, outputs, small, minimum, None, (small.count, large.count))
+    proved_on = small.count, large.count
+    rolled = Rolled(small.n_layers, classes, rules, outputs, small, minimum, None, proved_on)
+    for key in keys:
+        _check_seen(key, rolled, small, large)
+    return rolled
 
 
 def fixed(only: Unrolled) -> Rolled:
@@ -199,27 +201,28 @@ def _varying(body: Body, others: list[Body]) -> dict[fx.Node, frozenset[int]]:
     return {node: frozenset(dims) for node, dims in found.items()}
 
 
-def _check_seen(
-    key: Key, by_class: dict[int, ClassRule], classes: dict[Key, Classes], small: Unrolled, large: Unrolled
-) -> None:
+def _check_seen(key: Key, rolled: Rolled, small: Unrolled, large: Unrolled) -> None:
     """Look whether the captures show what every class of producers gives that longer inputs make one read: a
     value of three segments before is of the first ones in a capture of six."""
+    classes = rolled.classes
     members = members_of(key, classes[key], small, large)
-    for number, rule in by_class.items():
-        found = [(u.count - 1 - s, body_at(u, key, s).live_ins) for u, s in members[number]]
+    for number, rule in rolled.rules[key].items():
+        found = [(u, u.count - 1 - s, body_at(u, key, s).live_ins) for u, s in members[number]]
         for j, live_in in enumerate(rule.sources):
             source = live_in.steady
-            ends = {end for end, live_ins in found if live_ins[j] is None}  # dead code
-            is_read = len(ends) < len({end for end, _ in found})
-            if not (isinstance(source, Source) and source.relative and source.nodes and is_read):
+            dead = [{end for u, end, ins in found if u is of and ins[j] is None} for of in (small, large)]
+            ends, is_at_the_end = dead[1], dead[0] == dead[1]  # else nobody reads it but the first segments
+            if not (isinstance(source, Source) and source.relative and source.nodes and is_at_the_end):
                 continue
             other = classes[(source.kind, source.layer)]
             met = classes[key].met(number, source.segment, other, small.count, live_in.early, ends)
             if unseen := met - {seen for seen, _ in source.nodes}:
-                raise UnseenError(
+                error = UnseenError(
                     f"{region_name(key)} of a longer input reads what these captures do not show",
                     [f"{source}, which may be of class {', '.join(map(str, sorted(unseen)))}"],
                 )
+                error.rolled = rolled
+                raise error
 
 
 def _complete(
