@@ -213,7 +213,8 @@ def recounted(
     with register_module_forward_pre_hook(lambda module, _: calls.update((id(module),))):
         _, failure = _attempt(fn, flat, positions, spec, shapes, None, True)
     times = Counter(n for n in calls.values() if 1 < n < _LONG and _LONG % n == 0)
-    if failure is not None or not times:
+    are_segments = _LONG in calls.values()  # what is called for each of them says so
+    if failure is not None or are_segments or not times:
         return None
     several = _LONG // max(times, key=lambda n: (times[n], n))
     return Segmentation(tuple(replace(axis, length=axis.length * several) for axis in found.axes))
