@@ -195,17 +195,16 @@ class _StripMiner(PieceMaker):
             known = parts_of(x) if name in ("cat", "stack") and is_static_tensor(x) else None
             parts = [] if known is None else self._flat_parts(known, name == "stack")
             sizes = self._grouped(parts) if parts else None
-            if sizes is None and self.are_parts and len(parts) > 1:
-                sizes = self._some(parts)
+            if sizes is None and self.are_parts and (sizes := self._some(parts)) is not None:
                 self.first[x] = parts[0][1]
             self.strips[x] = None if known is None or sizes is None else (known[1], sizes)
         return self.strips[x]
 
     def _some(self, parts: list[tuple[int, int]]) -> tuple[int, ...] | None:
         """The parts of a join of several segments in order, one of each, if it is one."""
-        first = parts[0][1]
+        first = parts[0][1] if parts else -1
         is_each = first >= 0 and [s for _, s in parts] == list(range(first, first + len(parts)))
-        return tuple(size for size, _ in parts) if is_each else None
+        return tuple(size for size, _ in parts) if is_each and len(parts) > 1 else None
 
     def _flat_parts(self, known: tuple[list[fx.Node], int], is_stack: bool) -> list[tuple[int, int]]:
         """(size, segment) of the parts of a join; a part that is the join of segments itself counts as its

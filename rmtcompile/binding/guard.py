@@ -136,8 +136,7 @@ def structure_key(
     """
     flat = pytree.tree_leaves((args, kwargs))
     _, rest = segmentation.count([value.shape for value in flat if isinstance(value, torch.Tensor)])
-    is_own = segmentation.period == segmentation.parts == 1
-    begun = rest > 0 if is_own else segmentation.pieces(rest)
+    begun = rest > 0 if segmentation.is_own else segmentation.pieces(rest)
     called = call_key(args, kwargs)
     return ((called, layouts) if layouts else called, segmentation, begun)
 

@@ -138,7 +138,7 @@ def period_of_forward(
 ) -> int:
     """After how many segments what the forward does repeats, as a longer capture shows it; 0 where it does
     not, or where several segments are taken as one already."""
-    if segmentation.period > 1 or segmentation.parts > 1:
+    if not segmentation.is_own:
         return 0
     try:
         _, unrolled, _, _ = unrolled_forward(fn, args, kwargs, segmentation, SEEN, options, log)
@@ -149,8 +149,7 @@ def period_of_forward(
 
 def _joins(capture: Capture, count: int, segmentation: Segmentation, options: Options) -> Joins:
     """What layers join; of segments that are several of the model, or parts of one, this is not asked."""
-    is_own = segmentation.period == segmentation.parts == 1
-    return joins_of(capture, count, options) if is_own else Joins()
+    return joins_of(capture, count, options) if segmentation.is_own else Joins()
 
 
 def _waits(found: Found) -> list[Edge]:
@@ -183,15 +182,8 @@ def _settled(
             return unrolled_forward(fn, args, kwargs, segmentation, count, options, log)
 
     first = max(options.min_segments_captured, 3 if rest else 2)  # a whole one between two special ones
-    while True:
-        try:
-            capture_a, small, paths, written = unrolled(first)
-            break
-        except CircleError:
-            first += 1
-            if first >= options.max_segments_captured:
-                raise
-    count, longest = first, options.max_segments_captured
+    longest = options.max_segments_captured
+    count, (capture_a, small, paths, written) = _first_in_order(unrolled, first, longest)
     while count < longest or (unseen is not None and count < longest + UNSEEN):
         count += 1
         try:
@@ -225,6 +217,18 @@ def _settled(
     length = (count - (rest > 0)) * segmentation.axes[0].length + rest
     failure.parts = walked_parts(capture_a, segmentation, length)
     raise _NoRulesError(failure, joins, len(capture_a.graph.nodes) // count)
+
+
+def _first_in_order(unrolled: Callable[[int], Any], first: int, longest: int) -> tuple[int, Any]:
+    """The shortest capture in which there is an order of cells: two segments may not show where what both
+    read lies."""
+    while True:
+        try:
+            return first, unrolled(first)
+        except CircleError:
+            first += 1
+            if first >= longest:
+                raise
 
 
 @contextmanager

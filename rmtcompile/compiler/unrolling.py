@@ -112,7 +112,7 @@ def walked_parts(captured: Capture, segmentation: Segmentation, length: int) -> 
     parts = [n for n in range(2, segment + 1) if segment % n == 0]
     found = {n: called[-(-length * n // segment)] for n in parts}
     best = max(found, key=lambda n: found[n], default=0)
-    return best if best and found[best] > 1 and segmentation.parts == segmentation.period == 1 else 0
+    return best if best and found[best] > 1 and segmentation.is_own else 0
 
 
 @dataclass

@@ -53,8 +53,8 @@ BEHIND = 3
 """Segments captured behind one that departs late: at the end what it leaves is dead code."""
 
 GOES_ON = SEEN
-"""The same of a text that is read in parts: a state that was left by rules of a few segments is of no use to
-those that more of them show."""
+"""Segments to which the first part of a text is followed: a state that rules of a few segments have left is
+of no use to those that more of them show."""
 
 DOUBTS = 4
 """Longer captures in a row that one call may cost."""

@@ -51,6 +51,11 @@ class Segmentation:
         return replace(self, parts=parts)
 
     @property
+    def is_own(self) -> bool:
+        """Whether these segments are the model's: neither several of them as one, nor parts."""
+        return self.period == self.parts == 1
+
+    @property
     def steps(self) -> Segmentation:
         """The steps of the grid: what a program counts."""
         axes = tuple(replace(axis, length=axis.length // self.parts) for axis in self.axes)
