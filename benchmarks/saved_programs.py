@@ -1,10 +1,11 @@
 """What a saved program saves: the first call where it is compiled, and where it is loaded, each in a process.
 
     python benchmarks/saved_programs.py [--preset 1b] [--segment 1024] [--segments 8] [--device cuda]
+    python benchmarks/saved_programs.py --train [...]
 
 Each process builds the model, then times its calls by the wall clock, waited for; a process that loads has no
-compiled code but what lies in the folder. It is loaded twice: the first time reads files of torch that the
-machine may not have read before.
+compiled code but what lies in the folder. With --train a call is a training step. Programs are loaded twice:
+the first time reads files of torch that the machine may not have read before.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ begun = time.perf_counter()
 import torch  # noqa: E402  (the time that imports take is told)
 
 import rmtcompile  # noqa: E402
+from rmtcompile.bench.opponents import result_of  # noqa: E402
 from rmtcompile.bench.shapes import SHAPES, Case  # noqa: E402
 
 CALLS = 3
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--segments", type=int, default=8, help="of the input")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="inductor")
+    parser.add_argument("--train", action="store_true", help="time training steps instead of forwards")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -66,9 +69,13 @@ def one(args: Any, imports: float) -> None:
         fast = rmtcompile.load(args.load, model, backend=args.backend)
     else:
         fast = rmtcompile.optimize(model, backend=args.backend)
+    model.requires_grad_(args.train)
     for call in range(CALLS):
-        with torch.no_grad():
-            fast(ids)
+        with torch.set_grad_enabled(args.train):
+            result = fast(ids)
+        if args.train:
+            result_of(result).float().square().mean().backward()
+            model.zero_grad()
         wait(device)
         print(f"  call {call + 1}: {time.perf_counter() - started:.3f} s", flush=True)
         started = time.perf_counter()

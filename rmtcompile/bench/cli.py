@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rmtcompile.bench.flags import LARGE, SHAPE_FLAGS, SMALL, parser
+from rmtcompile.bench.flags import LARGE, RECOMPUTE, SHAPE_FLAGS, SMALL, parser
 from rmtcompile.commandline import UsageError, check_file, check_folder
 
 if TYPE_CHECKING:
@@ -170,14 +170,23 @@ def training_of(args: argparse.Namespace, flags: tuple[str, ...]) -> training.Se
     Raises:
         ValueError: they do not fit together.
     """
-    from rmtcompile.bench.training import Settings
+    from rmtcompile.bench.training import LONGEST_EAGER, TABLE, Settings, Steps
 
     base = settings_of(args)
-    if len(base.cases) != 1:
+    if args.train == "table":
+        if args.tokens or args.segment or args.recompute:
+            raise ValueError("the table has lengths, segments and programs of its own")
+        models = []
+        for preset, segment, programs, own in TABLE:
+            of_row = argparse.Namespace(**{**vars(args), "preset": preset, "segment": [segment]})
+            models.append(Steps(preset, _cases_of(of_row)[1][0], programs, own if args.own else ()))
+    elif len(base.cases) != 1:
         raise ValueError("training steps have segments of one length, not of several")
-    return Settings(
-        base.cases[0], base.tokens, args.recompute, args.own, args.rounds, base.options, args.budget, flags
-    )
+    else:
+        case = base.cases[0]
+        own = [n for n in base.tokens if args.own and n <= LONGEST_EAGER * case.segment]
+        models = [Steps(args.preset, case, dict.fromkeys(args.recompute or RECOMPUTE, base.tokens), own)]
+    return Settings(models, args.rounds, base.options, args.budget, flags)
 
 
 def bands_of(args: argparse.Namespace, flags: tuple[str, ...]) -> bands.Settings:

@@ -16,6 +16,7 @@ LARGE = {
     "tokens": [4096, 8192, 32768, 131072],
     "dtype": "bfloat16",
 }
+RECOMPUTE = ("none", "level")
 SHAPE_FLAGS = ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab")
 
 _EXAMPLES = """\
@@ -25,6 +26,7 @@ examples
   rmtcompile bench --segment 128 256 512 --opponents graphed diagonal
   rmtcompile bench --layers 32 --hidden 4096 --errors --profile --plots plots
   rmtcompile bench --train --tokens 4096 32768              training steps, forward and backward
+  rmtcompile bench --train table --out run.json             training steps of several shapes, one table
   rmtcompile bench --devices 1 2 4 --tokens 32768 131072 524288      bands of layers on several GPUs
   rmtcompile bench --documents 60 --out run.json            60 inputs of random lengths, one at a time
   rmtcompile bench --map 64 --tokens 4096                   a queue of 64 documents, in several ways
@@ -123,14 +125,19 @@ def parser() -> Parser:
         "forward and backward of --tokens, beside the model as it is and with compiled layers; the opponents "
         "above are left out",
     )
-    steps.add_argument("--train", action="store_true", help="time training steps")
+    steps.add_argument(
+        "--train",
+        nargs="?",
+        const="tokens",
+        choices=("tokens", "table"),
+        help="time training steps; table: those of several shapes and lengths, in one run (on a GPU)",
+    )
     steps.add_argument(
         "--recompute",
         nargs="+",
         type=_recompute,
-        default=["none", "level"],
         metavar="HOW",
-        help="programs: none, level or a number of levels (default: none level)",
+        help="programs: none, level, auto or a number of levels (default: none level)",
     )
     steps.add_argument(
         "--own", action=argparse.BooleanOptionalAction, default=True, help="steps of the model itself, too"

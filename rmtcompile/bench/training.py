@@ -28,22 +28,40 @@ EVERY = 997
 """Of the gradients, each 997th element is compared."""
 
 LONGEST_EAGER = 32
-"""Segments up to which the model as it is takes steps."""
+"""Segments up to which the model as it is takes steps, where nothing else is said."""
+
+LONG = 10.0
+"""Seconds of steps after which two rounds are enough."""
+
+TABLE: tuple[tuple[str, int, dict[str | int, Sequence[int]], Sequence[int]], ...] = (
+    ("1b", 1024, {"none": (4096, 32768), "level": (32768, 131072)}, (4096, 32768)),
+    ("160m", 1024, {"none": (8192,)}, (8192,)),
+    ("160m", 256, {"none": (4096,)}, (4096,)),
+)
+"""Preset, segment, programs and the model's own lengths (see `Steps`) of `--train table`."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps of one model.
+
+    Attributes:
+        shape: its name, in tables.
+        programs: what backward computes again, for each program, and the lengths that it takes, in tokens.
+        own: the lengths of which the model takes steps itself, as it is and with compiled layers.
+    """
+
+    shape: str
+    case: Case
+    programs: Mapping[str | int, Sequence[int]]
+    own: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What one run does; see the command line's help.
+    """What one run does; see the command line's help."""
 
-    Attributes:
-        recompute: what backward computes again, for each program.
-        opponents: whether the model takes steps itself, as it is and with compiled layers.
-    """
-
-    case: Case
-    tokens: Sequence[int]
-    recompute: Sequence[str | int] = ("none", "level")
-    opponents: bool = True
+    models: Sequence[Steps]
     rounds: int = 5
     options: Mapping[str, Any] = field(default_factory=dict)
     budget: float = float("inf")
@@ -58,53 +76,63 @@ class Session(Recording):
     ) -> None:
         super().__init__(device, settings.budget, save)
         self.settings = settings
-        case = settings.case
-        self._grads: dict[tuple[str, int], list[Tensor]] = {}  # by name and tokens
-        self.begin(case, settings.flags, steps=[])
+        self.begin(settings.models[0].case, settings.flags, steps=[])
 
     def run(self) -> None:
-        """All programs, then the model; saved after each length."""
-        case = self.settings.case
+        """All models; saved after each length."""
+        for steps in self.settings.models:
+            ModelSession(self, steps).run()
+        self.record["seconds"] = time.monotonic() - self.started
+        self.save(self.record)
+
+
+class ModelSession:
+    """The steps of one model: all programs, then the model itself."""
+
+    def __init__(self, session: Session, steps: Steps) -> None:
+        self.session, self.steps, self.device = session, steps, session.device
+        self.case, self.settings = steps.case, session.settings
+        self._taken: list[tuple[dict[str, Any], list[Tensor]]] = []  # records, and gradients
+
+    def run(self) -> None:
+        """Build the model, take all steps, compare."""
+        case, session = self.case, self.session
         torch.compiler.reset()
         measure.release(self.device)
-        self.say(f"building {case.shape.layers} layers of width {case.shape.hidden}")
+        session.say(f"building {case.shape.layers} layers of width {case.shape.hidden}")
         model = case.build(self.device).requires_grad_()
         self.target = torch.randn(1, case.segment, case.shape.hidden, device=self.device)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         self.others = measure.allocated(self.device) - weights
-        self.record["weights_bytes"] = weights
-        for how in self.settings.recompute:
-            options = {"progress": self.say, "cache": False, **self.settings.options, "recompute": how}
-            self._steps(f"rmtcompile, {how} recomputed", rmtcompile.optimize(model, **options), model)
-        if self.settings.opponents:
-            self._steps("the model as it is", model, model)
+        for how, lengths in self.steps.programs.items():
+            options = {"progress": session.say, "cache": False, **self.settings.options, "recompute": how}
+            fast = rmtcompile.optimize(model, **options)
+            self._steps(f"rmtcompile, {how} recomputed", fast, model, lengths)
+        if self.steps.own:
+            self._steps("the model as it is", model, model, self.steps.own)
             for layer in model.memory_cell.layers:
                 layer.compile()
-            self._steps("the model, layers compiled", model, model)
+            self._steps("the model, layers compiled", model, model, self.steps.own)
         self._compare()
-        self.record["seconds"] = time.monotonic() - self.started
-        self.save(self.record)
 
-    def _steps(self, name: str, run: Callable[..., Any], model: nn.Module) -> None:
+    def _steps(self, name: str, run: Callable[..., Any], model: nn.Module, lengths: Sequence[int]) -> None:
         """Steps of each length."""
-        case = self.settings.case
-        for tokens in self.settings.tokens:
-            if self.is_late:
-                self.note(f"{name}, {tokens} tokens: not begun, the time is up")
+        for tokens in lengths:
+            what = f"{self.steps.shape}, {name}, {tokens} tokens"
+            if self.session.is_late:
+                self.session.note(f"{what}: not begun, the time is up")
                 continue
-            if run is model and tokens > LONGEST_EAGER * case.segment:
-                continue
-            torch.manual_seed(case.seed)
-            ids = case.ids(tokens, self.device)
+            torch.manual_seed(self.case.seed)
+            ids = self.case.ids(tokens, self.device)
             try:
                 self._step_of(name, run, model, ids)
             except torch.OutOfMemoryError:
                 self._none(model)
-                self.note(f"{name}, {tokens} tokens: out of memory")
+                self.session.note(f"{what}: out of memory")
             except Exception as error:  # the others are measured all the same
                 traceback.print_exc()
-                self.note(f"{name}, {tokens} tokens: {type(error).__name__}: {error}".splitlines()[0][:300])
-            self.save(self.record)
+                self.session.note(f"{what}: {type(error).__name__}: {error}".splitlines()[0][:300])
+            self.session.save(self.session.record)
 
     def _step_of(self, name: str, run: Callable[..., Any], model: nn.Module, ids: Tensor) -> None:
         def step() -> None:
@@ -123,30 +151,32 @@ class Session(Recording):
         step()
         reserved = measure.reserved(self.device) - self.others
         grads = [p.grad.flatten()[::EVERY].float().cpu() for p in model.parameters() if p.grad is not None]
-        times, hosts = [], []
-        for _ in range(self.settings.rounds):
+        times: list[float] = []
+        hosts = []
+        while len(times) < self.settings.rounds and (len(times) < 2 or sum(times) < LONG):
             start = time.perf_counter()
             step()
             hosts.append(time.perf_counter() - start)
             measure.synchronise(self.device)
             times.append(time.perf_counter() - start)
         self._none(model)
-        self.record["steps"].append(
-            {
-                "name": name,
-                "tokens": ids.shape[1],
-                "first_s": first,
-                "step_s": times,
-                "host_s": statistics.median(hosts),
-                "second_s": second,
-                "peak_bytes": peak,
-                "reserved_bytes": reserved,
-                "gradients": [float(g.norm()) for g in grads],
-            }
-        )
-        self._grads[name, ids.shape[1]] = grads
+        record = {
+            "shape": self.steps.shape,
+            "segment": self.case.segment,
+            "name": name,
+            "tokens": ids.shape[1],
+            "first_s": first,
+            "step_s": times,
+            "host_s": statistics.median(hosts),
+            "second_s": second,
+            "peak_bytes": peak,
+            "reserved_bytes": reserved,
+            "gradients": [float(g.norm()) for g in grads],
+        }
+        self.session.record["steps"].append(record)
+        self._taken.append((record, grads))
         took = statistics.median(times) * 1e3
-        self.say(f"{name}, {ids.shape[1]} tokens: {took:.1f} ms, first {first:.1f} s")
+        self.session.say(f"{name}, {ids.shape[1]} tokens: {took:.1f} ms, first {first:.1f} s")
 
     def _none(self, model: nn.Module) -> None:
         for parameter in model.parameters():
@@ -155,11 +185,12 @@ class Session(Recording):
 
     def _compare(self) -> None:
         """Relative differences of the gradients from the model's own: the median and the largest one."""
-        for step in self.record["steps"]:
-            own = self._grads.get(("the model as it is", step["tokens"]))
-            mine = self._grads[step["name"], step["tokens"]]
-            if own is not None and mine is not own:
-                found = [float((a - b).norm() / (b.norm() + 1e-20)) for a, b in zip(mine, own, strict=True)]
+        own = {step["tokens"]: grads for step, grads in self._taken if step["name"] == "the model as it is"}
+        for step, mine in self._taken:
+            theirs = own.get(step["tokens"])
+            if theirs is not None and theirs is not mine:
+                pairs = zip(mine, theirs, strict=True)
+                found = [float((a - b).norm() / (b.norm() + 1e-20)) for a, b in pairs]
                 step["difference"] = [statistics.median(found), max(found)]
 
 
@@ -167,10 +198,12 @@ def tables(record: dict[str, Any]) -> Iterator[Table]:
     """The run, and each step."""
     yield environment_table(record["environment"])
     rows = []
-    for step in sorted(record["steps"], key=lambda step: step["tokens"]):
+    for step in record["steps"]:
         difference = step.get("difference")
         rows.append(
             (
+                step["shape"],
+                f"{step['segment']:,}",
                 f"{step['tokens']:,}",
                 step["name"],
                 f"{statistics.median(step['step_s']) * 1e3:.1f}",
@@ -183,5 +216,5 @@ def tables(record: dict[str, Any]) -> Iterator[Table]:
             )
         )
     times = ("ms", "host ms", "peak GiB", "reserved", "first s", "second")
-    header = ("tokens", "step", *times, "gradients off: median, most")
-    yield Table(f"training steps, segments of {record['segment']}", header, rows)
+    header = ("shape", "segment", "tokens", "step", *times, "gradients off: median, most")
+    yield Table("training steps", header, rows)
