@@ -266,6 +266,29 @@ def test_a_new_rest_records_nothing(build: Any, backend: str, monkeypatch: pytes
     assert counters["stats"]["unique_graphs"] == compiled
 
 
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("build", [Toy, FirstDiffers, lambda: Toy(3, up=-1), lambda: Toy(2, back=2)])
+@torch.no_grad()
+def test_parts_that_come_again_are_recorded(build: Any, backend: str) -> None:
+    """Two texts in turn, with weights that move on the way and a rest at the end."""
+    model, own = on_cuda(build)
+    fast = rmtcompile.optimize(own, backend=backend)
+    texts = [inputs(23, seed) for seed in range(2)]
+    length = 4 * texts[0].shape[1] // 23
+    for change in (_in_place, _moved):
+        states: list[Any] = [None, None]
+        rows: list[list[Tensor]] = [[], []]
+        for start in range(0, texts[0].shape[1], length):
+            for i, x in enumerate(texts):
+                out, states[i] = fast.run(x[:, start : start + length], state=states[i])
+                rows[i].append(out)
+        for x, row in zip(texts, rows, strict=True):
+            assert_same(model(x), torch.cat(row, 1), 1e-6)
+        assert "parts of texts are recorded" in str(fast.explain())
+        for one in (model, own):
+            change(one)
+
+
 @pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("gpt2", 2)])
 @torch.no_grad()
 def test_an_armt_reads_any_rest(name: str, batch: int) -> None:

@@ -6,7 +6,7 @@ and what the block leaves is noted as events.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,9 +14,9 @@ import torch
 
 from rmtcompile.ir.program import Program
 from rmtcompile.passes.emit.borders import Borders
-from rmtcompile.runtime.base import Engine
+from rmtcompile.runtime.base import BaseRun, Engine
 from rmtcompile.runtime.blocks import Block
-from rmtcompile.runtime.copies import copy_all, paired
+from rmtcompile.runtime.copies import copy_all, filled_from, paired
 from rmtcompile.runtime.run import Run
 
 Part = tuple[Callable[[Any, int], tuple[Any, ...]], int]
@@ -91,27 +91,24 @@ class Recorded(Protocol):
     def place(self, name: str, age: int) -> Any: ...
 
 
-class BlockRun(Run):
-    """The run of a block while it is recorded."""
+class RecordedRun(Run):
+    """A run while it is recorded: parts of the inputs are read from fixed places, and what is left to the
+    host is noted.
 
-    def __init__(self, blocks: Recorded, block: Block, segments: int, parts: Parts) -> None:
-        super().__init__(
-            blocks.program, segments, blocks.inputs, blocks.leaves, blocks.weights, blocks.engine, False
-        )
-        self.init, self.stacked = blocks.init, blocks.stacked
-        self.blocks, self.base, self.places = blocks, block.base, parts
+    Attributes:
+        base: the segment from which others are counted.
+        places: where parts of the inputs are read.
+        outer: taps that the host reads.
+        events: what is left to the host.
+    """
+
+    base: int
+    places: Parts
+    outer: Collection[str]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.events: list[Event] = []
-        if not blocks.has_ends:
-            self._close_lanes(self.program.open_lanes)
-        for name in blocks.borders.reach:
-            for segment in blocks.held(name, block.levels.start, segments):
-                self.taps[name].values[segment] = blocks.place(name, block.base - segment)
-
-    def _close_lanes(self, names: Collection[str]) -> None:
-        """Do without lanes of the last segments, which run after the last recorded level."""
-        self.lanes = {name: store for name, store in self.lanes.items() if name not in names}
-        for feeds in self._feeds_of.values():
-            feeds[:] = [(lane, feed) for lane, feed in feeds if lane.name not in names]
 
     def parts(self, function: Callable[[Any, int], tuple[Any, ...]], segment: int) -> tuple[Any, ...]:
         return self.places[function, segment - self.base]
@@ -126,7 +123,7 @@ class BlockRun(Run):
         self._leave(name, segment, value)
 
     def _leave(self, name: str, segment: int, value: Any) -> None:
-        if name in self.blocks.borders.outer:
+        if name in self.outer:
             self.events.append(Event("keep", name, segment - self.base, value))
 
     def hand(self, name: str, segment: int, values: tuple[Any, ...]) -> None:
@@ -134,6 +131,29 @@ class BlockRun(Run):
 
     def rest(self, function: Callable[[Any, int], None], segment: int) -> None:
         self.events.append(Event("rest", function, segment - self.base))
+
+
+class BlockRun(RecordedRun):
+    """The run of a block while it is recorded."""
+
+    def __init__(self, blocks: Recorded, block: Block, segments: int, parts: Parts) -> None:
+        super().__init__(
+            blocks.program, segments, blocks.inputs, blocks.leaves, blocks.weights, blocks.engine, False
+        )
+        self.init, self.stacked = blocks.init, blocks.stacked
+        self.blocks, self.base, self.places = blocks, block.base, parts
+        self.outer = blocks.borders.outer
+        if not blocks.has_ends:
+            self._close_lanes(self.program.open_lanes)
+        for name in blocks.borders.reach:
+            for segment in blocks.held(name, block.levels.start, segments):
+                self.taps[name].values[segment] = blocks.place(name, block.base - segment)
+
+    def _close_lanes(self, names: Collection[str]) -> None:
+        """Do without lanes of the last segments, which run after the last recorded level."""
+        self.lanes = {name: store for name, store in self.lanes.items() if name not in names}
+        for feeds in self._feeds_of.values():
+            feeds[:] = [(lane, feed) for lane, feed in feeds if lane.name not in names]
 
     def settle(self) -> None:
         """Leave what the next level reads in the first one of two buffers."""
@@ -154,4 +174,33 @@ class BlockRun(Run):
                 copy_all([to for to, _ in pairs], [x for _, x in pairs])
 
 
-__all__ = ["BlockRun", "Device", "Event", "Graph", "Part", "Parts", "Recorded", "Recording"]
+def perform(
+    events: Iterable[Event],
+    host: BaseRun,
+    functions: Mapping[str, Any],
+    base: int,
+    values: Iterator[torch.Tensor],
+) -> None:
+    """Do what recorded levels have left to the host.
+
+    Args:
+        functions: the emitted module's namespace.
+        base: the segment from which those of the events are counted.
+        values: the tensors of the events, in memory of their own.
+    """
+    for event in events:
+        segment = base + event.segment
+        if event.kind == "rest":
+            host.rest(functions[event.name.__name__], segment)
+            continue
+        own = filled_from(values, event.values)
+        if event.kind == "keep":
+            host.keep_tap(event.name, segment, own)
+        else:
+            host.hand(event.name, segment, own)
+
+
+__all__ = [
+    "BlockRun", "Device", "Event", "Graph", "Part", "Parts", "Recorded", "RecordedRun", "Recording",
+    "perform",
+]

@@ -172,8 +172,9 @@ class Executor:
     ) -> tuple[Any, ...]:
         """Run the program; returns the captured graph's outputs.
 
-        The first run compiles all forms of the cell functions that any number of segments needs, on repeated
-        inputs where need be; the first two lengths shorter than the number of layers get forms of their own.
+        The first run without gradients compiles all forms of the cell functions that any number of segments
+        needs, on repeated inputs where need be; the first two lengths shorter than the number of layers get
+        forms of their own.
 
         Args:
             segments: number of segments.
@@ -205,7 +206,7 @@ class Executor:
         border: int,
         values: Mapping[Key, torch.Tensor],
     ) -> tuple[tuple[Any, ...], dict[Key, torch.Tensor]]:
-        """Run segments `first` .. `segments` - 1 after what earlier ones have left; nothing is recorded.
+        """Run segments `first` .. `segments` - 1 after what earlier ones have left.
 
         Args:
             segments: all of them, those that have run before included.
@@ -223,7 +224,12 @@ class Executor:
         held = self.held()
         with self.replays.alone(), nullcontext() if is_functional else plain_tensors():
             launch = partial(self._run, segments, inputs, held, is_functional, crossing=crossing)
-            outputs = self.keeping.run(launch, inputs, held) if is_functional else launch()
+            if is_functional:
+                outputs = self.keeping.run(launch, inputs, held)
+            elif self._use_graphs and self.is_whole:
+                outputs = self.replays.advance(segments, inputs, crossing, launch)
+            else:
+                outputs = launch()
         return outputs, crossing.left()
 
     def _run_once(
@@ -294,14 +300,15 @@ class Executor:
         return outputs
 
     def compile_forms(self, segments: int, inputs: list[torch.Tensor]) -> bool:
-        """Make sure that all forms are compiled; whether this length's width has got one of its own."""
+        """Make sure that all forms are compiled; whether this length's width has got one of its own. A run with
+        gradients is no cheap one, and lengths of training are few: it compiles what it needs itself."""
         if not self.engine.is_compiled:
             return False
         has_new_form = self.gets_form(segments)
         if has_new_form:
             self.engine.fix_width(segments)
         self.has_seen(segments)
-        if not self._seen.prepared:
+        if not self._seen.prepared and not self._records_gradients(inputs):
             self._seen.prepared = True
             borders = self.compiled.emitted.borders
             enough = self.program.n_layers + 1 + borders.head + borders.tail

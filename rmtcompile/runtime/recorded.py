@@ -22,9 +22,9 @@ from torch.utils import _pytree as pytree
 from rmtcompile.ir.program import Program
 from rmtcompile.passes.emit.borders import Borders
 from rmtcompile.runtime.base import BaseRun, Engine
-from rmtcompile.runtime.block_run import BlockRun, Device, Graph, Parts, Recording
+from rmtcompile.runtime.block_run import BlockRun, Device, Graph, Parts, Recording, perform
 from rmtcompile.runtime.blocks import LONGEST, Block, Key, blocks_of, steady_lengths
-from rmtcompile.runtime.copies import copies_of, copy_all, filled_from, is_tensor, paired, room_for
+from rmtcompile.runtime.copies import copies_of, copy_all, is_tensor, paired, room_for
 from rmtcompile.runtime.run import Run
 from rmtcompile.runtime.storage import is_kept
 
@@ -356,17 +356,7 @@ class RecordedBlocks:
         recording, base = self._recordings[block.key], block.base
         copy_all(recording.places, given)
         recording.graph.replay()
-        remaining = iter(copies_of(recording.values))
-        for event in recording.events:
-            segment = base + event.segment
-            if event.kind == "rest":
-                host.rest(functions[event.name.__name__], segment)
-                continue
-            own = filled_from(remaining, event.values)
-            if event.kind == "keep":
-                host.keep_tap(event.name, segment, own)
-            else:
-                host.hand(event.name, segment, own)
+        perform(recording.events, host, functions, base, iter(copies_of(recording.values)))
 
     def _own(self, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """The outputs; copies where they are memory that later runs overwrite."""

@@ -5,6 +5,7 @@
                             launched, while the device is at work on the others
     by whole runs           where levels cannot be recorded apart from their numbers: a length when it comes
                             again                                                         (graphs.py)
+    by parts of texts       runs that go on: a part when one of its kind comes again      (recorded_part.py)
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from rmtcompile.ir.modes import autocast_as
 from rmtcompile.runtime.block_recorder import BlockRecorder
 from rmtcompile.runtime.block_run import Device
 from rmtcompile.runtime.contexts import own_modes, same_numbers
-from rmtcompile.runtime.graphs import Recorder, Started
+from rmtcompile.runtime.crossing import Crossing
+from rmtcompile.runtime.graphs import Recorder, Started, Workspaces
 from rmtcompile.runtime.padded import PaddedBlocks, difference
 from rmtcompile.runtime.recorded import Ending, RecordedBlocks
+from rmtcompile.runtime.recorded_part import Outputs, PartRecorder
+from rmtcompile.runtime.workspaces import no_workspaces, own_workspaces
 
 if TYPE_CHECKING:
     from rmtcompile.runtime.execute import Executor
@@ -56,12 +60,14 @@ class Replays:
     def __init__(self, executor: Executor, like: Replays | None) -> None:
         self._executor = executor
         self._runs: Recorder | None = None
+        self._parts: PartRecorder | None = None
         borders, sizes = executor.compiled.emitted.borders, executor.compiled.sizes
         self.are_shared = like is not None and not borders.obstacle and like.are_of(sizes)
         self.ends_vary = not borders.obstacle and not borders.sizes.issuperset(sizes)
         self._shared: _Shared = like._shared if like is not None and self.are_shared else _Shared()
         is_open = not borders.obstacle and executor.compiled.rolled.fixed is None
         is_open = is_open and executor.compiled.numbers is None  # each number is met once
+        self._has_parts = is_open
         self._by_blocks = is_open and (like is None or self.are_shared)
         self.whole: Callable[[], Compiled] | None = None
 
@@ -77,6 +83,11 @@ class Replays:
 
     def __str__(self) -> str:
         """How runs are recorded, in words."""
+        kinds = self._parts.count if self._parts is not None else 0
+        parts = f"; {kinds} kind{'s' * (kinds > 1)} of parts of texts are recorded, too" if kinds else ""
+        return self._of_runs() + parts
+
+    def _of_runs(self) -> str:
         if self._shared.has_failed:
             return "nothing is recorded as CUDA graphs, since that has failed; levels are launched one by one"
         if not self._by_blocks:
@@ -100,7 +111,7 @@ class Replays:
     def alone(self) -> Iterator[None]:
         """What is launched here runs after all that was launched on the same storage."""
         with ExitStack() as stack:
-            for recorder in (self.blocks, self._runs):
+            for recorder in (self.blocks, self._runs, self._parts):
                 if recorder is not None:
                     stack.enter_context(recorder.alone())
             yield
@@ -138,6 +149,50 @@ class Replays:
             with same_numbers(executor.device):
                 self._runs.record(segments, inputs, lambda ins, held: executor.launch(segments, ins, held))
         return outputs
+
+    def advance(
+        self, segments: int, inputs: list[torch.Tensor], crossing: Crossing, launch: Callable[[], Outputs]
+    ) -> Outputs:
+        """Run a part of a text, from a recording if there is one of its kind; a kind that comes again is
+        recorded.
+
+        Args:
+            segments: all of the text so far.
+            launch: runs the part level by level.
+        """
+        executor = self._executor
+        if not self._has_parts or self._shared.has_failed:
+            return launch()
+        if self._by_blocks:
+            self._block_recorder()  # its storage is theirs: they wait for each other
+        if self._parts is None:
+            compiled = executor.compiled
+            self._parts = PartRecorder(
+                executor.program, compiled.emitted.borders, compiled.namespace, executor.engine,
+                compiled.leaves, executor.replaced, executor.stacks.current,
+            )  # fmt: skip
+        recorder, named = self._parts, executor.named(inputs)
+        kind = recorder.kind(segments, named, crossing)
+        with self.alone(), own_modes():
+            outputs = recorder.replay(kind, segments, named, crossing)
+            if outputs is not None:
+                return outputs
+            outputs = launch()
+        if recorder.wants(kind):
+            try:
+                with own_modes(), same_numbers(executor.device):
+                    recorder.record(kind, segments, named, crossing, self._workspaces)
+            except RuntimeError as error:  # the run itself was right: what follows runs as it did
+                self._has_parts, self._parts = False, None
+                said = str(error).partition("\n")[0]
+                warn(f"parts of texts are not recorded as CUDA graphs: {said}", RecordingWarning)
+        return outputs
+
+    @property
+    def _workspaces(self) -> Workspaces:
+        """How products are recorded where it was measured on blocks of levels."""
+        seconds = self.measured
+        return no_workspaces if seconds and seconds["without"] < seconds["with"] else own_workspaces
 
     @property
     def wants(self) -> bool:
@@ -208,7 +263,7 @@ class Replays:
 
     def forget(self) -> None:
         """Drop all recordings: weights have moved."""
-        for recorder in (self.blocks, self._runs):
+        for recorder in (self.blocks, self._runs, self._parts):
             if recorder is not None:
                 recorder.forget()
 
