@@ -55,13 +55,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Preset:
-    """All sizes: of the tasks, the decoder, its memory, the training (rate, batch) and the reading: texts at
-    once, segments that one call reads, tokens of the longest text for each of the two."""
+    """All sizes: of the tasks, the decoder, its memory, the training (rate, steps until it is reached, batch)
+    and the reading: texts at once, segments that one call reads, tokens of the longest text for each of the
+    two."""
 
     tasks: dict[str, Task]
     decoder: dict[str, int]
     memory: dict[str, int]
     rate: float
+    warm_up: int
     batch: int
     texts: int
     part: int
@@ -69,14 +71,17 @@ class Preset:
     sequential_up_to: int
 
 
+QUESTIONS = 8
+"""Asked at each length of a text that is read in parts, from one state; the model itself answers the first."""
+
 SHORT, LONG = ((3, 150, 1), (4, 15, 1)), ((6, 30, 1),)
-FIRST, LATER = ((3, 300, 8), (3, 150, 2), (3, 150, 1), (4, 100, 1)), ((8, 100, 1), (16, 60, 1))
+FIRST, LATER = ((3, 1200, 8), (3, 300, 2), (3, 200, 1), (4, 200, 1)), ((8, 500, 1), (16, 400, 1))
 PRESETS = {
     "small": Preset(
         {"retrieval": Task(3, 8, 4, 0, 1, None, SHORT, LONG), "needle": Task(3, 8, 4, 1, 1, 2, SHORT, LONG)},
         {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2},
         {"segment_size": 6, "num_mem_tokens": 1, "d_mem": 24},
-        rate=2e-3, batch=64, texts=32, part=32, read_up_to=768, sequential_up_to=768,
+        rate=2e-3, warm_up=1, batch=64, texts=32, part=32, read_up_to=768, sequential_up_to=768,
     ),
     "full": Preset(
         {
@@ -84,8 +89,8 @@ PRESETS = {
             "needle": Task(4, 16, 64, 2, 2, 2, FIRST, LATER),
         },
         {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},
-        {"segment_size": 128, "num_mem_tokens": 4, "d_mem": 32},
-        rate=2e-3, batch=64, texts=8, part=256, read_up_to=50_000_000, sequential_up_to=1 << 20,
+        {"segment_size": 64, "num_mem_tokens": 4, "d_mem": 32},
+        rate=1e-3, warm_up=100, batch=64, texts=8, part=256, read_up_to=50_000_000, sequential_up_to=1 << 17,
     ),
 }  # fmt: skip
 
@@ -197,10 +202,20 @@ def difference_of_gradients(fast: Any, ids: Tensor) -> float:
     return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in zip(one, other))
 
 
-def train(run: Any, optimizer: Any, batches: Callable[..., Any], stages: Any, say: str) -> dict[str, Any]:
+def optimizer_of(run: Any, preset: Preset) -> tuple[Any, Any]:
+    """What steps, and what sets its rate."""
+    # While the memory is empty some gradients are nothing but rounding: a small eps would follow them.
+    optimizer = torch.optim.AdamW(run.parameters(), preset.rate, (0.9, 0.98), eps=1e-6, weight_decay=0)
+    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / preset.warm_up))
+    return optimizer, warm_up
+
+
+def train(
+    run: Any, optimizers: tuple[Any, Any], batches: Callable[..., Any], stages: Any, say: str
+) -> dict[str, Any]:
     """Train; gives the loss of each step, the median of a step's milliseconds for each stage, all seconds."""
     found: dict[str, Any] = {"stages": stages, "loss": [], "step_ms": [], "right": [], "seconds": 0.0}
-    begin = time.perf_counter()
+    begin, (optimizer, warm_up) = time.perf_counter(), optimizers
     for segments, steps, copies in stages:
         times = []
         for step, ids in enumerate(itertools.islice(batches(segments, copies), steps), 1):
@@ -209,6 +224,7 @@ def train(run: Any, optimizer: Any, batches: Callable[..., Any], stages: Any, sa
             out.loss.backward()
             torch.nn.utils.clip_grad_norm_(run.parameters(), 1.0)
             optimizer.step()
+            warm_up.step()
             optimizer.zero_grad()
             found["loss"].append(out.loss.item())
             times.append(1e3 * (time.perf_counter() - start))
@@ -244,9 +260,8 @@ def compare(
         return whole(preset, task, segments, copies, 1 + seed, device)
 
     for side, run in runs.items():
-        # While the memory is empty some gradients are nothing but rounding: a small eps would follow them.
-        optimizer = torch.optim.AdamW(run.parameters(), preset.rate, (0.9, 0.98), eps=1e-6, weight_decay=0)
-        found[side] = train(run, optimizer, batches, task.both, f"{name}, {side}")
+        optimizers = optimizer_of(run, preset)
+        found[side] = train(run, optimizers, batches, task.both, f"{name}, {side}")
         held_out = replace(preset, batch=preset.texts)
         unseen = itertools.islice(whole(held_out, task, task.both[-1][0], 1, 500 + seed, device), 16)
         with torch.no_grad():
@@ -267,7 +282,7 @@ def compare(
         steps = ", ".join(f"{n} segments {ms:.0f} ms" for (n, *_), ms in zip(task.both, one["step_ms"]))
         print(f"  {side}: {one['accuracy']:.1%} right on unseen texts (chance {found['chance']:.1%}), "
               f"{one['seconds']:.1f} s; a step of {steps}")  # fmt: skip
-    found["longer"] = train(fast, optimizer, batches, task.longer, f"{name}, diagonal, longer")
+    found["longer"] = train(fast, optimizers, batches, task.longer, f"{name}, diagonal, longer")
     return fast, found
 
 
@@ -277,7 +292,7 @@ def read(
 ) -> list[dict[str, Any]]:
     """Read texts that grow, each part once; gives a row of figures for each length.
 
-    A state is a value: at each length the question goes on from it, and so does the text. Stops before a
+    A state is a value: at each length all questions go on from it, and so does the text. Stops before a
     length that would take more seconds than the budget has.
     """
     segment, rows, longest = preset.memory["segment_size"], preset.texts, preset.read_up_to
@@ -302,18 +317,19 @@ def read(
             text += [part] if is_read_twice else []
             if sys.stderr.isatty():
                 print(f"  {(done + at) * segment:,} tokens", end="\r", file=sys.stderr, flush=True)
-        question = story.question()
-        logits = fast.run(question, state=state, logits_to_keep=2)[0].logits
-        right, done, spent = float(answered(logits, question)), n - 1, clock(device) - start
+        questions = [story.question() for _ in range(QUESTIONS)]
+        logits = [fast.run(asked, state=state, logits_to_keep=2)[0].logits for asked in questions]
+        right = statistics.fmean(float(answered(*pair)) for pair in zip(logits, questions))
+        done, spent = n - 1, clock(device) - start
         seconds.append(seconds[-1] + spent)
         row = {"tokens": n * segment, "accuracy": right, "seconds": seconds[-1]}
         row["tokens_per_second"] = rows * (facts.shape[1] + 1) * segment / spent
         pace = row["tokens_per_second"]
         print(f"{n * segment:>13,}  {right:>6.1%}  {seconds[-1]:>7.2f}  {pace:>9,.0f}", end="")
         if is_read_twice:
-            ids, start = torch.cat([*text, question], 1), clock(device)
+            ids, start = torch.cat([*text, questions[0]], 1), clock(device)
             expected = fast.model(ids, logits_to_keep=2).logits
-            row["sequential_seconds"], a, b = clock(device) - start, logits[:, -2], expected[:, -2]
+            row["sequential_seconds"], a, b = clock(device) - start, logits[0][:, -2], expected[:, -2]
             row["sequential_accuracy"] = float(answered(expected, ids))
             row["agreement"] = float((a.argmax(-1) == b.argmax(-1)).double().mean())
             row["difference"] = float((a - b).abs().max() / b.abs().max())

@@ -106,8 +106,9 @@ class ModelSession:
         self.others = measure.allocated(self.device) - weights
         for how, lengths in self.steps.programs.items():
             options = {"progress": session.say, "cache": False, **self.settings.options, "recompute": how}
-            fast = rmtcompile.optimize(model, **options)
-            self._steps(f"rmtcompile, {how} recomputed", fast, model, lengths)
+            self._steps(
+                f"rmtcompile, {how} recomputed", rmtcompile.optimize(model, **options), model, lengths
+            )  # which is gone before the next one begins, with what it has recorded
         if self.steps.own:
             self._steps("the model as it is", model, model, self.steps.own)
             for layer in model.memory_cell.layers:

@@ -300,8 +300,9 @@ class Executor:
         return outputs
 
     def compile_forms(self, segments: int, inputs: list[torch.Tensor]) -> bool:
-        """Make sure that all forms are compiled; whether this length's width has got one of its own. A run with
-        gradients is no cheap one, and lengths of training are few: it compiles what it needs itself."""
+        """Make sure that all forms are compiled; whether this length's width has got one of its own.
+
+        Runs with gradients are not cheap, and lengths of training are few: each compiles what it needs."""
         if not self.engine.is_compiled:
             return False
         has_new_form = self.gets_form(segments)
