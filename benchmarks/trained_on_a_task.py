@@ -72,7 +72,7 @@ class Preset:
 
 
 QUESTIONS = 8
-"""Asked at each length of a text that is read in parts, from one state; the model itself answers the first."""
+"""Asked at each length of a text that is read in parts, from one state; the model answers the first."""
 
 SHORT, LONG = ((3, 150, 1), (4, 15, 1)), ((6, 30, 1),)
 FIRST, LATER = ((3, 1200, 8), (3, 300, 2), (3, 200, 1), (4, 200, 1)), ((8, 500, 1), (16, 400, 1))

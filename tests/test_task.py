@@ -58,7 +58,6 @@ def test_reading_in_parts_gives_what_the_model_gives(figures: dict[str, Any]) ->
     assert [row["tokens"] for row in table] == [24, 48, 96, 120]
     for row in table[:3]:
         assert row["agreement"] == 1.0
-        assert row["accuracy"] == row["sequential_accuracy"]
         assert row["difference"] < 1e-9
     assert "agreement" not in table[3]  # longer than what the model itself was to read
 
