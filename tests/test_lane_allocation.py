@@ -15,6 +15,7 @@ from rmtcompile.errors import DependenceError
 from rmtcompile.ir.program import Program
 from rmtcompile.passes.grid.dependence import dependences
 from rmtcompile.passes.grid.lane_allocation import allocate_lanes, hops
+from rmtcompile.passes.grid.lane_allocation.drafts import GroupDraft
 from rmtcompile.passes.grid.wavefront import skew
 
 
@@ -76,6 +77,21 @@ def test_classes_share_a_group() -> None:
     (group,) = program(FirstDiffers).groups
     assert sorted(group.classes) == [0, 1]
     assert [port.source for port in group.ports if port.role == "mask"] == [(0,)]
+
+
+def test_outputs_of_several_classes_keep_their_names() -> None:
+    """An output that is asked for class by class, and then for both, is one; no other one is lost for it."""
+
+    class Merged:
+        classes = (0, 1)
+
+    draft = GroupDraft("kind0", (0,), Merged())  # type: ignore[arg-type]
+    first, second = draft.output({0: 5}), draft.output({1: 7})
+    assert first != second
+    both = draft.output({0: 5, 1: 7})
+    assert draft.output({0: 5, 1: 7}) == both and draft.output({0: 5}) == both
+    assert {first, second, both} <= set(draft.outputs.values())
+    assert len(set(draft.outputs.values())) == len(draft.outputs)
 
 
 def test_no_state_no_carry() -> None:

@@ -121,6 +121,15 @@ def test_a_default_dict_gets_no_entry() -> None:
     assert now(table, ("item", "a")) is DELETED and not table
 
 
+def test_a_set_has_no_history() -> None:
+    """Sets of the same members give them in one order, whatever was put in first."""
+    one, other = set[int](), set[int]()
+    one.update((16, 8, 0, 24))
+    other.update((0, 24, 8, 16))
+    assert list(one) != list(other), "or nothing is tested"
+    assert list(objects.parts(one).items()) == list(objects.parts(other).items())
+
+
 def test_too_many_objects(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects, "LIMIT", 100)
     with pytest.raises(CaptureError, match="too many to look into") as caught:

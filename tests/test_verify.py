@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from toys import AttributeState, Toy, assert_same, features, made
 
 import rmtcompile
@@ -173,6 +173,31 @@ class InPlaceInput(Toy):
         self.total.add_(1)
         x.mul_(2)
         return super().forward(x)
+
+
+class Centred(nn.Module):
+    """Gives the means of normalised values, which are nothing but rounding, or shifted ones."""
+
+    def __init__(self, shift: float = 0.0) -> None:
+        super().__init__()
+        self.toy, self.shift = Toy(), shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(self.toy(x), [x.shape[2]]).mean(2) + self.shift
+
+
+@torch.no_grad()
+def test_values_that_are_rounding_alone_are_no_difference() -> None:
+    """Where the model itself gives others for an input that differs by roundings."""
+    model = made(Centred)
+    fast = rmtcompile.optimize(model, verify=True)
+    for segments in (3, 7, 12):
+        fast(features(segments))
+    noise, other = torch.tensor([1e-17, -2e-17]), torch.tensor([-1e-17, 3e-17])
+    assert compare(noise, -noise, "it", 0.0) is not None
+    assert compare(noise, -noise, "it", 0.0, other) is None
+    assert compare(noise, noise + 1e-6, "it", 0.0, other) is not None
+    assert compare(noise, -noise, "it", 0.0, noise.clone()) is not None
 
 
 @torch.no_grad()

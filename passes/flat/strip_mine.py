@@ -319,8 +319,8 @@ class _StripMiner(PieceMaker):
     def _shorten(self, node: fx.Node, view: View, sizes: tuple[int, ...]) -> None:
         """A part of a join is the join of parts of its pieces, the first and the last of them cut."""
         start, end = view.range.lo, view.range.at(view.range.n - 1) + 1
-        if view.range.drop or view.range.step != 1:
-            return
+        if view.range.drop or view.range.step != 1 or not start < end <= sum(sizes):
+            return  # a load behind the end says that the segments are others
         parts = []
         for lo, size in zip(accumulate(sizes, initial=0), sizes, strict=False):
             first, last = max(lo, start), min(lo + size, end)

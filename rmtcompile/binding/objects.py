@@ -124,6 +124,13 @@ def fields_of(value: object) -> dict[str, Any] | None:
     return fields if isinstance(fields, dict) else None
 
 
+def _members(value: Any, base: Any) -> list[Any]:
+    """The items of a set, those that have an order of their own in that: its own depends on its history."""
+    items = list(base.__iter__(value))
+    is_plain = all(isinstance(item, ATOMS) for item in items)
+    return sorted(items, key=lambda item: (type(item).__name__, repr(item))) if is_plain else items
+
+
 def parts(value: Any) -> dict[Step, Any]:
     """What an object holds, by the step that leads there, in its order; nothing for leaves."""
     if is_leaf(value):
@@ -144,7 +151,7 @@ def held(value: Any) -> dict[Step, Any]:
     elif base in SEQUENCES:
         found.update((("item", i), item) for i, item in enumerate(base.__iter__(value)))
     elif base in SETS:
-        found.update((("member", item), item) for item in base.__iter__(value))
+        found.update((("member", item), item) for item in _members(value, base))
     elif isinstance(value, types.MappingProxyType):
         found.update((("item", key), item) for key, item in value.items())
     for name, item in (fields_of(value) or {}).items():

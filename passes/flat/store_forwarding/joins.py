@@ -69,6 +69,8 @@ def load_cat(w: Loads, x: fx.Node, d: int, r: Range) -> fx.Node | None:
         if first < last:
             pieces.append((part, r.part(first, last - first, r.at(first) - offset, r.step)))
         offset += size
+    if sum(piece.n for _, piece in pieces) < r.n:
+        return None  # a load behind the end, which says that the segments are others
     if w.holds and len(pieces) > 1:
         return None
     found = [w.try_load(p, d, piece) for p, piece in pieces]

@@ -50,7 +50,7 @@ class Loads(Builder):
         """The value of a load, if it can be had without this load of this operand; else None."""
         if not r.drop and r.n == shape_of(x)[d]:
             return x
-        if x in self.pinned or not is_static_tensor(x) or 0 in shape_of(x):
+        if not r.n or x in self.pinned or not is_static_tensor(x) or 0 in shape_of(x):
             return None
         key = (x, d, r, repr(self.here.meta.get("scope")), self.grad is False)
         if key not in self.memo:

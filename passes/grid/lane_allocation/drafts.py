@@ -48,6 +48,9 @@ class GroupDraft:
         if not mine:
             return None
         for known, name in self.outputs.items():
+            if mine.items() <= dict(known).items():
+                return name
+        for known, name in self.outputs.items():
             shared = dict(known).keys() & mine.keys()
             if shared and all(dict(known)[c] == mine[c] for c in shared):
                 combined = {**dict(known), **mine}

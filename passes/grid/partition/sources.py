@@ -36,19 +36,29 @@ def place_sources(nodes: list[fx.Node], region: dict[fx.Node, Region], segments:
     region.update(_joined_at_the_end(nodes, region, from_input - leaving.keys(), segments))
     region.update(_joined_with_others(nodes, region, from_input - leaving.keys(), segments))
     region.update(_draws(nodes, region, drawn - leaving.keys(), n_segments))
+    begins = _begins(nodes, region)
     for node in reversed(nodes):
         if node in region or node in leaving:
             continue
         users = {region[user].segment for user in node.users if user in region}
         several = len(users) > 1 and (node not in from_input or len(users) == n_segments)
-        if users and not several and min(users) >= 0:
-            region[node] = Region(PROLOGUE, min(users))
-        else:
-            region[node] = Region(INIT)
+        segment = min(users) if users and not several else -1
+        segment = max(segment, begins.get(node, -1))
+        region[node] = Region(INIT) if segment < 0 else Region(PROLOGUE, segment)
     for node in leaving:
         places = (region[op].segment if op in region else -1 for op in node.all_input_nodes)
         segment = max(places, default=-1)
         region[node] = Region(INIT) if segment < 0 else Region(EPILOGUE, segment)
+
+
+def _begins(nodes: list[fx.Node], region: dict[fx.Node, Region]) -> dict[fx.Node, int]:
+    """The segment whose prologue makes the last of what a node reads, of nodes that read any of that."""
+    found: dict[fx.Node, int] = {}
+    for node in nodes:
+        read = [region[op].segment if op in region else found.get(op, -1) for op in node.all_input_nodes]
+        if node not in region and max(read, default=-1) >= 0:
+            found[node] = max(read)
+    return found
 
 
 def _draws(

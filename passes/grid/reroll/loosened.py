@@ -107,14 +107,14 @@ def check_growth(layer: int, rule: ClassRule) -> None:
 
 
 def check_readers(rules: Mapping[Key, Mapping[int, ClassRule]], classes: Mapping[Key, Classes]) -> None:
-    """Check that what grows is read as something that grows: a window that is full in both captures may look
-    as if it went on.
+    """Check that what grows is read as something that grows, and nothing else is: a window that is full in
+    both captures may look as if it went on, and one that a short first segment has filled less.
 
     Raises:
         RerollError: it is not.
     """
     for key, by_class in rules.items():
-        for rule in by_class.values():
+        for number, rule in by_class.items():
             for node, live_in in zip(rule.body.live_ins, rule.sources, strict=True):
                 source = live_in.steady
                 if not (isinstance(source, Source) and source.relative and isinstance(node, fx.Node)):
@@ -125,8 +125,15 @@ def check_readers(rules: Mapping[Key, Mapping[int, ClassRule]], classes: Mapping
                 if index is None or maker is None:
                     continue
                 grown = maker.varying.get(maker.body.nodes[index], frozenset())
-                if not grown <= rule.varying.get(node, frozenset()):
+                read = rule.varying.get(node, frozenset())
+                evidence = [f"{node.format_node()}   {node.meta.get('source')}"]
+                if not grown <= read:
                     raise RerollError(
                         f"what grows in {region_name(made)} has one size where {region_name(key)} reads it",
-                        [f"{node.format_node()}   {node.meta.get('source')}"],
+                        evidence,
+                    )
+                if number == classes[key].head and not read <= grown:
+                    raise RerollError(
+                        f"what grows in {region_name(key)} has one size where {region_name(made)} makes it",
+                        evidence,
                     )
