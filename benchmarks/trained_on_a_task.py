@@ -289,8 +289,8 @@ def compare(
 @torch.no_grad()
 def read(
     fast: Any, preset: Preset, name: str, seed: int, device: str, budget: float
-) -> list[dict[str, Any]]:
-    """Read texts that grow, each part once; gives a row of figures for each length.
+) -> Iterator[dict[str, Any]]:
+    """Read texts that grow, each part once; a row of figures for each length, as soon as it is read.
 
     A state is a value: at each length all questions go on from it, and so does the text. Stops before a
     length that would take more seconds than the budget has.
@@ -304,7 +304,7 @@ def read(
     print(f"{name}: reading {rows} texts, after {spent:.1f} s that prepare for the longest")
     print("       tokens   right  seconds   tokens/s   sequential: right  seconds  same answers  difference")
     lengths = [*itertools.takewhile(lambda n: n < longest // segment, (4 << i for i in range(60)))]
-    state, text, table, done, seconds = None, [], [], 0, [0.0]
+    state, text, done, seconds = None, [], 0, [0.0]
     for n in [*lengths, longest // segment]:
         if len(seconds) > 3 and time.perf_counter() - begin + 2.2 * (seconds[-1] - seconds[-2]) > budget:
             print(f"  stopped before {n * segment:,} tokens: there is no time left")
@@ -338,9 +338,8 @@ def read(
                 f"  {row['agreement']:>12.1%}  {row['difference']:>10.1e}",
                 end="",
             )
-        table.append(row)
         print(flush=True)
-    return table
+        yield row
 
 
 def clock(device: str) -> float:
@@ -376,13 +375,19 @@ def main(*arguments: str) -> dict[str, Any]:
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     found: dict[str, Any] = {"command": " ".join(words), **versions, "device": device, "dtype": dtype}
     found |= {"preset": asdict(preset), "tasks": {}}
+
+    def save() -> None:
+        if given.json:
+            given.json.write_text(json.dumps(found, indent=1) + "\n")
+
     print(f"device: {device}, {dtype}")
     for name in given.task or (["retrieval", "needle"] if gpu else ["retrieval"]):
         fast, figures = compare(preset, name, given.seed, given.device, getattr(torch, dtype), given.control)
-        figures["reading"] = read(fast, preset, name, given.seed, given.device, given.budget)
-        found["tasks"][name] = figures
-        if given.json:
-            given.json.write_text(json.dumps(found, indent=1) + "\n")
+        found["tasks"][name] = {**figures, "reading": []}
+        save()
+        for row in read(fast, preset, name, given.seed, given.device, given.budget):
+            found["tasks"][name]["reading"].append(row)
+            save()
     return found
 
 

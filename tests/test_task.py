@@ -35,7 +35,7 @@ def figures(example: ModuleType) -> dict[str, Any]:
     task = replace(small.tasks["needle"], both=((2, 30, 1), (3, 10, 1)), longer=((4, 2, 1),))
     preset = replace(small, tasks={"needle": task}, texts=16, read_up_to=20 * 6, sequential_up_to=16 * 6)
     fast, found = example.compare(preset, "needle", 0, "cpu", torch.float64)
-    found["reading"] = example.read(fast, preset, "needle", 0, "cpu", 60.0)
+    found["reading"] = [*example.read(fast, preset, "needle", 0, "cpu", 60.0)]
     return found
 
 
