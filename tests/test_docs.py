@@ -167,3 +167,16 @@ def test_every_file_is_named_in_the_architecture() -> None:
     files = [path for folder in ("rmtcompile", "passes") for path in (root / folder).rglob("*.py")]
     names = {path.name for path in files} - {"__init__.py", "__main__.py"}
     assert sorted(name for name in names if name not in text) == []
+
+
+def test_the_page_of_mechanisms_names_files_and_all_that_is_measured() -> None:
+    page = PAGES["mechanisms.md"]
+    named = {name for name in re.findall(r"`([\w/]+(?:\.py|/))`", page) if name != "tests/fuzzing/found"}
+    folders = [path for room in ("passes", "rmtcompile", "tests") for path in (DOCS.parent / room).rglob("*")]
+    found = [path.relative_to(DOCS.parent).as_posix() for path in folders if "__pycache__" not in path.parts]
+    assert len(named) > 15
+    assert [name for name in named if not any(f"/{path}".endswith(f"/{name.strip('/')}") for path in found)] == []
+    script = (DOCS.parent / "benchmarks" / "mechanisms.py").read_text(encoding="utf-8")
+    measured = re.findall(r'^    "([^"]+)": \[', script, re.MULTILINE)
+    assert len(measured) == 10
+    assert [name for name in measured if f"| {name}" not in page] == []
