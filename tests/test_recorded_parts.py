@@ -97,6 +97,21 @@ def test_parts_give_what_the_model_gives(played: type[PlayedParts], name: str) -
     assert played.recorded <= 3 * is_recorded
 
 
+@pytest.mark.parametrize(
+    "name", ["plain_function", "stacked_memories", "rolled_memories", "gru_time_major", "in_place"]
+)
+@torch.no_grad()
+def test_weights_and_states_of_other_kinds(played: type[PlayedParts], name: str) -> None:
+    """Weights in one tensor, read where they are; values that are the same for all segments."""
+    entry = ZOO[name]
+    model = entry.build()
+    fast = rmtcompile.optimize(copy.deepcopy(model) if isinstance(model, nn.Module) else model)
+    (x,) = entry.inputs(2, 30)
+    size = 3 * entry.segment
+    assert_same(whole(model(x)), in_parts(fast, x, [*range(size, x.shape[1], size)])[0])
+    assert played.replayed > 3
+
+
 class Rows(nn.Module):
     """Reads a row of a table by the number of the segment."""
 
@@ -166,11 +181,15 @@ def test_weights_that_are_written_or_moved(played: type[PlayedParts]) -> None:
     recorded = played.recorded
     assert_same(model(x), parts(fast, [x], 2 * SEGMENT)[0])
     assert played.recorded == recorded + 1, "the first part has come again, and nothing else is new"
-    for weights in (model.parameters(), fast.model.parameters()):
-        for weight in weights:
-            weight.data = weight.data * 0.5
-    assert_same(model(x), parts(fast, [x], 2 * SEGMENT)[0])
-    assert played.recorded > recorded + 1
+    for _ in range(PartRecorder.MOST + 1):  # after which nothing is recorded any more
+        for weights in (model.parameters(), fast.model.parameters()):
+            for weight in weights:
+                weight.data = weight.data * 0.5
+        before = played.recorded
+        assert_same(model(x), parts(fast, [x], 2 * SEGMENT)[0])
+        assert_same(model(x), parts(fast, [x], 2 * SEGMENT)[0])
+        moved = played.recorded > before
+    assert played.recorded > recorded + 1 and not moved
 
 
 @torch.no_grad()

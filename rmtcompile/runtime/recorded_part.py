@@ -102,6 +102,9 @@ class PartRecorder(Recordings):
     LONGEST = 4096
     """Levels of a part that is recorded."""
 
+    MOST = 3
+    """Times that recordings are dropped since weights have moved; after that parts are launched."""
+
     def __init__(
         self,
         program: Program,
@@ -117,6 +120,7 @@ class PartRecorder(Recordings):
         self.weights = weights
         self._recordings: OrderedDict[Kind, Recording] = OrderedDict()
         self._seen: OrderedDict[Kind, None] = OrderedDict()
+        self._dropped = 0
 
     @property
     def count(self) -> int:
@@ -145,10 +149,11 @@ class PartRecorder(Recordings):
         while len(self._seen) > self.KINDS:
             self._seen.popitem(last=False)
         is_short = self.program.grid(kind.segments).n_levels <= self.LONGEST
-        return has_come and is_short and kind not in self._recordings
+        return has_come and is_short and kind not in self._recordings and self._dropped < self.MOST
 
     def forget(self) -> None:
         """Drop all recordings: weights have moved."""
+        self._dropped += bool(self._recordings)
         self._recordings.clear()
 
     def record(
@@ -169,9 +174,14 @@ class PartRecorder(Recordings):
         room = {name: room_for(x) if name in moved else x for name, x in weights.items()}
         left = {key: room_for(crossing.values[key]) for key in sorted(crossing.values)}
         recorded_inputs = {name: room_for(inputs[name]) for name in self.borders.inputs}
+        own = {x.untyped_storage().data_ptr() for x in leaves.values()}
+
+        def placed(x: torch.Tensor) -> torch.Tensor:  # the model's own memory is read where it is
+            return x if x.untyped_storage().data_ptr() in own else room_for(x)
+
         init = {i: host.init[i] for i in self.borders.init}
-        init = pytree.tree_map_only(torch.Tensor, room_for, init)
-        stacked = {name: room_for(x) for name, x in host.stacked.items()}
+        init = pytree.tree_map_only(torch.Tensor, placed, init)
+        stacked = {name: placed(x) for name, x in host.stacked.items()}
         made: list[PartRun] = []
 
         def body() -> list[torch.Tensor]:
@@ -287,7 +297,7 @@ class PartRecorder(Recordings):
         if recording.weights:
             weights = self.weights(leaves)
             pairs += [(place, weights[name]) for name, place in recording.weights.items()]
-        return pairs
+        return [(place, value) for place, value in pairs if place.data_ptr() != value.data_ptr()]
 
 
 class PartRun(RecordedRun):
