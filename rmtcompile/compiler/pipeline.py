@@ -166,6 +166,7 @@ def compile_forward(
     names = tuple(str(n.target) for n in captures[0].graph.nodes if n.op == "placeholder")
     segmented = frozenset(names[axis.leaf] for axis in segmentation.axes)
     program, emitted = _scheduled(rolled, frozenset(found), alpha, options.passes_off, segmented, log)
+    rolled = program.rolled  # which knows by now how few segments they can be
     leaves = {leaf.name: leaf for one in captures for leaf in one.leaves.values()}
     read = {leaf.name: leaf for one in captures for leaf in one.read}
     module = load(emitted.source)

@@ -22,6 +22,7 @@ hops.py    ways in steps that arrive in time;  taps.py  what is kept
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 from rmtcompile.errors import InternalError
@@ -70,6 +71,8 @@ def _allocated(
     lanes = Lanes(rolled, alpha, drafts)
     for draft in drafts:
         _add_ports(draft, lanes)
+    if lanes.fewest > rolled.minimum:  # in shorter inputs the last segments would read what no cell has made
+        return _allocated(replace(rolled, minimum=lanes.fewest), offsets, alpha, apart)
     taps = _taps(rolled, lanes, block or rolled.n_layers)
     groups: list[Group] = []
     for draft in drafts:

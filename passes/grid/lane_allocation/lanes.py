@@ -15,12 +15,17 @@ from rmtcompile.passes.grid.reroll import ClassRule, Rolled
 
 
 class Lanes:
-    """The lanes of a program under construction, by name; groups are asked for the outputs that feed them."""
+    """The lanes of a program under construction, by name; groups are asked for the outputs that feed them.
+
+    Attributes:
+        fewest: segments of the shortest input in which all cells find what they read of earlier segments.
+    """
 
     def __init__(self, rolled: Rolled, alpha: int, groups: list[GroupDraft]) -> None:
         self.rolled = rolled
         self.alpha = alpha
         self.groups = groups
+        self.fewest = rolled.minimum
         self.lanes: dict[str, LaneDraft] = {}
         self._delays: dict[Any, str] = {}
 
@@ -118,6 +123,10 @@ class Lanes:
                     early[number] = live_in.steady
         if early:
             lane.entries[layer] = LaneEntry(layer, tuple(sorted(early.items())), None)
+        first = steady.segment if steady.relative else 0
+        while first and first - 1 in early:
+            first -= 1
+        self.fewest = max([self.fewest, *(first - number for number in index if number < 0)])
 
     def _connect(self, lane: LaneDraft, source: Source, offset: tuple[int, int]) -> None:
         """Feed `lane` from the cell `offset` before, in hops that each arrive in time."""

@@ -92,34 +92,12 @@ def reroll(small: Unrolled, large: Unrolled, older: Unrolled | None = None, may_
         check_readers(rules, classes)
     outputs = outputs_of(small, large, classes)
     rules, outputs = _complete(rules, outputs)
-    minimum = _minimum(classes, rules)
+    minimum = max(c.head + c.tail if c.head and c.tail else 1 for c in classes.values())
     proved_on = small.count, large.count
     rolled = Rolled(small.n_layers, classes, rules, outputs, small, minimum, None, proved_on)
     for key in keys:
         _check_seen(key, rolled, small, large)
     return rolled
-
-
-def _minimum(classes: dict[Key, Classes], rules: dict[Key, dict[int, ClassRule]]) -> int:
-    """The fewest segments that rules can be for: with fewer, the first and the last segments would be the
-    same ones, or one of the last would read what comes before the first."""
-    found = max(c.head + c.tail if c.head and c.tail else 1 for c in classes.values())
-    for by_class in rules.values():
-        for number, rule in by_class.items():
-            for live_in in rule.sources if number < 0 else ():
-                found = max(found, _begins(live_in) - number)
-    return found
-
-
-def _begins(live_in: LiveIn) -> int:
-    """The first segment from which on all segments find what they read."""
-    steady = live_in.steady
-    if not isinstance(steady, Source) or not steady.relative or steady.kind not in (PROLOGUE, CELL, EPILOGUE):
-        return 0
-    segment = steady.segment
-    while segment and segment - 1 in live_in.early:
-        segment -= 1
-    return segment
 
 
 def fixed(only: Unrolled) -> Rolled:
