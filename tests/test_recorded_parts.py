@@ -14,7 +14,7 @@ from test_advancing import MODELS, T, in_parts, whole
 from test_blocks import Played
 from test_replays import PlayedRecorder
 from torch import Tensor, nn
-from toys import SEGMENT, Toy, assert_same, features, made
+from toys import SEGMENT, WIDTH, Toy, assert_same, features, made
 from zoo.others import ZOO
 
 import rmtcompile
@@ -200,6 +200,18 @@ def test_lengths_that_do_not_come_again_are_launched(played: type[PlayedParts]) 
     starts = [n * (n + 1) // 2 * SEGMENT for n in range(7)]
     assert_same(model(x), in_parts(fast, x, starts[1:-1])[0])
     assert not played.recorded
+
+
+@torch.no_grad()
+def test_large_results_are_launched(played: type[PlayedParts], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = made(Toy), features(20)[:, : 16 * SEGMENT]
+    fast = rmtcompile.optimize(copy.deepcopy(model))
+    monkeypatch.setattr(PartRecorder, "LARGEST", 2 * 2 * SEGMENT * WIDTH * 8 - 1)
+    assert_same(model(x), parts(fast, [x], 2 * SEGMENT)[0])
+    assert not played.recorded
+    monkeypatch.setattr(PartRecorder, "LARGEST", 2 * 2 * SEGMENT * WIDTH * 8)
+    assert_same(model(x), parts(fast, [x], 2 * SEGMENT)[0])
+    assert played.recorded
 
 
 def test_gradients_are_launched(played: type[PlayedParts]) -> None:

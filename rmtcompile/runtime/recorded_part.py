@@ -102,6 +102,10 @@ class PartRecorder(Recordings):
     LONGEST = 4096
     """Levels of a part that is recorded."""
 
+    LARGEST = 1 << 28
+    """Bytes of the results of a part that is recorded: they are held twice, and a part that gives more keeps
+    the device at work anyway."""
+
     MOST = 3
     """Times that recordings are dropped since weights have moved; after that parts are launched."""
 
@@ -141,15 +145,16 @@ class PartRecorder(Recordings):
             tuple(x.shape for x in tensors),
         )
 
-    def wants(self, kind: Kind) -> bool:
-        """Whether to record this kind now; notes that it was seen."""
+    def wants(self, kind: Kind, outputs: Outputs) -> bool:
+        """Whether to record this kind now, which gives such outputs; notes that it was seen."""
         has_come = kind in self._seen
         self._seen[kind] = None
         self._seen.move_to_end(kind)
         while len(self._seen) > self.KINDS:
             self._seen.popitem(last=False)
-        is_short = self.program.grid(kind.segments).n_levels <= self.LONGEST
-        return has_come and is_short and kind not in self._recordings and self._dropped < self.MOST
+        results = sum(x.nbytes for x in pytree.tree_leaves(outputs) if is_tensor(x))
+        fits = self.program.grid(kind.segments).n_levels <= self.LONGEST and results <= self.LARGEST
+        return has_come and fits and kind not in self._recordings and self._dropped < self.MOST
 
     def forget(self) -> None:
         """Drop all recordings: weights have moved."""

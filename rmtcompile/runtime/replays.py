@@ -178,7 +178,7 @@ class Replays:
             if outputs is not None:
                 return outputs
             outputs = launch()
-        if recorder.wants(kind):
+        if recorder.wants(kind, outputs):
             try:
                 with own_modes(), same_numbers(executor.device):
                     recorder.record(kind, segments, named, crossing, self._workspaces)
