@@ -245,6 +245,22 @@ def test_ragged_ends_and_batches() -> None:
         assert_same(model(x), fast(x))
 
 
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_ragged_ends_have_rules(name: str) -> None:
+    """One program for any number of segments and any rest: no length is captured by itself."""
+    model = model_of(name)
+    fast = rmtcompile.optimize(model)
+    text = features(13)
+    for length in (13, 17):
+        assert_same(model(text[:, :length]), fast(text[:, :length]))
+    captures = fast.captures
+    for length in (10, 22, 20, 37, 16):
+        assert_same(model(text[:, :length]), fast(text[:, :length]))
+    assert fast.compiled.rolled.fixed is None
+    assert fast.captures == captures
+
+
 @torch.no_grad()
 def test_with_compiled_cells() -> None:
     """Cells that work on what grows run as they are, those of the first segment are compiled."""
