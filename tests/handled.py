@@ -106,7 +106,7 @@ def tables() -> dict[str, tuple[str, list[Row]]]:
         zoo("Carry read below its writer", "skewed", more=("test_the_skew_is_printed",)),
         zoo("Memories rolled down one layer between segments", "rolled_memories"),
         zoo("A carried view that the layer above overwrites", "alias_trap"),
-        model("Caches of the keys and values of all earlier segments: joined in tuples, attributes and transformers' `DynamicCache`, masks of any form, grouped-query attention, rotary positions", growing + "test_equal_on_diagonals[triangle]", *(f"test_equal_on_diagonals[{name}]" for name in ("forms", "attribute", "written")), "test_chunked_prefill_of_a_decoder_with_its_cache", "test_ragged_ends_and_batches", "test_gradients"),
+        model("Caches of the keys and values of all earlier segments: joined in tuples, attributes and transformers' `DynamicCache`, masks of any form, grouped-query attention, rotary positions", growing + "test_equal_on_diagonals[triangle]", *(f"test_equal_on_diagonals[{name}]" for name in ("forms", "attribute", "written")), "test_chunked_prefill_of_a_decoder_with_its_cache", "test_ragged_ends_and_batches", "test_ragged_ends_have_rules", "test_gradients"),
         model("Layers with such a cache and recurrent ones in turn; both in one layer", growing + "test_equal_on_diagonals[hybrid]", "test_equal_on_diagonals[both]"),
         model("Lists of keys and values, or of memories of all earlier segments, joined whenever they are read; a mean over all of them", growing + "test_equal_on_diagonals[lists]", "test_equal_on_diagonals[memories]", "test_equal_on_diagonals[mean]"),
         zoo("Compressed older memory", "compressed_older"),
