@@ -46,7 +46,8 @@ def test_models_follow_each_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(nn.Module, "compile", lambda _: None)
     out = tmp_path / "run.json"
     flags = ["--train", "table", "--rounds", "1", "--option", "backend=eager", "--out", str(out)]
-    assert main([*TINY[:6], *flags]) == 0
+    assert main([*TINY[:6], *flags]) == 2, "a preset would be without effect"
+    assert main([*TINY[2:6], *flags]) == 0
     steps = json.loads(out.read_text())["steps"]
     assert [step["segment"] for step in steps] == [8] * 3 + [16] * 3
     assert all(max(step["difference"]) < 1e-3 for step in steps if "difference" in step)

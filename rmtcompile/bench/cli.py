@@ -45,9 +45,14 @@ def run(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, AssertionError) as error:
         print(f"error: there is no device {name!r} here ({str(error).splitlines()[0]})", file=sys.stderr)
         return 2
+    if args.preset and args.train == "table":
+        print("error: the table has presets of its own", file=sys.stderr)
+        return 2
     if args.preset is None:
         args.preset = "1b" if device.type == "cuda" else "tiny"
-        print(f"preset {args.preset}, since the device is {name}; --preset chooses another", file=sys.stderr)
+        if args.train != "table":
+            note = f"preset {args.preset}, since the device is {name}; --preset chooses another"
+            print(note, file=sys.stderr)
 
     def save(record: dict[str, Any]) -> None:
         if args.out:
