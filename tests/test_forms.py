@@ -209,3 +209,19 @@ def test_a_view_of_a_parameter_has_no_form_of_its_own() -> None:
 
 def _doubled(x: Tensor) -> Tensor:
     return 2 * x
+
+
+@pytest.mark.filterwarnings("default")  # torch's own, of a tensor that is no leaf
+def test_a_training_step_compiles_what_it_needs_itself() -> None:
+    """Two segments of three layers have no level of the full width, whose form waits for a longer text."""
+    model = made(lambda: Toy(3))
+    fast = rmtcompile.optimize(model, backend="aot_eager")
+    fast(features(2)).sum().backward()
+    engine = fast._last[0].executor.engine  # type: ignore[index]
+
+    def sizes() -> set[Any]:
+        return {form._about[0] for form in engine.forms if form._about and isinstance(form._about[0], int)}
+
+    assert sizes() and 3 not in sizes()
+    fast(features(5)).sum().backward()
+    assert 3 in sizes()

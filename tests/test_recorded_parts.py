@@ -14,6 +14,7 @@ from test_advancing import MODELS, T, in_parts, whole
 from test_blocks import Played
 from test_replays import PlayedRecorder
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from toys import SEGMENT, WIDTH, Toy, assert_same, features, made
 from zoo.others import ZOO
 
@@ -106,10 +107,32 @@ def test_weights_and_states_of_other_kinds(played: type[PlayedParts], name: str)
     entry = ZOO[name]
     model = entry.build()
     fast = rmtcompile.optimize(copy.deepcopy(model) if isinstance(model, nn.Module) else model)
+    before = copy.deepcopy(list(model.parameters())) if isinstance(model, nn.Module) else []
     (x,) = entry.inputs(2, 30)
     size = 3 * entry.segment
     assert_same(whole(model(x)), in_parts(fast, x, [*range(size, x.shape[1], size)])[0])
     assert played.replayed > 3
+    if before:
+        assert_same(before, list(fast.model.parameters()))
+
+
+@torch.no_grad()
+def test_a_recording_never_writes_into_the_model(played: type[PlayedParts]) -> None:
+    """What it reads of the model's own memory is no place that is filled."""
+    fast = rmtcompile.optimize(made(Toy))
+    parts(fast, [features(20)[:, : 12 * SEGMENT]], 2 * SEGMENT)
+    replays = fast._last[0].executor.replays  # type: ignore[index]
+    assert replays._parts is not None and replays._parts.count
+    own = {p.untyped_storage().data_ptr() for p in fast.model.parameters()}
+    for one in replays._parts._recordings.values():
+        filled = (one.places, one.inputs, one.init, one.stacked, one.weights, one.left, one.state)
+        leaves = pytree.tree_leaves([*map(items_of, filled)])
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        assert tensors and own.isdisjoint(x.untyped_storage().data_ptr() for x in tensors)
+
+
+def items_of(value: Any) -> Any:
+    return list(value.values()) if hasattr(value, "values") else list(value)
 
 
 class Rows(nn.Module):

@@ -198,6 +198,28 @@ def test_values_that_are_rounding_alone_are_no_difference() -> None:
     assert compare(noise, -noise, "it", 0.0, other) is None
     assert compare(noise, noise + 1e-6, "it", 0.0, other) is not None
     assert compare(noise, -noise, "it", 0.0, noise.clone()) is not None
+    large, turned = 1e16 * noise, 1e16 * other
+    assert compare(large, -large, "it", 0.0, turned) is not None, "chaotic values are compared all the same"
+
+
+@torch.no_grad()
+def test_what_is_written_into_an_input_is_never_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward that runs on other inputs writes into those."""
+    model = made(InPlaceInput)
+    fast = rmtcompile.optimize(model)
+    fast(features(4))
+    compiled, executor = fast._last[0].compiled, fast._last[0].executor  # type: ignore[index]
+    x = features(6)
+    assert verify.difference(model, compiled, executor, 6, (x,), {}) is None
+    run = type(executor).run
+
+    def wrong(self: Any, *args: Any, **kwargs: Any) -> Any:
+        *others, last = run(self, *args, **kwargs)
+        return (*others, last * 1.5)
+
+    monkeypatch.setattr(type(executor), "run", wrong)
+    found = verify.difference(model, compiled, executor, 6, (x,), {})
+    assert found is not None and "written into" in found
 
 
 @torch.no_grad()

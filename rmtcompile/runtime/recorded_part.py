@@ -53,13 +53,13 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Recording:
+class RecordedPart:
     """A recorded part.
 
     Attributes:
         places, parts: where it reads parts of the inputs, and which they are, counted from the first segment.
         inputs, init, stacked, weights, left: where it reads these: arguments that levels read whole, what
-            comes before the first level, stacked weights that are no memory of the model's, and what earlier
+            comes before the first level, of all that what is no memory of the model's, and what earlier
             segments have left.
         state: where it reads what the forward replaces in the model.
         addresses: of the model's other tensors.
@@ -122,7 +122,7 @@ class PartRecorder(Recordings):
         super().__init__(leaves, replaced)
         self.program, self.borders, self.functions, self.engine = program, borders, functions, engine
         self.weights = weights
-        self._recordings: OrderedDict[Kind, Recording] = OrderedDict()
+        self._recordings: OrderedDict[Kind, RecordedPart] = OrderedDict()
         self._seen: OrderedDict[Kind, None] = OrderedDict()
         self._dropped = 0
 
@@ -179,14 +179,12 @@ class PartRecorder(Recordings):
         room = {name: room_for(x) if name in moved else x for name, x in weights.items()}
         left = {key: room_for(crossing.values[key]) for key in sorted(crossing.values)}
         recorded_inputs = {name: room_for(inputs[name]) for name in self.borders.inputs}
-        own = {x.untyped_storage().data_ptr() for x in leaves.values()}
-
-        def placed(x: torch.Tensor) -> torch.Tensor:  # the model's own memory is read where it is
-            return x if x.untyped_storage().data_ptr() in own else room_for(x)
-
+        own = {_memory(x) for x in leaves.values()}
+        # The model's own memory is read where it is, and never written.
+        copied = {name: room_for(x) for name, x in host.stacked.items() if _memory(x) not in own}
+        stacked = {**host.stacked, **copied}
         init = {i: host.init[i] for i in self.borders.init}
-        init = pytree.tree_map_only(torch.Tensor, placed, init)
-        stacked = {name: placed(x) for name, x in host.stacked.items()}
+        init = pytree.tree_map_only(torch.Tensor, room_for, init)
         made: list[PartRun] = []
 
         def body() -> list[torch.Tensor]:
@@ -203,13 +201,13 @@ class PartRecorder(Recordings):
         graph, values = self._captured(body, workspaces)
         run = made[-1]
         assert run.crossing is not None
-        self._recordings[kind] = Recording(
+        self._recordings[kind] = RecordedPart(
             graph,
             tuple(parts),
             tuple(x for x in pytree.tree_leaves(list(parts.values())) if is_tensor(x)),
             recorded_inputs,
             init,
-            stacked,
+            copied,
             {name: room[name] for name in moved},
             tuple(left.values()),
             state,
@@ -284,7 +282,7 @@ class PartRecorder(Recordings):
 
     def _read(
         self,
-        recording: Recording,
+        recording: RecordedPart,
         state: list[torch.Tensor],
         host: BaseRun,
         leaves: Mapping[str, torch.Tensor],
@@ -302,7 +300,7 @@ class PartRecorder(Recordings):
         if recording.weights:
             weights = self.weights(leaves)
             pairs += [(place, weights[name]) for name, place in recording.weights.items()]
-        return [(place, value) for place, value in pairs if place.data_ptr() != value.data_ptr()]
+        return pairs
 
 
 class PartRun(RecordedRun):
@@ -321,6 +319,10 @@ class PartRun(RecordedRun):
         program, engine = recorder.program, recorder.engine
         super().__init__(program, segments, inputs, leaves, weights, engine, False, crossing=crossing)
         self.base, self.places, self.outer = crossing.first, parts, recorder.borders.outer
+
+
+def _memory(x: torch.Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def tensors_of(events: list[Event]) -> list[torch.Tensor]:
