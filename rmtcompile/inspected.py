@@ -34,10 +34,11 @@ class Inspected:
     @property
     def schedule(self) -> Schedule:
         """The schedule of the last call."""
+        from rmtcompile.report.plans import bands_of
         from rmtcompile.report.scheduled import schedule_of
 
         entry, count = self._ran
-        return schedule_of(entry.compiled, count)
+        return schedule_of(entry.compiled, count, bands=bands_of(entry.executor))
 
     @property
     def _ran(self) -> tuple[Entry, int]:
@@ -83,7 +84,10 @@ class Inspected:
         return save_view(self._optimized, path, capture=capture)
 
     def profile(self, *args: Any, **kwargs: Any) -> Profile:
-        """Run the model and measure each level; later `view`s and `explain`s show the times."""
+        """Run the model and measure each level; later `view`s and `explain`s show the times.
+
+        Where ranks run bands of the program, every rank has to call this, with the same arguments.
+        """
         from rmtcompile.report import profile
 
         return profile(self._optimized, args, kwargs)

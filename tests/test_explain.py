@@ -24,7 +24,7 @@ import rmtcompile
 from rmtcompile.report import Profile, view_model
 from rmtcompile.report.kinds import kind_of
 from rmtcompile.report.names import pattern, ranges
-from rmtcompile.report.profiling import ATTENTION_FLOPS
+from rmtcompile.report.rates import ATTENTION_FLOPS
 from rmtcompile.runtime.costs import Costs
 from rmtcompile.viewer import PassView
 from rmtcompile.viewer.view_model import to_dict

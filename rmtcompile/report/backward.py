@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from rmtcompile.report.kinds import recording, timed
+from rmtcompile.report.kinds import are_cuda, recording, timed
 from rmtcompile.runtime.base import Level, OnLevel
 
 _NODE = "autograd::engine::evaluate_function"
@@ -26,7 +26,11 @@ _RUNS = 3
 
 
 def backward_us(
-    program: Callable[[OnLevel], Any], leaves: Sequence[torch.Tensor], device: torch.device, repeats: int
+    program: Callable[[OnLevel], Any],
+    leaves: Sequence[torch.Tensor],
+    devices: Sequence[torch.device],
+    repeats: int,
+    by_level: bool = True,
 ) -> tuple[tuple[float, ...], float]:
     """Microseconds of each level's part of backward, and of all of it; nothing where no gradients are
     recorded. The gradient of each result is one.
@@ -34,11 +38,13 @@ def backward_us(
     Args:
         program: runs the forward, level by level; gives its results.
         leaves: of which gradients are wanted; none are left in them.
+        devices: on which backward runs.
+        by_level: whether the nodes of levels are the caller's; without it levels have no parts.
     """
-    starts: list[int] = []
+    starts: list[tuple[int, int]] = []
 
     def numbered(run: Any, level: int, step: Level) -> None:
-        starts.append(torch.autograd._get_sequence_nr())
+        starts.append((torch.autograd._get_sequence_nr(), level))
         step(run, level)
 
     wholes = []
@@ -46,39 +52,44 @@ def backward_us(
         backward = _backward(program(lambda run, level, step: step(run, level)), leaves)
         if backward is None:
             return (), 0.0
-        wholes.append(timed(backward, device))
+        wholes.append(timed(backward, *devices))
     parts = []
-    for _ in range(_RUNS):
+    for _ in range(_RUNS if by_level else 0):
         starts.clear()
         backward = _backward(program(numbered), leaves)
         assert backward is not None
-        parts.append(_by_level(backward, starts, torch.autograd._get_sequence_nr(), device))
+        parts.append(_by_level(backward, starts, torch.autograd._get_sequence_nr(), devices))
     total = statistics.median(wholes)
     return tuple(total * statistics.median(shares) for shares in zip(*parts, strict=True)), total
 
 
 def _by_level(
-    backward: Callable[[], Any], starts: Sequence[int], end: int, device: torch.device
+    backward: Callable[[], Any],
+    starts: Sequence[tuple[int, int]],
+    end: int,
+    devices: Sequence[torch.device],
 ) -> list[float]:
     """Each level's share of backward.
 
     Args:
-        starts: the number of the first node of each level; `end` follows those of the last.
+        starts: the number of the first node of each level, and the level, in the order in which they ran;
+            with bands a level has several. `end` follows the nodes of the last one.
     """
     from torch.autograd import DeviceType
 
-    cuda = device.type == "cuda"
-    with recording(device) as recorded:
+    cuda = are_cuda(devices)
+    with recording(*devices) as recorded:
         backward()
-    whole, taken = 0.0, [0.0] * len(starts)
+    firsts, levels = zip(*starts, strict=True)
+    whole, taken = 0.0, [0.0] * (1 + max(levels))
     for event in recorded.events() or ():
         if not event.name.startswith(_NODE) or _is_within(event) or event.device_type != DeviceType.CPU:
             continue
         us = float(event.device_time_total if cuda else event.cpu_time_total)
         whole += us
-        level = bisect_right(starts, event.sequence_nr) - 1
-        if level >= 0 and event.sequence_nr < end:
-            taken[level] += us
+        at = bisect_right(firsts, event.sequence_nr) - 1
+        if at >= 0 and event.sequence_nr < end:
+            taken[levels[at]] += us
     return [us / whole if whole else 0.0 for us in taken]
 
 

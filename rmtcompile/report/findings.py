@@ -23,7 +23,7 @@ from rmtcompile.report.explanation import (
 )
 from rmtcompile.report.facts import Facts, facts_of, is_loaded
 from rmtcompile.report.names import input_labels, model_name, type_of
-from rmtcompile.report.plans import Measured, measured_plans
+from rmtcompile.report.plans import Measured, bands_of, measured_plans
 from rmtcompile.report.scheduled import schedule_of
 from rmtcompile.schedule import Schedule, blocking, blocking_reason, short_type, skew
 
@@ -58,7 +58,7 @@ def explain_last(fast: Optimized) -> Explanation:
     entry, count = fast._ran
     compiled, backend = entry.compiled, entry.executor.backend
     facts = facts_of(compiled)
-    schedule = schedule_of(compiled, count, facts)
+    schedule = schedule_of(compiled, count, facts, bands_of(entry.executor))
     inputs, axes = inputs_of(fast)
     measured = measured_plans(entry.executor, schedule.n_segments)
     plan, why = plan_of(fast, compiled, schedule, measured)
@@ -225,7 +225,8 @@ def _cheaper(measured: Measured) -> str:
 def _speedups(fast: Optimized, schedule: Schedule, plan: str, measured: Measured) -> tuple[Speedup, ...]:
     """The sequential plan and the wide one; the profile is of the plan that runs."""
     profile = fast.last_profile
-    ratio = profile.speedup if profile is not None and profile.schedule == schedule else None
+    is_of_this = profile is not None and profile.schedule == schedule and profile.sequential_us
+    ratio = profile.speedup if profile is not None and is_of_this else None
     rows = [("sequential", schedule.n_cells, 1.0)]
     widest = schedule
     if schedule.alpha >= schedule.n_layers:  # what was not chosen, or not asked for

@@ -27,31 +27,37 @@ _KINDS = (
 )  # fmt: skip
 
 
-def wait(device: torch.device) -> None:
-    """Until the device has done what was queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def wait(*devices: torch.device) -> None:
+    """Until the devices have done what was queued."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
-def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Microseconds of a call, until the device has done it."""
-    wait(device)
+def timed(run: Callable[[], Any], *devices: torch.device) -> float:
+    """Microseconds of a call, until the devices have done it."""
+    wait(*devices)
     start = time.perf_counter()
     run()
-    wait(device)
+    wait(*devices)
     return (time.perf_counter() - start) * 1e6
 
 
 @contextmanager
-def recording(device: torch.device) -> Iterator[Any]:
-    """torch's profiler over a block, to its end on the device."""
+def recording(*devices: torch.device) -> Iterator[Any]:
+    """torch's profiler over a block, to its end on the devices."""
     from torch.profiler import ProfilerActivity, profile
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes its progress to standard error
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * are_cuda(devices)
     with profile(activities=activities, acc_events=True) as found:
         yield found
-        wait(device)
+        wait(*devices)
+
+
+def are_cuda(devices: Sequence[torch.device]) -> bool:
+    """Whether work is done on CUDA devices, so that their clocks count."""
+    return any(device.type == "cuda" for device in devices)
 
 
 def kind_of(name: str) -> str:
@@ -64,12 +70,12 @@ def kind_of(name: str) -> str:
     return "pointwise"
 
 
-def kinds_of(program: Callable[[], None], device: torch.device) -> dict[str, float]:
-    """Microseconds of each kind of operation over one run."""
+def kinds_of(program: Callable[[], None], *devices: torch.device) -> dict[str, float]:
+    """Microseconds of each kind of operation over one run, on all devices together."""
     from torch.autograd import DeviceType
 
-    cuda = device.type == "cuda"
-    with recording(device) as events:
+    cuda = are_cuda(devices)
+    with recording(*devices) as events:
         program()
     found: dict[str, float] = {}
     for event in events.key_averages():

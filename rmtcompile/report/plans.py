@@ -1,10 +1,11 @@
-"""What the runtime measured to choose a plan: the one place where reports ask it."""
+"""What the runtime measured to choose a plan, and where it cuts: the one place where reports ask it."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 
+from rmtcompile.runtime.bands.execute import BandedExecutor
 from rmtcompile.runtime.execute import Executor
 
 
@@ -41,3 +42,10 @@ def measured_plans(executor: Executor, segments: int) -> Measured:
         executor.recorded,
         tuple(executor.bands),
     )
+
+
+def bands_of(executor: Executor) -> tuple[range, ...]:
+    """The layers of each band; none where the program is not cut."""
+    if not isinstance(executor, BandedExecutor):
+        return ()
+    return tuple(band.layers for band in executor.cut.bands)

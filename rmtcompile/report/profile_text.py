@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from html import escape
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from rmtcompile.schedule.bands import words
+
 if TYPE_CHECKING:
-    from rmtcompile.report.profiling import Profile
+    from rmtcompile.report.profiled import Profile
+
+
+_BAND_HEADS = (
+    "band", "where", "layers", "busy ms", "busy", "waits ms", "ramps ms", "total ms", "behind ms",
+)  # fmt: skip
 
 
 def to_text(found: Profile) -> str:
@@ -17,14 +26,17 @@ def to_text(found: Profile) -> str:
 
 def _table(found: Profile) -> Iterator[str]:
     schedule, used = found.schedule, found.utilisation
-    yield (
-        f"profile   {found.total_us / 1e3:.2f} ms a call, the model as it is "
-        f"{found.sequential_us / 1e3:.2f} ms: {found.speedup:.2f} x as fast"
-    )
+    beside = f"the model as it is {found.sequential_us / 1e3:.2f} ms: {found.speedup:.2f} x as fast"
+    beside = beside if found.sequential_us else "the model as it is was not run in the host's memory"
+    yield f"profile   {found.total_us / 1e3:.2f} ms a call, {beside}"
     yield f"          {found.device}, median of {found.repeats}"
-    if found.backward_us:
-        yield f"          backward {found.backward_total_us / 1e3:.2f} ms, level by level from the last one"
+    if found.backward_total_us:
+        by_level = ", level by level from the last one" * bool(found.backward_us)
+        yield f"          backward {found.backward_total_us / 1e3:.2f} ms{by_level}"
     yield ""
+    if found.bands:
+        yield from _band_lines(found)
+        yield ""
     if not found.level_us:
         yield "  the program does not run level by level, so levels have no times of their own"
         yield from _kind_lines(found)
@@ -47,6 +59,48 @@ def _table(found: Profile) -> Iterator[str]:
     yield from _kind_lines(found)
 
 
+def _band_lines(found: Profile) -> Iterator[str]:
+    wide = max(len("where"), *(len(band.place) for band in found.bands))
+    for name, place, layers, *numbers in [_BAND_HEADS, *_bands(found)]:
+        row = "  ".join(f"{number:>9}" for number in numbers)
+        yield f"  {name:>5}  {place:<{wide}}  {layers:<8}  {row}"
+    for note in _notes(found):
+        yield f"  {note}"
+
+
+def _bands(found: Profile) -> Iterator[tuple[str, ...]]:
+    """A row a band: where, its layers, what its time was spent on, and how long after those of the band
+    before its levels begin, in the middle."""
+    behind = _behind(found)
+    for p, band in enumerate(found.bands):
+        layers = words(found.schedule.bands[p]).partition(" ")[2]
+        times = (band.waiting_us, band.ramps_us, band.total_us, *behind[p])
+        busy = f"{band.busy_us / 1e3:.3f}", f"{band.busy_us / band.total_us:.1%}"
+        yield (str(p), band.place, layers, *busy, *(f"{us / 1e3:.3f}" for us in times))
+
+
+def _behind(found: Profile) -> list[tuple[float, ...]]:
+    """By how much the levels of each band begin after the same ones of the band before, in the middle."""
+    rows: list[tuple[float, ...]] = [()]
+    for low, high in pairwise(found.bands):
+        begins = {span.level: span.begin for span in low.spans}
+        lags = [span.begin - begins[span.level] for span in high.spans if span.level in begins]
+        rows.append((statistics.median(lags),) if lags else ())
+    return rows
+
+
+def _notes(found: Profile) -> Iterator[str]:
+    """What has to be known to read the times of bands."""
+    yield f"of a call whose levels are launched one by one, {found.launched_us / 1e3:.2f} ms in all"
+    yield "bands wait for what others send, for a device that they share, and for the host that launches"
+    places = [band.place for band in found.bands]
+    shared = [place for place in dict.fromkeys(places) if places.count(place) > 1]
+    if shared:
+        yield f"bands share {', '.join(shared)}: their levels come one after the other"
+    if found.exact_us:
+        yield f"clocks of two bands may be {found.exact_us / 1e3:.3f} ms apart"
+
+
 def _kind_lines(found: Profile) -> Iterator[str]:
     total = sum(found.kind_us.values())
     for name, us in sorted(found.kind_us.items(), key=lambda item: -item[1]):
@@ -55,14 +109,18 @@ def _kind_lines(found: Profile) -> Iterator[str]:
 
 def to_html_fragment(found: Profile) -> str:
     """A table for a notebook cell, with the total above it: no script, no network."""
-    total = (
-        f"<b>{found.total_us / 1e3:.2f} ms</b> a call, the model as it is "
-        f"{found.sequential_us / 1e3:.2f} ms: <b>{found.speedup:.2f} x as fast</b><br>"
-        f"{escape(found.device)}, median of {found.repeats}"
-    )
-    if found.backward_us:
+    total = f"<b>{found.total_us / 1e3:.2f} ms</b> a call"
+    if found.sequential_us:
+        total += (
+            f", the model as it is {found.sequential_us / 1e3:.2f} ms: <b>{found.speedup:.2f} x as fast</b>"
+        )
+    total += f"<br>{escape(found.device)}, median of {found.repeats}"
+    if found.backward_total_us:
         total += f"<br>backward <b>{found.backward_total_us / 1e3:.2f} ms</b>"
-    tables = _html_table(("", "ms", "share"), _html_parts(found))
+    tables = ""
+    if found.bands:
+        tables = _html_table(_BAND_HEADS, _bands(found)) + f"<p>{'<br>'.join(map(escape, _notes(found)))}</p>"
+    tables += _html_table(("", "ms", "share"), _html_parts(found))
     if found.level_us:
         used = found.utilisation
         more = [*(["of peak"] if used else []), *(["backward ms"] if found.backward_us else [])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from rmtcompile.compiler.pipeline import Compiled
@@ -11,12 +12,15 @@ from rmtcompile.report.facts import Facts, facts_of, is_loaded
 from rmtcompile.schedule import Schedule
 
 
-def schedule_of(compiled: Compiled, count: int, facts: Facts | None = None) -> Schedule:
+def schedule_of(
+    compiled: Compiled, count: int, facts: Facts | None = None, bands: Sequence[range] = ()
+) -> Schedule:
     """The schedule of a compiled program over `count` segments of the model, with its carries, variants and
     kinds. Its own segments are the steps of the grid.
 
     Args:
         facts: of the program, where they are known already.
+        bands: the layers of each band, where it is cut.
     """
     facts = facts or facts_of(compiled)
     program, count = compiled.program, compiled.steps(count)
@@ -35,7 +39,7 @@ def schedule_of(compiled: Compiled, count: int, facts: Facts | None = None) -> S
         layer_kinds=tuple(kinds.get(layer, "unused") for layer in range(program.n_layers)),
     )
     operations = None if is_loaded(compiled) else operations_of(compiled, count)
-    return replace(schedule, reads=facts.reads, operations=operations)
+    return replace(schedule, reads=facts.reads, operations=operations, bands=tuple(bands))
 
 
 def _variant(number: int, head: int) -> str:

@@ -22,7 +22,7 @@ from rmtcompile.viewer import PassView, ViewModel, WitnessView, render, to_explo
 
 if TYPE_CHECKING:
     from rmtcompile.optimized import Optimized
-    from rmtcompile.report.profiling import Profile
+    from rmtcompile.report.profiled import Profile
 
 
 def save_view(

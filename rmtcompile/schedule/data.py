@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rmtcompile.errors import InternalError
+from rmtcompile.schedule.bands import BandTimes, check_bands, goes_down
 from rmtcompile.schedule.grid import Grid, Phases
 from rmtcompile.schedule.parts import Carry, Operation, Window
 from rmtcompile.schedule.paths import Cell, Offset, check_offsets, consumers, longest_path_levels, producers
@@ -37,6 +38,8 @@ class Schedule:
             the other, each through all layers.
         reads: the layers that read by each offset, as (offset, layers); an offset that is not named is read
             by every layer.  Levels keep all offsets for all layers; this says which edges there really are.
+        bands: the layers of each band, lowest first, where bands run on devices or ranks of their own; none
+            where one device runs all layers.
         operations: gives the operations of a cell; a schedule that was loaded from a file has none.
     """
 
@@ -50,6 +53,7 @@ class Schedule:
     levels: tuple[tuple[Cell, ...], ...] = ()
     block: int = 0
     reads: tuple[tuple[Offset, tuple[int, ...]], ...] = ()
+    bands: tuple[range, ...] = ()
     operations: Callable[[Cell], Sequence[Operation]] | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -65,6 +69,7 @@ class Schedule:
         self._fill("layer_kinds", self.layer_kinds or ("layer",) * self.n_layers)
         if len(self.segment_variants) != self.n_segments or len(self.layer_kinds) != self.n_layers:
             raise ValueError("segment_variants has one name a segment, layer_kinds one name a layer")
+        self._fill("bands", check_bands(self.bands, self.n_layers, self.alpha))
         if not self.levels:
             self._fill("levels", tuple(self.grid.cells(t) for t in range(self.grid.n_levels)))
 
@@ -156,6 +161,27 @@ class Schedule:
         offsets = [offset for offset in sorted(self.offsets) if cell[1] + offset[1] in self.readers(offset)]
         return tuple(consumers(cell, offsets, self.n_layers, self.n_segments))
 
+    # -- bands -----------------------------------------------------------------------
+
+    @property
+    def borders(self) -> tuple[int, ...]:
+        """The first layer of each band but the lowest."""
+        return tuple(band.start for band in self.bands[1:])
+
+    def band_of(self, layer: int) -> int:
+        """The number of the band that a layer belongs to; 0 where there are none."""
+        return sum(border <= layer for border in self.borders)
+
+    def band_grid(self, band: int) -> Grid:
+        """Which cells of a band run on which level; levels are those of the whole schedule."""
+        return dataclasses.replace(self.grid, band=self.bands[band])
+
+    @cached_property
+    def lag(self) -> int:
+        """Levels by which each band is behind the one before: 1, so that what is sent has a level's time to
+        arrive; 0 where values go down from band to band, or there is one band."""
+        return int(len(self.bands) > 1 and not goes_down(self))
+
     # -- what it proves --------------------------------------------------------------
 
     @cached_property
@@ -221,9 +247,10 @@ class Schedule:
         return to_text(self)
 
     def __repr__(self) -> str:
+        bands = f", {len(self.bands)} bands" * (len(self.bands) > 1)
         return (
             f"<Schedule {self.n_layers} layers x {self.n_segments} segments, level = {self.level_rule}, "
-            f"{self.n_levels} levels, width {self.width}>"
+            f"{self.n_levels} levels, width {self.width}{bands}>"
         )
 
     def _repr_html_(self) -> str:
@@ -247,7 +274,8 @@ class Schedule:
     def to_networkx(self) -> nx.DiGraph[Cell]:
         """The cells as a directed graph from producers to consumers.
 
-        Nodes have `level`, `phase`, `variant` and `kind`; edges have `offset` and `carries` (names).
+        Nodes have `level`, `phase`, `variant` and `kind`, and `band` where there are any; edges have `offset`
+        and `carries` (names).
         """
         from rmtcompile.schedule.graph import to_networkx
 
@@ -274,17 +302,23 @@ class Schedule:
         return to_svg(self)
 
     def to_chrome_trace(
-        self, times: Sequence[float] | None = None, backward: Sequence[float] = ()
+        self,
+        times: Sequence[float] | None = None,
+        backward: Sequence[float] = (),
+        bands: Sequence[BandTimes] = (),
     ) -> str:
-        """The schedule as trace events (open them in ui.perfetto.dev): a track a layer, a slice a cell.
+        """The schedule as trace events (open them in ui.perfetto.dev): a track a layer, a slice a cell, and
+        with bands a process a band.
 
         Args:
             times: measured microseconds of each level.  Without them each level is drawn 100 long.
             backward: measured microseconds of each level's part of backward, which follows.
+            bands: when the levels of each band ran, instead of `times`.  Without it each band is drawn `lag`
+                levels behind the one before.
         """
         from rmtcompile.schedule.trace import to_chrome_trace
 
-        return to_chrome_trace(self, times, backward)
+        return to_chrome_trace(self, times, backward, bands)
 
     def save(self, path: str | Path, *, times: Sequence[float] | None = None) -> Path:
         """Write the schedule in the format that the suffix names.

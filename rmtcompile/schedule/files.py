@@ -104,6 +104,8 @@ def _save_png(schedule: Schedule, path: Path) -> None:
     axes.set_xlabel("segment")
     axes.set_ylabel("layer")
     axes.set_title(repr(schedule)[len("<Schedule ") : -1], fontsize=9, loc="left")
+    for border in schedule.borders:
+        axes.axhline(border - 0.5, color="black", linewidth=1.5, linestyle="--")
     if schedule.n_cells <= 400:
         for cells in schedule.levels:
             for s, layer in cells:

@@ -25,9 +25,9 @@ def to_networkx(schedule: Schedule) -> nx.DiGraph[Cell]:
     for level, cells in enumerate(schedule.levels):
         phase = phases.of(level)
         for cell in cells:
-            graph.add_node(
-                cell, level=level, phase=phase, variant=schedule.variant_of(cell), kind=schedule.kind_of(cell)
-            )
+            band = {"band": schedule.band_of(cell[1])} if schedule.bands else {}
+            names = {"variant": schedule.variant_of(cell), "kind": schedule.kind_of(cell)}
+            graph.add_node(cell, level=level, phase=phase, **names, **band)
     for before, after, offset in _edges(schedule):
         graph.add_edge(before, after, offset=offset, carries=carried.get((offset, before[1]), ()))
     return graph

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from html import escape
 from typing import TYPE_CHECKING
 
-from rmtcompile.schedule.text import plural, runs, span
+from rmtcompile.schedule.text import bands_of, plural, runs, span
 
 if TYPE_CHECKING:
     from rmtcompile.schedule.data import Schedule
@@ -37,6 +37,8 @@ def facts(schedule: Schedule) -> Iterator[tuple[str, str]]:
     yield "ramp-up", span(phases.ramp_up)
     yield "steady", span(phases.steady)
     yield "ramp-down", span(phases.ramp_down)
+    if schedule.bands:
+        yield "bands", bands_of(schedule)
     if len(set(schedule.segment_variants)) > 1:
         yield "variants", runs(schedule.segment_variants)
     for carry in schedule.carries:

@@ -61,6 +61,11 @@ SCHEMA: dict[str, Any] = {
                 "properties": {"offset": _PAIR, "layers": {"type": "array", "items": _INT}},
             },
         },
+        "bands": {
+            "type": "array",
+            "description": "[first, one after the last] layer of each band; empty: not cut",
+            "items": _PAIR,
+        },
         "levels": {
             "type": "array",
             "description": "what is executed, in order: the cells of each level",
@@ -84,6 +89,7 @@ def to_dict(schedule: Schedule) -> dict[str, Any]:
         "segment_variants": list(schedule.segment_variants),
         "layer_kinds": list(schedule.layer_kinds),
         "reads": [{"offset": list(o), "layers": list(layers)} for o, layers in schedule.reads],
+        "bands": [[band.start, band.stop] for band in schedule.bands],
         "levels": [[list(cell) for cell in cells] for cells in schedule.levels],
     }
 
@@ -123,6 +129,7 @@ def from_dict(data: dict[str, Any]) -> Schedule:
         reads=tuple((_pair(r["offset"]), tuple(r["layers"])) for r in data.get("reads", ())),
         levels=tuple(tuple((s, layer) for s, layer in cells) for cells in data["levels"]),
         block=data.get("block", 0),
+        bands=tuple(range(*_pair(band)) for band in data.get("bands", ())),
     )
     try:
         schedule.verify()

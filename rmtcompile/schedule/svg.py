@@ -26,7 +26,13 @@ _STYLE = (
     ".t{font-weight:600;font-size:12px}"
     "@media(prefers-color-scheme:dark){text{fill:#ddd}.n{fill:#111}}"
 )
+_BORDERS = (
+    ".b{stroke:#333;stroke-width:1.5;stroke-dasharray:5 3}"
+    "@media(prefers-color-scheme:dark){.b{stroke:#ddd}}"
+)
 _LEFT, _TOP, _BOTTOM, _RIGHT, _LEGEND = 64, 34, 30, 12, 26
+_BAND = 48
+"""Room for the names of bands, right of the grid."""
 _NUMBERED = 1200
 
 
@@ -43,16 +49,18 @@ def _cell_size(schedule: Schedule) -> int:
 def to_svg(schedule: Schedule) -> str:
     """The picture as one self-contained SVG document."""
     size = _cell_size(schedule)
-    width = max(_LEFT + size * schedule.n_segments + _RIGHT, 440)
+    names = _BAND if schedule.bands else 0
+    width = max(_LEFT + size * schedule.n_segments + names + _RIGHT, 440)
     height = _TOP + size * schedule.n_layers + _BOTTOM + _LEGEND
     title = repr(schedule)[1:-1]
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" role="img" aria-label="{escape(title)}">',
-        f"<title>{escape(title)}</title><style>{_STYLE}</style>",
+        f"<title>{escape(title)}</title><style>{_STYLE}{_BORDERS * bool(schedule.bands)}</style>",
         f'<text class="t" x="12" y="20">{escape(title.removeprefix("Schedule "))}</text>',
         *_paths(schedule, size),
         *_axes(schedule, size),
+        *_bands(schedule, size),
         *_legend(schedule, height),
         "</svg>",
     ]
@@ -93,6 +101,18 @@ def _axes(schedule: Schedule, size: int) -> Iterator[str]:
         x, _ = _corner(schedule, s, 0, size)
         yield f'<text x="{x + size / 2:g}" y="{bottom}" text-anchor="middle">{s}</text>'
     yield f'<text x="{_LEFT - 6}" y="{bottom}" text-anchor="end">segment</text>'
+
+
+def _bands(schedule: Schedule, size: int) -> Iterator[str]:
+    """The borders between bands, and the bands' names where they fit."""
+    right = _LEFT + size * schedule.n_segments
+    for p, layers in enumerate(schedule.bands):
+        _, top = _corner(schedule, 0, layers[-1], size)
+        if layers.stop < schedule.n_layers:
+            y = top - (1 if size >= 10 else 0)
+            yield f'<line class="b" x1="{_LEFT - 8}" y1="{y}" x2="{right + _BAND - 8}" y2="{y}"/>'
+        if size * len(layers) >= 11:
+            yield f'<text x="{right + 4}" y="{top + size * len(layers) / 2 + 3:g}">band {p}</text>'
 
 
 def _legend(schedule: Schedule, height: int) -> Iterator[str]:

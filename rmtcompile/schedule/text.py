@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
+from rmtcompile.schedule.bands import words
+
 if TYPE_CHECKING:
     from rmtcompile.schedule.data import Schedule
     from rmtcompile.schedule.parts import Window
@@ -47,10 +49,18 @@ def runs(names: Sequence[str]) -> str:
     return ", ".join(f"{name} x {sum(1 for _ in group)}" for name, group in groupby(names))
 
 
-def _elided_runs(names: Sequence[str]) -> str:
-    """`1, 2, 3 x 7, 2, 1`, at most a dozen runs of equal names."""
+def bands_of(schedule: Schedule) -> str:
+    """`0: layers 0..1, 1: layers 2..3, each a level behind the one before`."""
+    listed = _elided_runs([f"{p}: {words(layers)}" for p, layers in enumerate(schedule.bands)], 5)
+    if len(schedule.bands) == 1:
+        return listed
+    return listed + (", each a level behind the one before" if schedule.lag else ", all on the same level")
+
+
+def _elided_runs(names: Sequence[str], limit: int = 12) -> str:
+    """`1, 2, 3 x 7, 2, 1`, at most so many runs of equal names."""
     found = [(name, sum(1 for _ in group)) for name, group in groupby(names)]
-    shown = elide(len(found), 12)
+    shown = elide(len(found), limit)
     words = [f"{name} x {count}" if count > 1 else name for name, count in found]
     text = [words[shown[0]]]
     for before, i in pairwise(shown):
@@ -101,6 +111,8 @@ def _facts(schedule: Schedule) -> list[str]:
         facts.append(f"  variants  {_short(runs(schedule.segment_variants))} (segments in order)")
     if len(set(schedule.layer_kinds)) > 1:
         facts.append(f"  kinds     {_short(runs(schedule.layer_kinds))} (layers, lowest first)")
+    if schedule.bands:
+        facts.append(f"  bands     {bands_of(schedule)}")
     return facts
 
 
@@ -148,6 +160,7 @@ def _grid(schedule: Schedule) -> list[str]:
     cell = max(len(str(schedule.n_levels - 1)), len(str(schedule.n_segments - 1)))
     label = len(f"layer {schedule.n_layers - 1}")
     hidden = schedule.n_segments - len(columns)
+    wide = (cell + 1) * len(columns) - 1 + 4 * bool(hidden)
 
     def row(head: str, values: Sequence[str], gap: str) -> str:
         cut = next((i for i, (a, b) in enumerate(pairwise(columns)) if b != a + 1), None)
@@ -158,8 +171,12 @@ def _grid(schedule: Schedule) -> list[str]:
 
     lines = []
     for above, layer in zip([None, *reversed(rows)], reversed(rows), strict=False):
+        crossed = sum(layer < border <= above for border in schedule.borders) if above is not None else 0
         if above is not None and layer != above - 1:
-            lines.append(f"  {'...':>{label}} | ... {plural(above - layer - 1, 'layer')} ...")
+            hidden_borders = f", {plural(crossed, 'border')} of bands" * bool(crossed)
+            lines.append(f"  {'...':>{label}} | ... {plural(above - layer - 1, 'layer')}{hidden_borders} ...")
+        elif crossed:
+            lines.append(f"  {'-' * label} + {'-' * wide}  band {schedule.band_of(layer)} below")
         values = [str(schedule.level_of((s, layer))) for s in columns]
         lines.append(row(f"layer {layer}", values, "..."))
     lines.append(row("segment", [str(s) for s in columns], "..."))

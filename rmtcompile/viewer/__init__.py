@@ -7,6 +7,7 @@ viewer.html, viewer.css
 model.js        the data, state, words and small helpers
 grid.js         the layer x segment grid and the strip of levels
 cell.js         the panel of one cell
+bands.js        bands of layers: borders in the grid, and their rows in the timeline
 graph.js        dependences and carries
 diff.js         line differences
 passes.js       the passes, their texts and the differences of these

@@ -7,6 +7,7 @@ const sortOf = ([s, l]) =>
   [
     ["variant", G.variants[s], new Set(G.variants).size],
     [`kind ${kindLetter(l)}`, G.kinds[l], kinds.length],
+    ["band", bandOf(l), G.bands.length],
   ]
     .filter(([, , many]) => many > 1)
     .map(([word, name]) => `${word} <b class="flat">${esc(name)}</b>`)

@@ -1,6 +1,6 @@
 // The layer x segment grid: one canvas for the cells, one above it for the cursor and the arrows.
 
-const PAD = { left: kinds.length > 1 ? 74 : 58, top: 6, bottom: 22, right: 10 };
+const PAD = { left: (kinds.length > 1 ? 74 : 58) + (G.bands.length ? 18 : 0), top: 6, bottom: 22, right: 10 };
 const box = { w: 10, h: 10, gap: 1 };
 
 function measure() {
@@ -103,6 +103,7 @@ function drawAxes(ctx) {
   for (let s = 0; s < G.segments; s += stepS) ctx.fillText(s, middle([s, 0])[0] - box.gap / 2, y);
   ctx.textAlign = "right";
   ctx.fillText("segment", PAD.left - 8, y);
+  drawBandNames(ctx);
 }
 const niceStep = (least) =>
   [1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, 128, 256].find((n) => n >= least) || 512;
@@ -110,6 +111,7 @@ const niceStep = (least) =>
 function drawOver() {
   const ctx = sized($("grid"), box.width, box.height);
   const cell = state.hover || state.cell;
+  drawBorders(ctx);
   linked(cell, -1).forEach(([other]) => mark(ctx, other, palette.in, 2));
   linked(cell, 1).forEach(([other]) => mark(ctx, other, palette.out, 2));
   mark(ctx, state.cell, palette.select, 2.5);

@@ -23,12 +23,13 @@ function renderHead() {
   const carry = later.length
     ? ` From segment to segment ${listed(later)}.`
     : " Nothing flows from one segment to the next.";
-  $("lead").innerHTML = `A cell is one layer on one segment. ${together}${carry}${timeLead()}`;
+  $("lead").innerHTML = `A cell is one layer on one segment. ${together}${bandsLead()}${carry}${timeLead()}`;
   const tiles = [
     ["cells", `${cells.toLocaleString("en")} <small>${G.layers} × ${G.segments}</small>`],
     [`level = ${G.rule}`, `${count(G.levels, "level")}`],
     ["run together", `${maxWidth} <small>${(cells / G.levels).toFixed(1)} on average</small>`],
   ];
+  if (G.bands.length > 1) tiles.push(["bands", `${G.bands.length} <small>${G.bands.map(bandLayers).join(", ")}</small>`]);
   if (G.carries.length) tiles.push(["carried", bytes(sum(G.carries.map((c) => c.total)))]);
   if (V.profile) {
     const total = totalTime();

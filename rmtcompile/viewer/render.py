@@ -10,7 +10,7 @@ from rmtcompile.viewer.view_model import ViewModel, to_dict
 
 # In the order in which they are joined; they share one scope.
 _SCRIPTS = (
-    "model.js", "links.js", "grid.js", "cell.js", "graph.js", "diff.js", "passes.js", "time.js",
+    "model.js", "links.js", "bands.js", "grid.js", "cell.js", "graph.js", "diff.js", "passes.js", "time.js",
     "timeline.js", "memory.js", "tabs.js", "main.js",
 )  # fmt: skip
 

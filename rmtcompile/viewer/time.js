@@ -30,14 +30,14 @@ function initTime(panel) {
     : "";
   panel.innerHTML =
     `<h2>Where the time goes</h2><p class="quiet" style="margin:2px 0 12px"><b style="color:var(--ink)">${micros(total)}</b> in all${faster}${V.device ? `, on ${esc(V.device)}` : ""}. ` +
-    `${micros(total / (G.layers * G.segments))} a cell; the slowest level is ${slowest} (${micros(p.levelUs[slowest])}).${used} A level includes what happens to the segment that enters and to the one that leaves.</p>` +
+    `${micros(total / (G.layers * G.segments))} a cell; the slowest level is ${slowest} (${micros(p.levelUs[slowest])}).${used} A level includes what happens to the segment that enters and to the one that leaves.${bandTimes.length ? " It takes as long as on the device that is slowest there." : ""}</p>` +
     `<div class="whole">${timelineHtml()}</div><div class="times"><div><h3 style="margin-top:0">Time of each level</h3><canvas id="timechart" role="img" aria-label="Measured time of each level"></canvas></div><div>` +
     `<h3 style="margin-top:0">By phase</h3>${phases.map(([n, t]) => hbar(`${PHASE_WORDS[n]}, ${count(G.phases[n][1] - G.phases[n][0], "level")}`, t, total, longest, n)).join("")}` +
     (p.outsideUs ? hbar("outside of levels", p.outsideUs, total, longest, "outside") : "") +
     (spent.length
       ? `<h3>By kind of operation</h3>${spent.map(([k, t]) => hbar(k, t, kindTotal, spent[0][1])).join("")}`
       : "") +
-    `</div></div>${backwardHtml()}<details><summary>All levels as a table</summary>${levelTable()}</details>`;
+    `</div></div>${bandsHtml()}${backwardHtml()}<details><summary>All levels as a table</summary>${levelTable()}</details>`;
   const draw = () => {
     if (panel.hidden) return;
     drawTimes();

@@ -1,11 +1,11 @@
-// The timeline of the measured levels, each divided by kind of operation; it zooms and pans.
+// The timeline of the measured levels, each divided by kind of operation, or a row a band; it zooms and pans.
 
 const TIME_HIGH = { levels: 22, kinds: 120, axis: 20 };
 const shownTime = { from: 0, to: 1 }; // microseconds from the start of the first level
 
 const levelEnds = [];
 if (V.profile) V.profile.levelUs.reduce((at, us) => (levelEnds.push(at + us), at + us), 0);
-const wholeTime = () => levelEnds[levelEnds.length - 1] || 1;
+const wholeTime = () => (bandTimes.length ? bandTimes[0].totalUs : levelEnds[levelEnds.length - 1]) || 1;
 const levelStart = (t) => (t ? levelEnds[t - 1] : 0);
 /** The level that runs at a time, by halves. */
 function levelOfTime(us) {
@@ -53,13 +53,28 @@ function zoomTime(factor, about) {
 function drawTimeline() {
   const canvas = $("timeline"),
     wide = canvas.parentElement.clientWidth,
-    { levels, kinds: high, axis } = TIME_HIGH;
+    rows = bandTimes.length ? bandTimes.length * BAND_HIGH : TIME_HIGH.levels + TIME_HIGH.kinds;
   if (!wide) return;
-  const ctx = sized(canvas, wide, levels + high + axis),
+  const ctx = sized(canvas, wide, rows + TIME_HIGH.axis),
     { from, to } = shownTime,
     x = (us) => ((us - from) / (to - from)) * wide;
   ctx.font = "11px system-ui, sans-serif";
   ctx.textBaseline = "middle";
+  if (bandTimes.length) drawBandRows(ctx, wide, x, shownTime);
+  else drawLevelRow(ctx, wide, x, shownTime);
+  ctx.fillStyle = palette.soft;
+  timeTicks(from, to).forEach((us) => {
+    ctx.fillRect(x(us), rows, 1, 4);
+    ctx.textAlign = x(us) < 20 ? "left" : x(us) > wide - 20 ? "right" : "center";
+    ctx.fillText(us ? micros(us) : "0", x(us), rows + 12);
+  });
+  Object.assign(canvas.dataset, { from, to });
+  $("timespan").textContent = `${micros(to - from)} of ${micros(wholeTime())}; drag to move, turn the wheel to zoom`;
+}
+
+/** The levels one after the other, each divided by kind of operation. */
+function drawLevelRow(ctx, wide, x, { from, to }) {
+  const { levels } = TIME_HIGH;
   for (let t = levelOfTime(from); t < G.levels && levelStart(t) <= to; t += 1) {
     const [left, right] = [x(levelStart(t)), x(levelEnds[t])],
       w = Math.max(0.5, right - left - (right - left > 3 ? 1 : 0));
@@ -73,14 +88,6 @@ function drawTimeline() {
       ctx.fillText(t, (a + b) / 2, levels / 2 - 1);
     }
   }
-  ctx.fillStyle = palette.soft;
-  timeTicks(from, to).forEach((us) => {
-    ctx.fillRect(x(us), levels + high, 1, 4);
-    ctx.textAlign = x(us) < 20 ? "left" : x(us) > wide - 20 ? "right" : "center";
-    ctx.fillText(us ? micros(us) : "0", x(us), levels + high + 12);
-  });
-  Object.assign(canvas.dataset, { from, to });
-  $("timespan").textContent = `${micros(to - from)} of ${micros(wholeTime())}; drag to move, turn the wheel to zoom`;
 }
 
 /** The time of a level by kind, from the bottom up; what is left is between operations. */
@@ -126,6 +133,8 @@ function initTimeline(panel) {
     const area = canvas.getBoundingClientRect();
     return shownTime.from + ((e.clientX - area.left) / area.width) * (shownTime.to - shownTime.from);
   };
+  const spanOf = (e) => spanAt(e.clientY - canvas.getBoundingClientRect().top, timeAt(e));
+  const levelUnder = (e) => (bandTimes.length ? spanOf(e)[1][0] : levelOfTime(timeAt(e)));
   const middle = () => (shownTime.from + shownTime.to) / 2;
   shownTime.to = wholeTime();
   panel.addEventListener("click", (e) => {
@@ -151,7 +160,7 @@ function initTimeline(panel) {
   canvas.addEventListener("pointermove", (e) => {
     if (!held) {
       $("tip").hidden = false;
-      $("tip").innerHTML = kindsTip(levelOfTime(timeAt(e)));
+      $("tip").innerHTML = bandTimes.length ? spanTip(spanOf(e)) : kindsTip(levelUnder(e));
       $("tip").style.left = `${Math.min(e.clientX + 14, window.innerWidth - 340)}px`;
       $("tip").style.top = `${e.clientY - 12 - $("tip").offsetHeight}px`;
       return;
@@ -163,7 +172,7 @@ function initTimeline(panel) {
     showTime(held.from - by, held.to - by);
   });
   canvas.addEventListener("pointerup", (e) => {
-    if (held && !held.moved) setLevel(levelOfTime(timeAt(e)));
+    if (held && !held.moved) setLevel(levelUnder(e));
     held = null;
   });
   canvas.addEventListener("pointercancel", () => (held = null));

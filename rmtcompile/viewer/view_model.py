@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rmtcompile.schedule import Carry, Schedule, blocking_reason, short_type
+from rmtcompile.schedule import BandTimes, Carry, Schedule, blocking_reason, short_type
 from rmtcompile.schedule.memory import alive_bytes, growth
 
 PHASES = ("ramp_up", "steady", "ramp_down")
@@ -136,6 +136,7 @@ class ProfileView:
         outside_us: microseconds before the first level and after the last.
         level_kinds: for each level, microseconds of each kind of operation; empty if it was not measured.
         backward_us: microseconds of each level's part of backward; empty if it was not measured.
+        bands: when the levels of each band ran; empty where the layers are not cut, or it was not measured.
     """
 
     level_us: tuple[float, ...]
@@ -145,6 +146,7 @@ class ProfileView:
     outside_us: float = 0.0
     level_kinds: tuple[Mapping[str, float], ...] = ()
     backward_us: tuple[float, ...] = ()
+    bands: tuple[BandTimes, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +201,8 @@ class ViewModel:
                 raise ValueError(
                     f"profile.{name} has {len(values)} values for {self.schedule.n_levels} levels"
                 )
+        if self.profile.bands and len(self.profile.bands) != len(self.schedule.bands):
+            raise ValueError(f"times of {len(self.profile.bands)} bands for {len(self.schedule.bands)}")
 
 
 def to_dict(view: ViewModel) -> dict[str, Any]:
@@ -260,6 +264,8 @@ def _schedule(schedule: Schedule) -> dict[str, Any]:
         ],
         "variants": list(schedule.segment_variants),
         "kinds": list(schedule.layer_kinds),
+        "bands": [[band.start, band.stop] for band in schedule.bands],
+        "lag": schedule.lag,
         "blocked": blocking_reason(schedule.offsets, schedule.n_layers),
     }
 
@@ -315,4 +321,17 @@ def _profile(profile: ProfileView) -> dict[str, Any]:
         "outsideUs": round(profile.outside_us, 3),
         "levelKinds": [{kind: round(t, 3) for kind, t in one.items()} for one in profile.level_kinds],
         "backwardUs": [round(us, 3) for us in profile.backward_us],
+        "bands": [_band(band) for band in profile.bands],
+    }
+
+
+def _band(band: BandTimes) -> dict[str, Any]:
+    """When a band's levels ran; each as [level, begin, end]."""
+    return {
+        "place": band.place,
+        "busyUs": round(band.busy_us, 3),
+        "waitingUs": round(band.waiting_us, 3),
+        "rampsUs": round(band.ramps_us, 3),
+        "totalUs": round(band.total_us, 3),
+        "spans": [[level, round(begin, 3), round(end, 3)] for level, begin, end in band.spans],
     }
