@@ -14,14 +14,15 @@ together bands would wait for each other, and the cut is refused by the dependen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from torch import fx
 
 from rmtcompile.errors import UnsupportedError
-from rmtcompile.ir.bands import Band, Cut, Sent
+from rmtcompile.ir.bands import Band, Cut, Division, Sent
 from rmtcompile.ir.program import Feed, Group, Lane, Program, Tap
 from rmtcompile.ir.randomness import is_random
 from rmtcompile.passes.emit.readers import CALLER, Reader
@@ -32,7 +33,67 @@ from rmtcompile.schedule import blocking
 
 def even(n_layers: int, count: int) -> tuple[range, ...]:
     """The layers in `count` bands: band p has layers p * L // P up to (p + 1) * L // P."""
-    borders = [p * n_layers // count for p in range(count + 1)]
+    return _between([p * n_layers // count for p in range(count + 1)])
+
+
+def balanced(
+    costs: Sequence[float], count: int, prologue: float = 0.0, epilogue: float = 0.0, slack: float = 0.0
+) -> tuple[range, ...]:
+    """The layers in `count` bands whose largest cost is as small as it can be.
+
+    Of several such divisions the one that is closest to `even`, which it is where all layers cost the same.
+
+    Args:
+        costs: of each layer.
+        prologue, epilogue: what the first and the last band have to do besides.
+        slack: by which share largest costs may differ that count as the same.
+
+    Reference: the linear partition problem, by dynamic programming over the borders.
+    """
+    n_layers = len(costs)
+    sums = [0.0, *accumulate(costs)]
+    aim = [band.stop for band in even(n_layers, count)]
+
+    def cost(p: int, start: int, stop: int) -> float:
+        ends = (prologue if p == 0 else 0.0) + (epilogue if p == count - 1 else 0.0)
+        return sums[stop] - sums[start] + ends
+
+    def distance(p: int, start: int, stop: int) -> float:
+        return abs(stop - aim[p]) if cost(p, start, stop) <= limit else float("inf")
+
+    limit = _cheapest(n_layers, count, cost, max)[0] * (1 + max(slack, _ROUNDING))
+    return _between(_cheapest(n_layers, count, distance, operator.add)[1])
+
+
+_ROUNDING = 1e-9
+
+
+def _cheapest(
+    n_layers: int,
+    count: int,
+    price: Callable[[int, int, int], float],
+    join: Callable[[float, float], float],
+) -> tuple[float, tuple[int, ...]]:
+    """The division into `count` bands of at least one layer that has the lowest price, and its borders.
+
+    Args:
+        price: of band p from one layer up to another.
+        join: the price of some bands and that of the next one.
+    """
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}  # by the layers that bands so far have
+    for p in range(count):
+        best = {
+            stop: min(
+                (join(paid, price(p, start, stop)), (*borders, stop))
+                for start, (paid, borders) in best.items()
+                if start < stop
+            )
+            for stop in range(p + 1, n_layers - (count - p - 1) + 1)
+        }
+    return best[n_layers]
+
+
+def _between(borders: Sequence[int]) -> tuple[range, ...]:
     return tuple(range(a, b) for a, b in pairwise(borders))
 
 
@@ -81,16 +142,17 @@ def _random_in_init(program: Program) -> Iterator[fx.Node]:
         yield from (n for n in rule.body.nodes if n.op == "call_function" and is_random(n))
 
 
-def cut(program: Program, readers: Mapping[str, frozenset[Reader]], layers: Sequence[range]) -> Cut:
+def cut(program: Program, readers: Mapping[str, frozenset[Reader]], division: Division) -> Cut:
     """Cut a program into bands; see the module docstring.
 
     Args:
         readers: of each tap.
-        layers: of each band, ascending, all of them.
+        division: the layers of each band, ascending, all of them.
     """
     assert program.alpha, "a program with alpha = 0 runs layer by layer"
-    home = {layer: p for p, own in enumerate(layers) for layer in own}
-    return Cut(program, tuple(_band(program, readers, p, own, home) for p, own in enumerate(layers)))
+    home = {layer: p for p, own in enumerate(division.layers) for layer in own}
+    bands = (_band(program, readers, p, own, home) for p, own in enumerate(division.layers))
+    return Cut(program, tuple(bands), division)
 
 
 def _band(
@@ -160,4 +222,4 @@ def _sent_into(lane: Lane, own: range, home: Mapping[int, int]) -> Iterator[Sent
                 yield Sent(home[place], lane.name, layer, feed.group, feed.source, place)
 
 
-__all__ = ["check_cut", "cut", "even"]
+__all__ = ["balanced", "check_cut", "cut", "even"]

@@ -15,7 +15,16 @@ from rmtcompile.errors import UnsupportedError
 from rmtcompile.installed import Installed, installed_in, unwrapped
 from rmtcompile.module import OptimizedModule, class_for
 from rmtcompile.optimized import Optimized
-from rmtcompile.options import Chosen, Devices, Options, bands_on, cache_folder, check_options, group_of
+from rmtcompile.options import (
+    Chosen,
+    Devices,
+    Options,
+    bands_on,
+    cache_folder,
+    check_options,
+    group_of,
+    layers_on,
+)
 
 if TYPE_CHECKING:
     from rmtcompile.report import Explanation
@@ -73,11 +82,12 @@ def optimize(
             `torch.utils.checkpoint`; else, on CUDA, levels for whose values there is no memory, on one
             device. Values and gradients are the same.
         devices: cut the layers into bands, one a device: `["cuda:0", "cuda:1"]`, or "auto" for all CUDA
-            devices. Each band runs its layers' part of every wavefront and hands on what the next one reads.
-            The model, its arguments and results stay where they are; bands on other devices have copies of
-            their layers' weights. Or a process group, or a `DeviceMesh` of one dimension: each rank runs a
-            band of the model that it has, all ranks call alike, and each gets the whole result. One program
-            on one device by default.
+            devices. Layers are balanced by what they are measured to cost, or `{"cuda:0": 6, "cuda:1": 10}`
+            says how many each device has. Each band runs its layers' part of every wavefront and hands on
+            what the next one reads. The model, its arguments and results stay where they are; bands on other
+            devices have copies of their layers' weights. Or a process group, or a `DeviceMesh` of one
+            dimension: each rank runs a band of the model that it has, all ranks call alike, and each gets the
+            whole result. One program on one device by default.
         progress: print what is being done on long work, or call a function with each line.
         cache: a folder in which programs are saved when they are compiled, and looked for before: see `load`.
             Several processes may use one folder, for any models. By default the folder that the environment
@@ -109,9 +119,8 @@ def optimize(
     folder = cache_folder(cache)
     on = bands_on(devices, plan, recompute)
     group = group_of(devices)
-    options = Options(
-        layers, segment_size, plan, backend, cuda_graphs, fallback, verify, recompute, folder, on, group
-    )
+    how = plan, backend, cuda_graphs, fallback, verify, recompute
+    options = Options(layers, segment_size, *how, folder, on, group, layers_on(devices))
     if isinstance(model, nn.Module):
         return class_for(type(model))(model, options, report)
     return Optimized(model, options, report)

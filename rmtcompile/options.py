@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Literal, TypedDict
@@ -15,8 +15,8 @@ CACHE = "RMTCOMPILE_CACHE"
 """The environment variable that names the folder of `cache` where none is given."""
 
 Devices = Any
-"""How the devices of bands of layers are given: "auto", a list of devices, or a process group or a mesh of
-one dimension of `torch.distributed`; None: one device."""
+"""How the devices of bands of layers are given: "auto", a list of devices, numbers of layers by device, or a
+process group or a mesh of one dimension of `torch.distributed`; None: one device."""
 
 
 class Chosen(TypedDict, total=False):
@@ -40,6 +40,7 @@ class Options:
     """What the user may choose; see `rmtcompile.optimize`.
 
     Attributes:
+        layer_counts: how many layers each of the devices has; empty where nobody has said.
         joins: what the compiler itself chooses: how joins of values of several segments are written, as they
             come out of `forward_stores` (""; "held" or "listed", see there), or "nested" (see `nest`).
     """
@@ -55,6 +56,7 @@ class Options:
     cache: str | None = None
     devices: tuple[torch.device, ...] = ()
     group: Any = None
+    layer_counts: tuple[int, ...] = ()
     passes_off: frozenset[str] = frozenset()
     min_segments_captured: int = 2
     max_segments_captured: int = 6
@@ -158,14 +160,30 @@ def bands_on(devices: Devices, plan: str, recompute: str | int) -> tuple[torch.d
     if devices == "auto":
         count = torch.cuda.device_count()
         devices = [f"cuda:{i}" for i in range(count)] if count else ["cpu"]
-    if isinstance(devices, str) or not isinstance(devices, Sequence) or not devices:
-        raise ValueError(f"devices must be 'auto' or a list of devices, one a band, not {devices!r}")
+    if isinstance(devices, str) or not isinstance(devices, (Sequence, Mapping)) or not devices:
+        raise ValueError(
+            f"devices must be 'auto', a list of devices, one a band, or layers by device, not {devices!r}"
+        )
     found = tuple(_device(device) for device in devices)
     if len({device.type for device in found}) > 1:
         raise ValueError(f"devices must be of one type, not {', '.join(map(str, found))}")
     if found[0].type not in ("cpu", "cuda"):
         raise ValueError(f"devices must be CPU or CUDA devices, not {found[0]}")
     return found
+
+
+def layers_on(devices: Devices) -> tuple[int, ...]:
+    """How many layers each device has; empty where that is not given.
+
+    Raises:
+        ValueError: these are no numbers of layers.
+    """
+    if not isinstance(devices, Mapping):
+        return ()
+    counts = tuple(devices.values())
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in counts):
+        raise ValueError(f"devices must give each device a positive number of layers, not {devices!r}")
+    return counts
 
 
 def _device(device: Any) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,36 @@ class Toy(nn.Module):
                 h, written[s, l] = layer(h, written.get((s - self.back, l - self.up), zero))
             out.append(h)
         return torch.cat(out, 1)
+
+
+class Uneven(nn.Module):
+    """As `Toy`, with feed-forward networks of these widths, and a head of so many outputs a segment."""
+
+    def __init__(self, widths: Sequence[int], head: int = 0, d: int = 16) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(WideLayer(d, width) for width in widths)
+        self.head = nn.Linear(d, head) if head else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = [x.new_zeros(x.shape[0], x.shape[2]) for _ in self.layers]
+        out = []
+        for h in x.split(SEGMENT, 1):
+            for l, layer in enumerate(self.layers):
+                h, states[l] = layer(h, states[l])
+            out.append(torch.tanh(self.head(h)))
+        return torch.cat(out, 1)
+
+
+class WideLayer(Layer):
+    """A layer with a feed-forward network."""
+
+    def __init__(self, d: int, width: int) -> None:
+        super().__init__(d)
+        self.up, self.down = nn.Linear(d, width), nn.Linear(width, d)
+
+    def forward(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        x, m = super().forward(x, m)
+        return x + self.down(torch.relu(self.up(x))), m
 
 
 class AttributeState(nn.Module):

@@ -390,6 +390,7 @@ class Programs:
             options.recompute,
             options.devices,
             options.group,
+            options.layer_counts,
         )
 
 

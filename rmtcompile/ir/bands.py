@@ -8,7 +8,7 @@ Each band is a program of its own over some of the layers; their levels are thos
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rmtcompile.ir.program import Program
@@ -64,11 +64,58 @@ class Band:
 
 
 @dataclass(frozen=True)
+class LayerCosts:
+    """Seconds that the layers of one segment take, and what comes before and after them, as measured.
+
+    Attributes:
+        kinds: of one cell, by the name of its group.
+        groups: the group of each layer; one that is not among the kinds costs nothing.
+    """
+
+    kinds: Mapping[str, float]
+    groups: tuple[str, ...]
+    prologue: float = 0.0
+    epilogue: float = 0.0
+
+    @property
+    def layers(self) -> tuple[float, ...]:
+        """Of one cell of each layer."""
+        return tuple(self.kinds.get(name, 0.0) for name in self.groups)
+
+    def share(self, own: range) -> float:
+        """Of a band of these layers, as a part of the whole."""
+        mine = sum(self.layers[own.start : own.stop])
+        mine += self.prologue if own.start == 0 else 0.0
+        mine += self.epilogue if own.stop == len(self.groups) else 0.0
+        return mine / (sum(self.layers) + self.prologue + self.epilogue)
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{name} {_us(seconds)} a layer" for name, seconds in self.kinds.items())
+        ends = f"prologue {_us(self.prologue)}, epilogue {_us(self.epilogue)}"
+        return f"a segment takes, measured: {kinds}, {ends}"
+
+
+@dataclass(frozen=True)
+class Division:
+    """Which layers each band has.
+
+    Attributes:
+        how: they were found, in words.
+        costs: by which they were balanced, if they were.
+    """
+
+    layers: tuple[range, ...]
+    how: str = ""
+    costs: LayerCosts | None = None
+
+
+@dataclass(frozen=True)
 class Cut:
     """A program cut into bands."""
 
     whole: Program
     bands: tuple[Band, ...]
+    division: Division
 
     @property
     def goes_down(self) -> bool:
@@ -85,16 +132,23 @@ class Cut:
         Args:
             places: where each band runs, if that is known.
         """
-        lines = [f"{len(self.bands)} of {self.whole.n_layers} layers"]
+        how, costs = self.division.how, self.division.costs
+        lines = [f"{len(self.bands)} of {self.whole.n_layers} layers{f', {how}' if how else ''}"]
         for band in self.bands:
             on = f" on {places[band.index]}" if places else ""
+            on += f": {100 * costs.share(band.layers):.0f} % of the cost" if costs is not None else ""
             lines.append(f"{band.index}  layers {_span(band.layers)}{on}{_sent(band.sends)}")
+        lines += [str(costs)] if costs is not None else []
         if self.goes_down:
             lines.append("values go down from band to band: all bands are on the same level")
         return lines
 
     def __str__(self) -> str:
         return "bands     " + "\n  ".join(self.described())
+
+
+def _us(seconds: float) -> str:
+    return f"{1e6 * seconds:,.0f} us"
 
 
 def _span(layers: range) -> str:
@@ -111,4 +165,4 @@ def _sent(sends: Iterable[Sent]) -> str:
     )
 
 
-__all__ = ["Band", "Cut", "Sent"]
+__all__ = ["Band", "Cut", "Division", "LayerCosts", "Sent"]

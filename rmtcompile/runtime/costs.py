@@ -8,6 +8,7 @@ as long as a cell in company is cheaper than a cell alone, whatever the number o
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from rmtcompile.ir.program import Program
 from rmtcompile.ir.streams import capture_stream
 from rmtcompile.runtime.base import Level, OnLevel
 from rmtcompile.schedule import Grid
+
+LONG = 0.2
+"""Seconds after which calls on a CPU are not timed once more."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def measured(
         width = sum(len(window.layers) for window in run.windows(t))
         step(run, t)
         if width and width not in found and (t == 0 or t == run.steady.start):
-            found[width] = _seconds(lambda: level(run, t), device)
+            found[width] = seconds(lambda: level(run, t), device)
             level(run, t)  # lanes with two buffers have changed roles an odd number of times again
 
     run_all(timed)
@@ -84,8 +88,14 @@ def measured(
     return Costs(found[1], found[widest], widest, program.n_layers, program.alpha)
 
 
-def _seconds(body: Callable[[], Any], device: torch.device, repeat: int = 7) -> float:
-    """Median time of one replay of `body` as a CUDA graph."""
+def seconds(body: Callable[[], Any], device: torch.device, repeat: int = 7) -> float:
+    """How long `body` takes: on CUDA, where it has run before, the median of its replays as a CUDA graph;
+    elsewhere of calls behind a first one, or that one where it is long."""
+    is_cuda = device.type == "cuda"
+    return statistics.median(_replays(body, device, repeat) if is_cuda else _calls(body, repeat))
+
+
+def _replays(body: Callable[[], Any], device: torch.device, repeat: int) -> list[float]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=capture_stream(device), capture_error_mode="thread_local"):
         body()
@@ -97,4 +107,13 @@ def _seconds(body: Callable[[], Any], device: torch.device, repeat: int = 7) -> 
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e-3)
-    return statistics.median(times)
+    return times
+
+
+def _calls(body: Callable[[], Any], repeat: int) -> list[float]:
+    times: list[float] = []
+    while len(times) <= repeat and sum(times) < LONG:
+        started = time.perf_counter()
+        body()
+        times.append(time.perf_counter() - started)
+    return times[1:] or times

@@ -23,12 +23,14 @@ def executor_for(
     recompute: str | int = "auto",
     devices: Sequence[torch.device] = (),
     group: Any = None,
+    counts: Sequence[int] = (),
 ) -> Executor:
     """What runs a compiled program.
 
     Args:
         devices: of bands of layers, in order; none: the program is not cut.
         group: the processes that run a band each, instead.
+        counts: how many layers each device has, where that is given.
 
     For the other arguments see `Executor`.
     """
@@ -38,7 +40,7 @@ def executor_for(
 
         return RankExecutor(*given, group)
     if devices:
-        return BandedExecutor(*given, devices)
+        return BandedExecutor(*given, devices, counts=counts)
     return Executor(*given) if compiled.program.alpha else RowExecutor(*given)
 
 
