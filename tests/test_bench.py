@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rmtcompile.bench import bands, kernels, main, measure, numerics, report, session
+from rmtcompile.bench import kernels, main, measure, numerics, report, session
 from rmtcompile.bench.cli import options_of, parser, settings_of, variant_of
 from rmtcompile.bench.graphed import SequentialGraphed, joined
 from rmtcompile.bench.opponents import Full, Handwritten, Skipped, result_of
@@ -364,21 +364,6 @@ def test_flags_that_do_not_fit(flags: list[str], line: str, capsys: pytest.Captu
 def test_tables_of_a_run_that_measured_nothing() -> None:
     record = {"environment": {"command": []}, "ceilings": [], "models": [], "failed": []}
     assert [table.title for table in report.tables(record)] == ["run"]
-
-
-def test_bands_take_as_long_as_the_widest_of_them() -> None:
-    assert bands.modelled_share(7, 4, 1) == 1
-    assert bands.modelled_share(1, 4, 2) == 1  # one cell at a time
-    assert bands.modelled_share(3, 2, 2) == 5 / 6  # cells of the bands: 1 0, 1 0, 1 1, 0 1, 0 1
-    row = {"low": 0.1, "high": 0.3, "gib": [1.0], "tokens": 56}
-    rows = [{**row, "devices": 1, "seconds": 0.2}, {**row, "devices": 2, "seconds": 0.15, "difference": 1e-3}]
-    record = {"environment": {"command": []}, "layers": 4, "segment": 8, "bands": rows}
-    *_, table = bands.tables(record)
-    share = bands.modelled_share(7, 4, 2)
-    assert [cells[4] for cells in table.rows] == ["1.00x", "1.33x"]
-    assert table.rows[1][5] == f"{200 * share:.1f}"
-    compute, fill, rest = (float(text.rstrip("%")) for text in table.rows[1][6].split(", "))
-    assert compute == 67 and compute + fill + rest == pytest.approx(100, abs=1)
 
 
 def test_json_holds_no_nan(tmp_path: Path) -> None:

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 import rmtcompile
-from rmtcompile.bench import measure
+from rmtcompile.bench import measure, ranks
 from rmtcompile.bench.opponents import result_of
 from rmtcompile.bench.recording import Recording
 from rmtcompile.bench.report import Table, environment_table
 from rmtcompile.bench.shapes import Case
-from rmtcompile.passes.bands import even
 
 LAG = 1
 
@@ -32,21 +31,39 @@ FEW = 2
 ones say nothing."""
 
 
+TABLE: tuple[tuple[str, Sequence[int]], ...] = (("1b", (32768, 131072, 524288)), ("8b", (131072,)))
+"""Preset and lengths, in tokens, of the whole table."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and its lengths.
+
+    Attributes:
+        name: of its shape, in tables.
+    """
+
+    name: str
+    case: Case
+    tokens: Sequence[int]
+
+
 @dataclass(frozen=True)
 class Settings:
     """What one run does; see the command line's help.
 
     Attributes:
         counts: numbers of devices; 1 is the program on one device.
+        ranks: whether bands are also run by a process each.
     """
 
-    case: Case
-    tokens: Sequence[int]
+    models: Sequence[Model]
     counts: Sequence[int]
     rounds: int = 5
     options: Mapping[str, Any] = field(default_factory=dict)
     budget: float = float("inf")
     flags: tuple[str, ...] = ()
+    ranks: bool = False
 
 
 class Session(Recording):
@@ -57,11 +74,10 @@ class Session(Recording):
     ) -> None:
         super().__init__(device, settings.budget, save)
         self.settings = settings
-        case = settings.case
         there = torch.cuda.device_count() if device.type == "cuda" else max(settings.counts)
         if max(settings.counts) > there:
             raise ValueError(f"{max(settings.counts)} devices are wanted, and there are {there}")
-        self.begin(case, settings.flags, layers=case.shape.layers, bands=[])
+        self.begin(settings.models[0].case, settings.flags, bands=[])
 
     def devices(self, count: int) -> list[str]:
         """The first so many."""
@@ -69,46 +85,84 @@ class Session(Recording):
 
     @torch.no_grad()
     def run(self) -> None:
-        """All lengths; saved after each of them."""
-        settings, case = self.settings, self.settings.case
+        """All models and lengths; saved after each of them."""
+        for model in self.settings.models:
+            self._in_one_process(model)
+            if self.settings.ranks:
+                self._in_many(model)
+        self.record["seconds"] = time.monotonic() - self.started
+        self.save(self.record)
+
+    def _in_one_process(self, model: Model) -> None:
+        settings, case = self.settings, model.case
         torch.compiler.reset()
-        measure.release(self.device)
+        for i, _ in enumerate(self.devices(max(settings.counts))):
+            measure.release(torch.device("cuda", i) if self.device.type == "cuda" else self.device)
+        if self.is_late:
+            self.note(f"{model.name}: not begun, the time is up")
+            return
         self.say(f"building {case.shape.layers} layers of width {case.shape.hidden}")
-        model = case.build(self.device)
+        built = case.build(self.device)
         programs = {}
         for count in settings.counts:
             options: dict[str, Any] = {"progress": self.say, "plan": "diagonal", "cache": False}
             options |= settings.options
             if count > 1:
                 options["devices"] = self.devices(count)
-            programs[count] = rmtcompile.optimize(model, **options)
-        for tokens in settings.tokens:
+            programs[count] = rmtcompile.optimize(built, **options)
+        for tokens in model.tokens:
             if self.is_late:
-                self.note(f"{tokens} tokens: not begun, the time is up")
+                self.note(f"{model.name}, {tokens} tokens: not begun, the time is up")
                 continue
             torch.manual_seed(case.seed)
-            self._length(tokens, programs, case.ids(tokens, self.device))
+            self._length(model, tokens, programs, case.ids(tokens, self.device))
             self.save(self.record)
-        self.record["seconds"] = time.monotonic() - self.started
-        self.save(self.record)
 
-    def _length(self, tokens: int, programs: Mapping[int, Any], ids: Tensor) -> None:
+    def _in_many(self, model: Model) -> None:
+        """The same in a process a device."""
+        settings = self.settings
+        for i, _ in enumerate(self.devices(max(settings.counts))):
+            measure.release(torch.device("cuda", i) if self.device.type == "cuda" else self.device)
+        for count in settings.counts:
+            left = self.budget - (time.monotonic() - self.started)
+            if count == 1 or left <= 0:
+                continue
+            try:
+                rows = ranks.timed(
+                    model.case, model.tokens, count, settings.rounds, settings.options, self.device,
+                    min(left, 1e9), self.say,
+                )  # fmt: skip
+            except (RuntimeError, OSError) as error:
+                self.note(f"{model.name}, {count} processes: {error}")
+                continue
+            for row in rows:
+                self.say(f"{row['tokens']} tokens, {count} processes: {row['seconds'] * 1e3:.1f} ms")
+                self.record["bands"].append({**self._about(model), **row})
+            self.save(self.record)
+
+    def _about(self, model: Model) -> dict[str, Any]:
+        return {"model": model.name, "segment": model.case.segment}
+
+    def _length(self, model: Model, tokens: int, programs: Mapping[int, Any], ids: Tensor) -> None:
         """One length: everything is warm, then all programs in turn."""
         ready: dict[str, Callable[[], Any]] = {}
         first: Tensor | None = None
         rows: dict[str, dict[str, Any]] = {}
         for count, program in programs.items():
-            row: dict[str, Any] = {"devices": count, "tokens": tokens}
+            row: dict[str, Any] = {**self._about(model), "devices": count, "tokens": tokens}
             try:
                 before = time.perf_counter()
                 for _ in range(3):  # compiled, recorded, replayed
                     result = result_of(program(ids))
                 self._wait(count)
                 row["warm_seconds"] = time.perf_counter() - before
-                few = result[:, : FEW * self.settings.case.segment].float()
+                few = result[:, : FEW * model.case.segment].float()
                 first = few if first is None else first
                 row["difference"] = float((few - first).norm() / first.norm())
-                row["recorded"] = program._last[0].executor.recorded
+                executor = program._last[0].executor
+                row["recorded"] = executor.recorded
+                row["layers"] = [len(own) for own in executor.cut.division.layers] if count > 1 else None
+                row["layers"] = row["layers"] or [model.case.shape.layers]
                 on = range(count if ids.is_cuda else 0)
                 row["gib"] = [torch.cuda.max_memory_allocated(i) / 2**30 for i in on]
                 ready[str(count)] = self._timed(program, ids, count)
@@ -137,18 +191,18 @@ class Session(Recording):
 
 def tables(record: Mapping[str, Any]) -> list[Table]:
     """What was measured, and what could be reached: seconds, and shares of them."""
-    layers, segment = record["layers"], record["segment"]
-    alone = {row["tokens"]: row["seconds"] for row in record["bands"] if row["devices"] == 1}
+    alone = {_what(row): row["seconds"] for row in record["bands"] if row["devices"] == 1}
     rows = []
-    for row in sorted(record["bands"], key=lambda row: (row["tokens"], row["devices"])):
+    for row in sorted(record["bands"], key=lambda row: (*_what(row), row["devices"], "ranks" in row)):
         tokens, count, took = row["tokens"], row["devices"], row["seconds"]
-        one = alone.get(tokens)
-        modelled = one * modelled_share(tokens // segment, layers, count) if one else None
+        one = alone.get(_what(row))
+        modelled = one * modelled_share(tokens // row["segment"], row["layers"]) if one else None
         parts = (one / count, modelled - one / count, took - modelled) if one and modelled else ()
         rows.append(
             [
+                row["model"],
                 f"{tokens:,}",
-                str(count),
+                f"{count} processes" if "ranks" in row else str(count),
                 f"{took * 1e3:.1f}",
                 f"{row['low'] * 1e3:.1f} .. {row['high'] * 1e3:.1f}",
                 f"{one / took:.2f}x" if one else "",
@@ -159,21 +213,32 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
             ]
         )
     shares = "compute, fill, rest"
-    header = ("tokens", "devices", "ms", "spread", "faster", "modelled ms", shares, "GiB", "difference")
+    header = (
+        "model", "tokens", "devices", "ms", "spread", "faster", "modelled ms", shares, "GiB", "difference",
+    )  # fmt: skip
     title = f"bands of layers; difference: of the first {FEW} segments, from one device"
     return [environment_table(record["environment"]), Table(title, header, rows)]
 
 
-def modelled_share(segments: int, layers: int, count: int) -> float:
-    """What a run in so many bands takes without communication, as a share of the time on one device."""
+def _what(row: Mapping[str, Any]) -> tuple[str, int]:
+    return row["model"], row["tokens"]
+
+
+def modelled_share(segments: int, layers: Sequence[int]) -> float:
+    """What a run takes without communication, as a share of the time on one device.
+
+    Args:
+        layers: of each band.
+    """
+    starts = [sum(layers[:i]) for i in range(len(layers))]
     cells = 0
-    for level in range(segments + layers - 1 + LAG * (count - 1)):
+    for level in range(segments + sum(layers) - 1 + LAG * (len(layers) - 1)):
         widths = [
-            sum(1 for layer in band if 0 <= level - LAG * index - layer < segments)
-            for index, band in enumerate(even(layers, count))
+            sum(1 for layer in range(start, start + n) if 0 <= level - LAG * index - layer < segments)
+            for index, (start, n) in enumerate(zip(starts, layers, strict=True))
         ]
         cells += max(widths)
-    return cells / (segments * layers)
+    return cells / (segments * sum(layers))
 
 
-__all__ = ["Session", "Settings", "modelled_share", "tables"]
+__all__ = ["TABLE", "Model", "Session", "Settings", "modelled_share", "tables"]

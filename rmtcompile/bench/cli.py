@@ -45,12 +45,16 @@ def run(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, AssertionError) as error:
         print(f"error: there is no device {name!r} here ({str(error).splitlines()[0]})", file=sys.stderr)
         return 2
+    if args.ranks and not args.devices:
+        print("error: --ranks times the bands of --devices", file=sys.stderr)
+        return 2
     if args.preset and args.train == "table":
         print("error: the table has presets of its own", file=sys.stderr)
         return 2
+    args.has_table = args.preset is None and device.type == "cuda"
     if args.preset is None:
         args.preset = "1b" if device.type == "cuda" else "tiny"
-        if args.train != "table":
+        if args.train != "table" and not (args.devices and args.has_table and not args.tokens):
             note = f"preset {args.preset}, since the device is {name}; --preset chooses another"
             print(note, file=sys.stderr)
 
@@ -200,15 +204,19 @@ def bands_of(args: argparse.Namespace, flags: tuple[str, ...]) -> bands.Settings
     Raises:
         ValueError: they do not fit together.
     """
-    from rmtcompile.bench.bands import Settings
+    from rmtcompile.bench.bands import TABLE, Model, Settings
 
     base = settings_of(args)
     if len(base.cases) != 1:
         raise ValueError("bands are timed with segments of one length, not of several")
     if min(args.devices) < 1:
         raise ValueError(f"devices must be at least 1, not {min(args.devices)}")
+    models = [Model(args.preset, base.cases[0], base.tokens)]
+    if args.has_table and not args.tokens:
+        of = (argparse.Namespace(**{**vars(args), "preset": preset}) for preset, _ in TABLE)
+        models = [Model(m.preset, _cases_of(m)[1][0], n) for m, (_, n) in zip(of, TABLE, strict=True)]
     counts = sorted(set(args.devices))
-    return Settings(base.cases[0], base.tokens, counts, args.rounds, base.options, args.budget, flags)
+    return Settings(models, counts, args.rounds, base.options, args.budget, flags, args.ranks)
 
 
 def _cases_of(args: argparse.Namespace) -> tuple[dict[str, Any], tuple[Case, ...]]:

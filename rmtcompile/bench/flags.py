@@ -27,7 +27,7 @@ examples
   rmtcompile bench --layers 32 --hidden 4096 --errors --profile --plots plots
   rmtcompile bench --train --tokens 4096 32768              training steps, forward and backward
   rmtcompile bench --train table --out run.json             training steps of several shapes, one table
-  rmtcompile bench --devices 1 2 4 --tokens 32768 131072 524288      bands of layers on several GPUs
+  rmtcompile bench --devices 1 2 4 --ranks                  bands of layers on several GPUs, two shapes
   rmtcompile bench --documents 60 --out run.json            60 inputs of random lengths, one at a time
   rmtcompile bench --map 64 --tokens 4096                   a queue of 64 documents, in several ways
   rmtcompile bench --generate 200 --tokens 4096 32768       200 tokens after a text
@@ -143,10 +143,15 @@ def parser() -> Parser:
         "--own", action=argparse.BooleanOptionalAction, default=True, help="steps of the model itself, too"
     )
     several = top.add_argument_group(
-        "several devices", "the program in bands of layers, beside the same program on one device"
+        "several devices",
+        "the program in bands of layers, beside the same program on one device; without --preset and --tokens "
+        "on CUDA: the shapes 1b and 8b, each at its own lengths",
     )
     several.add_argument(
         "--devices", type=int, nargs="+", metavar="P", help="numbers of devices, such as 1 2 4"
+    )
+    several.add_argument(
+        "--ranks", action="store_true", help="then bands in a process each, too, started by torchrun"
     )
     out = top.add_argument_group("output")
     add_json(out)
