@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import toys
+from test_blocks import Player
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._pytree import tree_leaves
-from toys import Toy, assert_same, leave_quietly
+from toys import Toy, Uneven, assert_same, leave_quietly
 from zoo.others import ZOO
 
 import rmtcompile
@@ -75,6 +76,23 @@ def mesh(rank: int, group: Any) -> Any:
     return str(fast._last[0].executor.cut)
 
 
+def balanced(rank: int, group: Any) -> Any:
+    """Layers are divided by what they cost: how, and by which costs."""
+    model = made(lambda: Uneven([8] * 6 + [32768] * 2))
+    fast = optimized(copy.deepcopy(model), group)
+    for segments in (4, 7):
+        x = features(segments, d=16)
+        assert_same(model(x), fast(x))
+    division = fast._last[0].executor.cut.division
+    return [[len(own) for own in division.layers], division.costs.layers]
+
+
+def other_programs(rank: int, group: Any) -> Any:
+    """Costs are measured on one rank only."""
+    model = made(lambda: Uneven([8, 8, 4096]) if rank == 1 else Toy(3, d=16))
+    return refused(lambda: optimized(model, group)(features(4, d=16)))
+
+
 def other_weights(rank: int, group: Any) -> Any:
     model = made(lambda: Toy(4), seed=rank)
     return refused(lambda: optimized(model, group)(features(4)))
@@ -84,6 +102,80 @@ def other_lengths(rank: int, group: Any) -> Any:
     fast = optimized(made(lambda: Toy(4)), group)
     fast(features(4))
     return refused(lambda: fast(features(4 + rank)))
+
+
+def recording(fast: Any, x: torch.Tensor) -> Any:
+    """The executor of a program that has run; its levels are recorded, by hand where there are no graphs."""
+    fast(x)
+    executor = fast._last[0].executor
+    if DEVICES[-1] == "cpu":
+        executor._use_graphs, executor._engine = True, None
+        executor.replays.device_for = lambda _: Player()
+        fast(x)
+    assert executor.replays._bands, str(executor.replays)
+    return executor
+
+
+def recorded(rank: int, group: Any) -> Any:
+    """Levels that are recorded once serve any length, and see written weights."""
+    names = ["infini_attention", "rolled_memories", "compressed_older", "hybrid", "skip_connections"]
+    names += ["skewed"] if DEVICES[-1] == "cpu" else []  # its values go down
+    for name in names:
+        model, x = of_zoo(name, 4)
+        twin = copy.deepcopy(model)
+        fast = optimized(twin, group)
+        executor = recording(fast, x)
+        replayed = count_replays(executor)
+        for segments in (4, 9, 1, 6, 4):
+            _, x = of_zoo(name, segments)
+            assert_same(copy.deepcopy(model)(x), fast(x))
+        assert len(replayed) >= 3, (name, replayed)
+        for p in (*model.parameters(), *twin.parameters()):
+            p.mul_(0.9)
+        assert_same(model(x), fast(x))
+    return "same"
+
+
+def count_replays(executor: Any) -> list[int]:
+    """Grows by the number of segments of each replayed run."""
+    seen: list[int] = []
+    levels = executor.replays.levels
+
+    def noting(segments: int, *rest: Any) -> Any:
+        seen.append(segments)
+        return levels(segments, *rest)
+
+    executor.replays.levels = noting
+    return seen
+
+
+def recorded_elsewhere(rank: int, group: Any) -> Any:
+    """One rank cannot record: all launch."""
+    model = made(lambda: Toy(4))
+    fast = optimized(copy.deepcopy(model), group)
+    executor = recording(fast, features(5))
+    if rank == 0:
+        executor.replays.forget()
+        executor.replays._obstacle = "out of order"
+    seen = count_replays(executor)
+    for segments in (5, 7):
+        assert_same(model(features(segments)), fast(features(segments)))
+    return [seen, executor.recorded]
+
+
+def recorded_failing(rank: int, group: Any) -> Any:
+    """A rank cannot go on with its recordings: all run again; a rank raises: all say so."""
+    model = made(lambda: Toy(4))
+    fast = optimized(copy.deepcopy(model), group)
+    executor = recording(fast, features(5))
+    band = executor.replays._bands[rank]
+    play = band.play
+    if rank == 1:
+        band.play = lambda block, *rest: None if block.levels.start == 3 else play(block, *rest)
+    assert_same(model(features(6)), fast(features(6)))
+    if rank == 1:
+        band.play = broken
+    return refused(lambda: fast(features(6)))
 
 
 def failing(rank: int, group: Any) -> Any:
@@ -96,7 +188,7 @@ def failing(rank: int, group: Any) -> Any:
     return refused(lambda: fast(ids))
 
 
-def broken(run: Any, window: Any) -> Any:
+def broken(*_: Any) -> Any:
     raise ZeroDivisionError("of no use")
 
 
@@ -224,6 +316,20 @@ def refused(call: Any, kind: type[Exception] = rmtcompile.RMTCompileError) -> An
     return "ran"
 
 
+@torch.enable_grad()
+def profiled(rank: int, group: Any) -> Any:
+    """What each rank is told of all of them, with gradients and without."""
+    fast, x = optimized(made(lambda: Toy(4)), group), features(5)
+    with torch.no_grad():
+        found = fast.profile(x)
+    assert fast.last_profile is found and fast.profile(x).backward_total_us > 0
+    assert all(parameter.grad is None for parameter in fast.parameters())
+    told = found.to_json(), found.to_chrome_trace(), found.schedule.to_json(), str(found)
+    with torch.no_grad():
+        assert_same(fast.model(x), fast(x))
+    return list(told)
+
+
 def leaving(rank: int, group: Any) -> Any:
     fast = optimized(made(lambda: Toy(4)), group)
     fast(features(4))
@@ -235,8 +341,9 @@ def leaving(rank: int, group: Any) -> Any:
 CASES = {
     f.__name__: f
     for f in (
-        same, mesh, other_weights, other_lengths, failing, training, steps, retained, parts,
-        without_gradients_on_one, undoable, replicas, leaving,
+        same, recorded, recorded_elsewhere, recorded_failing,
+        mesh, other_weights, other_lengths, failing, training, steps, retained, parts, balanced,
+        other_programs, without_gradients_on_one, undoable, replicas, profiled, leaving,
     )
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.compiler.stages import said_when_long
 from rmtcompile.errors import UnsupportedError
 from rmtcompile.ir.segmentation import Segmentation
+from rmtcompile.ir.weights import Weight
 from rmtcompile.runtime.base import OnLevel, OnValue
 from rmtcompile.runtime.contexts import own_modes, plain_tensors, same_numbers
 from rmtcompile.runtime.costs import Costs, measured
@@ -71,19 +72,10 @@ class Executor:
         self._like = like
         self._seen: _Seen = like._seen if like is not None else _Seen()
         self.program = compiled.program
-        weights = {
-            f"{group.name}.{port.name}": port.source
-            for group in self.program.groups
-            for port in group.ports
-            if port.role == "weight"
-        }
         left = {effect.name for effect, _ in compiled.effects if effect.in_place is None}
         inside = tuple(name + end for name in left for end in ".[")  # what is in a container that is replaced
         self.replaced = frozenset(
             name for name in compiled.leaves if name in left or name.startswith(inside)
-        )
-        self.stacks: Stacks = (
-            like.stacks if like is not None else Stacks(weights, compiled.leaves, self.replaced)
         )
         self.device = next((lane.device for lane in self.program.lanes), torch.device("cpu"))
         self.backend = backend_for(backend, self.device)
@@ -99,6 +91,22 @@ class Executor:
         self.replays: Replays = Replays(self, like.replays if like is not None else None)
         self.costs: Costs | None = None
         self.compile_seconds: float | None = None  # of the first run, nearly all of it `torch.compile`
+
+    @cached_property
+    def stacks(self) -> Stacks:
+        """The stacked weights."""
+        if self._like is not None:
+            return self._like.stacks
+        return Stacks(self.stacked(), self.compiled.leaves, self.replaced)
+
+    def stacked(self) -> dict[str, Weight]:
+        """What is stacked, by the names of ports."""
+        return {
+            f"{group.name}.{port.name}": port.source
+            for group in self.program.groups
+            for port in group.ports
+            if port.role == "weight"
+        }
 
     @cached_property
     def steps(self) -> Steps:

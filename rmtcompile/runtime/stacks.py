@@ -53,10 +53,10 @@ class Stack:
         flat = [tensor for parts in tensors for tensor in parts]
         has_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in flat)
         if has_gradients and (is_transformed() or not all(tensor.is_leaf for tensor in flat)):
-            return _together(tensors)
+            return together(tensors)
         if not self._is_made_of(flat):
             if self._stays(flat):
-                return _together(tensors)
+                return together(tensors)
             self._stack(tensors)
         assert self.tensor is not None
         if has_gradients:
@@ -140,7 +140,7 @@ class Stack:
         return sum(leaf.tensor.numel() * leaf.tensor.element_size() for leaf in leaves)
 
 
-def _together(tensors: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+def together(tensors: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
     """A new stack of what the layers have, of several parts each."""
     return torch.stack([parts[0] if len(parts) == 1 else torch.cat(list(parts)) for parts in tensors])
 
@@ -200,7 +200,7 @@ class Derived:
         gradients = torch.is_grad_enabled() and any(t.requires_grad for parts in tensors for t in parts)
         if views and not gradients and (found := self._rows(views)) is not None:
             return found
-        return _together(tensors)
+        return together(tensors)
 
     @property
     def has_gradients(self) -> bool:
@@ -280,6 +280,10 @@ class Stacks:
         for stack in stacks:
             stack.is_large = stack.nbytes > _LARGE * whole
         self.stacks = {name: made[weight] for name, weight in weights.items()}
+
+    def leaves_of(self, name: str) -> tuple[tuple[str, ...], ...]:
+        """The leaves of a stack, as in `Weight`; none where nothing is stacked under this name."""
+        return self.stacks[name].weight.leaves if name in self.stacks else ()
 
     @property
     def can_be_alone(self) -> bool:

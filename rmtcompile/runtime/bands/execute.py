@@ -22,8 +22,10 @@ from rmtcompile.compiler.loading import load, unload
 from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.ir.bands import Band, Cut
 from rmtcompile.ir.segmentation import Segmentation
-from rmtcompile.passes.bands import check_cut, cut, even
+from rmtcompile.ir.weights import Weight
+from rmtcompile.passes.bands import check_cut, cut
 from rmtcompile.passes.emit.readers import CALLER
+from rmtcompile.runtime.bands.balance import divided
 from rmtcompile.runtime.bands.copies import Copies, OnDevice, Way
 from rmtcompile.runtime.bands.engines import BandEngines
 from rmtcompile.runtime.bands.links import Links, Value
@@ -63,6 +65,8 @@ class BandedExecutor(Executor):
 
     Args:
         devices: of each band, in order.
+        group: the processes that run a band each, if several do.
+        counts: of layers of each band, where they are given.
 
     Attributes:
         home: where the model, its arguments and results are.
@@ -83,12 +87,16 @@ class BandedExecutor(Executor):
         like: Executor | None,
         recompute: str | int,
         devices: Sequence[torch.device],
+        group: Any = None,
+        counts: Sequence[int] = (),
     ) -> None:
         super().__init__(compiled, segmentation, backend, False, like, recompute)
         program = compiled.program
         check_cut(program, len(devices), compiled.dependences, compiled.layer_paths)
         self.home = torch.device(self.device)
-        self.cut: Cut = cut(program, compiled.emitted.readers, even(program.n_layers, len(devices)))
+        known = like.cut.division if isinstance(like, BandedExecutor) else None
+        division = known or divided(program, devices, group, counts)
+        self.cut: Cut = cut(program, compiled.emitted.readers, division)
         self.links = Links()
         self.members = [self._member(band, devices[band.index], like) for band in self.cut.bands]
         self.device = devices[0]
@@ -224,13 +232,29 @@ class BandedExecutor(Executor):
                 if port.role != "weight":
                     continue
                 name = f"{group.name}.{port.name}"
-                part = weights[name][rows.start : rows.stop]
+                part = self.part_of(name, port.source, rows, weights, leaves)
                 written = [leaves[leaf] for row in rows for leaf in port.source.leaves[row]]
                 is_new = functional or any(
                     leaf in self.replaced for row in rows for leaf in port.source.leaves[row]
                 )
                 found[name] = self.copied(member, f"stacked {name}", part, written, is_new)
         return found
+
+    def part_of(
+        self,
+        name: str,
+        weight: Weight,
+        rows: range,
+        weights: Mapping[str, torch.Tensor],
+        leaves: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """Rows of a stacked weight.
+
+        Args:
+            weight: the whole one.
+            weights: stacked ones, by name.
+        """
+        return weights[name][rows.start : rows.stop]
 
     def run_levels(self, runs: Sequence[BandRun]) -> None:
         """Run all levels of all bands."""

@@ -10,7 +10,8 @@ for has been sent by one that waited for nothing later.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ from rmtcompile.errors import RankError
 from rmtcompile.ir.bands import Cut, Sent
 from rmtcompile.ir.program import Program
 from rmtcompile.runtime.bands.links import Value
+
+_PARCEL = 64 << 20
+"""Bytes that are sent to all ranks at once, if they are of several tensors."""
 
 _AHEAD = 4
 """Levels whose messages may be on their way before a rank waits for the oldest ones to be received."""
@@ -81,6 +85,26 @@ class Mail:
             value = pytree.tree_map_only(torch.Tensor, lambda x: trail.received(x, source, level), value)
         return Value(value)
 
+    def send_tensors(self, sent: Sent, parts: Sequence[torch.Tensor], level: int) -> None:
+        """Start to send tensors whose shapes are known there; copies, where they may be written again."""
+        for part in parts:
+            self._start(part.clone(memory_format=torch.contiguous_format), sent.target, level)
+
+    def expect(self, sent: Sent, rooms: Sequence[torch.Tensor], level: int) -> Callable[[], None]:
+        """Start to receive tensors of known shapes; gives what waits for them."""
+        source = self._sources[sent]
+        with self.told(f"rank {source}", level):
+            works = [dist.irecv(room, self._global(source), group=self.group) for room in rooms]
+
+        def wait() -> None:
+            with self.told(f"rank {source}", level):
+                while works:
+                    work = works.pop()
+                    if work is not None:
+                        work.wait()
+
+        return wait
+
     def wait(self, level: int, all_of_them: bool = False) -> None:
         """Wait until no more than a few levels' messages are on their way; to be called once a level."""
         while len(self._underway) > (0 if all_of_them else _AHEAD):
@@ -130,22 +154,29 @@ class Mail:
             dist.all_gather_object(found, mine, group=self.group)
         return found
 
-    def shared(self, rank: int, values: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Tensors (and others) by key, from one rank to all."""
-        source = self._global(rank)
-        kinds: list[Any] = [{key: _kind(value) for key, value in values.items()}]
-        found = dict(values)
+    def spread(
+        self, rank: int, values: Mapping[Any, Any], kinds: Mapping[Any, Any]
+    ) -> dict[Any, Any]:
+        """Tensors (and others) by key, from one rank to all; several at once, where they are small.
+
+        Args:
+            values: those of this rank, if they are its own.
+            kinds: what `kinds_of` says of them on the rank that has them.
+        """
+        found = {
+            key: values[key] if key in values else self._made(kind) if isinstance(kind, _Kind) else kind
+            for key, kind in kinds.items()
+        }
+        wanted = [(key, kind) for key, kind in kinds.items() if isinstance(kind, _Kind)]
         with self.told(f"rank {rank}"):
-            dist.broadcast_object_list(kinds, source, group=self.group)
-            for key, kind in kinds[0].items():
-                if not isinstance(kind, _Kind):
-                    found[key] = kind
-                    continue
-                here = values.get(key)
-                room = self._made(kind)
-                sent = room if here is None else here.detach().contiguous()
-                dist.broadcast(sent, source, group=self.group)
-                found[key] = room if here is None else here
+            for keys in _parcels(wanted):
+                own = [found[key].detach() for key in keys]
+                is_apart = len(own) == 1 and own[0].is_contiguous()
+                flat = own[0] if is_apart else torch.cat([x.reshape(-1) for x in own])
+                dist.broadcast(flat, self._global(rank), group=self.group)
+                if rank != self.rank and not is_apart:
+                    parts = flat.split([x.numel() for x in own])
+                    torch._foreach_copy_([x.view(-1) for x in own], parts)
         return found
 
     def summed(
@@ -179,10 +210,37 @@ class _Kind:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
 
 def _kind(value: Any) -> Any:
     """What another rank has to know of a value to make room for it; others are told as they are."""
     return _Kind(tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value
+
+
+def kinds_of(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What other ranks have to know of values by key, before they are sent to all; see `Mail.spread`."""
+    return {key: _kind(value) for key, value in values.items()}
+
+
+def _parcels(wanted: Sequence[tuple[Any, _Kind]]) -> Iterator[list[Any]]:
+    """Keys of one dtype each, in their order, as many as one message holds."""
+    for dtype in dict.fromkeys(kind.dtype for _, kind in wanted):
+        keys: list[Any] = []
+        size = 0
+        for key, kind in wanted:
+            if kind.dtype != dtype or not kind.numel:
+                continue
+            nbytes = kind.numel * dtype.itemsize
+            if keys and size + nbytes > _PARCEL:
+                yield keys
+                keys, size = [], 0
+            keys.append(key)
+            size += nbytes
+        if keys:
+            yield keys
 
 
 class _Told:
@@ -257,4 +315,4 @@ class _Received(torch.autograd.Function):
         return None, None, None, None, None
 
 
-__all__ = ["Mail", "Trail"]
+__all__ = ["Mail", "Trail", "kinds_of"]

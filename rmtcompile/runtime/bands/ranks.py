@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,21 +24,26 @@ from torch.utils import _pytree as pytree
 from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.errors import RankError, UnsupportedError
 from rmtcompile.ir.segmentation import Segmentation
+from rmtcompile.ir.weights import Weight
 from rmtcompile.passes.emit.readers import CALLER
 from rmtcompile.runtime.bands.copies import version
 from rmtcompile.runtime.bands.execute import BandedExecutor
-from rmtcompile.runtime.bands.mail import Mail, Trail
+from rmtcompile.runtime.bands.levels import Launched, Levels, Made, Traffic
+from rmtcompile.runtime.bands.mail import Mail, Trail, kinds_of
 from rmtcompile.runtime.bands.rank_gradients import with_gradients
-from rmtcompile.runtime.bands.run import BandRun, Message
-from rmtcompile.runtime.bands.traffic import received_on, sent_on
-from rmtcompile.runtime.base import OnLevel, OnValue
+from rmtcompile.runtime.bands.rank_replays import RankReplays
+from rmtcompile.runtime.bands.recorded import KEPT
+from rmtcompile.runtime.bands.run import BandRun
+from rmtcompile.runtime.base import BaseRun, OnLevel, OnValue
 from rmtcompile.runtime.contexts import own_modes
 from rmtcompile.runtime.crossing import Crossing, Key
 from rmtcompile.runtime.execute import Executor
 from rmtcompile.runtime.gradients import is_transformed
+from rmtcompile.runtime.stacks import together
 
 _SAMPLES = 64
 _TENSOR = object()
+_RECORDED = "is recorded"
 
 
 class RankExecutor(BandedExecutor):
@@ -60,10 +66,43 @@ class RankExecutor(BandedExecutor):
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
         home = next((lane.device for lane in compiled.program.lanes), torch.device("cpu"))
         given = compiled, segmentation, backend, cuda_graphs, like, recompute
-        super().__init__(*given, [torch.device(home)] * self.count)
-        self.mail = Mail(group, self.cut, compiled.program, self.home)
-        self._use_graphs = False
+        super().__init__(*given, [_device(group, torch.device(home))] * self.count, group)
+        self.mail = Mail(group, self.cut, compiled.program, self.device)
+        self.replays: RankReplays = RankReplays(self)
         self._weighed: tuple[Any, str] = ((), "")
+        self._traffic: dict[tuple[int, int], Traffic] = {}
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether this rank runs on a CUDA device."""
+        return self.device.type == "cuda"
+
+    def stacked(self) -> dict[str, Weight]:
+        """See `Executor`: weights of this rank's layers, so that no other ones are read."""
+        found, own = super().stacked(), self.cut.bands[self.rank].layers
+        for group in self.program.groups:
+            rows = [row for row, layer in enumerate(group.layers) if layer in own]
+            for port in group.ports:
+                if port.role == "weight":
+                    whole = found.pop(name := f"{group.name}.{port.name}")
+                    if rows:
+                        found[name] = replace(whole, leaves=tuple(whole.leaves[row] for row in rows))
+        return found
+
+    def part_of(
+        self,
+        name: str,
+        weight: Weight,
+        rows: range,
+        weights: Mapping[str, torch.Tensor],
+        leaves: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """See `BandedExecutor`: what is stacked are the rows themselves; others are put together, without
+        memory, where a whole run is looked at."""
+        if weight.leaves[rows.start : rows.stop] == self.stacks.leaves_of(name):
+            return weights[name]
+        found = together([[leaves[leaf] for leaf in weight.leaves[row]] for row in rows])
+        return found if weight.dtype is None else found.to(weight.dtype)
 
     @property
     def bands(self) -> list[str]:
@@ -74,8 +113,8 @@ class RankExecutor(BandedExecutor):
 
     def _agree(
         self, segments: int, inputs: Sequence[torch.Tensor], crossing: Crossing | None, wanted: Sequence[str]
-    ) -> None:
-        """Find out whether all ranks are about to run the same.
+    ) -> bool:
+        """Find out whether all ranks are about to run the same; whether all of them have it recorded.
 
         Raises:
             UnsupportedError: they are not.
@@ -92,7 +131,8 @@ class RankExecutor(BandedExecutor):
             "the state's values": _sampled([value for _, value in sorted(state.items())]),
             "what has gradients": list(wanted),
         }
-        everyone = self.mail.gathered(mine)
+        can_replay = crossing is None and not wanted and self._replays_now(segments)
+        everyone = self.mail.gathered({**mine, _RECORDED: can_replay})
         for what, value in mine.items():
             told = [one.get(what) for one in everyone]
             if any(other != value for other in told):
@@ -101,6 +141,10 @@ class RankExecutor(BandedExecutor):
                     [f"rank {rank}: {other}" for rank, other in enumerate(told)],
                     "call with the same model and the same arguments on every rank",
                 )
+        return all(one.get(_RECORDED, False) for one in everyone)
+
+    def _replays_now(self, segments: int) -> bool:
+        return self._use_graphs and self.replays.can_replay(segments)
 
     def _weights_digest(self) -> str:
         """Equal where the weights are, as far as samples show; taken again where a write was counted."""
@@ -131,11 +175,13 @@ class RankExecutor(BandedExecutor):
             )
         named = self.named(inputs)
         wanted = self._differentiable(named, leaves, crossing) if functional else {}
-        self._agree(segments, inputs, crossing, list(wanted))
+        is_recorded = self._agree(segments, inputs, crossing, list(wanted))
         looking = on_level, on_value
         with own_modes(), self._own_numbers():
             if not wanted:
-                outputs, found = self._whole_run(segments, named, leaves, *looking, crossing, None)
+                is_recorded = is_recorded and looking == (None, None)
+                given = named, leaves, *looking, crossing, None, is_recorded
+                outputs, found = self._whole_run(segments, *given)
             else:
                 shape: list[Any] = []
 
@@ -189,7 +235,7 @@ class RankExecutor(BandedExecutor):
             yield
             return
         seed = int(torch.randint(1 << 60, ()))
-        with torch.random.fork_rng([self.home] if self.home.type == "cuda" else []):
+        with torch.random.fork_rng([self.device] if self.is_cuda else []):
             torch.manual_seed(seed + self.rank)
             yield
 
@@ -202,68 +248,134 @@ class RankExecutor(BandedExecutor):
         on_value: OnValue | None,
         crossing: Crossing | None,
         trail: Trail | None,
+        is_recorded: bool = False,
     ) -> tuple[tuple[Any, ...], dict[Key, torch.Tensor]]:
         """What the forward returns and leaves behind, on every rank, and what segments after it read.
 
         What is made of results is made on all ranks; its gradients to weights and arguments are taken on the
         first one.
         """
-        member, held = self.members[self.rank], dict(leaves)
-        weights, functional = self.stacks.current(held), trail is not None
-        run = self.band_run(
-            member, segments, inputs, held, weights, functional, on_level, on_value, crossing
-        )
-        self._say(self._own_levels(run, member.functions["step"], trail))
-        self._share(run)
-        found: dict[Key, torch.Tensor] = {}
-        if run.crossing is not None:
-            for rank in range(self.count):
-                found |= self.mail.shared(rank, run.crossing.found if rank == self.rank else {})
+        member, held, functional = self.members[self.rank], dict(leaves), trail is not None
+        run: BaseRun
+        levels: Levels
+        while True:
+            if is_recorded:
+                traffic = self._traffic_of(segments, 0)
+                run, levels = self.replays.levels(segments, inputs, held, traffic)
+            else:
+                run, levels = self._launched(
+                    segments, inputs, held, functional, on_level, on_value, crossing, trail
+                )
+            failed, is_off = self._own_levels(run, levels)
+            found: dict[Key, torch.Tensor] = dict(run.crossing.found) if run.crossing is not None else {}
+            if self._share(run, found, failed, is_off or not member.copies.hold()):
+                break
+            is_recorded = False
         if functional and self.rank:
             inputs, held, run.init = pytree.tree_map_only(
                 torch.Tensor, torch.Tensor.detach, (dict(inputs), held, run.init)
             )
-        return self.outputs_of([run] * self.count, segments, inputs, held, None), found
+        outputs = self.outputs_of([run] * self.count, segments, inputs, held, None)
+        return self.replays.own(outputs) if is_recorded else outputs, found
 
-    def _own_levels(self, run: BandRun, step: Any, trail: Trail | None) -> str:
-        """Run this rank's levels; what has gone wrong on it, if something has."""
-        grids = tuple(band.program.grid(run.segments, run.first) for band in self.cut.bands)
-        failed = ""
-        for level in run.grid.levels:
-            messages = [
-                Message(sent, at, segment, self.mail.receive(sent, at, trail))
-                for sent, segment, at in received_on(self.cut, self.rank, grids, level)
-            ]
-            if not failed:
-                try:
+    def _launched(
+        self,
+        segments: int,
+        inputs: Mapping[str, torch.Tensor],
+        leaves: dict[str, torch.Tensor],
+        functional: bool,
+        on_level: OnLevel | None = None,
+        on_value: OnValue | None = None,
+        crossing: Crossing | None = None,
+        trail: Trail | None = None,
+    ) -> tuple[BandRun, Levels]:
+        """This rank's part of a run, and its levels, launched one by one."""
+        member = self.members[self.rank]
+        member.copies.begin()
+        weights, looking = self.stacks.current(leaves), (on_level, on_value)
+        run = self.band_run(
+            member, segments, inputs, leaves, weights, functional, *looking, crossing
+        )
+        traffic = self._traffic_of(segments, run.first)
+        return run, Launched(run, member.functions["step"], traffic, self.mail, trail)
+
+    def example(
+        self, segments: int, inputs: Mapping[str, torch.Tensor], leaves: dict[str, torch.Tensor]
+    ) -> BandRun:
+        """This rank's part of a run, after its last level."""
+        run, levels = self._launched(segments, inputs, leaves, False)
+        failed, _ = self._own_levels(run, levels)
+        if told := [one for one in self.mail.gathered(failed) if one]:
+            raise RuntimeError(told[0])
+        return run
+
+    def _traffic_of(self, segments: int, first: int) -> Traffic:
+        """What this rank receives and sends in a run of segments `first` .. `segments` - 1."""
+        key = segments, first
+        if key not in self._traffic:
+            while len(self._traffic) >= KEPT:
+                del self._traffic[next(iter(self._traffic))]
+            grids = tuple(band.program.grid(segments, first) for band in self.cut.bands)
+            self._traffic[key] = Traffic(self.cut, self.rank, grids)
+        return self._traffic[key]
+
+    def _own_levels(self, run: BaseRun, levels: Levels) -> tuple[str, bool]:
+        """Run this rank's levels; what has gone wrong on it, if something has, and whether the run has to be
+        launched instead. Whatever happens, all is received that others send, and sent what they expect."""
+        failed, is_off = "", False
+        grid, traffic = run.grid, self._traffic_of(run.segments, run.first)
+        with self.members[self.rank].current():
+            for level in grid.levels:
+                messages = levels.receive(level)
+                made: Made | None = {}
+                if not (failed or is_off):
+                    try:
+                        made = levels.run(level, messages)
+                    except Exception as error:
+                        failed = f"rank {self.rank}, level {level}: {type(error).__name__}: {error}"
+                is_off = is_off or made is None
+                if failed or is_off:
                     for message in messages:
-                        run.arrive(message)
-                    run.level(level, step)
-                except Exception as error:
-                    failed = f"rank {self.rank}, level {level}: {type(error).__name__}: {error}"
-            made = {(m.sent, m.segment): m.value for m in run.outgoing}
-            run.outgoing.clear()
-            for sent, segment in sent_on(self.cut.bands[self.rank], run.grid, level):
-                if level < grids[sent.target].levels[-1]:
-                    self.mail.send(sent, None if failed else made.get((sent, segment)), level, trail)
-            self.mail.wait(level)
-        self.mail.wait(run.grid.levels[-1], all_of_them=True)
-        return failed
+                        message.value.take()
+                        message.value.done()
+                for sent, segment in traffic.sent(level):
+                    levels.send(sent, made.get((sent, segment)) if made else None, level)
+                self.mail.wait(level)
+            self.mail.wait(grid.levels[-1], all_of_them=True)
+        return failed, is_off
 
     # ---- after the last level ------------------------------------------------------------------------------
 
-    def _say(self, failed: str) -> None:
-        """Raise on all ranks what has gone wrong on any of them."""
-        if told := [one for one in self.mail.gathered(failed) if one]:
-            raise RankError("\n".join(told))
+    def _share(self, run: BaseRun, found: dict[Key, torch.Tensor], failed: str, is_off: bool) -> bool:
+        """Give every rank what the caller reads, and what segments after the run do; whether all ranks have
+        run it to its end.
 
-    def _share(self, run: BandRun) -> None:
-        """Give every rank what the caller reads."""
-        for band in self.cut.bands:
-            for name in sorted(band.makes):
-                if CALLER in self.compiled.emitted.readers.get(name, ()):
-                    mine = run.taps[name].values if band.index == self.rank else {}
-                    run.taps[name].values = self.mail.shared(band.index, mine)
+        Raises:
+            RankError: something has gone wrong on one of them, which all of them say.
+        """
+        mine: dict[Any, Any] = {("", key): value for key, value in found.items()}
+        for name in sorted(self.cut.bands[self.rank].makes):
+            if CALLER in self.compiled.emitted.readers.get(name, ()):
+                mine |= {(name, segment): value for segment, value in run.taps[name].values.items()}
+        said = {"failed": failed, "is off": is_off, "kinds": kinds_of(mine), **self.replays.said()}
+        everyone = self.mail.gathered(said)
+        self.replays.heard(everyone)
+        if told := [one["failed"] for one in everyone if one["failed"]]:
+            raise RankError("\n".join(told))
+        if any(one["is off"] for one in everyone):
+            return False
+        for rank, one in enumerate(everyone):
+            values = self.mail.spread(rank, mine if rank == self.rank else {}, one["kinds"])
+            for (where, key), value in values.items():
+                kept = run.taps[where].values if where else found
+                kept[key] = value
+        return True
+
+
+def _device(group: Any, home: torch.device) -> torch.device:
+    """Where this rank runs: with the model, if its group can send what is there, else on its CUDA device."""
+    can_send = f"{home.type}:" in str(dist.get_backend_config(group))
+    return home if can_send else torch.device("cuda", torch.cuda.current_device())
 
 
 def _flat(found: Any, shape: list[Any]) -> list[torch.Tensor]:

@@ -31,6 +31,8 @@ from rmtcompile.schedule import Grid
 KEPT = 64
 """Numbers of segments whose levels' kinds are kept."""
 
+_NO_TENSORS = "a band sends something else than tensors"
+
 Incoming = tuple[Sent, int]
 """What arrives, and its segment, counted from the base."""
 
@@ -65,6 +67,9 @@ class RecordedBand(RecordedBlocks):
         whole: the layers of the whole program's groups, by name.
         borders: of the whole program.
         example: the band's part of a run that shows all that segments do.
+
+    Attributes:
+        levels_read: taps that levels of any band read.
     """
 
     SPLITS_ENDS = True
@@ -88,7 +93,7 @@ class RecordedBand(RecordedBlocks):
         mine = replace(borders, reach=reach, inputs=inputs, outer=borders.outer & known)
         super().__init__(band.program, mine, functions, engine, device, leaves, lambda _: weights())
         self.cut, self.band, self.whole = cut, band, whole
-        self._levels_read = frozenset(borders.reach)  # taps that levels of any band read
+        self.levels_read = frozenset(borders.reach)
         self._kinds: dict[int, tuple[Key, ...]] = {}
         self._lane_places: dict[tuple[Sent, int], torch.Tensor] = {}
         self._example = example
@@ -146,7 +151,7 @@ class RecordedBand(RecordedBlocks):
     def received(self, grids: tuple[Grid, ...], level: int) -> list[tuple[Sent, int, int]]:
         """See `received_on`; without values that no level reads."""
         found = received_on(self.cut, self.band.index, grids, level)
-        return [one for one in found if not one[0].is_tap or one[0].name in self._levels_read]
+        return [one for one in found if not one[0].is_tap or one[0].name in self.levels_read]
 
     def _every_block(self) -> dict[Key, tuple[Block, int]]:
         found: dict[Key, tuple[Block, int]] = {}
@@ -177,10 +182,10 @@ class RecordedBand(RecordedBlocks):
                 run.arrive(Message(sent, level - 1, block.base + offset, Value(room)))
             run.level(level, self.functions["step"])
             run.close(level + 1)
-            run.outgoing = [m for m in run.outgoing if not m.sent.is_tap or m.sent.name in self._levels_read]
+            run.outgoing = [m for m in run.outgoing if not m.sent.is_tap or m.sent.name in self.levels_read]
             values = [m.value for m in run.outgoing]
             if not all(is_tensor(value) for value in values):
-                raise RuntimeError("a band sends something else than tensors")
+                raise RuntimeError(_NO_TENSORS)
             return _tensors([event.values for event in run.events]) + values
 
         graph, values = self.device.record(body)
@@ -200,12 +205,28 @@ class RecordedBand(RecordedBlocks):
 
     def _room(self, sent: Sent, index: int) -> Any:
         """Where a level reads a tap that arrives."""
-        assert self._example is not None
-        like = next(iter(self._example.taps[sent.name].values.values()))
         key = ("arrives", sent, index)
         if key not in self._rooms:
-            self._rooms[key] = pytree.tree_map_only(torch.Tensor, room_for, like)
+            self._rooms[key] = pytree.tree_map_only(torch.Tensor, room_for, self._example_of(sent))
         return self._rooms[key]
+
+    def _example_of(self, sent: Sent) -> Any:
+        assert self._example is not None
+        return next(iter(self._example.taps[sent.name].values.values()))
+
+    def like(self, sent: Sent) -> Any:
+        """Zeros in the place of a value that this band sends or receives.
+
+        Raises:
+            RuntimeError: it is something else than tensors.
+        """
+        if not sent.is_tap:
+            lane = next(lane for lane in self.cut.whole.lanes if lane.name == sent.name)
+            return torch.zeros(lane.shape, dtype=lane.dtype, device=self.program.lanes[0].device)
+        value = self._example_of(sent)
+        if not all(is_tensor(x) for x in pytree.tree_leaves(value)):
+            raise RuntimeError(_NO_TENSORS)
+        return pytree.tree_map(lambda x: x.new_zeros(x.shape), value)
 
     # ---- running -------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from rmtcompile.errors import RecordingWarning, warn
 from rmtcompile.runtime.bands.copies import OnDevice
 from rmtcompile.runtime.bands.links import Value
 from rmtcompile.runtime.bands.recorded import RecordedBand
-from rmtcompile.runtime.bands.run import Message
+from rmtcompile.runtime.bands.run import BandRun, Message
 from rmtcompile.runtime.base import BaseRun
 from rmtcompile.runtime.block_recorder import unowned
 from rmtcompile.runtime.block_run import Device
@@ -80,8 +80,8 @@ class BandReplays:
 
     def __init__(self, executor: BandedExecutor) -> None:
         self._executor = executor
-        self._bands: list[RecordedBand] | None = None
-        self._addresses: list[dict[str, int]] = []
+        self._bands: dict[int, RecordedBand] = {}  # by number
+        self._addresses: dict[int, dict[str, int]] = {}
         self._times = 0
         self._obstacle = self._found_obstacle()
         self.device_for: Callable[[torch.device], Device] = BandDevice
@@ -110,12 +110,12 @@ class BandReplays:
 
     def start(self, segments: int, inputs: list[torch.Tensor]) -> Started | None:
         """Start a run of this length, if its levels are recorded."""
-        outputs = self._replayed(segments, inputs) if self._bands is not None else None
+        outputs = self._replayed(segments, inputs) if self._bands else None
         return Started(self._executor.has_held, lambda: outputs) if outputs is not None else None
 
     def forget(self) -> None:
         """Drop all recordings: weights have moved."""
-        self._bands = None
+        self._bands = {}
 
     def workspace_seconds(self, segments: int) -> dict[str, float]:
         """Nothing is measured."""
@@ -134,7 +134,7 @@ class BandReplays:
     @property
     def wants(self) -> bool:
         """Whether there is anything to record."""
-        return self._bands is None and not self._obstacle and self._times < self.MOST
+        return not self._bands and not self._obstacle and self._times < self.MOST
 
     def record(self, inputs: list[torch.Tensor]) -> None:
         """Record what runs of any length need, once."""
@@ -143,44 +143,54 @@ class BandReplays:
         self._times += 1
         try:
             with plain_tensors(), own_modes(), same_numbers(self._executor.device):
-                self._bands = self._recorded(inputs)
+                runs = self._example(inputs)
+                self._bands = {member.band.index: self._recorded(member, run) for member, run in runs}
         except (RuntimeError, LookupError, ValueError) as error:  # the run was right, and the next will be
             self._obstacle = f"recording has failed: {str(error).partition(chr(10))[0]}"
             warn(f"runs are not recorded as CUDA graphs: {self._obstacle}", RecordingWarning)
 
-    def _recorded(self, inputs: list[torch.Tensor]) -> list[RecordedBand]:
+    def _example(self, inputs: list[torch.Tensor]) -> list[tuple[Member, BandRun]]:
+        """The bands' parts of a run that shows all that segments do."""
         executor = self._executor
-        borders = executor.compiled.emitted.borders
-        count = borders.head + borders.tail + 1 + executor.program.n_layers
+        count = self.example_segments
         named = executor.named(executor.resized(count, inputs))
         leaves = executor.held()
         weights = executor.stacks.current(leaves)
         runs = [executor.band_run(m, count, named, leaves, weights, False) for m in executor.members]
         executor.run_levels(runs)
-        made = []
-        self._addresses = []
-        for member, run in zip(executor.members, runs, strict=True):
-            assert isinstance(run.leaves, OnDevice)
-            held = {
-                name: room_for(x) if name in executor.replaced else x for name, x in run.leaves.read.items()
-            }
-            self._addresses.append(_addresses(held, executor.replaced))
-            with member.current():
-                band = RecordedBand(
-                    executor.cut,
-                    member.band,
-                    executor.whole,
-                    borders,
-                    member.functions,
-                    executor.engine_of(member.band),
-                    self.device_for(member.way.device),
-                    run,
-                    held,
-                    self._weights(member),
-                )
-                band.record_all()
-            made.append(band)
-        return made
+        return list(zip(executor.members, runs, strict=True))
+
+    @property
+    def example_segments(self) -> int:
+        """Segments of that run."""
+        borders = self._executor.compiled.emitted.borders
+        return borders.head + borders.tail + 1 + self._executor.program.n_layers
+
+    def _recorded(self, member: Member, run: BandRun) -> RecordedBand:
+        """All levels of a band.
+
+        Args:
+            run: its part of the example.
+        """
+        executor = self._executor
+        assert isinstance(run.leaves, OnDevice)
+        held = {name: room_for(x) if name in executor.replaced else x for name, x in run.leaves.read.items()}
+        self._addresses[member.band.index] = _addresses(held, executor.replaced)
+        with member.current():
+            band = RecordedBand(
+                executor.cut,
+                member.band,
+                executor.whole,
+                executor.compiled.emitted.borders,
+                member.functions,
+                executor.engine_of(member.band),
+                self.device_for(member.way.device),
+                run,
+                held,
+                self._weights(member),
+            )
+            band.record_all()
+        return band
 
     def _weights(self, member: Member) -> Callable[[], dict[str, torch.Tensor]]:
         executor = self._executor
@@ -195,41 +205,41 @@ class BandReplays:
 
     def _replayed(self, segments: int, inputs: list[torch.Tensor]) -> tuple[Any, ...] | None:
         """The outputs of a replayed run; None where it is not recorded, or weights have moved meanwhile."""
-        executor, bands = self._executor, self._bands
-        assert bands is not None
+        executor = self._executor
         leaves, named = executor.held(), executor.named(inputs)
         hosts, levels = [], []
-        for member, band in zip(executor.members, bands, strict=True):
-            blocks = band.blocks(segments)
+        for member in executor.members:
+            blocks = self._bands[member.band.index].blocks(segments)
             if blocks is None:
                 return None
-            member.copies.begin()
-            given = OnDevice(named, member.way.moving)
-            hosts.append(Host(band.program, segments, given, band.leaves, band.engine))
+            hosts.append(self.host(member, segments, named))
             levels.append({block.levels.start: block for block in blocks})
         self._join(hosts)
         with own_modes():
             if not self._play(hosts, levels, leaves):
                 return None
-            return bands[0]._own(executor.outputs_of(hosts, segments, named, leaves, None))
+            return self._bands[0]._own(executor.outputs_of(hosts, segments, named, leaves, None))
 
-    def _begin(self, index: int, host: Host, leaves: Mapping[str, torch.Tensor]) -> bool:
+    def host(self, member: Member, segments: int, inputs: Mapping[str, torch.Tensor]) -> Host:
+        """A band's part of a replayed run, as far as the host has to do with it."""
+        band = self._bands[member.band.index]
+        member.copies.begin()
+        given = OnDevice(inputs, member.way.moving)
+        return Host(band.program, segments, given, band.leaves, band.engine)
+
+    def begin(self, member: Member, host: Host, leaves: Mapping[str, torch.Tensor]) -> bool:
         """What comes before a band's first level; whether it can be replayed."""
-        executor, member = self._executor, self._executor.members[index]
-        assert self._bands is not None
-        band = self._bands[index]
-        if not self._refresh(index, member, band, leaves):
+        executor = self._executor
+        if not self._refresh(member, leaves):
             self.forget()
             return False
-        stacked = executor.stacks.current(leaves)
-        return band.begin_run(host, executor.weights_of(member, leaves, stacked, False))
+        stacked = executor.weights_of(member, leaves, executor.stacks.current(leaves), False)
+        return self._bands[member.band.index].begin_run(host, stacked)
 
-    def _refresh(
-        self, index: int, member: Member, band: RecordedBand, leaves: Mapping[str, torch.Tensor]
-    ) -> bool:
+    def _refresh(self, member: Member, leaves: Mapping[str, torch.Tensor]) -> bool:
         """Copy what the forward replaces to where recordings read it; whether all else is where it was."""
         executor, now = self._executor, {}
-        for name, place in band.leaves.items():
+        for name, place in self._bands[member.band.index].leaves.items():
             value = executor.copied(member, name, leaves[name], [leaves[name]], False)
             if name not in executor.replaced:
                 now[name] = value
@@ -237,7 +247,7 @@ class BandReplays:
                 return False
             else:
                 place.copy_(value)
-        return _addresses(now, executor.replaced) == self._addresses[index]
+        return _addresses(now, executor.replaced) == self._addresses[member.band.index]
 
     def _join(self, hosts: list[Host]) -> None:
         """What hosts keep outside the cells goes to the bands that read it outside of levels."""
@@ -257,18 +267,17 @@ class BandReplays:
         """Replay all levels; whether that could be done. A band begins when its first level comes, while
         those before it are at work."""
         executor, bands = self._executor, self._bands
-        assert bands is not None
-        waiting: list[list[Message]] = [[] for _ in bands]
+        waiting: list[list[Message]] = [[] for _ in executor.members]
         for level in executor.program.grid(hosts[0].segments).levels:
-            for i, (member, band) in enumerate(zip(executor.members, bands, strict=True)):
+            for i, member in enumerate(executor.members):
                 if level not in levels[i]:
                     continue
                 arrived = [m for m in waiting[i] if m.level < level]
                 waiting[i] = [m for m in waiting[i] if m.level >= level]
                 with member.current():
-                    if level == min(levels[i]) and not self._begin(i, hosts[i], leaves):
+                    if level == min(levels[i]) and not self.begin(member, hosts[i], leaves):
                         return False
-                    sends = band.play(levels[i][level], hosts[i], arrived)
+                    sends = bands[i].play(levels[i][level], hosts[i], arrived)
                     if sends is None:
                         return False
                     for message in sends:
