@@ -7,12 +7,14 @@ import copy
 import json
 import os
 import sys
+import tempfile
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import toys
+from safetensors.torch import load_file, save_file
 from test_blocks import Player
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._pytree import tree_leaves
@@ -178,6 +180,41 @@ def recorded_failing(rank: int, group: Any) -> Any:
     return refused(lambda: fast(features(6)))
 
 
+def own_weights(rank: int, group: Any) -> Any:
+    """A rank stacks the weights of its own layers, and leaves all others where they are: in a mapped file."""
+    count = dist.get_world_size()
+    model = toys.made(lambda: Toy(4))
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(model.state_dict(), f"{folder}/weights.safetensors")
+        with torch.device("meta"):
+            mapped = Toy(4).double().eval()
+        mapped.load_state_dict(load_file(f"{folder}/weights.safetensors"), assign=True)
+        before = {name: p.data_ptr() for name, p in mapped.named_parameters()}
+        fast = optimized(mapped, group)
+        for segments in (5, 7):
+            assert_same(model(toys.features(segments)), fast(toys.features(segments)))
+        moved = [name for name, p in mapped.named_parameters() if p.data_ptr() != before[name]]
+    own = range(4 * rank // count, 4 * (rank + 1) // count)
+    assert moved and {int(name.split(".")[1]) for name in moved} == set(own), moved
+    assert {stack.tensor.shape[0] for stack in fast._last[0].executor.stacks._in_order} == {len(own)}
+    return "same"
+
+
+def from_host(rank: int, group: Any) -> Any:
+    """The model in the host's memory, over NCCL: arguments and results are there, each card has its layers."""
+    model = toys.made(lambda: Toy(4))
+    fast = optimized(copy.deepcopy(model), group)
+    for segments in (5, 9, 9, 5):
+        x = toys.features(segments)
+        assert_same(model(x), fast(x))
+    executor = fast._last[0].executor
+    assert executor.device == torch.device(DEVICES[-1]) and executor.home.type == "cpu"
+    assert executor.replays._bands, executor.recorded
+    held = [x for layer in fast.layers for x in layer.parameters()]
+    assert all(x.device.type == "cpu" for x in held)
+    return "same"
+
+
 def failing(rank: int, group: Any) -> Any:
     fast = optimized(made(Failing), group)
     ids = torch.zeros(1, 12, dtype=torch.long, device=DEVICES[-1])
@@ -341,7 +378,7 @@ def leaving(rank: int, group: Any) -> Any:
 CASES = {
     f.__name__: f
     for f in (
-        same, recorded, recorded_elsewhere, recorded_failing,
+        same, recorded, recorded_elsewhere, recorded_failing, own_weights, from_host,
         mesh, other_weights, other_lengths, failing, training, steps, retained, parts, balanced,
         other_programs, without_gradients_on_one, undoable, replicas, profiled, leaving,
     )

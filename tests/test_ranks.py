@@ -48,7 +48,8 @@ def ranks(count: int, cases: str, folder: Path, device: str = "cpu") -> list[Any
 
 
 CASES = (
-    "same", "mesh", "other_weights", "other_lengths", "failing", "training", "steps", "retained", "parts",
+    "same", "recorded", "recorded_elsewhere", "recorded_failing", "own_weights", "mesh",
+    "other_weights", "other_lengths", "failing", "training", "steps", "retained", "parts",
     "without_gradients_on_one", "undoable",
 )  # fmt: skip
 
@@ -77,10 +78,12 @@ def test_every_rank_gets_what_the_model_gives(count: int, tmp_path: Path) -> Non
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 CUDA devices")
 def test_over_nccl(tmp_path: Path) -> None:
-    cases = ("same", "mesh", "training", "steps", "parts", "other_weights", "failing")
+    same = ("same", "recorded", "own_weights", "from_host", "training", "steps", "parts")
+    cases = (*same, "mesh", "recorded_failing", "other_weights", "failing")
     one, other = ranks(2, " ".join(cases), tmp_path, "cuda")
     assert one == other
-    assert all(one[case] == "same" for case in ("same", "training", "steps", "parts")), one
+    assert all(one[case] == "same" for case in same), one
+    assert one["recorded_failing"][0] == "RankError"
     assert one["other_weights"][0] == "UnsupportedError" and one["failing"][0] == "RankError"
 
 
@@ -103,6 +106,24 @@ def test_other_lengths_are_found_before_the_first_level(said: dict[str, list[Any
 def test_a_rank_that_raises_ends_all_with_one_message(said: dict[str, list[Any]]) -> None:
     for one in said["failing"]:
         assert one == ["RankError", "rank 1, level 1: ZeroDivisionError: of no use"]
+
+
+def test_recorded_levels_serve_any_length(said: dict[str, list[Any]]) -> None:
+    assert said["recorded"] == ["same"] * 3
+
+
+def test_ranks_replay_only_together(said: dict[str, list[Any]]) -> None:
+    assert [seen for seen, _ in said["recorded_elsewhere"]] == [[]] * 3
+    assert "rank 0: out of order" in said["recorded_elsewhere"][2][1]
+
+
+def test_all_launch_again_where_a_recording_does_not_hold(said: dict[str, list[Any]]) -> None:
+    for kind, message in said["recorded_failing"]:
+        assert kind == "RankError" and message.startswith("rank 1, level 1: ZeroDivisionError"), message
+
+
+def test_a_rank_stacks_its_own_layers(said: dict[str, list[Any]]) -> None:
+    assert said["own_weights"] == ["same"] * 3
 
 
 def test_every_rank_of_three_gets_results_and_gradients(said: dict[str, list[Any]]) -> None:
