@@ -125,6 +125,8 @@ class Session(Recording):
             measure.release(torch.device("cuda", i) if self.device.type == "cuda" else self.device)
         for count in settings.counts:
             left = self.budget - (time.monotonic() - self.started)
+            if count > 1 and left <= 0:
+                self.note(f"{model.name}, {count} processes: not begun, the time is up")
             if count == 1 or left <= 0:
                 continue
             try:

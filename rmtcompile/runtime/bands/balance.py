@@ -32,6 +32,7 @@ from rmtcompile.passes.bands import balanced, even
 from rmtcompile.passes.emit.bodies import is_view, parts_of
 from rmtcompile.passes.emit.regions import Regions
 from rmtcompile.passes.grid.partition import CELL, EPILOGUE, PROLOGUE
+from rmtcompile.runtime.bands.control import words_of
 from rmtcompile.runtime.contexts import own_modes, plain_tensors, same_numbers
 from rmtcompile.runtime.costs import seconds
 
@@ -226,7 +227,7 @@ def _agreed(mine: LayerCosts | str, group: Any) -> LayerCosts | str:
         return mine
     said: list[Any] = [None] * dist.get_world_size(group)
     try:
-        dist.all_gather_object(said, {_WHAT: mine}, group=group)
+        dist.all_gather_object(said, {_WHAT: mine}, group=words_of(group))
     except RuntimeError as error:
         where = f"rank {dist.get_rank(group)}: another rank does not answer any more"
         raise RankError(f"{where}: {str(error).partition(chr(10))[0]}") from None

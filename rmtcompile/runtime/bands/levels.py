@@ -8,7 +8,7 @@ it receives, so that receives can be posted ahead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -35,10 +35,13 @@ class Traffic:
         grid: of the rank's part of the run.
         received: (what, segment, level) of all that has to be there when a level begins.
         sent: (what, segment) of all that others are sent after a level, as far as they still read it.
+        from_before: what earlier ranks send, if they also receive something from later ones.
     """
 
     def __init__(self, cut: Cut, rank: int, grids: tuple[Grid, ...]) -> None:
         band, self.grid = cut.bands[rank], grids[rank]
+        sources = {sent: one.index for one in cut.bands for sent in one.sends}
+        self.from_before = {sent for sent, source in sources.items() if cut.goes_down and source < rank}
         self.received = cache(lambda level: received_on(cut, rank, grids, level))
         self.sent = cache(
             lambda level: [
@@ -58,12 +61,19 @@ class Levels(Protocol):
     def run(self, level: int, messages: Sequence[Message]) -> Made | None:
         """Run the level, and give what it has made; None: the run has to be launched instead."""
 
+    def before_sends(self, level: int) -> None:
+        """Called between a level and the sends after it, whatever has gone wrong."""
+
     def send(self, sent: Sent, value: Any, level: int) -> None:
         """Start to send a value; None where there is none, since something has failed."""
 
 
 class Launched:
     """Levels of a run that are launched.
+
+    Where two ranks send each other something on one level, the earlier rank sends first and the later one
+    receives first, and so the gradients go back: NCCL keeps an order between two ranks, and a large message
+    waits to be received.
 
     Args:
         trail: of a run with gradients.
@@ -72,11 +82,23 @@ class Launched:
     def __init__(self, run: BandRun, step: Any, traffic: Traffic, mail: Mail, trail: Trail | None) -> None:
         self._run, self._step, self._traffic = run, step, traffic
         self._mail, self._trail = mail, trail
+        self._early: list[Message] | None = None
 
     def receive(self, level: int) -> list[Message]:
         """See `Levels`."""
-        wanted = self._traffic.received(level)
+        wanted, early = self._traffic.received(level), self._early
+        if early is None:  # the first level
+            return self._received(wanted)
+        return early + self._received([one for one in wanted if one[0] not in self._traffic.from_before])
+
+    def _received(self, wanted: Iterable[tuple[Sent, int, int]]) -> list[Message]:
         return [Message(sent, at, s, self._mail.receive(sent, at, self._trail)) for sent, s, at in wanted]
+
+    def before_sends(self, level: int) -> None:
+        """See `Levels`: receive what earlier ranks have made on this level."""
+        after = level + 1
+        wanted = self._traffic.received(after) if after in self._traffic.grid.levels else []
+        self._early = self._received([one for one in wanted if one[0] in self._traffic.from_before])
 
     def run(self, level: int, messages: Sequence[Message]) -> Made:
         """See `Levels`."""
@@ -160,6 +182,9 @@ class Replayed:
             return None
         made = {(sent, s): self._kept.get((sent.name, s)) for sent, s in self._traffic.sent(level)}
         return made | {(m.sent, m.segment): m.value for m in sends}
+
+    def before_sends(self, level: int) -> None:
+        """See `Levels`."""
 
     def send(self, sent: Sent, value: Any, level: int) -> None:
         """See `Levels`."""

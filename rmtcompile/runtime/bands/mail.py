@@ -11,6 +11,7 @@ for has been sent by one that waited for nothing later.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils import _pytree as pytree
 from rmtcompile.errors import RankError
 from rmtcompile.ir.bands import Cut, Sent
 from rmtcompile.ir.program import Program
+from rmtcompile.runtime.bands.control import words_of
 from rmtcompile.runtime.bands.links import Value
 
 _PARCEL = 64 << 20
@@ -35,16 +37,18 @@ class Mail:
     """The messages of one rank.
 
     Args:
-        group: of processes; band p is run by rank p of it.
+        group: of processes; band p is run by rank p of it. What is no tensor goes over `words_of` it.
         cut: the program cut into bands.
         program: the whole program.
         device: where values are.
     """
 
     def __init__(self, group: Any, cut: Cut, program: Program, device: torch.device) -> None:
-        self.group = group
+        self.group, self.words = group, words_of(group)
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
         self.device = device
+        # Of a group of two torch warns that NCCL keeps an order between messages, which these have anyway.
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
         self._lanes = {lane.name: lane for lane in program.lanes}
         self._sources = {sent: band.index for band in cut.bands for sent in band.sends}
         self._underway: list[list[tuple[Any, torch.Tensor]]] = []
@@ -60,7 +64,7 @@ class Mail:
         if sent.is_tap:
             with self.told(f"rank {sent.target}", level):
                 kinds = pytree.tree_map(_kind, value)
-                dist.send_object_list([kinds], self._global(sent.target), group=self.group)
+                dist.send_object_list([kinds], self._global(sent.target), group=self.words)
             for part in pytree.tree_leaves(value):
                 if isinstance(part, torch.Tensor):
                     self._start(part.detach().contiguous(), sent.target, level)
@@ -77,7 +81,7 @@ class Mail:
         with self.told(f"rank {source}", level):
             if sent.is_tap:
                 told: list[Any] = [None]
-                dist.recv_object_list(told, self._global(source), group=self.group)
+                dist.recv_object_list(told, self._global(source), group=self.words)
                 value = pytree.tree_map_only(_Kind, lambda k: self._received(self._made(k), source), told[0])
             else:
                 value = self._received(self._room(sent), source)
@@ -151,7 +155,7 @@ class Mail:
         """What each rank says."""
         found: list[Any] = [None] * self.count
         with self.told("another rank"):
-            dist.all_gather_object(found, mine, group=self.group)
+            dist.all_gather_object(found, mine, group=self.words)
         return found
 
     def spread(

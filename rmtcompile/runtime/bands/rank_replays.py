@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rmtcompile.runtime.bands.execute import Member
     from rmtcompile.runtime.bands.ranks import RankExecutor
 
-_DOWN = "values go down from band to band, and NCCL keeps what two ranks send each other in one order"
+_DOWN = "values go down from band to band, and NCCL keeps an order between what two ranks send each other"
 
 
 class RankReplays(BandReplays):

@@ -26,6 +26,7 @@ from rmtcompile.errors import RankError, UnsupportedError
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.ir.weights import Weight
 from rmtcompile.passes.emit.readers import CALLER
+from rmtcompile.runtime.bands.control import sends_from
 from rmtcompile.runtime.bands.copies import version
 from rmtcompile.runtime.bands.execute import BandedExecutor
 from rmtcompile.runtime.bands.levels import Launched, Levels, Made, Traffic
@@ -338,6 +339,7 @@ class RankExecutor(BandedExecutor):
                     for message in messages:
                         message.value.take()
                         message.value.done()
+                levels.before_sends(level)
                 for sent, segment in traffic.sent(level):
                     levels.send(sent, made.get((sent, segment)) if made else None, level)
                 self.mail.wait(level)
@@ -374,8 +376,7 @@ class RankExecutor(BandedExecutor):
 
 def _device(group: Any, home: torch.device) -> torch.device:
     """Where this rank runs: with the model, if its group can send what is there, else on its CUDA device."""
-    can_send = f"{home.type}:" in str(dist.get_backend_config(group))
-    return home if can_send else torch.device("cuda", torch.cuda.current_device())
+    return home if sends_from(group, home) else torch.device("cuda", torch.cuda.current_device())
 
 
 def _flat(found: Any, shape: list[Any]) -> list[torch.Tensor]:
