@@ -223,6 +223,7 @@ def failing(rank: int, group: Any) -> Any:
     ids = torch.zeros(1, 12, dtype=torch.long, device=DEVICES[-1])
     fast(ids)
     executor = fast._last[0].executor
+    executor._use_graphs = False  # recordings do not call what is broken here
     if rank == 1:
         executor.members[1].functions["CELLS"]["layers"] = broken
     return refused(lambda: fast(ids))

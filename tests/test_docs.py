@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
+import safetensors.torch
 import torch
 import transformers
 import yaml
@@ -60,7 +62,8 @@ def given() -> dict[str, Any]:
         "rmtcompile": rmtcompile, "torch": torch, "model": model, "fast": rmtcompile.optimize(armt()),
         "inner": armt(), "outer": Outer(), "accelerator": Accelerator(cpu=True), "streamer": Streamer(),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.01), "ids": ids, "input_ids": ids,
-        "labels": ids, "documents": [ids, ids[:, :16], ids[0]],
+        "labels": ids, "documents": [ids, ids[:, :16], ids[0]], "make_model": armt,
+        "accelerate": accelerate, "safetensors": safetensors,
     }  # fmt: skip
 
 
@@ -82,6 +85,8 @@ def run(page: str) -> dict[str, Any]:
     names = given()
     if page == "parts.md":
         names["ids"] = torch.randint(0, 32, (1, 90))
+    if page == "devices.md":
+        safetensors.torch.save_file(armt().state_dict(), "model.safetensors")
     if page == "saved.md":
         names["fast"](names["ids"])
     for number, text in enumerate(blocks(page)):

@@ -82,7 +82,7 @@ def test_figures_are_those_of_the_page_on_speed() -> None:
         "2026-11-25", "2026-11-29", "2026-11-30", "torch 2.11.0+cu130",
     }  # fmt: skip
     commands = re.findall(r"`rmtcompile (bench [^`]*)`", part)
-    assert len(commands) == 6
+    assert len(commands) == 7
     flags = {flag for command in commands for flag in command.split()}
     assert [flag for flag in flags if flag not in speed] == []
 

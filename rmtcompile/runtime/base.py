@@ -39,6 +39,9 @@ class Engine(Protocol):
         args: tuple[torch.Tensor, ...],
         targets: Sequence[Target | None],
     ) -> tuple[torch.Tensor, ...]: ...
+    def likened(
+        self, function: Callable[..., Any], args: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]: ...
     def region(
         self, function: Callable[..., Any], args: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...]: ...

@@ -12,6 +12,8 @@ import torch
 from rmtcompile.ir.program import Group, Lane, Program
 from rmtcompile.passes.cell.lift import SEGMENTS
 from rmtcompile.runtime.forms import Form, Marks
+from rmtcompile.runtime.gradients import is_transformed
+from rmtcompile.runtime.likening import fed_with_gradients, likened
 from rmtcompile.runtime.lookups import Divided, divided
 from rmtcompile.runtime.storage import Target, dense, lane_buffers
 
@@ -71,6 +73,7 @@ class Engine:
         self._regions: dict[str, tuple[Any, Callable[..., Any]]] = {}
         self._masks: dict[tuple[bool, ...], torch.Tensor] = {}
         self._divided: dict[str, Divided | None] = {}
+        self._fed: dict[Any, frozenset[str]] = {}  # lanes, by cell function
         open_lanes = program.open_lanes | {lane.name for lane in program.lanes if lane.grows}
         kept = [lane for lane in program.lanes if keeps_buffers and lane.name not in open_lanes]
         self._kept = {lane.name: lane_buffers(lane) for lane in kept}
@@ -171,6 +174,19 @@ class Engine:
         places = [t.place for t, mode in zip(targets, modes, strict=True) if t and mode == _PLACE]
         made = iter(self._form(function, width, modes)(*args, *places))
         return tuple(next(made) if target is None else target.place for target in targets)
+
+    def likened(
+        self, function: Callable[..., Any], args: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        """Arguments of one cell with gradients, as cells of later segments have them; see `likening`."""
+        if not self.is_compiled or is_transformed() or not any(arg.requires_grad for arg in args):
+            return args
+        key, group = self._key(function), self._group(function)
+        if key not in self._fed:
+            self._fed[key] = fed_with_gradients(self.program, group, function, args)
+        ports = {port.name for port in group.ports if port.role == "lane" and port.source in self._fed[key]}
+        named = zip(_parameters(function), args, strict=True)
+        return tuple(likened(arg) if name in ports else arg for name, arg in named)
 
     def _mode(self, function: Callable[..., Any], target: Target | None) -> int | None:
         """None: returned; the position of the argument that is overwritten; or `_PLACE`."""

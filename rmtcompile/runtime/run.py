@@ -177,6 +177,8 @@ class Run(BaseRun):
         targets = [self._target(window, output) for output in outputs]
         given = zip(outputs, targets, strict=True)
         self.stored.update({(window.group, window.layers, name): t for name, t in given if t})
+        if len(window.layers) == 1 and self.segments > 1 and torch.is_grad_enabled():
+            args = self.engine.likened(function, args)
         return self.engine.call(function, len(window.layers), args, targets)
 
     def _target(self, window: Window, output: str) -> Target | None:

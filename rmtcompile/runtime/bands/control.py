@@ -3,8 +3,8 @@
     NCCL     values, from device to device
     gloo     whether all run the same, shapes, what has failed: objects, from host to host
 
-Words that go through a device wait for all that it was given before, and NCCL ends a process where another one
-has died.  So ranks whose group has no backend for the host's memory get a second group for words.
+Words that go through a device wait for all that it was given before, and NCCL ends a process where another
+one has died.  So ranks whose group has no backend for the host's memory get a second group for words.
 """
 
 from __future__ import annotations
