@@ -8,7 +8,6 @@ Add `8b` for the shape of an 8B model, on CUDA.
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
 
@@ -48,16 +47,18 @@ def main(*args: str) -> None:
     device = "cuda" if cuda else "cpu"
     model, segment = make_model(device, "8b" in args)
     devices = [f"cuda:{i}" if cuda else "cpu" for i in range(count)]
-    twin = model if cuda else copy.deepcopy(model)
-    alone, bands = rmtcompile.optimize(model), rmtcompile.optimize(twin, devices=devices)
+    fast = rmtcompile.optimize(model, devices=devices)
     ids = torch.randint(0, 256, (1, 16 * segment), device=device)
     with torch.no_grad():
         for _ in range(3):  # captured, compiled and recorded, replayed
-            expected, out = (run(ids).last_hidden_state for run in (alone, bands))
-        times = [timed(run, ids, count if cuda else 0) for run in (alone, bands)]
-    print("\n".join(bands._last[0].executor.bands))
-    print(f"one device {times[0] * 1e3:.1f} ms, {count} bands {times[1] * 1e3:.1f} ms")
-    print(f"difference {float((out - expected).float().norm() / expected.float().norm()):.1e}")
+            out = fast(ids).last_hidden_state
+        expected = model(ids).last_hidden_state
+        times = [timed(run, ids, count if cuda else 0) for run in (model, fast)]
+    print("\n".join(fast.explain().bands))
+    print(f"the model itself {times[0] * 1e3:.1f} ms, in {count} bands {times[1] * 1e3:.1f} ms")
+    # Of the first two segments: with random weights each segment makes differences of rounding larger.
+    few, theirs = (x[:, : 2 * segment].float() for x in (out, expected))
+    print(f"difference {float((few - theirs).norm() / theirs.norm()):.1e}")
     print(f"results on {out.device}, where the model's own are")
 
 

@@ -8,7 +8,7 @@ import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,7 +28,6 @@ from rmtcompile.dispatch.calls import Call, TooFewSegments
 from rmtcompile.dispatch.entries import Entry
 from rmtcompile.dispatch.leaving import leave
 from rmtcompile.dispatch.programs import Programs
-from rmtcompile.dispatch.verify import STOPS, is_no_fault
 from rmtcompile.documents import Stream
 from rmtcompile.errors import (
     FallbackWarning,
@@ -43,8 +42,10 @@ from rmtcompile.frontend.tracing import is_as_written
 from rmtcompile.inspected import Inspected
 from rmtcompile.ir.modes import uncompiled
 from rmtcompile.options import Options
+from rmtcompile.runtime.contexts import unseen
 from rmtcompile.runtime.graphs import Started
 from rmtcompile.runtime.state import RunState
+from rmtcompile.runtime.stops import STOPS, is_no_fault
 
 if TYPE_CHECKING:
     from rmtcompile.report import Profile
@@ -116,17 +117,19 @@ class Optimized(Inspected, Opaque):
         with self._lock:
             kind = None
             try:
-                with explained(self.model, args, kwargs):
-                    if self.options.fallback == "sequential":
-                        kind = self._kind(args, kwargs)
-                        if kind in self._refusals:
-                            raise UnsupportedError(self._refusals[kind])
-                    call = replace(self._programs.located(args, kwargs), by_itself=True)
-                    started = self._programs.start(call, args, kwargs)
-                    call, entry = self._programs.entry(call, args, kwargs)  # the device is at work meanwhile
-                running = started[1] if started is not None and started[0] is entry else None
-                with nullcontext() if entry.is_edited else explained(self.model, args, kwargs, running=True):
-                    entry, outputs = self._outputs(call, entry, args, kwargs, running)
+                with self._in_step():
+                    with unseen(), explained(self.model, args, kwargs):
+                        if self.options.fallback == "sequential":
+                            kind = self._kind(args, kwargs)
+                            if kind in self._refusals:
+                                raise UnsupportedError(self._refusals[kind])
+                        call = replace(self._programs.located(args, kwargs), by_itself=True)
+                        started = self._programs.start(call, args, kwargs)
+                        call, entry = self._programs.entry(call, args, kwargs)  # the device is at work
+                    running = started[1] if started is not None and started[0] is entry else None
+                    is_edited = entry.is_edited
+                    with nullcontext() if is_edited else explained(self.model, args, kwargs, running=True):
+                        entry, outputs = self._outputs(call, entry, args, kwargs, running)
             except TooFewSegments as short:
                 return self._as_it_is(str(short), args, kwargs)
             except RMTCompileError as error:
@@ -169,8 +172,8 @@ class Optimized(Inspected, Opaque):
             StateError: the state belongs to another model, plan, dtype or batch size.
             UnsupportedError: the forward cannot be compiled, or cannot be run in parts.
         """
-        with self._lock:
-            with explained(self.model, args, kwargs):
+        with self._lock, self._in_step():
+            with unseen(), explained(self.model, args, kwargs):
                 advance = prepared(self._programs, state, args, kwargs)
             entry, inputs = advance.entry, tensors_of(advance.args, advance.kwargs)
             self._last = entry, advance.call.count
@@ -233,6 +236,15 @@ class Optimized(Inspected, Opaque):
             total = len(documents) if isinstance(documents, Sized) else None
             results = tqdm(results, desc="documents", total=total, unit="document")
         return list(results)
+
+    def _in_step(self) -> AbstractContextManager[None]:
+        """A call, which other ranks make too where several processes run the program: they are told if it
+        fails on this one."""
+        if self.options.group is None:
+            return nullcontext()
+        from rmtcompile.runtime.bands.control import words_of
+
+        return words_of(self.options.group).call()
 
     def _kind(self, args: Any, kwargs: Any) -> Any:
         """Calls of one kind are refused alike, so that one of them is tried."""

@@ -130,7 +130,7 @@ def group_of(devices: Devices) -> Any:
     """The process group whose ranks run bands, if that is what is given.
 
     Raises:
-        ValueError: a mesh has several dimensions.
+        ValueError: a mesh has several dimensions, or this process is in no such group.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
@@ -140,6 +140,8 @@ def group_of(devices: Devices) -> Any:
         if devices.ndim != 1:
             raise ValueError(f"devices must be a mesh of one dimension, such as mesh['bands'], not {devices}")
         return devices.get_group()
+    if isinstance(devices, int) and devices == torch.distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("devices is a process group that this process is no member of")
     return devices if isinstance(devices, torch.distributed.ProcessGroup) else None
 
 
@@ -190,7 +192,8 @@ def _device(device: Any) -> torch.device:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"devices holds {device!r}, which is no device: {error}") from None
+        said = str(error).partition("\n")[0] if isinstance(device, str) else "a name, or a torch.device"
+        raise ValueError(f"devices holds {device!r}, which is no device: {said}") from None
     if found.type == "cuda":
         count = torch.cuda.device_count()
         if found.index is None:

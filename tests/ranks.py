@@ -5,58 +5,34 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import sys
 import tempfile
+import warnings
 from datetime import timedelta
 from typing import Any
 
+import rank_faults
 import torch
 import torch.distributed as dist
 import toys
+from rank_models import (
+    DEVICES,
+    count_replays,
+    features,
+    gradients,
+    kind,
+    made,
+    of_zoo,
+    optimized,
+    recording,
+    refused,
+)
 from safetensors.torch import load_file, save_file
-from test_blocks import Player
 from torch.distributed.device_mesh import init_device_mesh
-from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from toys import Toy, Uneven, assert_same, leave_quietly
-from zoo.others import ZOO
 
-import rmtcompile
-
-DEVICES = ["cpu"]  # of this rank
-
-
-def features(segments: int, **options: Any) -> torch.Tensor:
-    return toys.features(segments, **options).to(DEVICES[-1])
-
-
-def made(build: Any, **options: Any) -> torch.nn.Module:
-    return toys.made(build, **options).to(DEVICES[-1])
-
-
-def of_zoo(name: str, segments: int) -> tuple[torch.nn.Module, torch.Tensor]:
-    entry = ZOO[name]
-    (x,) = entry.inputs(2, segments)
-    return entry.build().to(DEVICES[-1]), x.to(DEVICES[-1])
-
-
-def _kind() -> str:
-    return torch.device(DEVICES[-1]).type
-
-
-def optimized(model: torch.nn.Module, group: Any, **options: Any) -> Any:
-    return rmtcompile.optimize(model, devices=group, backend="eager", **options)
-
-
-class Failing(Toy):
-    """Its embedding does not know all numbers."""
-
-    def __init__(self) -> None:
-        super().__init__(4)
-        self.table = torch.nn.Embedding(5, 4)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return super().forward(self.table(ids))
+from rmtcompile import IgnoredWarning
 
 
 def same(rank: int, group: Any) -> Any:
@@ -70,7 +46,7 @@ def same(rank: int, group: Any) -> Any:
 
 
 def mesh(rank: int, group: Any) -> Any:
-    devices = init_device_mesh(_kind(), (dist.get_world_size(),), mesh_dim_names=("bands",))
+    devices = init_device_mesh(kind(), (dist.get_world_size(),), mesh_dim_names=("bands",))
     model = made(lambda: Toy(4))
     fast = optimized(copy.deepcopy(model), devices["bands"])
     for x in (features(4), features(6)[:, :-2]):
@@ -89,39 +65,10 @@ def balanced(rank: int, group: Any) -> Any:
     return [[len(own) for own in division.layers], division.costs.layers]
 
 
-def other_programs(rank: int, group: Any) -> Any:
-    """Costs are measured on one rank only."""
-    model = made(lambda: Uneven([8, 8, 4096]) if rank == 1 else Toy(3, d=16))
-    return refused(lambda: optimized(model, group)(features(4, d=16)))
-
-
-def other_weights(rank: int, group: Any) -> Any:
-    model = made(lambda: Toy(4), seed=rank)
-    return refused(lambda: optimized(model, group)(features(4)))
-
-
-def other_lengths(rank: int, group: Any) -> Any:
-    fast = optimized(made(lambda: Toy(4)), group)
-    fast(features(4))
-    return refused(lambda: fast(features(4 + rank)))
-
-
-def recording(fast: Any, x: torch.Tensor) -> Any:
-    """The executor of a program that has run; its levels are recorded, by hand where there are no graphs."""
-    fast(x)
-    executor = fast._last[0].executor
-    if DEVICES[-1] == "cpu":
-        executor._use_graphs, executor._engine = True, None
-        executor.replays.device_for = lambda _: Player()
-        fast(x)
-    assert executor.replays._bands, str(executor.replays)
-    return executor
-
-
 def recorded(rank: int, group: Any) -> Any:
     """Levels that are recorded once serve any length, and see written weights."""
-    names = ("infini_attention", "rolled_memories", "compressed_older", "hybrid", "skip_connections", "skewed")
-    for name in names:
+    names = ["infini_attention", "rolled_memories", "compressed_older", "hybrid", "skip_connections"]
+    for name in (*names, "skewed"):
         model, x = of_zoo(name, 4)
         twin = copy.deepcopy(model)
         fast = optimized(twin, group)
@@ -139,48 +86,6 @@ def recorded(rank: int, group: Any) -> Any:
             p.mul_(0.9)
         assert_same(model(x), fast(x))
     return "same"
-
-
-def count_replays(executor: Any) -> list[int]:
-    """Grows by the number of segments of each replayed run."""
-    seen: list[int] = []
-    levels = executor.replays.levels
-
-    def noting(segments: int, *rest: Any) -> Any:
-        seen.append(segments)
-        return levels(segments, *rest)
-
-    executor.replays.levels = noting
-    return seen
-
-
-def recorded_elsewhere(rank: int, group: Any) -> Any:
-    """One rank cannot record: all launch."""
-    model = made(lambda: Toy(4))
-    fast = optimized(copy.deepcopy(model), group)
-    executor = recording(fast, features(5))
-    if rank == 0:
-        executor.replays.forget()
-        executor.replays._obstacle = "out of order"
-    seen = count_replays(executor)
-    for segments in (5, 7):
-        assert_same(model(features(segments)), fast(features(segments)))
-    return [seen, executor.recorded]
-
-
-def recorded_failing(rank: int, group: Any) -> Any:
-    """A rank cannot go on with its recordings: all run again; a rank raises: all say so."""
-    model = made(lambda: Toy(4))
-    fast = optimized(copy.deepcopy(model), group)
-    executor = recording(fast, features(5))
-    band = executor.replays._bands[rank]
-    play = band.play
-    if rank == 1:
-        band.play = lambda block, *rest: None if block.levels.start == 3 else play(block, *rest)
-    assert_same(model(features(6)), fast(features(6)))
-    if rank == 1:
-        band.play = broken
-    return refused(lambda: fast(features(6)))
 
 
 def own_weights(rank: int, group: Any) -> Any:
@@ -218,21 +123,6 @@ def from_host(rank: int, group: Any) -> Any:
     return "same"
 
 
-def failing(rank: int, group: Any) -> Any:
-    fast = optimized(made(Failing), group)
-    ids = torch.zeros(1, 12, dtype=torch.long, device=DEVICES[-1])
-    fast(ids)
-    executor = fast._last[0].executor
-    executor._use_graphs = False  # recordings do not call what is broken here
-    if rank == 1:
-        executor.members[1].functions["CELLS"]["layers"] = broken
-    return refused(lambda: fast(ids))
-
-
-def broken(*_: Any) -> Any:
-    raise ZeroDivisionError("of no use")
-
-
 @torch.enable_grad()
 def training(rank: int, group: Any) -> Any:
     """Forward and gradients of weights and arguments, with levels recomputed and without."""
@@ -242,18 +132,6 @@ def training(rank: int, group: Any) -> Any:
         fast = optimized(other, group, recompute=recompute)
         assert_same(gradients(model, model, x), gradients(fast, other, x), 1e-9)
     return "same"
-
-
-def gradients(call: Any, model: torch.nn.Module, x: torch.Tensor) -> Any:
-    """What a call gives, and the gradients of a loss of it."""
-    x = x.clone().requires_grad_() if x.is_floating_point() else x
-    model.zero_grad()
-    result = call(x)
-    floats = [y for y in tree_leaves(result) if isinstance(y, torch.Tensor) and y.is_floating_point()]
-    weighed = [(y * torch.linspace(0, 1, y.shape[-1]).to(y)).mean() for y in floats]
-    torch.stack(weighed).sum().backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return result, found, x.grad
 
 
 @torch.enable_grad()
@@ -306,17 +184,107 @@ def parts(rank: int, group: Any) -> Any:
     return "same"
 
 
-def without_gradients_on_one(rank: int, group: Any) -> Any:
-    fast = optimized(made(lambda: Toy(4)), group)
-    with torch.set_grad_enabled(rank == 0):
-        return refused(lambda: fast(features(4)))
+class Added(Toy):
+    """All layers add two parameters, whose gradients are one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.one, self.other = (torch.nn.Parameter(torch.full((4,), v)) for v in (0.1, 0.2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        both = self.one + self.other
+        return super().forward(x * both)
+
+
+class Mixed(Uneven):
+    """Layers read the sum of two parameters, in each band."""
+
+    def __init__(self) -> None:
+        super().__init__([8, 8, 8])
+        self.one, self.other = (torch.nn.Parameter(torch.full((16,), v)) for v in (0.1, 0.2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        states, out = [x.new_zeros(x.shape[0], x.shape[2]) for _ in self.layers], []
+        for h in x.split(4, 1):
+            for i, layer in enumerate(self.layers):
+                h, states[i] = layer(h * (self.one + self.other), states[i])
+            out.append(torch.tanh(h))
+        return torch.cat(out, 1)
+
+
+@torch.enable_grad()
+def added(rank: int, group: Any) -> Any:
+    for build, x in ((Added, features(4)), (Mixed, features(4, d=16))):
+        model = made(build)
+        other = copy.deepcopy(model)
+        assert_same(gradients(model, model, x), gradients(optimized(other, group), other, x), 1e-9)
+    return "same"
+
+
+class Ending(Toy):
+    """What comes behind the layers has a state, so that rules need some segments."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total, outs = torch.zeros_like(x[:, :1]), []
+        states = [torch.zeros_like(x[:, :1]) for _ in self.layers]
+        for h in x.split(4, 1):
+            for i, layer in enumerate(self.layers):
+                h = h + layer.mix(h + states[i])
+                states[i] = states[i] + h.mean(1, keepdim=True)
+            outs.append(h + total)
+            total = total + h.sum(1, keepdim=True)
+        return torch.cat(outs, 1)
+
+
+@torch.enable_grad()
+def ending(rank: int, group: Any) -> Any:
+    """A program that stops on one rank where its rules do not hold: all of them make another one."""
+    model = made(lambda: Ending(4))
+    other = copy.deepcopy(model)
+    fast = optimized(other, group)
+    for segments in (5, 3, 2, 1, 6):
+        x = features(segments)
+        assert_same(gradients(model, model, x), gradients(fast, other, x), 1e-9)
+    return "same"
+
+
+class Kinds(Toy):
+    """Gives its result in several types."""
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        y = super().forward(x)
+        kinds = (torch.int16, torch.uint8, torch.bool, torch.float32)
+        return [y, *((10 * y).to(kind) for kind in kinds)]
+
+
+def kinds_of_results(rank: int, group: Any) -> Any:
+    model = made(lambda: Kinds(4))
+    fast = optimized(copy.deepcopy(model), group)
+    for segments in (4, 6):
+        assert_same(model(features(segments)), fast(features(segments)))
+    return "same"
+
+
+@torch.enable_grad()
+def checkpointed(rank: int, group: Any) -> Any:
+    """A checkpoint around the program does not reach into it, and ranks do not wait for each other."""
+    model = made(lambda: Toy(4))
+    other = copy.deepcopy(model)
+    fast = optimized(other, group)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            ours = gradients(lambda x: checkpoint(fast, x, use_reentrant=False), other, features(4))
+            assert_same(gradients(model, model, features(4)), ours, 1e-9)
+    assert any(issubclass(one.category, IgnoredWarning) for one in caught)
+    return "same"
 
 
 @torch.enable_grad()
 def replicas(rank: int, group: Any) -> Any:
     """Data parallel around bands: two replicas of half of the bands each, and half of the batch."""
     count = dist.get_world_size()
-    both = init_device_mesh(_kind(), (2, count // 2), mesh_dim_names=("data", "bands"))
+    both = init_device_mesh(kind(), (2, count // 2), mesh_dim_names=("data", "bands"))
     model = made(lambda: Toy(4))
     other = copy.deepcopy(model)
     fast = optimized(other, both["bands"])
@@ -334,30 +302,6 @@ def replicas(rank: int, group: Any) -> Any:
 
 
 @torch.enable_grad()
-def undoable(rank: int, group: Any) -> Any:
-    """Gradients of a weight that is computed; a transform."""
-    model = made(lambda: Toy(4))
-    fast = optimized(model, group)
-    fast(features(4))
-    layer = next(iter(model.layers))
-    weight = layer.mix.weight
-    del layer.mix._parameters["weight"]
-    layer.mix.weight = weight * 2
-    return [
-        refused(lambda: fast(features(4))),
-        refused(lambda: torch.func.jvp(fast, (features(4),), (features(4),))),
-    ]
-
-
-def refused(call: Any, kind: type[Exception] = rmtcompile.RMTCompileError) -> Any:
-    try:
-        call()
-    except kind as error:
-        return [type(error).__name__, str(error)]
-    return "ran"
-
-
-@torch.enable_grad()
 def profiled(rank: int, group: Any) -> Any:
     """What each rank is told of all of them, with gradients and without."""
     fast, x = optimized(made(lambda: Toy(4)), group), features(5)
@@ -371,20 +315,11 @@ def profiled(rank: int, group: Any) -> Any:
     return list(told)
 
 
-def leaving(rank: int, group: Any) -> Any:
-    fast = optimized(made(lambda: Toy(4)), group)
-    fast(features(4))
-    if rank == 0:
-        os._exit(0)  # without a word to anybody
-    return refused(lambda: fast(features(5)))
-
-
 CASES = {
     f.__name__: f
     for f in (
-        same, recorded, recorded_elsewhere, recorded_failing, own_weights, from_host,
-        mesh, other_weights, other_lengths, failing, training, steps, retained, parts, balanced,
-        other_programs, without_gradients_on_one, undoable, replicas, profiled, leaving,
+        same, mesh, balanced, recorded, own_weights, from_host, training, steps, retained, parts, replicas,
+        profiled, added, ending, kinds_of_results, checkpointed, *rank_faults.ALL,
     )
 }  # fmt: skip
 

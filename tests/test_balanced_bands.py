@@ -118,7 +118,7 @@ def test_borders_follow_the_costs_of_kinds(timed: list[float]) -> None:
     fast = banded(model, 3)
     assert_same(model(features(4, d=D)), fast(features(4, d=D)))
     assert sizes(fast) == [2, 1, 5] and len(timed) == 3  # two kinds of layers, and what comes after them
-    assert "3 of 8 layers, balanced by measured cost" in text(fast)
+    assert "8 layers in 3 bands, balanced by measured cost" in text(fast)
     assert "1  layers 2 on cpu: " in text(fast) and " % of the cost; to 2: " in text(fast)
     assert "a segment takes, measured: kind0 " in text(fast) and " us a layer, prologue 0 us" in text(fast)
     assert text(fast).splitlines()[0] in str(fast.explain())
@@ -155,7 +155,7 @@ def test_nothing_is_measured_of_layers_of_one_kind(build: Any, timed: list[float
     x = torch.arange(8 * SEGMENT).reshape(2, -1) if build is Looked else features(4, d=D)
     assert_same(model(x), fast(x))
     assert sizes(fast) == [2, 3] and not timed
-    assert "2 of 5 layers, divided by their number" in text(fast)
+    assert "5 layers in 2 bands, divided by their number" in text(fast)
 
 
 @torch.no_grad()
@@ -260,4 +260,4 @@ def test_ranks_divide_alike(tmp_path: Path) -> None:
     assert layers[0] > layers[1] and max(costs[:6]) < min(costs[6:])
     for one in said:
         kind, message = one["other_programs"]
-        assert kind == "UnsupportedError" and "different things: rmtcompile's program" in message
+        assert kind == "UnsupportedError" and "rank 1 is about to divide layers" in message

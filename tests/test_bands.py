@@ -196,7 +196,7 @@ def test_what_is_said_of_bands(tmp_path: Path) -> None:
     with torch.no_grad():
         fast(features(4))
     text = str(fast.explain())
-    assert "2 of 4 layers" in text and "0  layers 0..1 on cpu; to 1: " in text
+    assert "4 layers in 2 bands" in text and "0  layers 0..1 on cpu; to 1: " in text
     with pytest.raises(rmtcompile.RMTCompileError, match="bands have modules of their own"):
         fast.use(fast.dump(tmp_path)[-1])
 

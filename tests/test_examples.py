@@ -86,6 +86,6 @@ def test_long_text(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_several_devices(capsys: pytest.CaptureFixture[str]) -> None:
     out = lines_of("06_several_devices", capsys)
-    assert "2 of 4 layers" in out and "0  layers 0..1 on " in out
+    assert "4 layers in 2 bands" in out and "0  layers 0..1 on " in out
     found = re.search(r"difference (\S+)", out)
     assert found is not None and float(found[1]) < 1e-2

@@ -13,7 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from rmtcompile.runtime.bands.ranks import _digest
+from rmtcompile.runtime.bands.agreement import anywhere
 
 HERE = Path(__file__).parent
 LIMIT = 500
@@ -50,7 +50,8 @@ def ranks(count: int, cases: str, folder: Path, device: str = "cpu") -> list[Any
 CASES = (
     "same", "recorded", "recorded_elsewhere", "recorded_failing", "own_weights", "mesh",
     "other_weights", "other_lengths", "failing", "training", "steps", "retained", "parts",
-    "without_gradients_on_one", "undoable",
+    "without_gradients_on_one", "undoable", "added", "ending", "kinds_of_results", "checkpointed", "late",
+    "profile_and_call", "other_buffers",
 )  # fmt: skip
 
 
@@ -88,7 +89,8 @@ def test_over_nccl(tmp_path: Path) -> None:
 
 
 def test_a_mesh_and_a_ragged_end(said: dict[str, list[Any]]) -> None:
-    assert set(said["mesh"]) == {said["mesh"][0]} and said["mesh"][0].startswith("bands     3 of 4 layers")
+    assert set(said["mesh"]) == {said["mesh"][0]}
+    assert said["mesh"][0].startswith("bands     4 layers in 3 bands")
 
 
 def test_other_weights_are_found_before_the_first_level(said: dict[str, list[Any]]) -> None:
@@ -124,6 +126,35 @@ def test_all_launch_again_where_a_recording_does_not_hold(said: dict[str, list[A
 
 def test_a_rank_stacks_its_own_layers(said: dict[str, list[Any]]) -> None:
     assert said["own_weights"] == ["same"] * 3
+
+
+def test_gradients_that_are_one_tensor_are_added_up_once(said: dict[str, list[Any]]) -> None:
+    assert said["added"] == ["same"] * 3
+
+
+def test_where_a_program_stops_all_ranks_make_another_one(said: dict[str, list[Any]]) -> None:
+    assert said["ending"] == ["same"] * 3
+
+
+def test_results_of_types_that_backends_do_not_know(said: dict[str, list[Any]]) -> None:
+    assert said["kinds_of_results"] == ["same"] * 3
+
+
+def test_a_checkpoint_around_ranks_is_said_to_have_no_effect(said: dict[str, list[Any]]) -> None:
+    assert said["checkpointed"] == ["same"] * 3
+
+
+def test_a_rank_that_fails_before_its_first_level_ends_all(said: dict[str, list[Any]]) -> None:
+    others = [told for rank, told in enumerate(said["late"]) if rank != 1]
+    assert all(kind == "RankError" and message.startswith("rank 1: ") for kind, message in others), others
+    assert said["late"][1][0] != "RankError"
+
+
+def test_ranks_that_do_different_things_are_told(said: dict[str, list[Any]]) -> None:
+    for kind, message in said["profile_and_call"]:
+        assert kind == "UnsupportedError" and "rank 1 is about to measure a profile" in message
+    for kind, message in said["other_buffers"]:
+        assert kind == "UnsupportedError" and "the weights and buffers" in message
 
 
 def test_every_rank_of_three_gets_results_and_gradients(said: dict[str, list[Any]]) -> None:
@@ -166,5 +197,5 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
 
 def test_a_rank_s_own_device_makes_no_other_program() -> None:
     source = 'x = aten.arange(4, device=torch.device("{}"))'
-    one, other = (_digest(source.format(f"cuda:{i}"), torch.device(f"cuda:{i}")) for i in range(2))
-    assert one == other != _digest(source.format("cuda:0"), torch.device("cuda:1"))
+    one, other = (anywhere(source.format(f"cuda:{i}"), torch.device(f"cuda:{i}")) for i in range(2))
+    assert one == other != anywhere(source.format("cuda:0"), torch.device("cuda:1"))

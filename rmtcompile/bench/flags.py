@@ -144,8 +144,8 @@ def parser() -> Parser:
     )
     several = top.add_argument_group(
         "several devices",
-        "the program in bands of layers, beside the same program on one device; without --preset and --tokens "
-        "on CUDA: the shapes 1b and 8b, each at its own lengths",
+        "the program in bands of layers, beside the same program on one device; on CUDA without --preset and "
+        "--tokens: the shapes 1b and 8b, each at its own lengths",
     )
     several.add_argument(
         "--devices", type=int, nargs="+", metavar="P", help="numbers of devices, such as 1 2 4"

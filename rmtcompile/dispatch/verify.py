@@ -13,7 +13,6 @@ run with each of them at its mean (`means.py`).
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -42,21 +41,10 @@ from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.options import Options
 from rmtcompile.passes.grid.partition import CELL, INIT, Region
 from rmtcompile.runtime.execute import Executor
+from rmtcompile.runtime.stops import STOPS, is_no_fault
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Relative differences that are rounding."""
-
-
-STOPS = (LookupError, RuntimeError, TypeError, ValueError, InternalError)
-"""How a program stops that was extrapolated to where its rules do not hold: an index out of bounds, shapes
-that do not fit, a value that nobody gives."""
-
-
-def is_no_fault(error: Exception) -> bool:
-    """Whether an error says nothing of the program's rules: no memory is left, a backend does not compile."""
-    dynamo: Any = sys.modules.get("torch._dynamo.exc")  # its import takes seconds
-    is_of_backend = dynamo is not None and isinstance(error, dynamo.TorchDynamoException)
-    return is_of_backend or isinstance(error, torch.OutOfMemoryError)
 
 
 def first_line(error: Exception) -> str:

@@ -133,7 +133,8 @@ class Cut:
             places: where each band runs, if that is known.
         """
         how, costs = self.division.how, self.division.costs
-        lines = [f"{len(self.bands)} of {self.whole.n_layers} layers{f', {how}' if how else ''}"]
+        count, layers = len(self.bands), self.whole.n_layers
+        lines = [f"{layers} layers in {count} band{'s' * (count > 1)}{f', {how}' if how else ''}"]
         for band in self.bands:
             on = f" on {places[band.index]}" if places else ""
             on += f": {100 * costs.share(band.layers):.0f} % of the cost" if costs is not None else ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rmtcompile.report.backward import backward_us
@@ -62,7 +63,9 @@ class BandProfiler:
 
     def __init__(self, executor: Any, is_ranked: bool) -> None:
         self._devices = [member.way.device for member in executor.members]
-        self.gathered: Callable[[Any], list[Any]] = executor.mail.gathered if is_ranked else _alone
+        self.gathered: Callable[[Any], list[Any]] = _alone
+        if is_ranked:
+            self.gathered = partial(executor.mail.gathered, "measure a profile")
         self._places = [f"rank {p}" if is_ranked else str(one) for p, one in enumerate(self._devices)]
         self._offsets = offsets(self.gathered) if is_ranked else [(0.0, 0.0)]
         self.working = tuple(dict.fromkeys(self._devices))

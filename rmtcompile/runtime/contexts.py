@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rmtcompile.ir.modes import autocast_as
@@ -28,6 +29,24 @@ def same_numbers(device: torch.device) -> Iterator[None]:
     recorded does not show in what the caller draws."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
+
+
+def _as_it_is(value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """What is kept for backward within it is kept as it is, and is nothing to a checkpoint around the call:
+    what a first call does besides, or what several processes have to do together."""
+    # Compiled forms are made anew for other hooks, so that there are none where nobody has any.
+    with saved_tensors_hooks(_as_it_is, _as_it_is) if has_hooks() else nullcontext():
+        yield
+
+
+def has_hooks() -> bool:
+    """Whether something around the call wants to keep in a way of its own what backward needs."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 @contextmanager

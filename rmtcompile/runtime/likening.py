@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 
 from rmtcompile.ir.program import Group, Program
+from rmtcompile.runtime.contexts import unseen
 
 
 def fed_with_gradients(
@@ -31,8 +31,7 @@ def fed_with_gradients(
         args: of one of its calls.
     """
     try:
-        unseen = saved_tensors_hooks(_as_it_is, _as_it_is)  # by a checkpoint that this is in
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), unseen:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), unseen():
             fakes = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in args)
             results = function(*(x.requires_grad_(x.is_floating_point()) for x in fakes))
     except Exception:  # an operation that looks at values
@@ -43,10 +42,6 @@ def fed_with_gradients(
         for lane in program.lanes
         if any(feed.group == group.name and feed.source in names for feed in lane.feeds)
     )
-
-
-def _as_it_is(value: torch.Tensor) -> torch.Tensor:
-    return value
 
 
 def likened(arg: torch.Tensor) -> torch.Tensor:

@@ -21,18 +21,17 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from rmtcompile.errors import RankError, UnsupportedError
+from rmtcompile.errors import UnsupportedError
 from rmtcompile.ir.bands import Division, LayerCosts
 from rmtcompile.ir.program import Group, Program
 from rmtcompile.passes.bands import balanced, even
 from rmtcompile.passes.emit.bodies import is_view, parts_of
 from rmtcompile.passes.emit.regions import Regions
 from rmtcompile.passes.grid.partition import CELL, EPILOGUE, PROLOGUE
-from rmtcompile.runtime.bands.control import words_of
+from rmtcompile.runtime.bands.control import differ, words_of
 from rmtcompile.runtime.contexts import own_modes, plain_tensors, same_numbers
 from rmtcompile.runtime.costs import seconds
 
@@ -213,9 +212,6 @@ def _measured(work: Work, device: torch.device) -> LayerCosts | str:
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-_WHAT = "what layers cost"
-
-
 def _agreed(mine: LayerCosts | str, group: Any) -> LayerCosts | str:
     """The mean of what all ranks have measured.
 
@@ -225,20 +221,11 @@ def _agreed(mine: LayerCosts | str, group: Any) -> LayerCosts | str:
     """
     if group is None:
         return mine
-    said: list[Any] = [None] * dist.get_world_size(group)
-    try:
-        dist.all_gather_object(said, {_WHAT: mine}, group=words_of(group))
-    except RuntimeError as error:
-        where = f"rank {dist.get_rank(group)}: another rank does not answer any more"
-        raise RankError(f"{where}: {str(error).partition(chr(10))[0]}") from None
-    found = [one.get(_WHAT) for one in said]
-    outlines = [None if one is None else one.groups if isinstance(one, LayerCosts) else () for one in found]
-    if None in outlines or len({outline for outline in outlines if outline}) > 1:
-        raise UnsupportedError(
-            "ranks are about to run different things: rmtcompile's program",
-            [f"rank {rank}: {', '.join(one) if one else 'unknown'}" for rank, one in enumerate(outlines)],
-            "call with the same model and the same arguments on every rank",
-        )
+    found = words_of(group).gathered("divide layers by what they cost", mine)
+    outlines = [one.groups if isinstance(one, LayerCosts) else () for one in found]
+    if len({outline for outline in outlines if outline}) > 1:
+        lines = [f"rank {rank}: layers of {one or 'another one'}" for rank, one in enumerate(outlines)]
+        differ("rmtcompile's program", lines)
     measured = [one for one in found if isinstance(one, LayerCosts)]
     return _mean(measured) if len(measured) == len(found) else next(x for x in found if isinstance(x, str))
 

@@ -1,22 +1,33 @@
-"""Control: over which group ranks agree, apart from the one that carries their values.
+"""Control: what ranks tell each other, apart from the values of a program.
 
     NCCL     values, from device to device
     gloo     whether all run the same, shapes, what has failed: objects, from host to host
 
 Words that go through a device wait for all that it was given before, and NCCL ends a process where another
 one has died.  So ranks whose group has no backend for the host's memory get a second group for words.
+Each rank says what it talks about, so that ranks that have lost step find out.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
-_COMPANIONS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+from rmtcompile.errors import RankError, UnsupportedError
+
+RUN = "run a program"
+_FAILED = "end a call that has failed"
+
+_HELP = "call with the same model and the same arguments on every rank, in the same order"
+
+_KNOWN: WeakKeyDictionary[Any, Words] = WeakKeyDictionary()
 
 
 def sends_from(group: Any, device: torch.device) -> bool:
@@ -24,18 +35,97 @@ def sends_from(group: Any, device: torch.device) -> bool:
     return f"{device.type}:" in str(dist.get_backend_config(group))
 
 
-def words_of(group: Any) -> Any:
-    """The group over which its ranks tell each other objects; made when all of them first ask."""
-    if sends_from(group, torch.device("cpu")) or not dist.is_gloo_available():
-        return group
-    if group not in _COMPANIONS:
-        _COMPANIONS[group] = dist.new_group(
-            dist.get_process_group_ranks(group),
-            timeout=_timeout(group),
-            backend="gloo",
-            use_local_synchronization=True,
-        )
-    return _COMPANIONS[group]
+def words_of(group: Any) -> Words:
+    """The words of a group; made when all of its ranks first ask."""
+    if group not in _KNOWN:
+        _KNOWN[group] = Words(group)
+    return _KNOWN[group]
+
+
+class Words:
+    """What the ranks of a group tell each other: all of them the same kind of thing at the same time.
+
+    Attributes:
+        group: over which they do.
+        calls: of programs of the group that this rank has begun.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
+        self.calls = 0
+        self.group = group
+        if not sends_from(group, torch.device("cpu")) and dist.is_gloo_available():
+            self.group = dist.new_group(
+                dist.get_process_group_ranks(group),
+                timeout=_timeout(group),
+                backend="gloo",
+                use_local_synchronization=True,
+            )
+
+    def gathered(self, about: str, mine: Any) -> list[Any]:
+        """What each rank says.
+
+        Args:
+            about: what ranks are about to do; the same words on all of them.
+
+        Raises:
+            RankError: a rank has failed, or does not answer any more.
+            UnsupportedError: ranks are about to do different things.
+        """
+        found: list[Any] = [None] * self.count
+        with told(f"rank {self.rank}: another rank does not answer any more"):
+            dist.all_gather_object(found, (about, self.calls, mine), group=self.group)
+        calls = [n for _, n, _ in found]
+        if len({what for what, *_ in found}) > 1 or about == RUN:
+            self.calls = max(calls)  # in step again, whatever follows
+        failed = [f"rank {rank}: {said}" for rank, (what, _, said) in enumerate(found) if what == _FAILED]
+        if failed and about != _FAILED:
+            raise RankError("\n".join(failed))
+        if not failed and len({what for what, *_ in found}) > 1:
+            lines = [f"rank {rank} is about to {what}" for rank, (what, *_) in enumerate(found)]
+            differ("what comes next", lines)
+        if about == RUN and len(set(calls)) > 1:
+            lines = [f"rank {rank}: call {n}" for rank, n in enumerate(calls)]
+            differ("one of them has left out a call", lines)
+        return [said for *_, said in found]
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """A call of a program. Where it fails on this rank alone, others that wait for it are told."""
+        self.calls += 1
+        try:
+            yield
+        except RankError:
+            raise
+        except Exception as error:
+            if not getattr(error, "is_of_all_ranks", False):
+                with suppress(RankError):
+                    self.gathered(_FAILED, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            raise
+
+
+def differ(what: str, evidence: list[str]) -> NoReturn:
+    """Raise on all ranks that they are about to run different things."""
+    error: Any = UnsupportedError(f"ranks are about to run different things: {what}", evidence, _HELP)
+    error.is_of_all_ranks = True
+    raise error
+
+
+@contextmanager
+def told(text: str) -> Iterator[None]:
+    """Where another rank does not answer, or there is no group any more, an error that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(f"{text}: {_said(error)}") from None
+    except ValueError:  # of torch.distributed: it knows no such group
+        raise RankError(f"{text}: there is no process group any more") from None
+
+
+def _said(error: Exception) -> str:
+    """The first sentence of an error of torch.distributed, without its place in the source."""
+    line = re.sub(r"^(\[[^\]]*\.(cc|cpp|h):\d+\]\s*)+", "", str(error).partition("\n")[0])
+    return re.split(r"(?<=[a-z\d\]])\. ", line)[0]
 
 
 def _timeout(group: Any) -> timedelta | None:
@@ -44,4 +134,4 @@ def _timeout(group: Any) -> timedelta | None:
     return getattr(options, "_timeout", None)
 
 
-__all__ = ["sends_from", "words_of"]
+__all__ = ["RUN", "Words", "differ", "sends_from", "told", "words_of"]

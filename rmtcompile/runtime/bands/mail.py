@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,9 @@ import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
-from rmtcompile.errors import RankError
 from rmtcompile.ir.bands import Cut, Sent
 from rmtcompile.ir.program import Program
-from rmtcompile.runtime.bands.control import words_of
+from rmtcompile.runtime.bands.control import told, words_of
 from rmtcompile.runtime.bands.links import Value
 
 _PARCEL = 64 << 20
@@ -64,7 +64,7 @@ class Mail:
         if sent.is_tap:
             with self.told(f"rank {sent.target}", level):
                 kinds = pytree.tree_map(_kind, value)
-                dist.send_object_list([kinds], self._global(sent.target), group=self.words)
+                dist.send_object_list([kinds], self._global(sent.target), group=self.words.group)
             for part in pytree.tree_leaves(value):
                 if isinstance(part, torch.Tensor):
                     self._start(part.detach().contiguous(), sent.target, level)
@@ -81,7 +81,7 @@ class Mail:
         with self.told(f"rank {source}", level):
             if sent.is_tap:
                 told: list[Any] = [None]
-                dist.recv_object_list(told, self._global(source), group=self.words)
+                dist.recv_object_list(told, self._global(source), group=self.words.group)
                 value = pytree.tree_map_only(_Kind, lambda k: self._received(self._made(k), source), told[0])
             else:
                 value = self._received(self._room(sent), source)
@@ -98,7 +98,7 @@ class Mail:
         """Start to receive tensors of known shapes; gives what waits for them."""
         source = self._sources[sent]
         with self.told(f"rank {source}", level):
-            works = [dist.irecv(room, self._global(source), group=self.group) for room in rooms]
+            works = [dist.irecv(_bytes(room), self._global(source), group=self.group) for room in rooms]
 
         def wait() -> None:
             with self.told(f"rank {source}", level):
@@ -130,11 +130,11 @@ class Mail:
         if not self._underway:
             self._underway.append([])
         with self.told(f"rank {target}", level):
-            work = dist.isend(value, self._global(target), group=self.group)
+            work = dist.isend(_bytes(value), self._global(target), group=self.group)
         self._underway[-1].append((work, value))
 
     def _received(self, room: torch.Tensor, source: int) -> torch.Tensor:
-        work = dist.irecv(room, self._global(source), group=self.group)
+        work = dist.irecv(_bytes(room), self._global(source), group=self.group)
         if work is not None:
             work.wait()
         return room
@@ -151,12 +151,9 @@ class Mail:
 
     # ---- all ranks -----------------------------------------------------------------------------------------
 
-    def gathered(self, mine: Any) -> list[Any]:
-        """What each rank says."""
-        found: list[Any] = [None] * self.count
-        with self.told("another rank"):
-            dist.all_gather_object(found, mine, group=self.words)
-        return found
+    def gathered(self, about: str, mine: Any) -> list[Any]:
+        """See `Words`."""
+        return self.words.gathered(about, mine)
 
     def spread(
         self, rank: int, values: Mapping[Any, Any], kinds: Mapping[Any, Any]
@@ -177,7 +174,7 @@ class Mail:
                 own = [found[key].detach() for key in keys]
                 is_apart = len(own) == 1 and own[0].is_contiguous()
                 flat = own[0] if is_apart else torch.cat([x.reshape(-1) for x in own])
-                dist.broadcast(flat, self._global(rank), group=self.group)
+                dist.broadcast(_bytes(flat), self._global(rank), group=self.group)
                 if rank != self.rank and not is_apart:
                     parts = flat.split([x.numel() for x in own])
                     torch._foreach_copy_([x.view(-1) for x in own], parts)
@@ -186,27 +183,25 @@ class Mail:
     def summed(
         self, values: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]
     ) -> list[torch.Tensor | None]:
-        """The sums of all ranks' tensors; None where no rank has one."""
-        everyone = self.gathered([value is not None for value in values])
-        found: list[torch.Tensor | None] = []
-        works = []
-        for i, value in enumerate(values):
-            if not any(has[i] for has in everyone):
-                found.append(None)
-                continue
-            mine = torch.zeros_like(like[i]) if value is None else value.contiguous()
+        """The sums of all ranks' tensors, in memory of their own; None where no rank has one."""
+        everyone = self.gathered("add up gradients", [value is not None for value in values])
+        found: list[torch.Tensor | None] = [None] * len(values)
+        wanted = [(i, _kind(x)) for i, x in enumerate(like) if any(has[i] for has in everyone)]
+        for keys in _parcels(wanted):
+            mine = [torch.zeros_like(like[i]) if (x := values[i]) is None else x for i in keys]
+            flat = torch.cat([x.detach().reshape(-1) for x in mine])
             with self.told("another rank"):
-                works.append(dist.all_reduce(mine, group=self.group, async_op=True))
-            found.append(mine)
-        for work in works:
-            with self.told("another rank"):
-                work.wait()
+                dist.all_reduce(flat, group=self.group)
+            for i, part in zip(keys, flat.split([x.numel() for x in mine]), strict=True):
+                found[i] = part.view(like[i].shape)
+        for i, kind in wanted:
+            found[i] = self._made(kind) if found[i] is None else found[i]  # of no elements
         return found
 
-    def told(self, who: str, level: int | None = None) -> _Told:
+    def told(self, who: str, level: int | None = None) -> AbstractContextManager[None]:
         """Where another rank does not answer, an error that says which."""
         where = f"rank {self.rank}" + (f", level {level}" if level is not None else "")
-        return _Told(f"{where}: {who} does not answer any more")
+        return told(f"{where}: {who} does not answer any more")
 
 
 @dataclass(frozen=True)
@@ -247,16 +242,9 @@ def _parcels(wanted: Sequence[tuple[Any, _Kind]]) -> Iterator[list[Any]]:
             yield keys
 
 
-class _Told:
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RuntimeError) and not isinstance(error, RankError):
-            raise RankError(f"{self._text}: {str(error).partition(chr(10))[0]}") from None
+def _bytes(value: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor: backends do not know all types."""
+    return value.view(-1).view(torch.uint8)
 
 
 class Trail:

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from rmtcompile.errors import IgnoredWarning, warn
 from rmtcompile.runtime.bands.mail import Mail, Trail
+from rmtcompile.runtime.contexts import has_hooks, unseen
 
 Forward = Callable[[Trail, Mapping[int, torch.Tensor]], Sequence[torch.Tensor]]
 """Runs the own levels with gradients; gives what is returned. Of tensors that are no leaves of autograd, by
@@ -33,6 +35,12 @@ def with_gradients(mail: Mail, wanted: Sequence[torch.Tensor], forward: Forward)
     Raises:
         RankError: in backward, which all ranks have to run, where another one does not answer any more.
     """
+    if has_hooks():
+        warn(
+            "what backward needs is kept as it is: torch.utils.checkpoint or save_on_cpu around a program of "
+            "several processes has no effect; optimize(..., recompute='level') computes levels again",
+            IgnoredWarning,
+        )
     found: tuple[torch.Tensor, ...] = _Run.apply(_Work(mail, wanted, forward), *wanted)
     return found
 
@@ -51,7 +59,7 @@ class _Work:
     def forward(self) -> tuple[torch.Tensor, ...]:
         assert self._forward is not None
         forward, self._forward = self._forward, None
-        with torch.enable_grad():
+        with torch.enable_grad(), unseen():
             apart = {id(x): y for x, y in zip(self._wanted, self._inner, strict=True) if x is not y}
             self._results = list(forward(self._trail, apart))
         return tuple(result.detach() for result in self._results)

@@ -10,10 +10,9 @@ sends zeros, until its levels are over: then all ranks say what has happened on 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,8 +25,8 @@ from rmtcompile.errors import RankError, UnsupportedError
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.ir.weights import Weight
 from rmtcompile.passes.emit.readers import CALLER
+from rmtcompile.runtime.bands.agreement import Agreement, anywhere
 from rmtcompile.runtime.bands.control import sends_from
-from rmtcompile.runtime.bands.copies import version
 from rmtcompile.runtime.bands.execute import BandedExecutor
 from rmtcompile.runtime.bands.levels import Launched, Levels, Made, Traffic
 from rmtcompile.runtime.bands.mail import Mail, Trail, kinds_of
@@ -41,10 +40,9 @@ from rmtcompile.runtime.crossing import Crossing, Key
 from rmtcompile.runtime.execute import Executor
 from rmtcompile.runtime.gradients import is_transformed
 from rmtcompile.runtime.stacks import together
+from rmtcompile.runtime.stops import kind_of
 
-_SAMPLES = 64
 _TENSOR = object()
-_RECORDED = "is recorded"
 
 
 class RankExecutor(BandedExecutor):
@@ -70,7 +68,7 @@ class RankExecutor(BandedExecutor):
         super().__init__(*given, [_device(group, torch.device(home))] * self.count, group)
         self.mail = Mail(group, self.cut, compiled.program, self.device)
         self.replays: RankReplays = RankReplays(self)
-        self._weighed: tuple[Any, str] = ((), "")
+        self.agreement = Agreement(self.mail, anywhere(compiled.emitted.source, self.home))
         self._traffic: dict[tuple[int, int], Traffic] = {}
 
     @property
@@ -110,51 +108,6 @@ class RankExecutor(BandedExecutor):
         """See `Executor`."""
         return self.cut.described([f"rank {rank}" for rank in range(self.count)])
 
-    # ---- before the first level ----------------------------------------------------------------------------
-
-    def _agree(
-        self, segments: int, inputs: Sequence[torch.Tensor], crossing: Crossing | None, wanted: Sequence[str]
-    ) -> bool:
-        """Find out whether all ranks are about to run the same; whether all of them have it recorded.
-
-        Raises:
-            UnsupportedError: they are not.
-        """
-        state = crossing.values if crossing is not None else {}
-        mine = {
-            "rmtcompile's program": _digest(self.compiled.emitted.source, self.home),
-            "torch": torch.__version__,
-            "the number of segments": segments,
-            "the arguments' shapes": [(tuple(x.shape), str(x.dtype)) for x in inputs],
-            "the arguments' values": _sampled(inputs),
-            "the weights": self._weights_digest(),
-            "the state": None if crossing is None else (crossing.first, crossing.border, sorted(state)),
-            "the state's values": _sampled([value for _, value in sorted(state.items())]),
-            "what has gradients": list(wanted),
-        }
-        can_replay = crossing is None and not wanted and self._replays_now(segments)
-        everyone = self.mail.gathered({**mine, _RECORDED: can_replay})
-        for what, value in mine.items():
-            told = [one.get(what) for one in everyone]
-            if any(other != value for other in told):
-                raise UnsupportedError(
-                    f"ranks are about to run different things: {what}",
-                    [f"rank {rank}: {other}" for rank, other in enumerate(told)],
-                    "call with the same model and the same arguments on every rank",
-                )
-        return all(one.get(_RECORDED, False) for one in everyone)
-
-    def _replays_now(self, segments: int) -> bool:
-        return self._use_graphs and self.replays.can_replay(segments)
-
-    def _weights_digest(self) -> str:
-        """Equal where the weights are, as far as samples show; taken again where a write was counted."""
-        leaves = {name: x for name, x in self.held().items() if isinstance(x, torch.nn.Parameter)}
-        state = tuple((name, x.data_ptr(), version(x)) for name, x in leaves.items())
-        if self._weighed[0] != state:
-            self._weighed = state, _sampled([x for _, x in sorted(leaves.items())])
-        return self._weighed[1]
-
     # ---- running -------------------------------------------------------------------------------------------
 
     def _run(
@@ -176,7 +129,9 @@ class RankExecutor(BandedExecutor):
             )
         named = self.named(inputs)
         wanted = self._differentiable(named, leaves, crossing) if functional else {}
-        is_recorded = self._agree(segments, inputs, crossing, list(wanted))
+        can_replay = crossing is None and not wanted and self._replays_now(segments)
+        told = segments, inputs, self.held(), crossing, list(wanted), can_replay
+        is_recorded = self.agreement.reached(*told)
         looking = on_level, on_value
         with own_modes(), self._own_numbers():
             if not wanted:
@@ -202,6 +157,9 @@ class RankExecutor(BandedExecutor):
         if crossing is not None:
             crossing.take(found)
         return outputs
+
+    def _replays_now(self, segments: int) -> bool:
+        return self._use_graphs and self.replays.can_replay(segments)
 
     def _differentiable(
         self,
@@ -267,9 +225,9 @@ class RankExecutor(BandedExecutor):
                 run, levels = self._launched(
                     segments, inputs, held, functional, on_level, on_value, crossing, trail
                 )
-            failed, is_off = self._own_levels(run, levels)
+            error, is_off = self._own_levels(run, levels)
             found: dict[Key, torch.Tensor] = dict(run.crossing.found) if run.crossing is not None else {}
-            if self._share(run, found, failed, is_off or not member.copies.hold()):
+            if self._share(run, found, error, is_off or not member.copies.hold()):
                 break
             is_recorded = False
         if functional and self.rank:
@@ -305,9 +263,8 @@ class RankExecutor(BandedExecutor):
     ) -> BandRun:
         """This rank's part of a run, after its last level."""
         run, levels = self._launched(segments, inputs, leaves, False)
-        failed, _ = self._own_levels(run, levels)
-        if told := [one for one in self.mail.gathered(failed) if one]:
-            raise RuntimeError(told[0])
+        error, _ = self._own_levels(run, levels)
+        self._raise(self.mail.gathered("record levels", _told(error)), error)
         return run
 
     def _traffic_of(self, segments: int, first: int) -> Traffic:
@@ -320,22 +277,23 @@ class RankExecutor(BandedExecutor):
             self._traffic[key] = Traffic(self.cut, self.rank, grids)
         return self._traffic[key]
 
-    def _own_levels(self, run: BaseRun, levels: Levels) -> tuple[str, bool]:
+    def _own_levels(self, run: BaseRun, levels: Levels) -> tuple[_Stopped | None, bool]:
         """Run this rank's levels; what has gone wrong on it, if something has, and whether the run has to be
         launched instead. Whatever happens, all is received that others send, and sent what they expect."""
-        failed, is_off = "", False
+        stopped: _Stopped | None = None
+        is_off = False
         grid, traffic = run.grid, self._traffic_of(run.segments, run.first)
         with self.members[self.rank].current():
             for level in grid.levels:
                 messages = levels.receive(level)
                 made: Made | None = {}
-                if not (failed or is_off):
+                if not (stopped or is_off):
                     try:
                         made = levels.run(level, messages)
                     except Exception as error:
-                        failed = f"rank {self.rank}, level {level}: {type(error).__name__}: {error}"
+                        stopped = _Stopped(f"rank {self.rank}, level {level}", error)
                 is_off = is_off or made is None
-                if failed or is_off:
+                if stopped or is_off:
                     for message in messages:
                         message.value.take()
                         message.value.done()
@@ -344,11 +302,13 @@ class RankExecutor(BandedExecutor):
                     levels.send(sent, made.get((sent, segment)) if made else None, level)
                 self.mail.wait(level)
             self.mail.wait(grid.levels[-1], all_of_them=True)
-        return failed, is_off
+        return stopped, is_off
 
     # ---- after the last level ------------------------------------------------------------------------------
 
-    def _share(self, run: BaseRun, found: dict[Key, torch.Tensor], failed: str, is_off: bool) -> bool:
+    def _share(
+        self, run: BaseRun, found: dict[Key, torch.Tensor], stopped: _Stopped | None, is_off: bool
+    ) -> bool:
         """Give every rank what the caller reads, and what segments after the run do; whether all ranks have
         run it to its end.
 
@@ -359,11 +319,10 @@ class RankExecutor(BandedExecutor):
         for name in sorted(self.cut.bands[self.rank].makes):
             if CALLER in self.compiled.emitted.readers.get(name, ()):
                 mine |= {(name, segment): value for segment, value in run.taps[name].values.items()}
-        said = {"failed": failed, "is off": is_off, "kinds": kinds_of(mine), **self.replays.said()}
-        everyone = self.mail.gathered(said)
+        said = {"stopped": _told(stopped), "is off": is_off, "kinds": kinds_of(mine), **self.replays.said()}
+        everyone = self.mail.gathered("end a run", said)
         self.replays.heard(everyone)
-        if told := [one["failed"] for one in everyone if one["failed"]]:
-            raise RankError("\n".join(told))
+        self._raise([one["stopped"] for one in everyone], stopped)
         if any(one["is off"] for one in everyone):
             return False
         for rank, one in enumerate(everyone):
@@ -372,6 +331,34 @@ class RankExecutor(BandedExecutor):
                 kept = run.taps[where].values if where else found
                 kept[key] = value
         return True
+
+
+    def _raise(self, told: Sequence[tuple[str, type[RankError]] | None], mine: _Stopped | None) -> None:
+        """Raise what has gone wrong on any rank, if something has."""
+        if found := [one for one in told if one is not None]:
+            kinds = {kind for _, kind in found}
+            kind = next(iter(kinds)) if len(kinds) == 1 else RankError
+            raise kind("\n".join(text for text, _ in found)) from (mine.error if mine is not None else None)
+
+
+@dataclass(frozen=True)
+class _Stopped:
+    """What has gone wrong on this rank.
+
+    Attributes:
+        where: rank and level.
+    """
+
+    where: str
+    error: Exception
+
+
+def _told(stopped: _Stopped | None) -> tuple[str, type[RankError]] | None:
+    """The same in words, and as what all ranks raise it."""
+    if stopped is None:
+        return None
+    error = stopped.error
+    return f"{stopped.where}: {type(error).__name__}: {error}", kind_of(error)
 
 
 def _device(group: Any, home: torch.device) -> torch.device:
@@ -390,22 +377,6 @@ def _unflat(flat: Sequence[torch.Tensor], shape: list[Any]) -> Any:
     spec, others = shape
     values = iter(flat)
     return pytree.tree_unflatten([next(values) if other is _TENSOR else other for other in others], spec)
-
-
-def _digest(source: str, home: torch.device) -> str:
-    """Equal for programs that differ only in the device of the rank."""
-    text = source.replace(f'torch.device("{home}")', "home")
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _sampled(values: Sequence[torch.Tensor]) -> str:
-    """Equal for tensors of the same values, as far as evenly spaced samples show."""
-    digest = hashlib.sha256()
-    for value in values:
-        flat = value.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // _SAMPLES)].cpu().contiguous()
-        digest.update(some.view(torch.uint8).numpy().tobytes() if some.numel() else b"")
-    return digest.hexdigest()[:16]
 
 
 __all__ = ["RankExecutor"]

@@ -25,6 +25,7 @@ from rmtcompile.runtime.blocks import Block
 from rmtcompile.runtime.contexts import own_modes, plain_tensors, same_numbers
 from rmtcompile.runtime.copies import room_for
 from rmtcompile.runtime.graphs import Recordings, Started
+from rmtcompile.runtime.stops import StoppedError
 from rmtcompile.runtime.workspaces import own_workspaces
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class BandReplays:
             with plain_tensors(), own_modes(), same_numbers(self._executor.device):
                 runs = self._example(inputs)
                 self._bands = {member.band.index: self._recorded(member, run) for member, run in runs}
-        except (RuntimeError, LookupError, ValueError) as error:  # the run was right, and the next will be
+        except (RuntimeError, LookupError, ValueError, StoppedError) as error:  # the run was right
             self._obstacle = f"recording has failed: {str(error).partition(chr(10))[0]}"
             warn(f"runs are not recorded as CUDA graphs: {self._obstacle}", RecordingWarning)
 

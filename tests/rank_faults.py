@@ -1,0 +1,146 @@
+"""Cases of tests/ranks.py in which ranks do different things, or one of them fails."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+from rank_models import (
+    DEVICES,
+    Failing,
+    broken,
+    count_replays,
+    features,
+    made,
+    optimized,
+    recording,
+    refused,
+)
+from toys import Toy, Uneven, assert_same
+
+
+def other_programs(rank: int, group: Any) -> Any:
+    """Costs are measured on one rank only."""
+    model = made(lambda: Uneven([8, 8, 4096]) if rank == 1 else Toy(3, d=16))
+    return refused(lambda: optimized(model, group)(features(4, d=16)))
+
+
+def other_weights(rank: int, group: Any) -> Any:
+    model = made(lambda: Toy(4), seed=rank)
+    return refused(lambda: optimized(model, group)(features(4)))
+
+
+def other_lengths(rank: int, group: Any) -> Any:
+    fast = optimized(made(lambda: Toy(4)), group)
+    fast(features(4))
+    return refused(lambda: fast(features(4 + rank)))
+
+
+def recorded_elsewhere(rank: int, group: Any) -> Any:
+    """One rank cannot record: all launch."""
+    model = made(lambda: Toy(4))
+    fast = optimized(copy.deepcopy(model), group)
+    executor = recording(fast, features(5))
+    if rank == 0:
+        executor.replays.forget()
+        executor.replays._obstacle = "out of order"
+    seen = count_replays(executor)
+    for segments in (5, 7):
+        assert_same(model(features(segments)), fast(features(segments)))
+    return [seen, executor.recorded]
+
+
+def recorded_failing(rank: int, group: Any) -> Any:
+    """A rank cannot go on with its recordings: all run again; a rank raises: all say so."""
+    model = made(lambda: Toy(4))
+    fast = optimized(copy.deepcopy(model), group)
+    executor = recording(fast, features(5))
+    band = executor.replays._bands[rank]
+    play = band.play
+    if rank == 1:
+        band.play = lambda block, *rest: None if block.levels.start == 3 else play(block, *rest)
+    assert_same(model(features(6)), fast(features(6)))
+    if rank == 1:
+        band.play = broken
+    return refused(lambda: fast(features(6)))
+
+
+def failing(rank: int, group: Any) -> Any:
+    fast = optimized(made(Failing), group)
+    ids = torch.zeros(1, 12, dtype=torch.long, device=DEVICES[-1])
+    fast(ids)
+    executor = fast._last[0].executor
+    executor._use_graphs = False  # recordings do not call what is broken here
+    if rank == 1:
+        executor.members[1].functions["CELLS"]["layers"] = broken
+    return refused(lambda: fast(ids))
+
+
+def without_gradients_on_one(rank: int, group: Any) -> Any:
+    fast = optimized(made(lambda: Toy(4)), group)
+    with torch.set_grad_enabled(rank == 0):
+        return refused(lambda: fast(features(4)))
+
+
+@torch.enable_grad()
+def undoable(rank: int, group: Any) -> Any:
+    """Gradients of a weight that is computed; a transform."""
+    model = made(lambda: Toy(4))
+    fast = optimized(model, group)
+    fast(features(4))
+    layer = next(iter(model.layers))
+    weight = layer.mix.weight
+    del layer.mix._parameters["weight"]
+    layer.mix.weight = weight * 2
+    return [
+        refused(lambda: fast(features(4))),
+        refused(lambda: torch.func.jvp(fast, (features(4),), (features(4),))),
+    ]
+
+
+def leaving(rank: int, group: Any) -> Any:
+    fast = optimized(made(lambda: Toy(4)), group)
+    fast(features(4))
+    if rank == 0:
+        os._exit(0)  # without a word to anybody
+    return refused(lambda: fast(features(5)))
+
+
+def late(rank: int, group: Any) -> Any:
+    """One rank fails before its first level; then all go on together."""
+    model = made(lambda: Toy(4))
+    fast = optimized(copy.deepcopy(model), group)
+    x = features(4)
+    told = refused(lambda: fast(x if rank != 1 else "no tensor"), Exception)
+    assert_same(model(x), fast(x))
+    return told
+
+
+def profile_and_call(rank: int, group: Any) -> Any:
+    fast = optimized(made(lambda: Toy(4)), group)
+    x = features(4)
+    fast(x)
+    return refused(lambda: fast.profile(x) if rank == 1 else fast(x))
+
+
+class Buffered(Toy):
+    """Reads a buffer in each segment."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(4)
+        self.register_buffer("scale", torch.full((), scale))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * self.scale)
+
+
+def other_buffers(rank: int, group: Any) -> Any:
+    return refused(lambda: optimized(made(lambda: Buffered(1.0 + rank)), group)(features(4)))
+
+
+ALL = (
+    other_programs, other_weights, other_lengths, recorded_elsewhere, recorded_failing, failing,
+    without_gradients_on_one, undoable, late, profile_and_call, other_buffers, leaving,
+)  # fmt: skip
