@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import rmtcompile
 from rmtcompile.errors import PartitionError
 from rmtcompile.frontend.probe import probe, recounted
 from rmtcompile.ir.segmentation import Axis, Segmentation
@@ -252,3 +253,42 @@ def test_segments_are_counted_by_the_calls_of_layers() -> None:
     assert recounted(model, args, {}, short) == Segmentation((Axis(0, 1, 2),))
     assert recounted(model, args, {}, Segmentation((Axis(0, 1, 2),))) is None
     assert recounted(split, (torch.randn(2, 12, 4),), {}, short) is None
+
+
+class Remembers(nn.Module):
+    """Its memories are an argument, one a layer, taken apart before the text is cut."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mix = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.dim = dim
+
+    def forward(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        memories, outs = list(memory.unbind(self.dim)), []
+        for h in x.split(6, 1):
+            for i, mix in enumerate(self.mix):
+                h = torch.tanh(mix(h) + memories[i])
+                memories[i] = h.mean(1, keepdim=True)
+            outs.append(h)
+        return torch.cat(outs, 1), torch.stack(memories, self.dim)
+
+
+class RemembersFirst(Remembers):
+    """The same with the memories as first argument."""
+
+    def forward(self, memory: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x, memory)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("segments", [3, 5])
+@torch.no_grad()
+def test_layers_take_a_memory_apart_before_the_text_is_cut(dim: int, segments: int) -> None:
+    x = torch.randn(2, 6 * segments, 4, dtype=torch.float64)
+    memory = torch.randn((3, 2, 1, 4) if dim == 0 else (2, 3, 1, 4), dtype=torch.float64)
+    for build, args in ((Remembers, (x, memory)), (RemembersFirst, (memory, x))):
+        model = build(dim).double()
+        found = probe(model, args, {})
+        assert [(axis.leaf, axis.dim, axis.length) for axis in found.axes] == [(int(args[1] is x), 1, 6)]
+        for one, other in zip(model(*args), rmtcompile.optimize(model)(*args), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

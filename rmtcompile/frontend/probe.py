@@ -51,8 +51,15 @@ class _Views(TorchDispatchMode):
     """Collects the boxes (start and length by dimension) that views of the inputs cover, in the order they
     are taken."""
 
-    def __init__(self, leaves: list[torch.Tensor], growth: Growth, is_following: bool) -> None:
+    def __init__(
+        self,
+        leaves: list[torch.Tensor],
+        growth: Growth,
+        is_following: bool,
+        apart: frozenset[tuple[int, int]] = frozenset(),
+    ) -> None:
         super().__init__()
+        self.apart = apart  # axes whose cuts are no segments
         self.growth, self.is_following = growth, is_following
         self.bases: dict[int, tuple[torch.Tensor, dict[int, tuple[int, int]]]] = {}
         self.axis_of_size: dict[int, tuple[int, int]] = {}
@@ -99,7 +106,7 @@ class _Views(TorchDispatchMode):
         if not value.numel():
             return
         for dim, (start, length) in enumerate(box(value, base.shape, base.stride())):
-            if dim not in axes or length >= base.shape[dim]:
+            if dim not in axes or length >= base.shape[dim] or axes[dim] in self.apart:
                 continue
             seen = self.taken[axes[dim]]
             if is_token and (start, length) not in self.tokens[axes[dim]]:
@@ -153,6 +160,7 @@ def probe(
     first: Exception | None = None
     operations = 0  # of the last attempt
     run = partial(_attempt, fn, flat, positions, spec)
+    apart: frozenset[tuple[int, int]] = frozenset()
     short = growth = Growth()
     beside: list[Axis] = []  # cuts of an axis that the input cannot grow along: halves of features
     for attempt in range(7):
@@ -170,9 +178,13 @@ def probe(
         elif axes:
             known = {(axis.leaf, axis.dim) for axis in of_tokens}
             axes = [*of_tokens, *(axis for axis in axes if (axis.leaf, axis.dim) not in known)]
+        if axes and len(shapes) > 1 and not of_tokens and not _is_walked(axes[0], run, grown):
+            apart |= {(axes[0].leaf, axes[0].dim)}
+            run = partial(_attempt, fn, flat, positions, spec, apart=apart)
+            continue
         if axes:
-            apart = {(axis.leaf, axis.dim) for axis in beside}
-            cut_too = {(a.leaf, a.dim): a for a in axes if (a.leaf, a.dim) not in apart}
+            others = {(axis.leaf, axis.dim) for axis in beside}
+            cut_too = {(a.leaf, a.dim): a for a in axes if (a.leaf, a.dim) not in others}
             return _with_partners(axes[0], cut_too, grown)
         if (cut := growth.cut()) is not None:
             return _with_partners(Axis(*candidates[0], cut), {}, grown)
@@ -192,6 +204,12 @@ def probe(
         "give segment_size=, or check that the forward walks its input segment by segment",
     )
 
+
+_PIECES = 3
+"""How many times as many pieces of an axis are tried, to see whether more is done for them."""
+
+_EACH = 3
+"""Operations for a piece that are no walk: to take it out, to view it, to put it back in a result."""
 
 _LONG = 24
 """Segments of a forward whose calls are counted: a number with many divisors."""
@@ -267,6 +285,21 @@ def _confirmed(
     return None if failed else []
 
 
+def _is_walked(
+    axis: Axis, run: Callable[..., tuple[_Views, Exception | None]], shapes: list[Any]
+) -> bool:
+    """Whether the forward does more for more pieces of an axis. A memory that is an argument is taken apart by
+    layers before the input is by segments. Asked where that may be: of another input than the first one, and
+    of pieces of one."""
+    if axis.leaf == 0 and axis.length > 1:
+        return True
+    (short, failed), (long, failed_too) = (
+        run(_longer(shapes, axis.leaf, axis.dim, factor), None, True) for factor in (1, _PIECES)
+    )
+    pieces = shapes[axis.leaf][axis.dim] // axis.length * (_PIECES - 1)
+    return bool(failed or failed_too) or long.operations - short.operations > _EACH * pieces
+
+
 def _collides(shapes: list[Any], longer: list[Any], axis: Axis) -> bool:
     """Whether an axis that has grown is as long now as one that has not."""
     pairs = [pair for a, b in zip(shapes, longer, strict=True) for pair in zip(a, b, strict=True)]
@@ -281,6 +314,7 @@ def _attempt(
     shapes: list[Any],
     growth: Growth | None = None,
     is_following: bool = False,
+    apart: frozenset[tuple[int, int]] = frozenset(),
 ) -> tuple[_Views, Exception | None]:
     """Run the forward on fake inputs of the given shapes until two segments were seen, or, or all of it where
     what grows is followed; gives the views of them, and what it raised."""
@@ -296,7 +330,7 @@ def _attempt(
             values[position] = torch.empty(shape, dtype=old.dtype, device=old.device)
             fakes.append(values[position])
     try:
-        views = _Views(fakes, growth or Growth(), is_following)
+        views = _Views(fakes, growth or Growth(), is_following, apart)
     except NotImplementedError as error:  # tensors of `vmap` and `grad` have no storage
         raise UnsupportedError(
             "the first call is inside a transform of torch.func",
