@@ -118,6 +118,17 @@ def late(rank: int, group: Any) -> Any:
     return told
 
 
+def setup(rank: int, group: Any) -> Any:
+    """One rank fails before its first level, when all have agreed to run."""
+    fast = optimized(made(lambda: Toy(4)), group)
+    fast(features(4))
+    executor = fast._last[0].executor
+    executor._use_graphs = False
+    if rank == 1:
+        executor.members[1].functions["setup"] = broken
+    return refused(lambda: fast(features(4)))
+
+
 def profile_and_call(rank: int, group: Any) -> Any:
     fast = optimized(made(lambda: Toy(4)), group)
     x = features(4)
@@ -142,5 +153,5 @@ def other_buffers(rank: int, group: Any) -> Any:
 
 ALL = (
     other_programs, other_weights, other_lengths, recorded_elsewhere, recorded_failing, failing,
-    without_gradients_on_one, undoable, late, profile_and_call, other_buffers, leaving,
+    without_gradients_on_one, undoable, late, setup, profile_and_call, other_buffers, leaving,
 )  # fmt: skip

@@ -50,8 +50,8 @@ def ranks(count: int, cases: str, folder: Path, device: str = "cpu") -> list[Any
 CASES = (
     "same", "recorded", "recorded_elsewhere", "recorded_failing", "own_weights", "mesh",
     "other_weights", "other_lengths", "failing", "training", "steps", "retained", "parts",
-    "without_gradients_on_one", "undoable", "added", "ending", "kinds_of_results", "checkpointed", "late",
-    "profile_and_call", "other_buffers",
+    "without_gradients_on_one", "undoable", "added", "ending", "kinds_of_results", "checkpointed",
+    "late", "setup", "profile_and_call", "other_buffers",
 )  # fmt: skip
 
 
@@ -148,6 +148,11 @@ def test_a_rank_that_fails_before_its_first_level_ends_all(said: dict[str, list[
     others = [told for rank, told in enumerate(said["late"]) if rank != 1]
     assert all(kind == "RankError" and message.startswith("rank 1: ") for kind, message in others), others
     assert said["late"][1][0] != "RankError"
+
+
+def test_a_rank_that_cannot_begin_leaves_nobody_waiting(said: dict[str, list[Any]]) -> None:
+    for kind, message in said["setup"]:
+        assert kind == "RankError" and "rank 1, before its first level: ZeroDivisionError" in message
 
 
 def test_ranks_that_do_different_things_are_told(said: dict[str, list[Any]]) -> None:

@@ -288,9 +288,9 @@ def _confirmed(
 def _is_walked(
     axis: Axis, run: Callable[..., tuple[_Views, Exception | None]], shapes: list[Any]
 ) -> bool:
-    """Whether the forward does more for more pieces of an axis. A memory that is an argument is taken apart by
-    layers before the input is by segments. Asked where that may be: of another input than the first one, and
-    of pieces of one."""
+    """Whether the forward does more for more pieces of an axis. A memory that is an argument may be taken
+    apart by layers before the input is by segments. Asked where that may be so: of another input than the
+    first one, and of pieces of one."""
     if axis.leaf == 0 and axis.length > 1:
         return True
     (short, failed), (long, failed_too) = (

@@ -76,10 +76,13 @@ class Launched:
     waits to be received.
 
     Args:
+        run: None where it could not begin: then nothing is run.
         trail: of a run with gradients.
     """
 
-    def __init__(self, run: BandRun, step: Any, traffic: Traffic, mail: Mail, trail: Trail | None) -> None:
+    def __init__(
+        self, run: BandRun | None, step: Any, traffic: Traffic, mail: Mail, trail: Trail | None
+    ) -> None:
         self._run, self._step, self._traffic = run, step, traffic
         self._mail, self._trail = mail, trail
         self._early: list[Message] | None = None
@@ -102,13 +105,15 @@ class Launched:
 
     def run(self, level: int, messages: Sequence[Message]) -> Made:
         """See `Levels`."""
+        run = self._run
+        assert run is not None
         for message in messages:
-            self._run.arrive(message)
+            run.arrive(message)
         try:
-            self._run.level(level, self._step)
-            return {(m.sent, m.segment): m.value for m in self._run.outgoing}
+            run.level(level, self._step)
+            return {(m.sent, m.segment): m.value for m in run.outgoing}
         finally:
-            self._run.outgoing.clear()
+            run.outgoing.clear()
 
     def send(self, sent: Sent, value: Any, level: int) -> None:
         """See `Levels`."""

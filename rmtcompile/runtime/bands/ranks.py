@@ -215,21 +215,24 @@ class RankExecutor(BandedExecutor):
         first one.
         """
         member, held, functional = self.members[self.rank], dict(leaves), trail is not None
-        run: BaseRun
+        traffic = self._traffic_of(segments, crossing.first if crossing is not None else 0)
+        run: BaseRun | None
         levels: Levels
         while True:
+            stopped: _Stopped | None = None
             if is_recorded:
-                traffic = self._traffic_of(segments, 0)
                 run, levels = self.replays.levels(segments, inputs, held, traffic)
             else:
-                run, levels = self._launched(
-                    segments, inputs, held, functional, on_level, on_value, crossing, trail
-                )
-            error, is_off = self._own_levels(run, levels)
-            found: dict[Key, torch.Tensor] = dict(run.crossing.found) if run.crossing is not None else {}
-            if self._share(run, found, error, is_off or not member.copies.hold()):
+                looking = on_level, on_value
+                run, stopped = self._begun(segments, inputs, held, functional, *looking, crossing)
+                levels = Launched(run, member.functions["step"], traffic, self.mail, trail)
+            stopped, is_off = self._own_levels(levels, traffic, stopped)
+            mine = run.crossing if run is not None else None
+            found: dict[Key, torch.Tensor] = dict(mine.found) if mine is not None else {}
+            if self._share(run, found, stopped, is_off or not member.copies.hold()):
                 break
             is_recorded = False
+        assert run is not None
         if functional and self.rank:
             inputs, held, run.init = pytree.tree_map_only(
                 torch.Tensor, torch.Tensor.detach, (dict(inputs), held, run.init)
@@ -237,7 +240,7 @@ class RankExecutor(BandedExecutor):
         outputs = self.outputs_of([run] * self.count, segments, inputs, held, None)
         return self.replays.own(outputs) if is_recorded else outputs, found
 
-    def _launched(
+    def _begun(
         self,
         segments: int,
         inputs: Mapping[str, torch.Tensor],
@@ -246,25 +249,25 @@ class RankExecutor(BandedExecutor):
         on_level: OnLevel | None = None,
         on_value: OnValue | None = None,
         crossing: Crossing | None = None,
-        trail: Trail | None = None,
-    ) -> tuple[BandRun, Levels]:
-        """This rank's part of a run, and its levels, launched one by one."""
-        member = self.members[self.rank]
+    ) -> tuple[BandRun | None, _Stopped | None]:
+        """This rank's part of a run that is launched; or what has gone wrong before its first level."""
+        member, looking = self.members[self.rank], (on_level, on_value)
         member.copies.begin()
-        weights, looking = self.stacks.current(leaves), (on_level, on_value)
-        run = self.band_run(
-            member, segments, inputs, leaves, weights, functional, *looking, crossing
-        )
-        traffic = self._traffic_of(segments, run.first)
-        return run, Launched(run, member.functions["step"], traffic, self.mail, trail)
+        try:
+            given = member, segments, inputs, leaves, self.stacks.current(leaves)
+            return self.band_run(*given, functional, *looking, crossing), None
+        except Exception as error:
+            return None, _Stopped(f"rank {self.rank}, before its first level", error)
 
     def example(
         self, segments: int, inputs: Mapping[str, torch.Tensor], leaves: dict[str, torch.Tensor]
     ) -> BandRun:
         """This rank's part of a run, after its last level."""
-        run, levels = self._launched(segments, inputs, leaves, False)
-        error, _ = self._own_levels(run, levels)
-        self._raise(self.mail.gathered("record levels", _told(error)), error)
+        run, stopped = self._begun(segments, inputs, leaves, False)
+        traffic, step = self._traffic_of(segments, 0), self.members[self.rank].functions["step"]
+        stopped, _ = self._own_levels(Launched(run, step, traffic, self.mail, None), traffic, stopped)
+        self._raise(self.mail.gathered("record levels", _told(stopped)), stopped)
+        assert run is not None
         return run
 
     def _traffic_of(self, segments: int, first: int) -> Traffic:
@@ -277,12 +280,12 @@ class RankExecutor(BandedExecutor):
             self._traffic[key] = Traffic(self.cut, self.rank, grids)
         return self._traffic[key]
 
-    def _own_levels(self, run: BaseRun, levels: Levels) -> tuple[_Stopped | None, bool]:
+    def _own_levels(
+        self, levels: Levels, traffic: Traffic, stopped: _Stopped | None
+    ) -> tuple[_Stopped | None, bool]:
         """Run this rank's levels; what has gone wrong on it, if something has, and whether the run has to be
         launched instead. Whatever happens, all is received that others send, and sent what they expect."""
-        stopped: _Stopped | None = None
-        is_off = False
-        grid, traffic = run.grid, self._traffic_of(run.segments, run.first)
+        grid, is_off = traffic.grid, False
         with self.members[self.rank].current():
             for level in grid.levels:
                 messages = levels.receive(level)
@@ -307,7 +310,7 @@ class RankExecutor(BandedExecutor):
     # ---- after the last level ------------------------------------------------------------------------------
 
     def _share(
-        self, run: BaseRun, found: dict[Key, torch.Tensor], stopped: _Stopped | None, is_off: bool
+        self, run: BaseRun | None, found: dict[Key, torch.Tensor], stopped: _Stopped | None, is_off: bool
     ) -> bool:
         """Give every rank what the caller reads, and what segments after the run do; whether all ranks have
         run it to its end.
@@ -317,7 +320,7 @@ class RankExecutor(BandedExecutor):
         """
         mine: dict[Any, Any] = {("", key): value for key, value in found.items()}
         for name in sorted(self.cut.bands[self.rank].makes):
-            if CALLER in self.compiled.emitted.readers.get(name, ()):
+            if run is not None and CALLER in self.compiled.emitted.readers.get(name, ()):
                 mine |= {(name, segment): value for segment, value in run.taps[name].values.items()}
         said = {"stopped": _told(stopped), "is off": is_off, "kinds": kinds_of(mine), **self.replays.said()}
         everyone = self.mail.gathered("end a run", said)
@@ -325,13 +328,13 @@ class RankExecutor(BandedExecutor):
         self._raise([one["stopped"] for one in everyone], stopped)
         if any(one["is off"] for one in everyone):
             return False
+        assert run is not None
         for rank, one in enumerate(everyone):
             values = self.mail.spread(rank, mine if rank == self.rank else {}, one["kinds"])
             for (where, key), value in values.items():
                 kept = run.taps[where].values if where else found
                 kept[key] = value
         return True
-
 
     def _raise(self, told: Sequence[tuple[str, type[RankError]] | None], mine: _Stopped | None) -> None:
         """Raise what has gone wrong on any rank, if something has."""
