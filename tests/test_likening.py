@@ -124,3 +124,12 @@ def test_with_levels_recomputed() -> None:
     fast = rmtcompile.optimize(twin, backend="aot_eager", recompute="level")
     for segments in (4, 2):
         assert_same(step(model, model, features(segments)), step(fast, twin, features(segments)), 1e-9)
+
+
+@pytest.mark.parametrize(("has_gradients", "to"), [(True, 16), (False, 64)])
+def test_a_training_step_is_followed_less_far(has_gradients: bool, to: int) -> None:
+    """Steps of other lengths take their time anyway; documents of other lengths are not to wait."""
+    fast = rmtcompile.optimize(Remembering().double(), backend="aot_eager")
+    with torch.set_grad_enabled(has_gradients):
+        fast(inputs(3))
+    assert fast._programs.entries[0].lengths.followed_to == to

@@ -22,6 +22,9 @@ FAR = 64
 """Segments to which a forward whose cells are compiled is followed at its first call, which takes long: later
 calls need not be, up to there."""
 
+FAR_TRAINED = 16
+"""The same for a training step: one of another length is compiled or recorded anyway, which takes seconds."""
+
 FOLLOWED = 200_000
 """Operations that a forward may have to be followed, as calls of torch in its code: 10 s of a slow core."""
 

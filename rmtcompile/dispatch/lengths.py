@@ -34,7 +34,7 @@ from rmtcompile.dispatch.compared import (
     unexplained,
 )
 from rmtcompile.dispatch.entries import Entry, is_loaded
-from rmtcompile.dispatch.followed import FAR, Followed, are_as_many, followed, is_affordable
+from rmtcompile.dispatch.followed import FAR, FAR_TRAINED, Followed, are_as_many, followed, is_affordable
 from rmtcompile.dispatch.ruleless import alone
 from rmtcompile.dispatch.verify import first_difference
 from rmtcompile.errors import RerollError, UnsupportedError, VerificationError
@@ -302,5 +302,5 @@ class Lengthening:
 def _far(entry: Entry, call: Call) -> int:
     """Segments to which a forward is followed at its first call, if it can be."""
     if entry.executor.engine.is_compiled:
-        return FAR
+        return FAR_TRAINED if torch.is_grad_enabled() else FAR
     return GOES_ON if not call.by_itself and call.segmentation.period == 1 else 0
