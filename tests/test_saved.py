@@ -471,3 +471,14 @@ def test_gradients_are_captures_of_their_own(tmp_path: Path) -> None:
     fast = rmtcompile.load(tmp_path, made(Toy))
     fast(X).sum().backward()
     assert fast.captures == 1
+
+
+@torch.no_grad()
+def test_bands_do_not_leave_a_saved_program_without_a_word(tmp_path: Path) -> None:
+    model = made(lambda: Toy(3))
+    fast = rmtcompile.optimize(model)
+    fast(features(3))
+    fast.save(tmp_path)
+    bands = rmtcompile.load(tmp_path, model, devices=["cpu", "cpu"])
+    with pytest.warns(IgnoredWarning, match="programs in bands are not saved yet"):
+        assert_same(model(features(4)), bands(features(4)))

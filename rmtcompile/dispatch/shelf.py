@@ -148,7 +148,10 @@ class Shelf:
 
     def _candidates(self, fn: Callable[..., Any]) -> list[Shelved]:
         """The programs whose fingerprint is that of the model."""
-        if self.folder is None or not self.folder.is_dir() or self.options.has_bands:
+        if self.folder is None or not self.folder.is_dir():
+            return []
+        if self.options.has_bands:
+            self._doubts.append("layers are cut into bands, and programs in bands are not saved yet")
             return []
         if self._open is None:
             started = time.perf_counter()
