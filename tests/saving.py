@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from toys import AttributeState, Toy, features, made
+from toys import AttributeState, Toy, Uneven, features, made
 from zoo.others import ZOO
 
 import rmtcompile
@@ -66,6 +66,7 @@ def of_zoo(name: str, **options: Any) -> Case:
     return Case(entry.build, lambda: [entry.inputs(2, n)[0] for n in (3, 1, 4)], **options)
 
 
+BANDS = {"devices": ["cpu", "cpu"]}
 CASES = {
     "skewed": of_zoo("skewed"),
     "armt": Case(armt, lambda: tokens((1, 24), (1, 8), (1, 32))),
@@ -75,6 +76,14 @@ CASES = {
     "cache object": of_zoo("cache_object"),
     "buffers": of_zoo("buffer_copy"),
     "attributes": Case(lambda: made(AttributeState), lambda: [features(3), features(3), features(4)]),
+    "bands": Case(lambda: made(lambda: Toy(5)), lambda: [features(3), features(7)], options=BANDS),
+    "bands, rests": Case(armt, lambda: tokens((2, 21), (2, 18), (2, 30), (3, 20)), options=BANDS),
+    "bands, divided by cost": Case(
+        lambda: made(lambda: Uneven([8, 8, 2048])), lambda: [features(n, d=16) for n in (4, 6)], options=BANDS
+    ),
+    "training in bands": Case(
+        lambda: made(Toy), lambda: [features(3), features(4)], trains=True, options=BANDS
+    ),
     "training": Case(lambda: made(Toy), lambda: [features(3), features(4)], trains=True),
 }
 COMPILED = {

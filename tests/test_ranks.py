@@ -189,9 +189,10 @@ def test_data_parallel_around_bands(tmp_path: Path) -> None:
 
 
 def test_what_processes_cannot_do_is_refused(said: dict[str, list[Any]]) -> None:
-    for weight, transform in said["undoable"]:
+    for weight, transform, saved in said["undoable"]:
         assert weight[0] == "UnsupportedError" and "layers.0.mix.weight" in weight[1]
         assert transform[0] == "UnsupportedError" and "torch.func" in transform[1]
+        assert saved[0] == "UnsupportedError" and "in several processes are not saved yet" in saved[1]
 
 
 def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:

@@ -406,13 +406,12 @@ def test_documents_of_a_loaded_program(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_programs_in_bands_are_not_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rmtcompile.optimize(made(Toy), cache=tmp_path)(X)
-    banded = rmtcompile.optimize(made(Toy), devices=["cpu", "cpu"], cache=tmp_path)
-    assert_same(made(Toy)(X), banded(X))
-    assert banded.captures == 1 and "programs in bands are not saved" in caplog.text
-    with pytest.raises(UnsupportedError, match="programs in bands are not saved"):
-        banded.save(tmp_path)
+def test_programs_in_bands_are_programs_of_their_own(tmp_path: Path) -> None:
+    for devices in (None, ["cpu", "cpu"]):
+        for captures in (1, 0):
+            fast = rmtcompile.optimize(made(Toy), devices=devices, cache=tmp_path)
+            assert_same(made(Toy)(X), fast(X))
+            assert fast.captures == captures and bool(fast.explain().bands) == bool(devices)
 
 
 @torch.no_grad()
@@ -474,11 +473,11 @@ def test_gradients_are_captures_of_their_own(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_bands_do_not_leave_a_saved_program_without_a_word(tmp_path: Path) -> None:
+def test_a_program_of_other_bands_is_not_used_without_a_word(tmp_path: Path) -> None:
     model = made(lambda: Toy(3))
-    fast = rmtcompile.optimize(model)
+    fast = rmtcompile.optimize(model, devices=["cpu", "cpu"])
     fast(features(3))
     fast.save(tmp_path)
-    bands = rmtcompile.load(tmp_path, model, devices=["cpu", "cpu"])
-    with pytest.warns(IgnoredWarning, match="programs in bands are not saved yet"):
-        assert_same(model(features(4)), bands(features(4)))
+    other = rmtcompile.load(tmp_path, model, devices=["cpu"] * 3)
+    with pytest.warns(IgnoredWarning, match="devices was .* and is "):
+        assert_same(model(features(4)), other(features(4)))

@@ -16,6 +16,7 @@ from rmtcompile.compiler.rerolling import grouped, results_of, rules_of
 from rmtcompile.compiler.stages import Log, Progress, Stage
 from rmtcompile.compiler.unrolling import unrolled_forward
 from rmtcompile.frontend.tracing import uncollected
+from rmtcompile.ir.bands import Division
 from rmtcompile.ir.modes import autocast_as, uncached_autocast
 from rmtcompile.ir.program import Program
 from rmtcompile.ir.segmentation import Segmentation
@@ -55,6 +56,7 @@ class Compiled:
         origin: what another process compares (`rmtcompile/saved/origin.py`), or why it cannot.
         joins: the form of joins that the rules were found in, see `Options`.
         parts: steps of the grid that a segment of the model is; see `Segmentation`.
+        division: of its layers into bands, once it runs in bands.
     """
 
     program: Program
@@ -78,6 +80,7 @@ class Compiled:
     origin: Any = None
     joins: str = ""
     parts: int = 1
+    division: Division | None = None
 
     def steps(self, segments: int) -> int:
         """The steps of the grid that so many segments of the model are, the last of them as long as it was

@@ -150,8 +150,8 @@ class Shelf:
         """The programs whose fingerprint is that of the model."""
         if self.folder is None or not self.folder.is_dir():
             return []
-        if self.options.has_bands:
-            self._doubts.append("layers are cut into bands, and programs in bands are not saved yet")
+        if self.options.group is not None:
+            self._doubts.append(_OF_PROCESSES)
             return []
         if self._open is None:
             started = time.perf_counter()
@@ -287,8 +287,8 @@ class Shelf:
     def _save(self, entry: Entry, folder: Path, report: Callable[[Entry], Any]) -> tuple[str, bool]:
         """Write the program of an entry, unless all that is known of it is written; gives the name of the
         folder inside of `folder` that it lies in, and whether anything was written."""
-        if self.options.has_bands:
-            raise UnsupportedError("programs in bands are not saved yet", remedy="leave out devices")
+        if self.options.group is not None:
+            raise UnsupportedError(_OF_PROCESSES, remedy="save it where one process runs all bands")
         compiled = entry.trial.rules.compiled if entry.trial is not None else entry.compiled
         origin = compiled.origin
         if isinstance(origin, UnsupportedError):
@@ -310,6 +310,9 @@ class Shelf:
         write(folder, digest, told, record, serves, known, shown)
         self._written.add(said)
         return digest, True
+
+
+_OF_PROCESSES = "programs whose bands are in several processes are not saved yet"
 
 
 def _served(entry: Entry) -> dict[str, Any]:

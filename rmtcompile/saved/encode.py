@@ -25,6 +25,7 @@ from rmtcompile.binding.trees import Again, Kept, Keys
 from rmtcompile.compiler.results import Family, Node
 from rmtcompile.compiler.stages import Stage
 from rmtcompile.errors import RMTCompileError, UnsupportedError
+from rmtcompile.ir.bands import Division, LayerCosts
 from rmtcompile.ir.program import (
     Affine,
     Each,
@@ -52,9 +53,9 @@ from rmtcompile.runtime.costs import Costs
 _KNOWN: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        Affine, Again, Axis, Borders, Carried, CarriedCell, CarriedTap, Classes, Costs, Dependence, Each,
-        Family, Feed, Group, Keys, Lane, LaneEntry, Node, Opened, Out, Padding, Port, Program, Refill, Rows,
-        Segmentation, Source, Stage, Tap, Value, Weight,
+        Affine, Again, Axis, Borders, Carried, CarriedCell, CarriedTap, Classes, Costs, Dependence, Division,
+        Each, Family, Feed, Group, Keys, Lane, LaneEntry, LayerCosts, Node, Opened, Out, Padding, Port,
+        Program, Refill, Rows, Segmentation, Source, Stage, Tap, Value, Weight,
     )
 }  # fmt: skip
 
@@ -110,6 +111,8 @@ def encode(value: Any, refer: Callable[[Any], Any] = _no_name) -> Any:
         return [encode(item, refer) for item in value]
     if kind is tuple or kind is torch.Size:
         return {"tuple" if kind is tuple else "shape": [encode(item, refer) for item in value]}
+    if kind is range:
+        return {"range": [value.start, value.stop, value.step]}
     if kind in (set, frozenset):
         return {kind.__name__: sorted((encode(item, refer) for item in value), key=repr)}
     if isinstance(value, (dict, types.MappingProxyType)) and kind in (dict, types.MappingProxyType):
@@ -219,6 +222,7 @@ _DECODE: dict[str, Callable[[Any, Any], Any]] = {
     "set": _several(set),
     "frozenset": _several(frozenset),
     "dict": _dict,
+    "range": lambda inner, find: range(*inner),
     "deleted": lambda inner, find: DELETED,
     "dtype": lambda inner, find: getattr(torch, inner.removeprefix("torch.")),
     "device": lambda inner, find: torch.device(inner),

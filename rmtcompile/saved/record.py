@@ -93,7 +93,7 @@ def record_of(compiled: Compiled) -> Record:
         },
         "emitted": {
             name: encode(getattr(emitted, name))
-            for name in ("phases", "opened", "borders", "carried", "padding")
+            for name in ("phases", "opened", "borders", "carried", "padding", "readers")
         },
         "extent": [compiled.longest.nodes, encode(compiled.longest.types), compiled.longest.draws],
         "dependences": encode(compiled.dependences),
@@ -107,6 +107,7 @@ def record_of(compiled: Compiled) -> Record:
         "passes_off": encode(compiled.passes_off),
         "sizes": encode(dict(compiled.sizes)),
         "parts": compiled.parts,
+        "division": encode(compiled.division),
         "checkpoint": compiled.capture.checkpoint,
         "ignored": encode(compiled.capture.ignored),
         "reads": origin.reads,
@@ -167,6 +168,7 @@ def program_of(record: Record, moment: Moment) -> Compiled:
         sizes=sizes,
         values=values,
         parts=data["parts"],
+        division=decode(data["division"]),
     )
     weakref.finalize(compiled, unload, module.__name__)
     return compiled

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rmtcompile.runtime.engine import Engine
+from rmtcompile.runtime.forms import Form
 
 
 class BandEngines:
@@ -21,6 +22,11 @@ class BandEngines:
     def is_compiled(self) -> bool:
         """See `Engine`."""
         return any(engine.is_compiled for engine in self.engines)
+
+    @property
+    def forms(self) -> list[Form]:
+        """See `Engine`."""
+        return [form for engine in self.engines for form in engine.forms]
 
     def share(self, other: BandEngines) -> None:
         """See `Engine`."""

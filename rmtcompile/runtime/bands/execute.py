@@ -92,11 +92,14 @@ class BandedExecutor(Executor):
     ) -> None:
         super().__init__(compiled, segmentation, backend, False, like, recompute)
         program = compiled.program
-        check_cut(program, len(devices), compiled.dependences, compiled.layer_paths)
         self.home = torch.device(self.device)
-        known = like.cut.division if isinstance(like, BandedExecutor) else None
-        division = known or divided(program, devices, group, counts)
-        self.cut: Cut = cut(program, compiled.emitted.readers, division)
+        if isinstance(like, BandedExecutor):
+            compiled.division = like.cut.division
+        known = compiled.division  # it may have been cut before, in another process, where its graphs were
+        if known is None or len(known.layers) != len(devices):
+            check_cut(program, len(devices), compiled.dependences, compiled.layer_paths)
+            compiled.division = known = divided(program, devices, group, counts)
+        self.cut: Cut = cut(program, compiled.emitted.readers, known)
         self.links = Links()
         self.members = [self._member(band, devices[band.index], like) for band in self.cut.bands]
         self.device = devices[0]

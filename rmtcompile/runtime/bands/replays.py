@@ -118,6 +118,11 @@ class BandReplays:
         """Drop all recordings: weights have moved."""
         self._bands = {}
 
+    @property
+    def measured(self) -> dict[str, float]:
+        """Nothing is measured."""
+        return {}
+
     def workspace_seconds(self, segments: int) -> dict[str, float]:
         """Nothing is measured."""
         return {}
