@@ -137,7 +137,7 @@ class Optimized(Inspected, Opaque):
                 asked = asked or isinstance(error, RankError)  # what other ranks do is not known
                 if self.options.fallback != "sequential" or asked:
                     raise
-                if kind is not None:
+                if kind is not None and self.options.group is None:  # else ranks may have other refusals
                     self._refusals[kind] = str(error)
                     while len(self._refusals) > self.REFUSALS:
                         self._refusals.popitem(last=False)
@@ -259,7 +259,7 @@ class Optimized(Inspected, Opaque):
 
     def prepare(self, *args: Any, **kwargs: Any) -> Optimized:
         """Compile for these arguments without running the program; returns self."""
-        with self._lock, explained(self.model, args, kwargs):
+        with self._lock, self._in_step(), explained(self.model, args, kwargs):
             call = replace(self._programs.located(args, kwargs), by_itself=True)
             call, entry = self._programs.entry(call, args, kwargs)
             self._last = entry, call.count

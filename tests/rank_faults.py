@@ -119,6 +119,18 @@ def late(rank: int, group: Any) -> Any:
     return told
 
 
+def persisting(rank: int, group: Any) -> Any:
+    """After a call that was another one on one rank, and whose error was caught, all go on together."""
+    model = made(lambda: Uneven([8, 8, 512, 8]))
+    fast = optimized(copy.deepcopy(model), group)
+    x = features(4, d=16)
+    told = refused(lambda: fast(x if rank != 1 else x.float()), Exception)
+    for segments in (4, 4, 6):
+        x = features(segments, d=16)
+        assert_same(model(x), fast(x))
+    return told
+
+
 def setup(rank: int, group: Any) -> Any:
     """One rank fails before its first level, when all have agreed to run."""
     fast = optimized(made(lambda: Toy(4)), group)
@@ -154,5 +166,5 @@ def other_buffers(rank: int, group: Any) -> Any:
 
 ALL = (
     other_programs, other_weights, other_lengths, recorded_elsewhere, recorded_failing, failing,
-    without_gradients_on_one, undoable, late, setup, profile_and_call, other_buffers, leaving,
+    without_gradients_on_one, undoable, late, persisting, setup, profile_and_call, other_buffers, leaving,
 )  # fmt: skip

@@ -221,6 +221,25 @@ def added(rank: int, group: Any) -> Any:
     return "same"
 
 
+@torch.enable_grad()
+def hooked(rank: int, group: Any) -> Any:
+    """Hooks of parameters and arguments are called once, with the sums of all ranks."""
+    found = []
+    for is_fast in (False, True):
+        model = made(lambda: Toy(4))
+        call = optimized(model, group) if is_fast else model
+        calls: list[int] = []
+        for p in model.parameters():
+            p.register_hook(lambda grad, calls=calls: calls.append(1) or 2 * grad)
+        x = features(4).requires_grad_()
+        x.register_hook(lambda grad: 3 * grad)
+        for _ in range(2):
+            call(x).square().sum().backward()
+        found.append([len(calls), x.grad, *(p.grad for p in model.parameters())])
+    assert_same(*found, 1e-9)
+    return "same"
+
+
 class Ending(Toy):
     """What comes behind the layers has a state, so that rules need some segments."""
 
@@ -319,7 +338,7 @@ CASES = {
     f.__name__: f
     for f in (
         same, mesh, balanced, recorded, own_weights, from_host, training, steps, retained, parts, replicas,
-        profiled, added, ending, kinds_of_results, checkpointed, *rank_faults.ALL,
+        profiled, added, hooked, ending, kinds_of_results, checkpointed, *rank_faults.ALL,
     )
 }  # fmt: skip
 

@@ -133,3 +133,23 @@ def test_a_training_step_is_followed_less_far(has_gradients: bool, to: int) -> N
     with torch.set_grad_enabled(has_gradients):
         fast(inputs(3))
     assert fast._programs.entries[0].lengths.followed_to == to
+
+
+class Gated(Layer):
+    """A layer of another kind."""
+
+    def forward(self, h: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        out, memory = super().forward(h, torch.nn.functional.layer_norm(memory, (memory.shape[-1],)))
+        return out.sin(), torch.sigmoid(memory)
+
+
+def test_levels_of_two_kinds_of_layers_recomputed() -> None:
+    """A form for any number of cells is made at a first call, on copies; a checkpoint sees nothing of them."""
+    model = Remembering(5).double()
+    for i in (0, 1, 4):
+        model.layers[i] = Gated(4).double()
+    twin = copy.deepcopy(model)
+    fast = rmtcompile.optimize(twin, backend="aot_eager", recompute="level")
+    for segments in (2, 5):
+        x = inputs(segments)
+        assert_same(step(model, model, x), step(fast, twin, x), 1e-9)

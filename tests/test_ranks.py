@@ -51,7 +51,7 @@ CASES = (
     "same", "recorded", "recorded_elsewhere", "recorded_failing", "own_weights", "mesh",
     "other_weights", "other_lengths", "failing", "training", "steps", "retained", "parts",
     "without_gradients_on_one", "undoable", "added", "ending", "kinds_of_results", "checkpointed",
-    "late", "setup", "profile_and_call", "other_buffers",
+    "late", "persisting", "hooked", "setup", "profile_and_call", "other_buffers",
 )  # fmt: skip
 
 
@@ -148,6 +148,14 @@ def test_a_rank_that_fails_before_its_first_level_ends_all(said: dict[str, list[
     others = [told for rank, told in enumerate(said["late"]) if rank != 1]
     assert all(kind == "RankError" and message.startswith("rank 1: ") for kind, message in others), others
     assert said["late"][1][0] != "RankError"
+
+
+def test_hooks_are_called_once(said: dict[str, list[Any]]) -> None:
+    assert said["hooked"] == ["same"] * 3
+
+
+def test_ranks_are_in_step_after_an_error_that_was_caught(said: dict[str, list[Any]]) -> None:
+    assert all(kind in ("UnsupportedError", "RankError", "CaptureError") for kind, _ in said["persisting"])
 
 
 def test_a_rank_that_cannot_begin_leaves_nobody_waiting(said: dict[str, list[Any]]) -> None:

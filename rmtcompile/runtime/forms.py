@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rmtcompile.compiler.loading import SIZES, SOURCE
-from rmtcompile.runtime.contexts import own_modes, plain_tensors
+from rmtcompile.runtime.contexts import own_modes, plain_tensors, unseen
 
 Marks = tuple[tuple[int, ...], ...]
 """Dims, by argument."""
@@ -120,7 +120,8 @@ class Form:
         if wants_gradients not in self._made:
             self._made.add(wants_gradients)
             if self._is_open and any(arg.storage_offset() for arg in args):
-                self._compiled(*opened_at([_from_start(arg) for arg in args], self.marks))
+                with unseen():  # a checkpoint counts what its part keeps for backward
+                    self._compiled(*opened_at([_from_start(arg) for arg in args], self.marks))
         return self._compiled(*(opened_at(args, self.marks) if self._is_open else args))
 
     # ---- another process -----------------------------------------------------------------------------------

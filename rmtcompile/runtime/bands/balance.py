@@ -12,10 +12,12 @@ layers are of one kind and little happens around them, nothing is timed, and lay
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from statistics import fmean
 from typing import Any
@@ -70,7 +72,7 @@ def divided(
     with plain_tensors(), own_modes(), same_numbers(devices[0]):
         if work.is_even:
             return Division(by_number, BY_NUMBER)
-        costs = _agreed(_measured(work, devices[0]), group)
+        costs = _measured(work, devices[0]) if group is None else _agreed(work, devices[0], group)
     if isinstance(costs, str):
         return Division(by_number, f"{BY_NUMBER}: a cell by itself does not run ({costs})")
     layers = balanced(costs.layers, len(devices), costs.prologue, costs.epilogue, _NOISE)
@@ -152,6 +154,15 @@ class Work:
         self.groups = tuple(group.name if group is not None else "" for group in found)
         self.kinds = {group.name: _cell(group) for group in found if group is not None}
         self.prologue, self.epilogue = (_around(program, kind) for kind in (PROLOGUE, EPILOGUE))
+        self.lanes = tuple((lane.name, tuple(lane.shape), str(lane.dtype)) for lane in program.lanes)
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal for the same work, on whatever device."""
+        ends = (*self.kinds.values(), self.prologue, self.epilogue)
+        nodes = [node.format_node() for region in ends for node in (*region.inputs, *region.nodes)]
+        said = re.sub(r"index=\d+|cuda:\d+", "", repr((self.groups, self.lanes, nodes)))
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     @property
     def is_even(self) -> bool:
@@ -212,22 +223,29 @@ def _measured(work: Work, device: torch.device) -> LayerCosts | str:
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def _agreed(mine: LayerCosts | str, group: Any) -> LayerCosts | str:
-    """The mean of what all ranks have measured.
+def _agreed(work: Work, device: torch.device, group: Any) -> LayerCosts | str:
+    """The mean of what all ranks have measured. What they have agreed on before is not measured again, so
+    that a rank whose call has failed since then stays in step.
 
     Raises:
         RankError: a rank does not answer.
         UnsupportedError: a rank is about to run something else.
     """
-    if group is None:
-        return mine
-    found = words_of(group).gathered("divide layers by what they cost", mine)
-    outlines = [one.groups if isinstance(one, LayerCosts) else () for one in found]
-    if len({outline for outline in outlines if outline}) > 1:
-        lines = [f"rank {rank}: layers of {one or 'another one'}" for rank, one in enumerate(outlines)]
-        differ("rmtcompile's program", lines)
-    measured = [one for one in found if isinstance(one, LayerCosts)]
-    return _mean(measured) if len(measured) == len(found) else next(x for x in found if isinstance(x, str))
+    words = words_of(group)
+    if work.digest not in words.agreed:
+        mine = _measured(work, device)
+        everyone = words.gathered("divide layers by what they cost", (work.digest, work.groups, mine))
+        if len({digest for digest, *_ in everyone}) > 1:
+            told = [f"{digest}, layers of {', '.join(groups)}" for digest, groups, _ in everyone]
+            lines = [f"rank {rank}: {text}" for rank, text in enumerate(told)]
+            differ("rmtcompile's program", lines)
+        found = [costs for *_, costs in everyone]
+        measured = [costs for costs in found if isinstance(costs, LayerCosts)]
+        words.agreed[work.digest] = (
+            _mean(measured) if len(measured) == len(found) else next(x for x in found if isinstance(x, str))
+        )
+    known: LayerCosts | str = words.agreed[work.digest]
+    return known
 
 
 def _mean(found: Sequence[LayerCosts]) -> LayerCosts:

@@ -48,11 +48,13 @@ class Words:
     Attributes:
         group: over which they do.
         calls: of programs of the group that this rank has begun.
+        agreed: what all ranks have agreed on, by what it is about.
     """
 
     def __init__(self, group: Any) -> None:
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
         self.calls = 0
+        self.agreed: dict[str, Any] = {}
         self.group = group
         if not sends_from(group, torch.device("cpu")) and dist.is_gloo_available():
             self.group = dist.new_group(

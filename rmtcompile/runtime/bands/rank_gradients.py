@@ -11,7 +11,8 @@ made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,12 +79,26 @@ class _Work:
         if pairs:
             roots, given = zip(*pairs, strict=True)
             leaves = [*self._inner, self._trail.anchor]
-            found = torch.autograd.grad(roots, leaves, given, retain_graph=keeps, allow_unused=True)
+            with _without_hooks(self._inner):
+                found = torch.autograd.grad(roots, leaves, given, retain_graph=keeps, allow_unused=True)
             mine = list(found[:-1])
         if not keeps:
             self._results, self._trail = [], Trail(self._mail)
         self._mail.wait(0, all_of_them=True)
         return self._mail.summed(mine, self._wanted)
+
+
+@contextmanager
+def _without_hooks(leaves: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Hooks of parameters and arguments see the sums of all ranks, and not each rank's part as well."""
+    hooks = [(leaf, found) for leaf in leaves if (found := leaf._backward_hooks)]
+    for leaf, _ in hooks:
+        leaf._backward_hooks = None
+    try:
+        yield
+    finally:
+        for leaf, found in hooks:
+            leaf._backward_hooks = found
 
 
 class _Run(torch.autograd.Function):
