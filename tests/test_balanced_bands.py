@@ -168,7 +168,7 @@ def test_programs_of_other_sizes_are_divided_as_the_first_one(timed: list[float]
         assert_same(model(x), fast(x))
         executors.append(fast._last[0].executor)
         is_measured = [executor._like is None for executor in executors]
-        assert 0 < len(timed) <= 3 * sum(is_measured)  # rules go on with the division of what they are of
+        assert 0 < len(timed) <= 3 * sum(is_measured)  # rules keep the division
     assert len({id(executor) for executor in executors}) == 5 and is_measured[-2:] == [False, False]
     assert {executor.cut.division.layers for executor in executors} == {(range(5), range(5, 6))}
 

@@ -144,7 +144,7 @@ class Gated(Layer):
 
 
 def test_levels_of_two_kinds_of_layers_recomputed() -> None:
-    """A form for any number of cells is made at a first call, on copies; a checkpoint sees nothing of them."""
+    """A form for any number of cells is made at a first call, on copies that a checkpoint does not see."""
     model = Remembering(5).double()
     for i in (0, 1, 4):
         model.layers[i] = Gated(4).double()
