@@ -67,10 +67,10 @@ class Mail:
                 dist.send_object_list([kinds], self._global(sent.target), group=self.words.group)
             for part in pytree.tree_leaves(value):
                 if isinstance(part, torch.Tensor):
-                    self._start(part.detach().contiguous(), sent.target, level)
+                    self._start(_plain(part), sent.target, level)
         else:
             value = self._room(sent).zero_() if value is None else value
-            self._start(value.detach().contiguous(), sent.target, level)
+            self._start(_plain(value), sent.target, level)
         if trail is not None:
             for part in pytree.tree_leaves(value):
                 trail.sent(part, sent.target, level)
@@ -92,7 +92,8 @@ class Mail:
     def send_tensors(self, sent: Sent, parts: Sequence[torch.Tensor], level: int) -> None:
         """Start to send tensors whose shapes are known there; copies, where they may be written again."""
         for part in parts:
-            self._start(part.clone(memory_format=torch.contiguous_format), sent.target, level)
+            plain = _plain(part)
+            self._start(plain.clone() if plain.data_ptr() == part.data_ptr() else plain, sent.target, level)
 
     def expect(self, sent: Sent, rooms: Sequence[torch.Tensor], level: int) -> Callable[[], None]:
         """Start to receive tensors of known shapes; gives what waits for them."""
@@ -119,7 +120,7 @@ class Mail:
 
     def send_part(self, value: torch.Tensor, target: int, level: int) -> None:
         """Start to send a copy of a tensor whose shape is known there."""
-        self._start(value.clone(memory_format=torch.contiguous_format), target, level)
+        self._start(_plain(value).clone(), target, level)
 
     def receive_part(self, like: torch.Tensor, source: int, level: int) -> torch.Tensor:
         """One tensor of a shape that is known."""
@@ -129,8 +130,9 @@ class Mail:
     def _start(self, value: torch.Tensor, target: int, level: int) -> None:
         if not self._underway:
             self._underway.append([])
+        sent = _bytes(value)
         with self.told(f"rank {target}", level):
-            work = dist.isend(_bytes(value), self._global(target), group=self.group)
+            work = dist.isend(sent, self._global(target), group=self.group)
         self._underway[-1].append((work, value))
 
     def _received(self, room: torch.Tensor, source: int) -> torch.Tensor:
@@ -169,15 +171,15 @@ class Mail:
             for key, kind in kinds.items()
         }
         wanted = [(key, kind) for key, kind in kinds.items() if isinstance(kind, _Kind)]
-        with self.told(f"rank {rank}"):
-            for keys in _parcels(wanted):
-                own = [found[key].detach() for key in keys]
-                is_apart = len(own) == 1 and own[0].is_contiguous()
-                flat = own[0] if is_apart else torch.cat([x.reshape(-1) for x in own])
-                dist.broadcast(_bytes(flat), self._global(rank), group=self.group)
-                if rank != self.rank and not is_apart:
-                    parts = flat.split([x.numel() for x in own])
-                    torch._foreach_copy_([x.view(-1) for x in own], parts)
+        for keys in _parcels(wanted):
+            own = [_plain(found[key]) if rank == self.rank else found[key] for key in keys]
+            flat = own[0] if len(own) == 1 else torch.cat([x.view(-1) for x in own])
+            sent = _bytes(flat)
+            with self.told(f"rank {rank}"):
+                dist.broadcast(sent, self._global(rank), group=self.group)
+            if rank != self.rank and len(own) > 1:
+                parts = flat.split([x.numel() for x in own])
+                torch._foreach_copy_([x.view(-1) for x in own], parts)
         return found
 
     def summed(
@@ -242,8 +244,13 @@ def _parcels(wanted: Sequence[tuple[Any, _Kind]]) -> Iterator[list[Any]]:
             yield keys
 
 
+def _plain(value: torch.Tensor) -> torch.Tensor:
+    """The same values, one after the other in memory: neither conjugated nor negated when they are read."""
+    return value.detach().resolve_conj().resolve_neg().contiguous()
+
+
 def _bytes(value: torch.Tensor) -> torch.Tensor:
-    """The memory of a contiguous tensor: backends do not know all types."""
+    """The memory of a plain tensor: backends do not know all types."""
     return value.view(-1).view(torch.uint8)
 
 

@@ -4,7 +4,7 @@
     level t + 1    waits for them, as a rule for nothing: its sender is a level ahead
 
 On CUDA a receive is a kernel, which spins while there is nothing to receive.  So a rank begins a level after
-the one before it (`lag`): then what is posted is there, or nearly.
+the one before it: then what is posted is there, or nearly.
 """
 
 from __future__ import annotations
