@@ -359,8 +359,7 @@ def main(device: str, rank: int, count: int, file: str, cases: str) -> None:
     )  # fmt: skip
     with torch.no_grad():
         print(json.dumps({case: CASES[case](rank, dist.group.WORLD) for case in cases.split()}))
-    if cases != "leaving":
-        leave_quietly()
+    leave_quietly(destroys=cases != "leaving")
 
 
 if __name__ == "__main__":

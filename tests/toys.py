@@ -171,12 +171,16 @@ def assert_equal_runs(
         assert_same(model(x), fast(x), tolerance)
 
 
-def leave_quietly() -> None:
+def leave_quietly(destroys: bool = True) -> None:
     """End a rank that has done its work, without the end of the interpreter.
 
     Threads of gloo may still hold tensors then, and abort the process when they let them go
     (https://github.com/pytorch/pytorch/pull/179291).
+
+    Args:
+        destroys: whether the group is destroyed before, for which the other ranks have to be there.
     """
-    dist.destroy_process_group()
+    if destroys:
+        dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)
