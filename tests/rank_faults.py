@@ -13,6 +13,7 @@ from rank_models import (
     broken,
     count_replays,
     features,
+    gradients,
     made,
     optimized,
     recording,
@@ -76,6 +77,39 @@ def failing(rank: int, group: Any) -> Any:
     if rank == 1:
         executor.members[1].functions["CELLS"]["layers"] = broken
     return refused(lambda: fast(ids))
+
+
+@torch.enable_grad()
+def backward_failing(rank: int, group: Any) -> Any:
+    """The backward of one rank fails on a level: all say so, and go on together."""
+    model = made(lambda: Toy(4))
+    other = copy.deepcopy(model)
+    fast = optimized(other, group)
+    gradients(fast, other, features(5))
+    cells = fast._last[0].executor.members[rank].functions["CELLS"]
+    whole = cells["layers"]
+
+    def hooked(*args: Any) -> Any:
+        found = whole(*args)
+        next(iter(found.values())).register_hook(broken)
+        return found
+
+    if rank == 1:
+        cells["layers"] = hooked
+    told = refused(lambda: gradients(fast, other, features(5)))
+    cells["layers"] = whole
+    x = features(6)
+    assert_same(gradients(model, model, x), gradients(fast, other, x), 1e-9)
+    return told
+
+
+@torch.enable_grad()
+def backward_and_call(rank: int, group: Any) -> Any:
+    """One rank goes on with another call where the others run backward."""
+    fast = optimized(made(lambda: Toy(4)), group)
+    x = features(5)
+    loss = fast(x).square().sum()
+    return refused(loss.backward if rank else lambda: fast(x))
 
 
 def without_gradients_on_one(rank: int, group: Any) -> Any:
@@ -166,5 +200,6 @@ def other_buffers(rank: int, group: Any) -> Any:
 
 ALL = (
     other_programs, other_weights, other_lengths, recorded_elsewhere, recorded_failing, failing,
+    backward_failing, backward_and_call,
     without_gradients_on_one, undoable, late, persisting, setup, profile_and_call, other_buffers, leaving,
 )  # fmt: skip

@@ -51,7 +51,8 @@ CASES = (
     "same", "recorded", "recorded_elsewhere", "recorded_failing", "own_weights", "mesh",
     "other_weights", "other_lengths", "failing", "training", "steps", "retained", "parts",
     "without_gradients_on_one", "undoable", "added", "ending", "kinds_of_results", "checkpointed",
-    "late", "persisting", "hooked", "setup", "profile_and_call", "other_buffers",
+    "backward_failing", "backward_and_call", "late", "persisting", "hooked", "setup",
+    "profile_and_call", "other_buffers",
 )  # fmt: skip
 
 
@@ -108,6 +109,17 @@ def test_other_lengths_are_found_before_the_first_level(said: dict[str, list[Any
 def test_a_rank_that_raises_ends_all_with_one_message(said: dict[str, list[Any]]) -> None:
     for one in said["failing"]:
         assert one == ["RankError", "rank 1, level 1: ZeroDivisionError: of no use"]
+
+
+def test_a_rank_whose_backward_fails_ends_all(said: dict[str, list[Any]]) -> None:
+    for kind, text in said["backward_failing"]:
+        assert kind.endswith("Error") and "rank 1, backward of level " in text and "of no use" in text, text
+
+
+def test_backward_has_to_run_on_all_ranks(said: dict[str, list[Any]]) -> None:
+    for kind, text in said["backward_and_call"]:
+        assert kind == "UnsupportedError" and "rank 0 is about to run a program" in text, text
+        assert "rank 1 is about to run backward" in text
 
 
 def test_recorded_levels_serve_any_length(said: dict[str, list[Any]]) -> None:

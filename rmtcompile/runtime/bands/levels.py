@@ -16,11 +16,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 from rmtcompile.ir.bands import Cut, Sent
-from rmtcompile.runtime.bands.mail import Mail, Trail
+from rmtcompile.runtime.bands.links import Value
+from rmtcompile.runtime.bands.mail import Mail
 from rmtcompile.runtime.bands.posted import Posts
 from rmtcompile.runtime.bands.recorded import RecordedBand
 from rmtcompile.runtime.bands.run import BandRun, Message
 from rmtcompile.runtime.bands.traffic import received_on, sent_on
+from rmtcompile.runtime.bands.trail import Trail
 from rmtcompile.runtime.blocks import Block
 from rmtcompile.schedule import Grid
 
@@ -95,7 +97,14 @@ class Launched:
         return early + self._received([one for one in wanted if one[0] not in self._traffic.from_before])
 
     def _received(self, wanted: Iterable[tuple[Sent, int, int]]) -> list[Message]:
-        return [Message(sent, at, s, self._mail.receive(sent, at, self._trail)) for sent, s, at in wanted]
+        return [Message(sent, at, s, Value(self._value(sent, at))) for sent, s, at in wanted]
+
+    def _value(self, sent: Sent, level: int) -> Any:
+        value, trail = self._mail.receive(sent, level), self._trail
+        if trail is None:
+            return value
+        source = self._mail.source(sent)
+        return pytree.tree_map_only(torch.Tensor, lambda x: trail.received(x, source, level), value)
 
     def before_sends(self, level: int) -> None:
         """See `Levels`: receive what earlier ranks have made on this level."""
@@ -117,7 +126,10 @@ class Launched:
 
     def send(self, sent: Sent, value: Any, level: int) -> None:
         """See `Levels`."""
-        self._mail.send(sent, value, level, self._trail)
+        value = self._mail.send(sent, value, level)
+        if self._trail is not None:
+            for part in pytree.tree_leaves(value):
+                self._trail.sent(part, sent.target, level)
 
 
 class Replayed:

@@ -1,11 +1,6 @@
-"""Mail: how values get from band to band between processes, and their gradients back.
+"""Mail: how values get from band to band between processes, and from one rank to all.
 
-    forward     rank 0  level t ── value ──> rank 1  level t + 1
-    backward    rank 0  level t <─ gradient ─ rank 1  level t + 1
-
-A message with gradients is a node of autograd on either side. Autograd runs nodes in the reverse of the order
-in which they were made, so that gradients come in the reverse of the order of the messages: what a rank waits
-for has been sent by one that waited for nothing later.
+    rank 0  level t ── value ──> rank 1  level t + 1
 """
 
 from __future__ import annotations
@@ -24,7 +19,6 @@ from torch.utils import _pytree as pytree
 from rmtcompile.ir.bands import Cut, Sent
 from rmtcompile.ir.program import Program
 from rmtcompile.runtime.bands.control import told, words_of
-from rmtcompile.runtime.bands.links import Value
 
 _PARCEL = 64 << 20
 """Bytes that are sent to all ranks at once, if they are of several tensors."""
@@ -55,12 +49,8 @@ class Mail:
 
     # ---- values --------------------------------------------------------------------------------------------
 
-    def send(self, sent: Sent, value: Any, level: int, trail: Trail | None) -> None:
-        """Start to send a value; zeros or nothing where there is none.
-
-        Args:
-            trail: of a run with gradients.
-        """
+    def send(self, sent: Sent, value: Any, level: int) -> Any:
+        """Start to send a value; zeros or nothing where there is none. Gives what is sent."""
         if sent.is_tap:
             with self.told(f"rank {sent.target}", level):
                 kinds = pytree.tree_map(_kind, value)
@@ -71,23 +61,21 @@ class Mail:
         else:
             value = self._room(sent).zero_() if value is None else value
             self._start(_plain(value), sent.target, level)
-        if trail is not None:
-            for part in pytree.tree_leaves(value):
-                trail.sent(part, sent.target, level)
+        return value
 
-    def receive(self, sent: Sent, level: int, trail: Trail | None) -> Value:
+    def receive(self, sent: Sent, level: int) -> Any:
         """A value that another rank has sent."""
-        source = self._sources[sent]
+        source = self.source(sent)
         with self.told(f"rank {source}", level):
             if sent.is_tap:
                 told: list[Any] = [None]
                 dist.recv_object_list(told, self._global(source), group=self.words.group)
-                value = pytree.tree_map_only(_Kind, lambda k: self._received(self._made(k), source), told[0])
-            else:
-                value = self._received(self._room(sent), source)
-        if trail is not None:
-            value = pytree.tree_map_only(torch.Tensor, lambda x: trail.received(x, source, level), value)
-        return Value(value)
+                return pytree.tree_map_only(_Kind, lambda k: self._received(self._made(k), source), told[0])
+            return self._received(self._room(sent), source)
+
+    def source(self, sent: Sent) -> int:
+        """The rank that sends it."""
+        return self._sources[sent]
 
     def send_tensors(self, sent: Sent, parts: Sequence[torch.Tensor], level: int) -> None:
         """Start to send tensors whose shapes are known there; copies, where they may be written again."""
@@ -97,7 +85,7 @@ class Mail:
 
     def expect(self, sent: Sent, rooms: Sequence[torch.Tensor], level: int) -> Callable[[], None]:
         """Start to receive tensors of known shapes; gives what waits for them."""
-        source = self._sources[sent]
+        source = self.source(sent)
         with self.told(f"rank {source}", level):
             works = [dist.irecv(_bytes(room), self._global(source), group=self.group) for room in rooms]
 
@@ -157,9 +145,7 @@ class Mail:
         """See `Words`."""
         return self.words.gathered(about, mine)
 
-    def spread(
-        self, rank: int, values: Mapping[Any, Any], kinds: Mapping[Any, Any]
-    ) -> dict[Any, Any]:
+    def spread(self, rank: int, values: Mapping[Any, Any], kinds: Mapping[Any, Any]) -> dict[Any, Any]:
         """Tensors (and others) by key, from one rank to all; several at once, where they are small.
 
         Args:
@@ -183,10 +169,16 @@ class Mail:
         return found
 
     def summed(
-        self, values: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]
+        self,
+        values: Sequence[torch.Tensor | None],
+        everyone: Sequence[Sequence[bool]],
+        like: Sequence[torch.Tensor],
     ) -> list[torch.Tensor | None]:
-        """The sums of all ranks' tensors, in memory of their own; None where no rank has one."""
-        everyone = self.gathered("add up gradients", [value is not None for value in values])
+        """The sums of all ranks' tensors, in memory of their own; None where no rank has one.
+
+        Args:
+            everyone: of each rank, which ones it has.
+        """
         found: list[torch.Tensor | None] = [None] * len(values)
         wanted = [(i, _kind(x)) for i, x in enumerate(like) if any(has[i] for has in everyone)]
         for keys in _parcels(wanted):
@@ -254,64 +246,4 @@ def _bytes(value: torch.Tensor) -> torch.Tensor:
     return value.view(-1).view(torch.uint8)
 
 
-class Trail:
-    """The messages of one run with gradients, as nodes of autograd.
-
-    Attributes:
-        anchor: what all of them depend on.
-        tokens: what all of them lead to: roots of backward, besides results.
-    """
-
-    def __init__(self, mail: Mail) -> None:
-        self._mail = mail
-        self.anchor = torch.zeros((), device=mail.device, requires_grad=True)
-        self.tokens: list[torch.Tensor] = []
-
-    def sent(self, value: Any, target: int, level: int) -> None:
-        """Note a tensor whose gradient will come back."""
-        if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
-            self.tokens.append(_Sent.apply(value, self.anchor, self._mail, target, level))
-
-    def received(self, value: torch.Tensor, source: int, level: int) -> torch.Tensor:
-        """A tensor whose gradient will be sent back."""
-        if not (value.is_floating_point() or value.is_complex()):
-            return value
-        found: torch.Tensor
-        found, token = _Received.apply(value, self.anchor, self._mail, source, level)
-        self.tokens.append(token)
-        return found
-
-
-class _Sent(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, value: torch.Tensor, anchor: torch.Tensor, mail: Mail, target: int, level: int
-    ) -> torch.Tensor:
-        ctx.to = mail, target, level
-        ctx.like = torch.empty_like(value, device="meta"), value.device
-        return anchor.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        mail, target, level = ctx.to
-        like, device = ctx.like
-        return mail.receive_part(torch.empty_like(like, device=device), target, level), None, None, None, None
-
-
-class _Received(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, value: torch.Tensor, anchor: torch.Tensor, mail: Mail, source: int, level: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.to = mail, source, level
-        return value.detach(), anchor.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> Any:
-        mail, source, level = ctx.to
-        mail.send_part(grad, source, level)
-        mail.wait(level)
-        return None, None, None, None, None
-
-
-__all__ = ["Mail", "Trail", "kinds_of"]
+__all__ = ["Mail", "kinds_of"]

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from rmtcompile.errors import IgnoredWarning, warn
-from rmtcompile.runtime.bands.mail import Mail, Trail
+from rmtcompile.errors import IgnoredWarning, RankError, warn
+from rmtcompile.runtime.bands.faults import Fault, raise_any, said
+from rmtcompile.runtime.bands.mail import Mail
+from rmtcompile.runtime.bands.trail import Trail
 from rmtcompile.runtime.contexts import has_hooks, unseen
 
 Forward = Callable[[Trail, Mapping[int, torch.Tensor]], Sequence[torch.Tensor]]
@@ -34,7 +36,9 @@ def with_gradients(mail: Mail, wanted: Sequence[torch.Tensor], forward: Forward)
         wanted: the tensors whose gradients are recorded; the same, in the same order, on all ranks.
 
     Raises:
-        RankError: in backward, which all ranks have to run, where another one does not answer any more.
+        RankError: in backward, which all ranks have to run, where it fails on one of them, or another one
+            does not answer any more.
+        UnsupportedError: in backward, where another rank is about to do something else.
     """
     if has_hooks():
         warn(
@@ -68,6 +72,7 @@ class _Work:
     def backward(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         if not self._results:
             raise RuntimeError("backward has gone through this run before: say retain_graph=True then")
+        self._mail.gathered("run backward", None)
         keeps = torch._C._autograd._get_current_graph_task_keep_graph()
         pairs = [
             (result, grad)
@@ -75,17 +80,35 @@ class _Work:
             if grad is not None and result.requires_grad
         ]
         pairs += [(token, torch.zeros_like(token)) for token in self._trail.tokens]
-        mine: list[torch.Tensor | None] = [None] * len(self._wanted)
-        if pairs:
-            roots, given = zip(*pairs, strict=True)
-            leaves = [*self._inner, self._trail.anchor]
-            with _without_hooks(self._inner):
-                found = torch.autograd.grad(roots, leaves, given, retain_graph=keeps, allow_unused=True)
-            mine = list(found[:-1])
+        mine, fault = self._own(pairs, keeps)
         if not keeps:
             self._results, self._trail = [], Trail(self._mail)
         self._mail.wait(0, all_of_them=True)
-        return self._mail.summed(mine, self._wanted)
+        told = {"fault": said(fault), "has": [value is not None for value in mine]}
+        everyone = self._mail.gathered("add up gradients", told)
+        raise_any([one["fault"] for one in everyone], fault)
+        return self._mail.summed(mine, [one["has"] for one in everyone], self._wanted)
+
+    def _own(
+        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], keeps: bool
+    ) -> tuple[list[torch.Tensor | None], Fault | None]:
+        """This rank's part of the gradients; what has gone wrong, if something has. Whatever happens, other
+        ranks get gradients of all messages, and this one takes those that they send."""
+        if not pairs:
+            return [None] * len(self._wanted), None
+        roots, given = zip(*pairs, strict=True)
+        leaves = [*self._inner, self._trail.anchor]
+        self._trail.begin()
+        try:
+            with _without_hooks(self._inner):
+                found = torch.autograd.grad(roots, leaves, given, retain_graph=keeps, allow_unused=True)
+            return list(found[:-1]), None
+        except RankError:
+            raise
+        except Exception as error:
+            fault = Fault(f"rank {self._mail.rank}, {self._trail.where()}", error)
+            self._trail.abandon()
+            return [None] * len(self._wanted), fault
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,26 +21,27 @@ from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
 
 from rmtcompile.compiler.pipeline import Compiled
-from rmtcompile.errors import RankError, UnsupportedError
+from rmtcompile.errors import UnsupportedError
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.ir.weights import Weight
 from rmtcompile.passes.emit.readers import CALLER
 from rmtcompile.runtime.bands.agreement import Agreement, anywhere
 from rmtcompile.runtime.bands.control import sends_from
 from rmtcompile.runtime.bands.execute import BandedExecutor
+from rmtcompile.runtime.bands.faults import Fault, raise_any, said
 from rmtcompile.runtime.bands.levels import Launched, Levels, Made, Traffic
-from rmtcompile.runtime.bands.mail import Mail, Trail, kinds_of
+from rmtcompile.runtime.bands.mail import Mail, kinds_of
 from rmtcompile.runtime.bands.rank_gradients import with_gradients
 from rmtcompile.runtime.bands.rank_replays import RankReplays
 from rmtcompile.runtime.bands.recorded import KEPT
 from rmtcompile.runtime.bands.run import BandRun
+from rmtcompile.runtime.bands.trail import Trail
 from rmtcompile.runtime.base import BaseRun, OnLevel, OnValue
 from rmtcompile.runtime.contexts import own_modes
 from rmtcompile.runtime.crossing import Crossing, Key
 from rmtcompile.runtime.execute import Executor
 from rmtcompile.runtime.gradients import is_transformed
 from rmtcompile.runtime.stacks import together
-from rmtcompile.runtime.stops import kind_of
 
 _TENSOR = object()
 
@@ -219,7 +220,7 @@ class RankExecutor(BandedExecutor):
         run: BaseRun | None
         levels: Levels
         while True:
-            stopped: _Stopped | None = None
+            stopped: Fault | None = None
             if is_recorded:
                 run, levels = self.replays.levels(segments, inputs, held, traffic)
             else:
@@ -249,7 +250,7 @@ class RankExecutor(BandedExecutor):
         on_level: OnLevel | None = None,
         on_value: OnValue | None = None,
         crossing: Crossing | None = None,
-    ) -> tuple[BandRun | None, _Stopped | None]:
+    ) -> tuple[BandRun | None, Fault | None]:
         """This rank's part of a run that is launched; or what has gone wrong before its first level."""
         member, looking = self.members[self.rank], (on_level, on_value)
         member.copies.begin()
@@ -257,7 +258,7 @@ class RankExecutor(BandedExecutor):
             given = member, segments, inputs, leaves, self.stacks.current(leaves)
             return self.band_run(*given, functional, *looking, crossing), None
         except Exception as error:
-            return None, _Stopped(f"rank {self.rank}, before its first level", error)
+            return None, Fault(f"rank {self.rank}, before its first level", error)
 
     def example(
         self, segments: int, inputs: Mapping[str, torch.Tensor], leaves: dict[str, torch.Tensor]
@@ -266,7 +267,7 @@ class RankExecutor(BandedExecutor):
         run, stopped = self._begun(segments, inputs, leaves, False)
         traffic, step = self._traffic_of(segments, 0), self.members[self.rank].functions["step"]
         stopped, _ = self._own_levels(Launched(run, step, traffic, self.mail, None), traffic, stopped)
-        self._raise(self.mail.gathered("record levels", _told(stopped)), stopped)
+        raise_any(self.mail.gathered("record levels", said(stopped)), stopped)
         assert run is not None
         return run
 
@@ -281,8 +282,8 @@ class RankExecutor(BandedExecutor):
         return self._traffic[key]
 
     def _own_levels(
-        self, levels: Levels, traffic: Traffic, stopped: _Stopped | None
-    ) -> tuple[_Stopped | None, bool]:
+        self, levels: Levels, traffic: Traffic, stopped: Fault | None
+    ) -> tuple[Fault | None, bool]:
         """Run this rank's levels; what has gone wrong on it, if something has, and whether the run has to be
         launched instead. Whatever happens, all is received that others send, and sent what they expect."""
         grid, is_off = traffic.grid, False
@@ -294,7 +295,7 @@ class RankExecutor(BandedExecutor):
                     try:
                         made = levels.run(level, messages)
                     except Exception as error:
-                        stopped = _Stopped(f"rank {self.rank}, level {level}", error)
+                        stopped = Fault(f"rank {self.rank}, level {level}", error)
                 is_off = is_off or made is None
                 if stopped or is_off:
                     for message in messages:
@@ -310,7 +311,7 @@ class RankExecutor(BandedExecutor):
     # ---- after the last level ------------------------------------------------------------------------------
 
     def _share(
-        self, run: BaseRun | None, found: dict[Key, torch.Tensor], stopped: _Stopped | None, is_off: bool
+        self, run: BaseRun | None, found: dict[Key, torch.Tensor], stopped: Fault | None, is_off: bool
     ) -> bool:
         """Give every rank what the caller reads, and what segments after the run do; whether all ranks have
         run it to its end.
@@ -322,10 +323,10 @@ class RankExecutor(BandedExecutor):
         for name in sorted(self.cut.bands[self.rank].makes):
             if run is not None and CALLER in self.compiled.emitted.readers.get(name, ()):
                 mine |= {(name, segment): value for segment, value in run.taps[name].values.items()}
-        said = {"stopped": _told(stopped), "is off": is_off, "kinds": kinds_of(mine), **self.replays.said()}
-        everyone = self.mail.gathered("end a run", said)
+        told = {"stopped": said(stopped), "is off": is_off, "kinds": kinds_of(mine), **self.replays.said()}
+        everyone = self.mail.gathered("end a run", told)
         self.replays.heard(everyone)
-        self._raise([one["stopped"] for one in everyone], stopped)
+        raise_any([one["stopped"] for one in everyone], stopped)
         if any(one["is off"] for one in everyone):
             return False
         assert run is not None
@@ -335,33 +336,6 @@ class RankExecutor(BandedExecutor):
                 kept = run.taps[where].values if where else found
                 kept[key] = value
         return True
-
-    def _raise(self, told: Sequence[tuple[str, type[RankError]] | None], mine: _Stopped | None) -> None:
-        """Raise what has gone wrong on any rank, if something has."""
-        if found := [one for one in told if one is not None]:
-            kinds = {kind for _, kind in found}
-            kind = next(iter(kinds)) if len(kinds) == 1 else RankError
-            raise kind("\n".join(text for text, _ in found)) from (mine.error if mine is not None else None)
-
-
-@dataclass(frozen=True)
-class _Stopped:
-    """What has gone wrong on this rank.
-
-    Attributes:
-        where: rank and level.
-    """
-
-    where: str
-    error: Exception
-
-
-def _told(stopped: _Stopped | None) -> tuple[str, type[RankError]] | None:
-    """The same in words, and as what all ranks raise it."""
-    if stopped is None:
-        return None
-    error = stopped.error
-    return f"{stopped.where}: {type(error).__name__}: {error}", kind_of(error)
 
 
 def _device(group: Any, home: torch.device) -> torch.device:
