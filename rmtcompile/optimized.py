@@ -177,17 +177,17 @@ class Optimized(Inspected, Opaque):
                 advance = prepared(self._programs, state, args, kwargs)
             entry, inputs = advance.entry, tensors_of(advance.args, advance.kwargs)
             self._last = entry, advance.call.count
-            values = state.values if state is not None else {}
-            given = advance.call.first, advance.border, values
+            values, part = (state.values, state.part) if state is not None else ({}, None)
+            given = advance.call.first, advance.border, values, part
             with explained(self.model, args, kwargs, running=True):
                 try:
-                    outputs, found = entry.executor.advance(advance.call.total, inputs, *given)
+                    outputs, found, part = entry.executor.advance(advance.call.total, inputs, *given)
                 except STOPS as error:
                     again = (advance.call, entry, advance.args, advance.kwargs, error)
                     if is_no_fault(error) or self._programs.instead(*again) is None:
                         raise
                     return self.run(*args, state=state, **kwargs)
-            after = left(self._programs, advance, state, found)
+            after = left(self._programs, advance, state, found, part)
             leave(entry, advance.call.total, outputs, inputs)
             return value_of(entry.compiled.result, outputs, advance.call.count), after
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 import tempfile
 import warnings
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import rank_faults
@@ -32,7 +34,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 from toys import Toy, Uneven, assert_same, leave_quietly
 
-from rmtcompile import IgnoredWarning
+import rmtcompile
+from rmtcompile import IgnoredWarning, RunState
 
 
 def same(rank: int, group: Any) -> Any:
@@ -118,6 +121,9 @@ def from_host(rank: int, group: Any) -> Any:
     executor = fast._last[0].executor
     assert executor.device == torch.device(DEVICES[-1]) and executor.home.type == "cpu"
     assert executor.replays._bands, executor.recorded
+    _, state = fast.run(x[:, :8])
+    assert_same(model(x)[:, 8:], fast.run(x[:, 8:], state=state)[0])
+    assert all(value.device.type == "cpu" for value in state.gathered().values.values())
     held = [x for layer in fast.layers for x in layer.parameters()]
     assert all(x.device.type == "cpu" for x in held)
     return "same"
@@ -182,6 +188,78 @@ def parts(rank: int, group: Any) -> Any:
                 )
                 assert_same(theirs, mine, 1e-9)
     return "same"
+
+
+def sharded(rank: int, group: Any) -> Any:
+    """Each rank keeps the part of a state that its layers read; gathered, split, joined, with gradients."""
+    for name, segments in (("skewed", 6), ("compressed_older", 6), ("skip_connections", 6), ("hybrid", 6)):
+        model, x = of_zoo(name, segments)
+        fast, alone = optimized(copy.deepcopy(model), group), rmtcompile.optimize(model, backend="eager")
+        n = x.shape[1]
+        lo, hi = n // 3, 2 * n // 3
+        _, own = fast.run(x[:, :lo])
+        _, whole = alone.run(x[:, :lo])
+        layers = fast._last[0].executor.state_layers
+        assert own.values.keys() <= whole.values.keys()
+        assert own.is_whole is (name == "skewed") is (own.values.keys() == whole.values.keys())
+        assert own.is_whole or f"part of rank {rank} of" in repr(own)
+        assert_same(dict(whole.values), dict(own.gathered().values))
+        cells = {c.name: c.layer for c in fast._last[0].compiled.emitted.carried.cells}
+        if name in ("compressed_older", "hybrid"):
+            assert all(cells.get(key[0], layers.start) in layers for key in own.values), own.values.keys()
+        y, _ = alone.run(x[:, lo:hi], state=whole)
+        rows = RunState.join([part.clone() for part in own.split(1)])
+        for state in (own, own.gathered(), own.detach(), rows):
+            z, after = fast.run(x[:, lo:hi], state=state)
+            assert_same(y, z)
+            last, _ = fast.run(x[:, hi:], state=after)
+            assert_same(model(x)[:, -1], last[:, -1])
+        with torch.enable_grad():
+            z, after = fast.run(x[:, lo:hi], state=own)
+            assert_same(y, z)
+            assert after.is_whole and (z.requires_grad or name == "hybrid")
+    same, (_, other) = own.gathered(), fast.run(x[:, :lo])
+    return [
+        refused(lambda: own.save("nowhere")),
+        refused(lambda: alone.run(x[:, lo:], state=own)),
+        refused((own if rank else other).gathered),
+        refused(lambda: fast.run(x[:, lo:], state=own if rank else other)),
+        refused(lambda: fast.run(x[:, lo:], state=own if rank else same)),
+        refused(lambda: RunState.join([own, same])),
+    ]
+
+
+def saved(rank: int, group: Any) -> Any:
+    """Each rank saves its part of a program, and all load theirs, or none does."""
+    folder = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(folder, 0, group)
+    model = made(lambda: Uneven([8, 8, 4096, 8]))
+    fast = optimized(model, group)
+    for segments in (4, 6):
+        fast(features(segments, d=16))
+    fast.save(folder[0])
+    dist.barrier(group)
+    divisions = [fast._last[0].executor.cut.division]
+    captures = []
+    for is_lost in (False, True):
+        if is_lost and rank == 1:
+            for path in Path(folder[0]).glob("*/fingerprint.json"):
+                if "rank 1 of" in path.read_text():
+                    shutil.rmtree(path.parent)
+        dist.barrier(group)
+        again = rmtcompile.load(folder[0], copy.deepcopy(model), devices=group, backend="eager")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", IgnoredWarning)
+            for segments in (7, 4):
+                x = features(segments, d=16)
+                assert_same(model(x), again(x))
+        captures.append(again.captures)
+        divisions.append(again._last[0].executor.cut.division)
+    dist.barrier(group)
+    if rank == 0:
+        shutil.rmtree(folder[0])
+    assert divisions[0] == divisions[1]
+    return [captures, list(again._programs.shelf.notes)]
 
 
 class Added(Toy):
@@ -343,7 +421,7 @@ CASES = {
     f.__name__: f
     for f in (
         same, mesh, balanced, recorded, own_weights, from_host, training, steps, retained, parts, replicas,
-        profiled, added, hooked, ending, kinds_of_results, checkpointed, *rank_faults.ALL,
+        profiled, sharded, saved, added, hooked, ending, kinds_of_results, checkpointed, *rank_faults.ALL,
     )
 }  # fmt: skip
 

@@ -49,7 +49,7 @@ def ranks(count: int, cases: str, folder: Path, device: str = "cpu") -> list[Any
 
 CASES = (
     "same", "recorded", "recorded_elsewhere", "recorded_failing", "own_weights", "mesh",
-    "other_weights", "other_lengths", "failing", "training", "steps", "retained", "parts",
+    "other_weights", "other_lengths", "failing", "training", "steps", "retained", "parts", "sharded", "saved",
     "without_gradients_on_one", "undoable", "added", "ending", "kinds_of_results", "checkpointed",
     "backward_failing", "backward_and_call", "late", "persisting", "hooked", "setup",
     "profile_and_call", "other_buffers",
@@ -80,11 +80,13 @@ def test_every_rank_gets_what_the_model_gives(count: int, tmp_path: Path) -> Non
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 CUDA devices")
 def test_over_nccl(tmp_path: Path) -> None:
-    same = ("same", "recorded", "own_weights", "from_host", "training", "steps", "parts")
-    cases = (*same, "mesh", "recorded_failing", "other_weights", "failing")
+    same = ("same", "recorded", "own_weights", "from_host", "training", "steps", "parts", "hooked")
+    failing = ("recorded_failing", "other_weights", "failing", "backward_failing")
+    cases = (*same, "mesh", "sharded", "saved", *failing)
     one, other = ranks(2, " ".join(cases), tmp_path, "cuda")
-    assert one == other
+    assert all(one[case] == other[case] for case in cases if case not in ("sharded", "saved"))
     assert all(one[case] == "same" for case in same), one
+    assert one["saved"][0] == other["saved"][0] == [0, 1] and one["backward_failing"][0] == "RankError"
     assert one["recorded_failing"][0] == "RankError"
     assert one["other_weights"][0] == "UnsupportedError" and one["failing"][0] == "RankError"
 
@@ -199,6 +201,21 @@ def test_a_text_in_parts_with_gradients_through_its_state(said: dict[str, list[A
     assert said["parts"] == ["same"] * 3
 
 
+def test_ranks_keep_their_own_part_of_a_state(said: dict[str, list[Any]]) -> None:
+    for saved, alone, gathered, other, mixed, joined in said["sharded"]:
+        assert saved[0] == alone[0] == joined[0] == "StateError"
+        assert "alone" in saved[1] and "state.gathered()" in saved[1] and "state.gathered()" in joined[1]
+        assert "lacks values" in alone[1] and "state.gathered()" in alone[1]
+        assert gathered[0] == other[0] == mixed[0] == "UnsupportedError"
+        assert "parts of other states" in gathered[1] and "different things: the state" in other[1]
+        assert "different things: the state" in mixed[1]
+
+
+def test_ranks_load_what_each_has_saved_or_none_does(said: dict[str, list[Any]]) -> None:
+    for captures, notes in said["saved"]:
+        assert captures == [0, 1] and notes[-1] == "rank 1 found none for its part of the program"
+
+
 def test_gradients_on_some_ranks_only_are_found_before_the_first_level(said: dict[str, list[Any]]) -> None:
     for kind, text in said["without_gradients_on_one"]:
         assert kind == "UnsupportedError" and "what has gradients" in text.splitlines()[0]
@@ -209,10 +226,9 @@ def test_data_parallel_around_bands(tmp_path: Path) -> None:
 
 
 def test_what_processes_cannot_do_is_refused(said: dict[str, list[Any]]) -> None:
-    for weight, transform, saved in said["undoable"]:
+    for weight, transform in said["undoable"]:
         assert weight[0] == "UnsupportedError" and "layers.0.mix.weight" in weight[1]
         assert transform[0] == "UnsupportedError" and "torch.func" in transform[1]
-        assert saved[0] == "UnsupportedError" and "in several processes are not saved yet" in saved[1]
 
 
 def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from rmtcompile.errors import StateError, UnsupportedError
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.passes.emit.carried import Refill
 from rmtcompile.runtime.crossing import Key
-from rmtcompile.runtime.state import Origin, RunState
+from rmtcompile.runtime.state import Origin, Part, RunState
 
 _HELP = "call the model on the whole text"
 
@@ -72,7 +72,7 @@ def prepared(programs: Programs, state: RunState | None, args: Any, kwargs: Any)
     if obstacle:
         raise UnsupportedError(f"this forward cannot be run in parts: {obstacle}", remedy=_HELP)
     if state is not None and first:
-        _check(programs, state, compiled, call.segmentation)
+        _check(programs, state, compiled, call.segmentation, entry.executor.state_layers)
     _, rest = call.segmentation.count([tensor.shape for tensor in tensors_of(args, kwargs)])
     last = max(carried.tail, int(rest > 0))  # an incomplete one is read again, whatever it does
     return Advance(call, entry, args, kwargs, max(call.total - last, first))
@@ -125,13 +125,17 @@ _SAME = "pass the same arguments in each call"
 
 
 def left(
-    programs: Programs, advance: Advance, state: RunState | None, values: Mapping[Key, torch.Tensor]
+    programs: Programs,
+    advance: Advance,
+    state: RunState | None,
+    values: Mapping[Key, torch.Tensor],
+    part: Part | None,
 ) -> RunState:
     """The state after a call."""
     compiled, segmentation = advance.entry.compiled, advance.call.segmentation
     first = advance.call.first
     if advance.border == first:
-        values = state.values if state is not None else {}
+        values, part = (state.values, state.part) if state is not None else ({}, None)
     inputs = tensors_of(advance.args, advance.kwargs)
     pending = []
     for axis in segmentation.axes:
@@ -145,6 +149,7 @@ def left(
         fingerprint(compiled, segmentation) if advance.border else "",
         dims=tuple(axis.dim for axis in segmentation.axes),
         origin=Origin(programs.model, lambda: weighed(compiled)),
+        part=part,
     )
 
 
@@ -175,7 +180,9 @@ def weighed(compiled: Compiled) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check(programs: Programs, state: RunState, compiled: Compiled, segmentation: Segmentation) -> None:
+def _check(
+    programs: Programs, state: RunState, compiled: Compiled, segmentation: Segmentation, layers: range
+) -> None:
     plan = fingerprint(compiled, segmentation)
     is_ours = state.origin is not None and state.origin.model is programs.model
     if state.plan != plan and is_ours:
@@ -198,9 +205,10 @@ def _check(programs: Programs, state: RunState, compiled: Compiled, segmentation
     if not is_ours and (then := state.weighed()) != (now := weighed(compiled)):
         evidence = [f"{then} then, {now} now"]
         raise StateError("the state was made with other weights", evidence, "start again with state=None")
-    lost = list(_lost(state, compiled))
+    lost = list(_lost(state, compiled, layers))
     if lost:
-        raise StateError("the state lacks values that the program carries", lost)
+        remedy = "" if state.is_whole else "pass state.gathered(), called on every rank"
+        raise StateError("the state lacks values that the program carries", lost, remedy)
     lanes = {lane.name: lane for lane in compiled.program.lanes}
     for refill in compiled.emitted.carried.refills:
         lane = lanes[refill.lane]
@@ -223,10 +231,13 @@ def _fixed(shape: Sequence[int], grows: tuple[int, ...]) -> list[int]:
     return [-1 if dim in grows else size for dim, size in enumerate(shape)]
 
 
-def _lost(state: RunState, compiled: Compiled) -> Iterator[str]:
-    """What a place of a lane is to hold and no value of the state gives, of the cells of any class."""
+def _lost(state: RunState, compiled: Compiled, layers: range) -> Iterator[str]:
+    """What a place of a lane is to hold and no value of the state gives, of the cells of any class in these
+    layers."""
     places: dict[tuple[str, int, int], list[Refill]] = defaultdict(list)
     for refill in compiled.emitted.carried.refills:
+        if refill.layer not in layers:
+            continue
         places[refill.lane, refill.layer, refill.back].append(refill)
     for refills in places.values():
         one = refills[-1]

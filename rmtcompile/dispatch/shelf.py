@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from rmtcompile.compiler.pipeline import Compiled
-from rmtcompile.compiler.stages import Stage, said_when_long
-from rmtcompile.dispatch.entries import Entry, Lengths, Loaded, Restored, Rules
+from rmtcompile.compiler.stages import Stage
+from rmtcompile.dispatch.entries import Entry, Loaded, Restored, Rules
+from rmtcompile.dispatch.served import Key, all_of, compiled_forms, known_of, served, serves, text_of
 from rmtcompile.dispatch.size_vectors import Vector
 from rmtcompile.errors import IgnoredWarning, UnsupportedError, warn
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.options import Options
+from rmtcompile.runtime.bands.control import words_of
 from rmtcompile.runtime.forms import offer
 from rmtcompile.saved import (
     Damaged,
@@ -33,11 +35,9 @@ from rmtcompile.saved import (
     decode,
     differences,
     digest_of,
-    encode,
     fingerprint,
     fingerprints,
     forms_in,
-    know,
     origin_of,
     program_of,
     read_compiled,
@@ -49,13 +49,7 @@ from rmtcompile.saved import (
     write_forms,
 )
 
-know(Lengths)
-
-Key = tuple[Any, int | None, int]
-"""What calls have in common that differ in sizes only; a single number of segments; the fewest captured."""
-
 _LOGGER = logging.getLogger("rmtcompile")
-_NOT_SAVED = frozenset({"samples", "compiled", "executor", "counts", "ties", "reach", "beyond"})
 
 
 @dataclass
@@ -117,41 +111,57 @@ class Shelf:
 
     def segmentation(self, fn: Callable[..., Any], call: Any) -> Segmentation | None:
         """How the calls of a key are cut, if a program that serves one of them fits the model."""
-        said = _text(call)
+        said = text_of(call)
         for one in self._candidates(fn):
             if one.serves["call"] == said and self._program(one) is not None:
                 found: Segmentation = decode(one.serves["segmentation"])
-                return found.cut(1)
+                return found.cut(1) if self._is_agreed([one]) else None
+        self._is_agreed([])
         return None
 
     def rules(self, fn: Callable[..., Any], key: Key, vector: Vector) -> list[Rules]:
         """Programs of free sizes, for these sizes among others."""
-        found = []
+        found, used = [], []
         for one in self._candidates(fn):
-            if "rules" in one.known and _serves(one, key):
+            if "rules" in one.known and serves(one, key):
                 given = {name: decode(value) for name, value in one.known["rules"].items()}
                 rules = Rules(samples=[], compiled=None, **given)  # type: ignore[arg-type]
                 if rules.sizes(vector) is not None and (compiled := self._program(one)) is not None:
                     rules.compiled = compiled
                     found.append(rules)
-        return found
+                    used.append(one)
+        return found if self._is_agreed(used) else []
 
     def program(self, fn: Callable[..., Any], key: Key, vector: Vector) -> Restored | None:
         """The program of these sizes."""
         for one in self._candidates(fn):
-            if one.serves["vector"] == list(vector) and _serves(one, key):
+            if one.serves["vector"] == list(vector) and serves(one, key):
                 compiled = self._program(one)
                 if compiled is not None:
                     known = {name: decode(value) for name, value in one.known.items()}
-                    return Restored(compiled, **known)
+                    return Restored(compiled, **known) if self._is_agreed([one]) else None
+        self._is_agreed([])
         return None
+
+    def _is_agreed(self, found: Sequence[Shelved]) -> bool:
+        """Whether all processes that run a program have found the same ones, for their parts of it."""
+        if self.options.group is None or self.folder is None:
+            return True
+        mine = [digest_of([one.serves, one.body["record"]["division"]]) for one in found]
+        everyone = words_of(self.options.group).gathered("look for saved programs", mine)
+        if all(one == mine for one in everyone):
+            return True
+        without = [f"rank {rank}" for rank, one in enumerate(everyone) if not one]
+        self._doubts.append(
+            f"{', '.join(without)} found none for its part of the program"
+            if without
+            else "ranks found parts of different programs"
+        )
+        return False
 
     def _candidates(self, fn: Callable[..., Any]) -> list[Shelved]:
         """The programs whose fingerprint is that of the model."""
         if self.folder is None or not self.folder.is_dir():
-            return []
-        if self.options.group is not None:
-            self._doubts.append(_OF_PROCESSES)
             return []
         if self._open is None:
             started = time.perf_counter()
@@ -254,7 +264,7 @@ class Shelf:
         new: set[str] = set()
         by_digest: dict[str, list[Entry]] = {}
         seen = set()
-        for entry in _all(entries):
+        for entry in all_of(entries):
             mark = id(entry.trial.rules) if entry.trial is not None else id(entry)
             if mark in seen:
                 continue
@@ -272,11 +282,11 @@ class Shelf:
                 if asked:
                     raise
                 self._say_unsaved(str(error))
-        if any(entry.executor.backend != "eager" for entry in _all(entries)):
+        if any(entry.executor.backend != "eager" for entry in all_of(entries)):
             for digest in new:
                 write_compiled(folder, digest)
             for digest, alike in by_digest.items() if asked else ():
-                write_forms(folder, digest, _forms(alike, whole_forms(folder, digest)))
+                write_forms(folder, digest, compiled_forms(alike, whole_forms(folder, digest)))
         self.is_dirty = False
 
     def _say_unsaved(self, why: str) -> None:
@@ -287,8 +297,6 @@ class Shelf:
     def _save(self, entry: Entry, folder: Path, report: Callable[[Entry], Any]) -> tuple[str, bool]:
         """Write the program of an entry, unless all that is known of it is written; gives the name of the
         folder inside of `folder` that it lies in, and whether anything was written."""
-        if self.options.group is not None:
-            raise UnsupportedError(_OF_PROCESSES, remedy="save it where one process runs all bands")
         compiled = entry.trial.rules.compiled if entry.trial is not None else entry.compiled
         origin = compiled.origin
         if isinstance(origin, UnsupportedError):
@@ -298,8 +306,8 @@ class Shelf:
                 "a program runs a module that was edited by hand",
                 remedy="save it before use(), and call that again",
             )
-        serves, known = _served(entry), _known(entry)
-        said = digest_of([str(folder.absolute()), serves, known, compiled.emitted.source])
+        calls, known = served(entry), known_of(entry)
+        said = digest_of([str(folder.absolute()), calls, known, compiled.emitted.source])
         again = origin if isinstance(origin, Loaded) else None
         told = again.fingerprint if again is not None else origin.fingerprint
         digest = digest_of(told)
@@ -307,81 +315,13 @@ class Shelf:
             return digest, False
         record = again.record if again is not None else record_of(compiled)
         shown = again.shelved.report() if again is not None else report(entry)
-        write(folder, digest, told, record, serves, known, shown)
+        write(folder, digest, told, record, calls, known, shown)
         self._written.add(said)
         return digest, True
 
 
-_OF_PROCESSES = "programs whose bands are in several processes are not saved yet"
-
-
-def _served(entry: Entry) -> dict[str, Any]:
-    """Which calls an entry's program serves.
-
-    Raises:
-        UnsupportedError: an argument has no name in another process.
-    """
-    assert entry.made_for is not None
-    (structure, only, fewest), vector = entry.made_for
-    call, segmentation, has_rest = structure
-    if not _text(call):
-        raise UnsupportedError(
-            "an argument is an object that has no name in another process",
-            [repr(call)],
-            "pass tensors, numbers, strings, lists and dicts",
-        )
-    sizes = list(vector) if entry.trial is None else encode(entry.trial.rules.corners)
-    return {
-        "call": _text(call), "segmentation": encode(segmentation), "rest": has_rest, "only": only,
-        "fewest": fewest, "vector": sizes,
-    }  # fmt: skip
-
-
-def _known(entry: Entry) -> dict[str, Any]:
-    """What has been found out about an entry's program."""
-    workspaces = encode(entry.executor.replays.measured)
-    if entry.trial is not None:
-        kept = (one.name for one in fields(Rules) if one.name not in _NOT_SAVED)
-        rules = {name: encode(getattr(entry.trial.rules, name)) for name in kept}
-        return {"rules": {**rules, "workspaces": workspaces}}
-    longer = entry.longer.made_for[0][2] if entry.longer and entry.longer.made_for else 0
-    return {
-        "lengths": encode(entry.lengths), "costs": encode(entry.executor.costs), "workspaces": workspaces,
-        "longer": longer,
-    }  # fmt: skip
-
-
-def _forms(entries: Sequence[Entry], known: Container[str]) -> dict[str, bytes]:
-    """The compiled forms of entries by key, but for known ones, for processes that do not compile them."""
-    forms = {form.key: form for entry in entries for form in entry.executor.forms}
-    with said_when_long("compiling the cells ahead of time, for processes that load them"):
-        made = {key: form.content() for key, form in forms.items() if key is not None and key not in known}
-    return {key: content for key, content in made.items() if content is not None}
-
-
 def _class_of(told: Any) -> Any:
     return next(iter(told.get("modules", {}).values()), None)
-
-
-def _all(entries: Sequence[Entry]) -> Iterator[Entry]:
-    """Entries, and those for single lengths, for longer inputs and on finer grids that belong to them."""
-    for entry in entries:
-        if entry.longer is None or entry.longer.made_for != entry.made_for:  # else it is captured anew
-            yield entry
-        others = [other for other in (entry.longer, entry.finer) if other is not None]
-        yield from _all([*entry.only.values(), *others])
-
-
-def _serves(one: Shelved, key: Key) -> bool:
-    call, segmentation, has_rest = key[0]
-    asked = (_text(call), encode(segmentation), has_rest, key[1], key[2])
-    return asked == tuple(one.serves[name] for name in ("call", "segmentation", "rest", "only", "fewest"))
-
-
-def _text(call: Any) -> str:
-    """The key of a call as text; empty where it holds an object that has no name in another process."""
-    text = repr(call)
-    return "" if " at 0x" in text else text
 
 
 __all__ = ["Key", "Shelf"]

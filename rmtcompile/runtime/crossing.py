@@ -29,6 +29,7 @@ class Crossing:
         owned: whether values that are kept are memory of their own already (runs with gradients).
         is_whole: whether the inputs of the run, and its lists over segments, begin with segment 0 all the
             same: it is told what those lists hold.
+        stamp: of a state that is divided among processes, whose part the values are; equal in all of them.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class Crossing:
         values: Mapping[Key, torch.Tensor],
         owned: bool,
         is_whole: bool = False,
+        stamp: str = "",
     ) -> None:
         self.is_whole = is_whole
+        self.stamp = stamp
         self.carried = carried
         self.first = first
         self.border = border
@@ -66,7 +69,7 @@ class Crossing:
 
     def like(self, values: Mapping[Key, torch.Tensor]) -> Crossing:
         """The same borders, with these values in front of them."""
-        return Crossing(self.carried, self.first, self.border, values, self._owned)
+        return Crossing(self.carried, self.first, self.border, values, self._owned, stamp=self.stamp)
 
     # ---- leaving -------------------------------------------------------------------------------------------
 

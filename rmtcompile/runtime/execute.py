@@ -28,6 +28,7 @@ from rmtcompile.runtime.graphs import Started
 from rmtcompile.runtime.replays import Replays
 from rmtcompile.runtime.run import Run
 from rmtcompile.runtime.stacks import Alone, Stacks
+from rmtcompile.runtime.state import Part
 from rmtcompile.runtime.steps import Steps
 
 
@@ -206,6 +207,11 @@ class Executor:
             return self._recorded_again(segments, inputs)
         return self._run_once(segments, inputs, graphs and on_level is None, on_level)
 
+    @property
+    def state_layers(self) -> range:
+        """The layers whose values of a run state have to be in this process."""
+        return range(self.program.n_layers)
+
     def advance(
         self,
         segments: int,
@@ -213,7 +219,8 @@ class Executor:
         first: int,
         border: int,
         values: Mapping[Key, torch.Tensor],
-    ) -> tuple[tuple[Any, ...], dict[Key, torch.Tensor]]:
+        part: Part | None = None,
+    ) -> tuple[tuple[Any, ...], dict[Key, torch.Tensor], Part | None]:
         """Run segments `first` .. `segments` - 1 after what earlier ones have left.
 
         Args:
@@ -221,14 +228,17 @@ class Executor:
             inputs: tensor arguments of the forward, beginning with segment `first`.
             border: the segment before which the next run will start.
             values: what segments before `first` have left.
+            part: which part of it these are, if other processes have the others.
 
         Returns:
-            The captured graph's outputs, with lists over these segments only, and what segments before the
-            border leave to later ones.
+            The captured graph's outputs, with lists over these segments only; what segments before the
+            border leave to later ones; which part of it, if other processes have the others.
         """
         self.compile_forms(segments - first, inputs)
         is_functional = self._records_gradients([*inputs, *values.values()])
-        crossing = Crossing(self.compiled.emitted.carried, first, border, values, is_functional)
+        stamp = part.stamp if part is not None else ""
+        given = first, border, values, is_functional
+        crossing = Crossing(self.compiled.emitted.carried, *given, stamp=stamp)
         held = self.held()
         with self.replays.alone(), nullcontext() if is_functional else plain_tensors():
             launch = partial(self._run, segments, inputs, held, is_functional, crossing=crossing)
@@ -238,7 +248,7 @@ class Executor:
                 outputs = self.replays.advance(segments, inputs, crossing, launch)
             else:
                 outputs = launch()
-        return outputs, crossing.left()
+        return outputs, crossing.left(), None
 
     def _run_once(
         self,

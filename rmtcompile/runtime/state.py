@@ -39,6 +39,22 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which part of a state is in this process, where several run the program together.
+
+    Attributes:
+        stamp: equal for all parts of one state.
+        rank, count: this process among those.
+        gather: gives all processes the values of all, from those of each; for all of them to call.
+    """
+
+    stamp: str
+    rank: int
+    count: int
+    gather: Callable[[Part, Mapping[Key, Tensor]], dict[Key, Tensor]] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
 class RunState:
     """Where a run has stopped; made by `Optimized.run`, never changed.
 
@@ -52,6 +68,8 @@ class RunState:
         weights: of a state that was read from a file: tells whether a model has the weights that made it.
         dims: the dim along which each of `pending` is cut.
         origin: None for a state that was read from a file.
+        part: which part of the values these are, where several processes run the program and each has those
+            that its own layers read; None where they are all of them.
     """
 
     segments: int
@@ -61,6 +79,7 @@ class RunState:
     weights: str = ""
     dims: tuple[int, ...] = ()
     origin: Origin | None = field(default=None, repr=False, compare=False)
+    part: Part | None = None
 
     @property
     def pending_tokens(self) -> int:
@@ -75,11 +94,30 @@ class RunState:
     def __repr__(self) -> str:
         pending = f", {self.pending_tokens} pending" if self.pending_tokens else ""
         size = f"{len(self.values)} values, {self.nbytes:,} bytes"
-        return f"RunState({self.segments} segments{pending}; {size})"
+        part = f"; part of rank {self.part.rank} of {self.part.count}" if self.part is not None else ""
+        return f"RunState({self.segments} segments{pending}; {size}{part})"
 
     def weighed(self) -> str:
         """What tells the weights that made the state: those of now, if the model is in this process."""
         return self.origin.weigh() if self.origin is not None else self.weights
+
+    # ---- parts ---------------------------------------------------------------------------------------------
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all values are in this process."""
+        return self.part is None
+
+    def gathered(self) -> RunState:
+        """The state with the values of all processes; where it is in parts, for all of them to call.
+
+        Raises:
+            RankError: another process does not answer.
+            UnsupportedError: other processes are about to do something else.
+        """
+        if self.part is None:
+            return self
+        return replace(self, values=self.part.gather(self.part, self.values), part=None)
 
     # ---- copies --------------------------------------------------------------------------------------------
 
@@ -120,6 +158,7 @@ class RunState:
         return [
             replace(
                 self,
+                part=self.part and replace(self.part, stamp=f"{self.part.stamp}[{at}:{at + n}]"),
                 values={key: value.narrow(dims[key], at, n) for key, value in self.values.items()},
                 pending=tuple(
                     tensor.narrow(_batch_dim(dim), at, n)
@@ -141,6 +180,8 @@ class RunState:
             raise StateError("there are no states to join")
         first = states[0]
         for other in states[1:]:
+            if other.is_whole != first.is_whole:
+                raise StateError("one process's part of a state joins no whole one", remedy=_GATHER)
             if (other.segments, other.plan, other.values.keys()) != (
                 first.segments, first.plan, first.values.keys()
             ):  # fmt: skip
@@ -161,7 +202,9 @@ class RunState:
         pending = tuple(
             torch.cat(same, _batch_dim(dim)) for same, dim in zip(parts, first.dims, strict=True)
         )
-        return replace(first, values=values, pending=pending)
+        stamp = " + ".join(one.part.stamp for one in states if one.part is not None)
+        part = first.part and replace(first.part, stamp=stamp)
+        return replace(first, values=values, pending=pending, part=part)
 
     def _batch(self) -> int:
         return self.pending[0].shape[_batch_dim(self.dims[0])]
@@ -183,8 +226,15 @@ class RunState:
 
     def save(self, path: str | Path) -> None:
         """Write the state as one safetensors file, with the fingerprint of the plan and of the weights that
-        the model has now."""
+        the model has now.
+
+        Raises:
+            StateError: other processes have some of its values.
+        """
         from safetensors.torch import save_file
+
+        if self.part is not None:
+            raise StateError(f"these are the values of rank {self.part.rank} alone", [repr(self)], _GATHER)
 
         header = {
             "format": FORMAT,
@@ -225,9 +275,12 @@ class RunState:
         return RunState(header["segments"], values, pending, header["plan"], header["weights"], dims)
 
 
+_GATHER = "state.gathered(), called on every rank, has the values of all of them"
+
+
 def _batch_dim(segmented: int) -> int:
     """Which dim of an input is the batch, where this one holds the segments: the first other one."""
     return 0 if segmented else 1
 
 
-__all__ = ["Origin", "RunState"]
+__all__ = ["Origin", "Part", "RunState"]

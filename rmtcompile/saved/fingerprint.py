@@ -21,6 +21,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import rmtcompile.passes as passes
 from rmtcompile.errors import UnsupportedError
@@ -54,7 +55,7 @@ def fingerprint(moment: Moment, options: Options) -> Fingerprint:
     }
     return {
         "versions": {**versions, **code.packages},
-        "device": dict(_devices(moment)),
+        "device": dict(_devices(moment, options)),
         "options": dict(_chosen(options)),
         "modules": {label or "the model": kind_of(module) for label, module in moment.modules.items()},
         "tensors": dict(_tensors(moment)),
@@ -102,11 +103,17 @@ def _chosen(options: Options) -> Iterator[tuple[str, str]]:
                 [repr(value)],
                 "name a backend of torch.compile",
             )
+        if one.name == "group" and value is not None:  # each of its ranks has a program of its own
+            value = f"rank {dist.get_rank(value)} of {dist.get_world_size(value)}"
         yield one.name, repr(sorted(value) if isinstance(value, frozenset) else value)
 
 
-def _devices(moment: Moment) -> Iterator[tuple[str, str]]:
-    for device in {tensor.device for tensor in _held(moment).values()}:
+def _devices(moment: Moment, options: Options) -> Iterator[tuple[str, str]]:
+    """The GPUs that the model lies on, and those that it is given."""
+    found = {tensor.device for tensor in _held(moment).values()} | set(options.devices)
+    if options.group is not None and torch.cuda.is_available():
+        found.add(torch.device("cuda", torch.cuda.current_device()))
+    for device in sorted(found, key=str):
         if device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(device)
             yield str(device), f"{torch.cuda.get_device_name(device)}, {major}.{minor}"

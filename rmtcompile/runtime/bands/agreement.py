@@ -15,7 +15,7 @@ import torch
 from rmtcompile.runtime.bands.control import RUN, differ
 from rmtcompile.runtime.bands.copies import version
 from rmtcompile.runtime.bands.mail import Mail
-from rmtcompile.runtime.crossing import Crossing
+from rmtcompile.runtime.crossing import Crossing, Key
 
 _SAMPLES = 64
 _RECORDED = "is recorded"
@@ -55,7 +55,8 @@ class Agreement:
         Raises:
             UnsupportedError: they are not.
         """
-        state = crossing.values if crossing is not None else {}
+        # Of a state in parts each rank has other values.
+        state = crossing.values if crossing is not None and not crossing.stamp else {}
         mine = {
             "rmtcompile's program": self._program,
             "torch": torch.__version__,
@@ -63,7 +64,7 @@ class Agreement:
             "the arguments' shapes": [(tuple(x.shape), str(x.dtype)) for x in inputs],
             "the arguments' values": _sampled(inputs),
             "the weights and buffers": self._digest(held),
-            "the state": None if crossing is None else (crossing.first, crossing.border, sorted(state)),
+            "the state": None if crossing is None else _shown(crossing, state),
             "the state's values": _sampled([value for _, value in sorted(state.items())]),
             "what has gradients": list(wanted),
         }
@@ -86,6 +87,12 @@ class Agreement:
 def anywhere(source: str, home: torch.device) -> str:
     """The source of a program without the device of this rank."""
     return source.replace(f'torch.device("{home}")', "home")
+
+
+def _shown(crossing: Crossing, state: Mapping[Key, torch.Tensor]) -> tuple[Any, ...]:
+    """What ranks see of each other's state where these differ."""
+    held = f"a rank's part of that of call {crossing.stamp}" if crossing.stamp else sorted(state)
+    return crossing.first, crossing.border, held
 
 
 def _hashed(words: Sequence[str]) -> str:

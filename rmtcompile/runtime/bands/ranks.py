@@ -35,6 +35,7 @@ from rmtcompile.runtime.bands.rank_gradients import with_gradients
 from rmtcompile.runtime.bands.rank_replays import RankReplays
 from rmtcompile.runtime.bands.recorded import KEPT
 from rmtcompile.runtime.bands.run import BandRun
+from rmtcompile.runtime.bands.shards import Shards
 from rmtcompile.runtime.bands.trail import Trail
 from rmtcompile.runtime.base import BaseRun, OnLevel, OnValue
 from rmtcompile.runtime.contexts import own_modes
@@ -42,6 +43,7 @@ from rmtcompile.runtime.crossing import Crossing, Key
 from rmtcompile.runtime.execute import Executor
 from rmtcompile.runtime.gradients import is_transformed
 from rmtcompile.runtime.stacks import together
+from rmtcompile.runtime.state import Part
 
 _TENSOR = object()
 
@@ -70,6 +72,7 @@ class RankExecutor(BandedExecutor):
         self.mail = Mail(group, self.cut, compiled.program, self.device)
         self.replays: RankReplays = RankReplays(self)
         self.agreement = Agreement(self.mail, anywhere(compiled.emitted.source, self.home))
+        self.shards = Shards(self.compiled.emitted.carried, self.cut, self.mail, self.members[self.rank].way)
         self._traffic: dict[tuple[int, int], Traffic] = {}
 
     @property
@@ -156,8 +159,31 @@ class RankExecutor(BandedExecutor):
                 flat = with_gradients(self.mail, list(wanted.values()), forward)
                 outputs, found = _unflat(flat, shape)
         if crossing is not None:
-            crossing.take(found)
+            crossing.take(self.members[self.rank].way.back(found))
         return outputs
+
+    @property
+    def state_layers(self) -> range:
+        """See `Executor`."""
+        return self.cut.bands[self.rank].layers
+
+    def advance(
+        self,
+        segments: int,
+        inputs: list[torch.Tensor],
+        first: int,
+        border: int,
+        values: Mapping[Key, torch.Tensor],
+        part: Part | None = None,
+    ) -> tuple[tuple[Any, ...], dict[Key, torch.Tensor], Part | None]:
+        """See `Executor`; without gradients each rank keeps what its own layers read."""
+        is_functional = self._records_gradients([*inputs, *values.values()])
+        if part is not None and is_functional:
+            values, part = part.gather(part, values), None
+        outputs, after, _ = super().advance(segments, inputs, first, border, values, part)
+        if is_functional:
+            return outputs, after, None
+        return outputs, self.shards.own(after), self.shards.part()
 
     def _replays_now(self, segments: int) -> bool:
         return self._use_graphs and self.replays.can_replay(segments)
@@ -230,7 +256,8 @@ class RankExecutor(BandedExecutor):
             stopped, is_off = self._own_levels(levels, traffic, stopped)
             mine = run.crossing if run is not None else None
             found: dict[Key, torch.Tensor] = dict(mine.found) if mine is not None else {}
-            if self._share(run, found, stopped, is_off or not member.copies.hold()):
+            stays = set() if functional else {key for key in found if self.shards.stays(key)}
+            if self._share(run, found, stays, stopped, is_off or not member.copies.hold()):
                 break
             is_recorded = False
         assert run is not None
@@ -311,15 +338,24 @@ class RankExecutor(BandedExecutor):
     # ---- after the last level ------------------------------------------------------------------------------
 
     def _share(
-        self, run: BaseRun | None, found: dict[Key, torch.Tensor], stopped: Fault | None, is_off: bool
+        self,
+        run: BaseRun | None,
+        found: dict[Key, torch.Tensor],
+        stays: set[Key],
+        stopped: Fault | None,
+        is_off: bool,
     ) -> bool:
         """Give every rank what the caller reads, and what segments after the run do; whether all ranks have
         run it to its end.
 
+        Args:
+            found: what segments after the run read, of this rank; of all ranks afterwards.
+            stays: what of it no other rank gets.
+
         Raises:
             RankError: something has gone wrong on one of them, which all of them say.
         """
-        mine: dict[Any, Any] = {("", key): value for key, value in found.items()}
+        mine: dict[Any, Any] = {("", key): value for key, value in found.items() if key not in stays}
         for name in sorted(self.cut.bands[self.rank].makes):
             if run is not None and CALLER in self.compiled.emitted.readers.get(name, ()):
                 mine |= {(name, segment): value for segment, value in run.taps[name].values.items()}
