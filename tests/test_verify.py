@@ -198,6 +198,11 @@ def test_values_that_are_rounding_alone_are_no_difference() -> None:
     assert compare(noise, -noise, "it", 0.0, other) is None
     assert compare(noise, noise + 1e-6, "it", 0.0, other) is not None
     assert compare(noise, -noise, "it", 0.0, noise.clone()) is not None
+    x, nudged = torch.ones(4), torch.ones(4) + 1e-4
+    allowed = {"tolerance": 0.0, "nudged": nudged}
+    assert compare(x, x + 9e-4, "it", **allowed, amplified=1e-2) is None
+    assert compare(x, x + 2e-3, "it", **allowed, amplified=1e-2) is not None, "more than the model's own"
+    assert compare(x, x + 9e-4, "it", **allowed, amplified=5e-4) is not None
     large, turned = 1e16 * noise, 1e16 * other
     assert compare(large, -large, "it", 0.0, turned) is not None, "chaotic values are compared all the same"
 

@@ -252,8 +252,9 @@ class Lengthening:
             part = of_segments(args, kwargs, entry.segmentation, length)
             if not entry.lengths.too_short:
                 with entry.executor.uncompiled(), torch.no_grad():
-                    tolerance = rounding(entry.compiled)
-                    found = self._programs.difference(entry, length, *part, tolerance=tolerance)
+                    is_followed = entry.lengths.followed_to >= length  # longer captures show nothing more
+                    given = rounding(entry.compiled), unexplained(entry.compiled) if is_followed else 0.0
+                    found = self._programs.difference(entry, length, *part, *given)
                 settled = proved >= longest or length <= proved
                 if found is None or (settled and self._is_rounding(entry, length, part)):
                     entry.lengths.checked_to = length

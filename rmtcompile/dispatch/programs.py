@@ -302,14 +302,15 @@ class Programs:
                 self._lengths.settle_short(entry, count, *part)
 
     def difference(
-        self, entry: Entry, count: int, args: Any, kwargs: Any, tolerance: float = 0.0
+        self, entry: Entry, count: int, args: Any, kwargs: Any, tolerance: float = 0.0, amplified: float = 0.0
     ) -> str | None:
         """Run the program and the model and compare; the model is left as it was. Returns the difference in
-        words, or None; relative differences up to `tolerance` are none."""
+        words, or None; see `verify.difference` for those that are none."""
         executor, is_small = entry.executor, count <= self.options.max_segments_captured
         is_timed = executor.device.type == "cpu" and executor.backend == "eager" and not is_small
         took = partial(self.told.took, count) if is_timed else None
-        return difference(self.model, entry.compiled, executor, count, args, kwargs, tolerance, took)
+        given = self.model, entry.compiled, executor, count, args, kwargs
+        return difference(*given, tolerance, amplified, took)
 
     def _is_alike(self, one: tuple[Any, Any], other: tuple[Any, Any], count: int) -> bool | None:
         return is_alike(self.model, one, other, count)

@@ -62,6 +62,7 @@ def difference(
     args: Any,
     kwargs: Any,
     tolerance: float = 0.0,
+    amplified: float = 0.0,
     took: Callable[[float, float], object] | None = None,
 ) -> str | None:
     """Run both and compare results and what they leave behind; gives the difference in words, or None.
@@ -69,6 +70,7 @@ def difference(
     Args:
         tolerance: relative differences that are none, where those of the dtypes that the forward computes in
             are smaller.
+        amplified: the same of differences that the model itself makes of a rounding of its input.
         took: called with the seconds of the model and of the program, which runs twice for this.
     """
     inputs = tensors_of(args, kwargs)
@@ -111,18 +113,22 @@ def difference(
             others = own(*pytree.tree_map(_nudged, (args, kwargs)))[1]
             own_values = len(theirs) - len(written)  # it has written into other inputs than these
             again[:own_values] = others[:own_values]
-        found = _first_of(mine, theirs, again, tolerance)
+        found = _first_of(mine, theirs, again, tolerance, amplified)
     if took is not None and not found:
         took(seconds[1] - seconds[0], seconds[-1] - seconds[-2])
     return f"{found}, at {count} segments" if found else None
 
 
 def _first_of(
-    named: Sequence[tuple[str, Any]], theirs: Sequence[Any], again: Sequence[Any], tolerance: float
+    named: Sequence[tuple[str, Any]],
+    theirs: Sequence[Any],
+    again: Sequence[Any],
+    tolerance: float,
+    amplified: float = 0.0,
 ) -> str | None:
     """The first difference of several values; see `compare`."""
     for (what, mine), expected, other in zip(named, theirs, again, strict=True):
-        if text := compare(expected, mine, what, tolerance, other):
+        if text := compare(expected, mine, what, tolerance, other, amplified):
             return text
     return None
 
@@ -163,7 +169,14 @@ NOISE = 0.1
 as what rounding leaves (`_is_noise`)."""
 
 
-def compare(expected: Any, got: Any, what: str, tolerance: float = 0.0, nudged: Any = None) -> str | None:
+MARGIN = 10
+"""How many times as large as what a rounding of the input makes a difference may be. Measured for ARMTs of 32
+to 64 layers with random weights, all results and gradients: 0.3 to 5 times."""
+
+
+def compare(
+    expected: Any, got: Any, what: str, tolerance: float = 0.0, nudged: Any = None, amplified: float = 0.0
+) -> str | None:
     """The first difference between two nested values in words, or None; see `difference`.
 
     Args:
@@ -185,7 +198,8 @@ def compare(expected: Any, got: Any, what: str, tolerance: float = 0.0, nudged: 
             return f"{name} is {y.dtype}{list(y.shape)} instead of {x.dtype}{list(x.shape)}"
         elif (error := error_of(x, y)) > max(tolerance, TOLERANCE.get(x.dtype, 1e-3)):
             own = error_of(x, others[i])
-            if _is_noise(x, y) and own >= NOISE and error <= 10 * own < float("inf"):
+            says_nothing = _is_noise(x, y) and own >= NOISE
+            if (says_nothing or error <= amplified) and error <= MARGIN * own < float("inf"):
                 continue
             return f"{name} differs from the sequential forward by {error:.1e} relative"
     return None
