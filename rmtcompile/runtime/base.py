@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol, Self
 
 import torch
@@ -14,6 +15,7 @@ from rmtcompile.runtime.crossing import Crossing
 from rmtcompile.runtime.gradients import is_transformed
 from rmtcompile.runtime.lookups import Divided, Embedded, Lookup
 from rmtcompile.runtime.storage import TapStore, Target, dense
+from rmtcompile.runtime.unread import Dependents, farthest, passing
 
 Outputs = dict[str, torch.Tensor]
 Level = Callable[[Any, int], None]
@@ -46,6 +48,7 @@ class Engine(Protocol):
         self, function: Callable[..., Any], args: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...]: ...
     def divided(self, function: Callable[..., Any]) -> Divided | None: ...
+    def dependents(self, function: Callable[..., Any], args: Sequence[Any]) -> Dependents | None: ...
     def prefers_mixed(self, width: int) -> bool: ...
     def mask(self, bits: tuple[bool, ...]) -> torch.Tensor: ...
     def buffers(self, lane: Lane) -> tuple[torch.Tensor, torch.Tensor] | None: ...
@@ -155,8 +158,26 @@ class BaseRun:
             found = self.engine.divided(function)
             if found is not None and any(args[lookup.weight].requires_grad for lookup in found.lookups):
                 rows = (self._rows_of(lookup, args) for lookup in found.lookups)
-                return self.engine.region(found.rest, (*args, *rows))
-        return self.engine.region(function, args)
+                function, args = found.rest, (*args, *rows)
+        return self.passing(function, args, lambda given: self.engine.region(function, given))
+
+    def passing(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        call: Callable[[tuple[Any, ...]], tuple[torch.Tensor, ...]],
+    ) -> tuple[torch.Tensor, ...]:
+        """The results of a cell or a body; in a short run no gradients are passed on of what nobody reads."""
+        if self.is_short and torch.is_grad_enabled() and _any_requires_grad(args) and not is_transformed():
+            of = self.engine.dependents(function, args)
+            if of is not None:
+                return passing(call, args, of)
+        return call(args)
+
+    @cached_property
+    def is_short(self) -> bool:
+        """Whether the last segments are all there are, of those whose memories nobody reads."""
+        return self.segments - self.first <= farthest(self.program)
 
     def _rows_of(self, lookup: Lookup, args: Sequence[torch.Tensor]) -> torch.Tensor:
         weight = args[lookup.weight]

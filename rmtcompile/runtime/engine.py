@@ -16,6 +16,7 @@ from rmtcompile.runtime.gradients import is_transformed
 from rmtcompile.runtime.likening import fed_with_gradients, likened
 from rmtcompile.runtime.lookups import Divided, divided
 from rmtcompile.runtime.storage import Target, dense, lane_buffers
+from rmtcompile.runtime.unread import Dependents, dependents
 
 _PLACE = -1  # an output that goes to a tensor of its own
 
@@ -74,6 +75,7 @@ class Engine:
         self._masks: dict[tuple[bool, ...], torch.Tensor] = {}
         self._divided: dict[str, Divided | None] = {}
         self._fed: dict[Any, frozenset[str]] = {}  # lanes, by cell function
+        self._dependents: dict[Callable[..., Any], Dependents | None] = {}
         open_lanes = program.open_lanes | {lane.name for lane in program.lanes if lane.grows}
         kept = [lane for lane in program.lanes if keeps_buffers and lane.name not in open_lanes]
         self._kept = {lane.name: lane_buffers(lane) for lane in kept}
@@ -187,6 +189,14 @@ class Engine:
         ports = {port.name for port in group.ports if port.role == "lane" and port.source in self._fed[key]}
         named = zip(_parameters(function), args, strict=True)
         return tuple(likened(arg) if name in ports else arg for name, arg in named)
+
+    def dependents(self, function: Callable[..., Any], args: Sequence[Any]) -> Dependents | None:
+        """Of each argument of a compiled function; None where autograd sees what is unread. See `unread`."""
+        if not self.is_compiled:
+            return None
+        if function not in self._dependents:
+            self._dependents[function] = dependents(function, args)
+        return self._dependents[function]
 
     def _mode(self, function: Callable[..., Any], target: Target | None) -> int | None:
         """None: returned; the position of the argument that is overwritten; or `_PLACE`."""

@@ -250,7 +250,8 @@ class RowRun(BaseRun):
         self, function: Callable[..., tuple[torch.Tensor, ...]], window: RowWindow, *args: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Run a cell function for a window, in the form that the engine has compiled for its width."""
-        return self.engine.call(function, len(window.segments), args, ())
+        width = len(window.segments)
+        return self.passing(function, args, lambda given: self.engine.call(function, width, given, ()))
 
     def is_only(self, window: RowWindow, classes: set[int]) -> bool:
         """Whether all cells of the window are of these classes."""

@@ -179,7 +179,8 @@ class Run(BaseRun):
         self.stored.update({(window.group, window.layers, name): t for name, t in given if t})
         if len(window.layers) == 1 and self.segments > 1 and torch.is_grad_enabled():
             args = self.engine.likened(function, args)
-        return self.engine.call(function, len(window.layers), args, targets)
+        width = len(window.layers)
+        return self.passing(function, args, lambda given: self.engine.call(function, width, given, targets))
 
     def _target(self, window: Window, output: str) -> Target | None:
         """The lane that receives an output of a window's cells directly, if one may."""
