@@ -157,7 +157,7 @@ def test_operations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         while True:
             x = x.sin()
 
-    monkeypatch.setattr("rmtcompile.frontend.probe._MOST", 100)
+    monkeypatch.setattr("rmtcompile.frontend.views.MOST", 100)
     with pytest.raises(PartitionError, match="does not cut"):
         probe(endless, (torch.zeros(2, 20, 4),), {})
 
@@ -291,4 +291,77 @@ def test_layers_take_a_memory_apart_before_the_text_is_cut(dim: int, segments: i
         found = probe(model, args, {})
         assert [(axis.leaf, axis.dim, axis.length) for axis in found.axes] == [(int(args[1] is x), 1, 6)]
         for one, other in zip(model(*args), rmtcompile.optimize(model)(*args), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+class Numbered(nn.Module):
+    """Each segment takes its part of the positions, which have no batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.pos, self.mix = nn.Embedding(20, 4), nn.Embedding(6, 4), nn.Linear(4, 4)
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        memory, out = torch.zeros(ids.shape[0], 1, 4, dtype=self.mix.weight.dtype), []
+        for i, p in zip(ids.split(6, 1), positions.split(6), strict=False):
+            h = torch.tanh(self.mix(self.emb(i) + self.pos(p)) + memory)
+            memory = h.mean(1, keepdim=True)
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("tokens", [4, 6, 12, 15, 18])
+def test_positions_without_a_batch(tokens: int) -> None:
+    ids, positions = torch.randint(20, (2, tokens)), torch.arange(tokens) % 6
+    found = probe(Numbered(), (ids, positions), {})
+    assert [(axis.leaf, axis.dim, axis.length) for axis in found.axes] == [(0, 1, 6), (1, 0, 6)]
+
+
+class Weighed(Numbered):
+    """What has one number a text is no position."""
+
+    def forward(self, ids: Tensor, weights: Tensor) -> Tensor:
+        out = [self.mix(self.emb(i)) * weights[:, None, None] for i in ids.split(6, 1)]
+        return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("tokens", [6, 12])
+def test_weights_of_texts_are_no_positions(tokens: int) -> None:
+    for batch in (3, 12):
+        found = probe(Weighed(), (torch.randint(20, (batch, tokens)), torch.rand(batch)), {})
+        assert [(axis.leaf, axis.dim, axis.length) for axis in found.axes] == [(0, 1, 6)]
+
+
+class Chunks(Remembers):
+    """Its memories are an argument that is cut into as many chunks as there are layers."""
+
+    def forward(self, memory: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        memories, outs = list(memory.chunk(3, 1)), []
+        for h in x.split(6, 1):
+            for i, mix in enumerate(self.mix):
+                h = torch.tanh(mix(h) + memories[i][:, 0])
+                memories[i] = h.mean(1, keepdim=True)[:, None]
+            outs.append(h)
+        return torch.cat(outs, 1), torch.cat(memories, 1)
+
+
+@pytest.mark.parametrize("tokens", [4, 6, 12, 20])
+@torch.no_grad()
+def test_a_memory_in_front_of_the_text(tokens: int) -> None:
+    x, positions = torch.randn(2, tokens, 4, dtype=torch.float64), torch.rand(2, tokens).double()
+
+    class Placed(RemembersFirst):
+        def forward(self, memory: Tensor, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return super().forward(memory, x + positions.sin()[..., None])
+
+    cases: list[tuple[nn.Module, tuple[Tensor, ...]]] = [
+        (RemembersFirst(0), (torch.randn(3, 2, 1, 4), x)),
+        (Placed(1), (torch.randn(2, 3, 1, 4), x, positions)),
+        (Chunks(1), (torch.randn(2, 3, 1, 4), x)),
+    ]
+    for model, (memory, *rest) in cases:
+        args = memory.double(), *rest
+        assert probe(model.double(), args, {}).axes[0] == Axis(1, 1, 6)
+        fast = rmtcompile.optimize(model)
+        for one, other in zip(model(*args), fast(*args), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
