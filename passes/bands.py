@@ -123,12 +123,6 @@ def check_cut(
             [dependences[offset].described(tuple(paths)) for offset in blocked],
             "run it on one device",
         )
-    if grown := [lane.name for lane in program.lanes if lane.grows]:
-        raise UnsupportedError(
-            "values that grow with the segments are not handed from band to band yet",
-            [", ".join(grown)],
-            "run it on one device",
-        )
     for node in _random_in_init(program):
         raise UnsupportedError(
             "what all segments read is drawn at random, and each band would draw its own",

@@ -28,7 +28,7 @@ from rmtcompile.dispatch.prefixes import Prefixes, chain
 from rmtcompile.errors import RMTCompileError, UnsupportedError
 from rmtcompile.passes.emit.together import apart
 from rmtcompile.runtime.contexts import own_modes, plain_tensors
-from rmtcompile.runtime.packed import Member, Pack, Snapshot, go_together, member_of
+from rmtcompile.runtime.packed import Member, Pack, Snapshot, go_together
 
 if TYPE_CHECKING:
     from rmtcompile.optimized import Optimized
@@ -197,8 +197,10 @@ class Stream:
             return "runs are put together of recordings"
         if entry.is_edited:
             return "its program was edited"
-        if executor.bands:
-            return "its layers are cut into bands"
+        if self._fast.options.group is not None:
+            return "its layers are cut into bands of several processes"
+        if executor.bands and self._prefixes is not None:
+            return "its layers are cut into bands, which share no beginnings"
         if is_loaded(entry.compiled):
             return "its program was loaded, without what tells whether texts may share a call"
         if entry.compiled.written or executor.replaced or entry.compiled.capture.guard.counters:
@@ -251,7 +253,7 @@ class Stream:
         if self._pack is not None and self._lead and not go_together(executor, self._lead.executor):
             yield from self._drained()
         if self._pack is None:
-            self._pack, self._lead = Pack(one.entry.compiled.program), one.entry
+            self._pack, self._lead = executor.pack(), one.entry
         pack = self._pack
         after, snapshots = self._after(one), self._to_keep(one)
         while after is not None and not after.is_ready and self._pack is pack and pack.members:
@@ -266,7 +268,7 @@ class Stream:
             self.shared, self.shared_segments = self.shared + 1, self.shared_segments + after.border
         with self._fast._lock:
             inputs = tensors_of(one.args, one.kwargs)
-            member = member_of(executor, one, one.call.count, inputs, pack.lanes, after, snapshots)
+            member = pack.text(executor, one, one.call.count, inputs, after, snapshots)
             one.versions[:] = _version(inputs), _version(member.leaves.values())
             pack.admit(member)
 

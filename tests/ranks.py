@@ -39,7 +39,8 @@ from rmtcompile import IgnoredWarning, RunState
 
 
 def same(rank: int, group: Any) -> Any:
-    for name, lengths in (("skip_connections", (4, 1, 7)), ("hybrid", (5,))):
+    lengths_of = {"skip_connections": (4, 1, 7), "hybrid": (5,), "growing_cache": (4, 1, 6)}
+    for name, lengths in lengths_of.items():
         model, _ = of_zoo(name, 1)
         fast = optimized(copy.deepcopy(model), group)
         for segments in lengths:
@@ -132,7 +133,8 @@ def from_host(rank: int, group: Any) -> Any:
 @torch.enable_grad()
 def training(rank: int, group: Any) -> Any:
     """Forward and gradients of weights and arguments, with levels recomputed and without."""
-    for name, segments, recompute in (("skewed", 5, "none"), ("compressed_older", 4, "level")):
+    cases = (("skewed", 5, "none"), ("compressed_older", 4, "level"), ("growing_cache", 4, "none"))
+    for name, segments, recompute in cases:
         model, x = of_zoo(name, segments)
         other = copy.deepcopy(model)
         fast = optimized(other, group, recompute=recompute)

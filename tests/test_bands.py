@@ -323,7 +323,7 @@ def test_traffic_is_known_beforehand(name: str, monkeypatch: pytest.MonkeyPatch)
     fast(*entry.inputs(2, 6))
     executor = fast._last[0].executor
     seen: list[Any] = []
-    send = BandedExecutor._send
+    send = BandedExecutor.send
 
     def noting(self: Any, member: Any, run: Any, runs: Any) -> None:
         got = sorted(((m.sent, m.segment) for m in run.outgoing), key=str)
@@ -331,7 +331,7 @@ def test_traffic_is_known_beforehand(name: str, monkeypatch: pytest.MonkeyPatch)
         seen.extend(got)
         send(self, member, run, runs)
 
-    monkeypatch.setattr(BandedExecutor, "_send", noting)
+    monkeypatch.setattr(BandedExecutor, "send", noting)
     for segments in (6, 2, 9):
         executor.run(segments, list(entry.inputs(2, segments)))
     assert seen

@@ -236,6 +236,26 @@ def test_gradients(name: str) -> None:
     assert_same(wanted, found, 1e-9)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_in_bands(name: str) -> None:
+    """Caches stay with their layers; masks that grow with them go from band to band."""
+    model = model_of(name)
+    other = copy.deepcopy(model)
+    fast = rmtcompile.optimize(other, devices=["cpu", "cpu"])
+    with torch.no_grad():
+        for length in (15, 3, 8, 36, 16):
+            x = features(12)[:, :length]
+            assert_same(model(x), fast(x))
+    x = features(5).requires_grad_()
+    wanted, found = (
+        torch.autograd.grad(call(x).square().mean(), [x, *one.parameters()], allow_unused=True)
+        for call, one in ((model, model), (fast, other))
+    )
+    flat = (torch.cat([g.flatten() for g in grads if g is not None]) for grads in (wanted, found))
+    assert_same(*flat, 1e-9)  # those of keys' biases are nothing but rounding
+    assert len(fast.explain().bands) > 2 and "larger" in fast._last[0].executor.replays._found_obstacle()
+
+
 @torch.no_grad()
 def test_ragged_ends_and_batches() -> None:
     model = model_of("hybrid")

@@ -25,6 +25,7 @@ from rmtcompile.runtime.engine import Engine, backend_for
 from rmtcompile.runtime.fitting import Keeping, room_on
 from rmtcompile.runtime.forms import Form
 from rmtcompile.runtime.graphs import Started
+from rmtcompile.runtime.packed import Pack
 from rmtcompile.runtime.replays import Replays
 from rmtcompile.runtime.run import Run
 from rmtcompile.runtime.stacks import Alone, Stacks
@@ -267,6 +268,10 @@ class Executor:
             if not (graphs and self._use_graphs):
                 return self._run(segments, inputs, self.held(), False, on_level)
             return self.replays.run(segments, inputs)
+
+    def pack(self) -> Any:
+        """A wavefront for several texts."""
+        return Pack(self.program)
 
     def measure(self, inputs: list[torch.Tensor]) -> Costs | None:
         """Measure what levels cost, once, on CUDA with compiled cells; None elsewhere. A training step does

@@ -132,6 +132,7 @@ class Member(Run):
         """What comes before a level's cells."""
         if level == self.grid.levels.start:
             self.functions["setup"](self)
+        self.take(level)
         if self.crossing is not None:
             self.resume(level, self.crossing)
         if (segment := self.entering(level)) is not None:
@@ -147,7 +148,14 @@ class Member(Run):
                 if segment == snapshot.border - 1:
                     snapshot.close(self)
         if level == self.grid.levels.stop - 1:
-            self.outputs, self.is_done = self.functions["outputs"](self), True
+            self.end()
+
+    def take(self, level: int) -> None:
+        """What others have made for this level is put where it is read."""
+
+    def end(self) -> None:
+        """What comes after the last level."""
+        self.outputs, self.is_done = self.functions["outputs"](self), True
 
 
 @dataclass(frozen=True)
@@ -179,6 +187,25 @@ class Pack:
         self.members: list[Member] = []
         self.level = 0
         self.segments = 0
+
+    def text(
+        self,
+        executor: Executor,
+        name: Any,
+        segments: int,
+        inputs: list[torch.Tensor],
+        after: Snapshot | None = None,
+        snapshots: Sequence[Snapshot] = (),
+    ) -> Member:
+        """A run of an executor's program over a text, on the lanes of the pack, which is not recorded; see
+        `Member`."""
+        executor.compile_forms(segments, inputs)
+        executor.engine.mixes_often = True
+        with plain_tensors():
+            leaves = executor.held()
+            weights, functions = executor.stacks.current(leaves), executor.compiled.namespace
+            given = executor.named(inputs), leaves, weights, executor.engine, functions, self.lanes
+            return Member(name, executor.program, segments, *given, after, snapshots)
 
     def admit(self, member: Member) -> None:
         """Put a text behind those that have entered."""
@@ -269,26 +296,6 @@ def _rows_of(owner: Member, owners: Sequence[Member]) -> range:
     return range(mine[0], mine[-1] + 1)
 
 
-def member_of(
-    executor: Executor,
-    name: Any,
-    segments: int,
-    inputs: list[torch.Tensor],
-    lanes: Mapping[str, LaneStore],
-    after: Snapshot | None = None,
-    snapshots: Sequence[Snapshot] = (),
-) -> Member:
-    """A run of an executor's program over a text of a pack, on the lanes of the pack, which is not recorded;
-    see `Member`."""
-    executor.compile_forms(segments, inputs)
-    executor.engine.mixes_often = True
-    with plain_tensors():
-        leaves = executor.held()
-        weights, functions = executor.stacks.current(leaves), executor.compiled.namespace
-        given = executor.named(inputs), leaves, weights, executor.engine, functions, lanes
-        return Member(name, executor.program, segments, *given, after, snapshots)
-
-
 def go_together(one: Executor, other: Executor) -> bool:
     """Whether runs of both may stand in one pack: of one code, alike but for their last segments."""
     if one is other:
@@ -296,4 +303,4 @@ def go_together(one: Executor, other: Executor) -> bool:
     return one.stacks is other.stacks and other.replays.are_of(one.compiled.sizes)
 
 
-__all__ = ["Member", "Pack", "Snapshot", "go_together", "member_of"]
+__all__ = ["Member", "Pack", "Snapshot", "go_together"]

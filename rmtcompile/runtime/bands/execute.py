@@ -29,6 +29,7 @@ from rmtcompile.runtime.bands.balance import divided
 from rmtcompile.runtime.bands.copies import Copies, OnDevice, Way
 from rmtcompile.runtime.bands.engines import BandEngines
 from rmtcompile.runtime.bands.links import Links, Value
+from rmtcompile.runtime.bands.packed import BandedPack
 from rmtcompile.runtime.bands.replays import BandReplays
 from rmtcompile.runtime.bands.run import BandRun
 from rmtcompile.runtime.base import BaseRun, OnLevel, OnValue
@@ -101,6 +102,7 @@ class BandedExecutor(Executor):
             compiled.division = known = divided(program, devices, group, counts)
         self.cut: Cut = cut(program, compiled.emitted.readers, known)
         self.links = Links()
+        self._growing = {lane.name for lane in program.lanes if lane.grows}
         self.members = [self._member(band, devices[band.index], like) for band in self.cut.bands]
         self.device = devices[0]
         self.backend = backend_for(backend, self.device)
@@ -128,6 +130,10 @@ class BandedExecutor(Executor):
     def bands(self) -> list[str]:
         """See `Executor`."""
         return self.cut.described([member.way.device for member in self.members])
+
+    def pack(self) -> Any:
+        """See `Executor`."""
+        return BandedPack(self)
 
     def measure(self, inputs: list[torch.Tensor]) -> None:
         """Nothing is measured: bands run on wavefronts."""
@@ -187,18 +193,29 @@ class BandedExecutor(Executor):
     ) -> BandRun:
         """A band's part of a run, with what is the same for all segments."""
         band, way = member.band, member.way
-        given = OnDevice(inputs, way.moving)
-        held = OnDevice(leaves, lambda name, x: self.copied(member, name, x, [x], functional))
-        stacked = self.weights_of(member, leaves, weights, functional)
+        given = self.given_to(member, inputs, leaves, weights, functional)
         shown = _at_home(on_value, way, band.index == 0)
         mine = _part(crossing, band, way) if crossing is not None else None
-        engine = self.engine_of(band)
         looking = on_level, shown, mine
-        run = BandRun(band.program, segments, given, held, stacked, engine, functional, *looking)
+        run = BandRun(band.program, segments, *given, functional, *looking)
         run.join(band, self.whole, functional)
         with member.current():
             member.functions["setup"](run)
         return run
+
+    def given_to(
+        self,
+        member: Member,
+        inputs: Mapping[str, torch.Tensor],
+        leaves: Mapping[str, torch.Tensor],
+        weights: Mapping[str, torch.Tensor],
+        functional: bool,
+    ) -> tuple[OnDevice, OnDevice, dict[str, torch.Tensor], Engine]:
+        """Arguments, leaves and stacked weights of a run, on a band's device, and what executes its cells."""
+        given = OnDevice(inputs, member.way.moving)
+        held = OnDevice(leaves, lambda name, x: self.copied(member, name, x, [x], functional))
+        stacked = self.weights_of(member, leaves, weights, functional)
+        return given, held, stacked, self.engine_of(member.band)
 
     def engine_of(self, band: Band) -> Engine:
         engines: Any = self.engine
@@ -267,12 +284,13 @@ class BandedExecutor(Executor):
                 if level in run.grid.levels:
                     with member.current():
                         run.level(level, member.functions["step"])
-                        self._send(member, run, runs)
+                        self.send(member, run, runs)
 
-    def _send(self, member: Member, run: BandRun, runs: Sequence[BandRun]) -> None:
+    def send(self, member: Member, run: BandRun, runs: Sequence[BandRun]) -> None:
+        """Send what a band's part of a run has made for the others."""
         for message in run.outgoing:
             target = self.members[message.sent.target].way.device
-            if run.functional:
+            if run.functional or message.sent.name in self._growing:  # no memory that is used again
                 value: Any = Value(Way(member.way.device, target).to(message.value))
             else:
                 value = self.links.send(message.sent, message.value, member.way.device, target)

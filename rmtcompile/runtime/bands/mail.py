@@ -51,7 +51,7 @@ class Mail:
 
     def send(self, sent: Sent, value: Any, level: int) -> Any:
         """Start to send a value; zeros or nothing where there is none. Gives what is sent."""
-        if sent.is_tap:
+        if self._is_open(sent):
             with self.told(f"rank {sent.target}", level):
                 kinds = pytree.tree_map(_kind, value)
                 dist.send_object_list([kinds], self._global(sent.target), group=self.words.group)
@@ -67,11 +67,15 @@ class Mail:
         """A value that another rank has sent."""
         source = self.source(sent)
         with self.told(f"rank {source}", level):
-            if sent.is_tap:
+            if self._is_open(sent):
                 told: list[Any] = [None]
                 dist.recv_object_list(told, self._global(source), group=self.words.group)
                 return pytree.tree_map_only(_Kind, lambda k: self._received(self._made(k), source), told[0])
             return self._received(self._room(sent), source)
+
+    def _is_open(self, sent: Sent) -> bool:
+        """Whether the shape of a value is not known before it is there."""
+        return sent.is_tap or bool(self._lanes[sent.name].grows)
 
     def source(self, sent: Sent) -> int:
         """The rank that sends it."""

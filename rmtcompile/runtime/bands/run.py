@@ -8,7 +8,7 @@ A band that finds all that was sent before its level does what the whole program
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 
 from rmtcompile.ir.bands import Band, Sent
 from rmtcompile.runtime.base import Level, Outputs
-from rmtcompile.runtime.run import Run, Window, _rows
-from rmtcompile.runtime.storage import LaneStore
+from rmtcompile.runtime.run import Run, Stored, Window, _rows
+from rmtcompile.runtime.storage import LaneStore, Target
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,17 @@ class BandRun(Run):
 
     def level(self, level: int, step: Level) -> None:
         """Run one level, with all that was sent before it."""
+        self.deliver(level)
+        super().level(level, step)
+
+    def deliver(self, level: int) -> None:
+        """Put all that was sent before a level where its cells look for it."""
+        self._now = level
         due = sorted((m for m in self._arrived if m.level < level), key=lambda m: m.level)
         self._arrived = [m for m in self._arrived if m.level >= level]
         for message in due:
             self.receive(message)
             message.value.done()
-        super().level(level, _noting(step))
 
     def receive(self, message: Message) -> None:
         """Put a value where the cells of this band look for it."""
@@ -99,16 +104,15 @@ class BandRun(Run):
 
     # ---- sending -------------------------------------------------------------------------------------------
 
-    def write(self, windows: Sequence[Window], results: Sequence[Outputs]) -> None:
+    def keep_cells(
+        self, window: Window, outputs: Outputs, rows: range, stored: Mapping[Stored, Target]
+    ) -> None:
         """See `Run`; what other bands read of it is noted, too."""
-        for window, outputs in zip(windows, results, strict=True):
-            for sent in self._cells.get(window.group, ()):
-                if sent.layer in window.layers:
-                    row = window.layers.index(sent.layer)
-                    key = (window.group, window.layers, sent.source)
-                    is_stored = key in self.stored and not self.takes_at_once
-                    self._send(sent, window.segments[row], outputs[sent.source][row], is_stored)
-        super().write(windows, results)
+        super().keep_cells(window, outputs, rows, stored)
+        for sent in self._cells.get(window.group, ()):
+            if sent.layer in window.layers and (row := window.layers.index(sent.layer)) in rows:
+                is_stored = (window.group, window.layers, sent.source) in stored and not self.takes_at_once
+                self._send(sent, window.segments[row], outputs[sent.source][row], is_stored)
 
     def moves(self, level: int) -> list[tuple[LaneStore, list[int], torch.Tensor]]:
         """See `Run`."""
@@ -136,16 +140,6 @@ class BandRun(Run):
         """See `Run`; these stacks hold all layers of the group."""
         layers = self._whole[window.group]
         return _rows(self.stacked[name], [layers.index(layer) for layer in window.layers])
-
-
-def _noting(step: Level) -> Level:
-    """A level that says which one it is."""
-
-    def noted(run: Any, level: int) -> None:
-        run._now = level
-        step(run, level)
-
-    return noted
 
 
 __all__ = ["BandRun", "Message"]
