@@ -189,7 +189,10 @@ class Optimized(Inspected, Opaque):
                     return self.run(*args, state=state, **kwargs)
             after = left(self._programs, advance, state, found, part)
             leave(entry, advance.call.total, outputs, inputs)
-            return value_of(entry.compiled.result, outputs, advance.call.count), after
+            result = value_of(entry.compiled.result, outputs, advance.call.count)
+        with self._lock:
+            self._keep()
+        return result, after
 
     def stream(
         self,

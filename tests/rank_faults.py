@@ -112,6 +112,40 @@ def backward_and_call(rank: int, group: Any) -> Any:
     return refused(loss.backward if rank else lambda: fast(x))
 
 
+@torch.enable_grad()
+def other_orders(rank: int, group: Any) -> Any:
+    """Backward of two runs, in another order on one rank."""
+    fast = optimized(made(lambda: Toy(4)), group)
+    losses = [fast(features(5)).square().sum(), fast(features(5) + 1).square().sum()]
+    return refused((losses[0] if rank else losses[1]).backward)
+
+
+@torch.enable_grad()
+def other_losses(rank: int, group: Any) -> Any:
+    """One rank's loss is zero, or another one; then all go on together."""
+    model = made(lambda: Toy(4))
+    other = copy.deepcopy(model)
+    fast = optimized(other, group)
+    x = features(5)
+    told = [
+        refused((fast(x).square().sum() * factor).backward)
+        for factor in (float(rank != 1), 1.0 + rank, float("nan") if rank == 1 else 1.0)
+    ]
+    assert_same(gradients(model, model, x), gradients(fast, other, x), 1e-9)
+    return told
+
+
+def state_on_one(rank: int, group: Any) -> Any:
+    """One rank begins a text, the others go on with one: all are told, whatever they were about to try."""
+    model = made(lambda: Uneven([8, 8, 512, 8]))
+    fast = optimized(copy.deepcopy(model), group)
+    x = features(6, d=16)
+    _, state = fast.run(x[:, :6])
+    told = refused(lambda: fast.run(x[:, 6:13], state=state if rank else None), Exception)
+    assert_same(model(x), fast(x))
+    return told
+
+
 def without_gradients_on_one(rank: int, group: Any) -> Any:
     fast = optimized(made(lambda: Toy(4)), group)
     with torch.set_grad_enabled(rank == 0):
@@ -199,6 +233,6 @@ def other_buffers(rank: int, group: Any) -> Any:
 
 ALL = (
     other_programs, other_weights, other_lengths, recorded_elsewhere, recorded_failing, failing,
-    backward_failing, backward_and_call,
+    backward_failing, backward_and_call, other_orders, other_losses, state_on_one,
     without_gradients_on_one, undoable, late, persisting, setup, profile_and_call, other_buffers, leaving,
 )  # fmt: skip

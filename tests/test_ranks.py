@@ -51,7 +51,8 @@ CASES = (
     "same", "recorded", "recorded_elsewhere", "recorded_failing", "own_weights", "mesh",
     "other_weights", "other_lengths", "failing", "training", "steps", "retained", "parts", "sharded", "saved",
     "without_gradients_on_one", "undoable", "added", "ending", "kinds_of_results", "checkpointed",
-    "backward_failing", "backward_and_call", "late", "persisting", "hooked", "setup",
+    "backward_failing", "backward_and_call", "other_orders", "other_losses", "state_on_one",
+    "late", "persisting", "hooked", "setup",
     "profile_and_call", "other_buffers",
 )  # fmt: skip
 
@@ -86,7 +87,7 @@ def test_over_nccl(tmp_path: Path) -> None:
     one, other = ranks(2, " ".join(cases), tmp_path, "cuda")
     assert all(one[case] == other[case] for case in cases if case not in ("sharded", "saved"))
     assert all(one[case] == "same" for case in same), one
-    assert one["saved"][0] == other["saved"][0] == [0, 1] and one["backward_failing"][0] == "RankError"
+    assert one["saved"][0] == other["saved"][0] == [0, 1, 1] and one["backward_failing"][0] == "RankError"
     assert one["recorded_failing"][0] == "RankError"
     assert one["other_weights"][0] == "UnsupportedError" and one["failing"][0] == "RankError"
 
@@ -122,6 +123,19 @@ def test_backward_has_to_run_on_all_ranks(said: dict[str, list[Any]]) -> None:
     for kind, text in said["backward_and_call"]:
         assert kind == "UnsupportedError" and "rank 0 is about to run a program" in text, text
         assert "rank 1 is about to run backward" in text
+
+
+def test_backward_is_of_one_run_and_one_loss(said: dict[str, list[Any]]) -> None:
+    for kind, text in said["other_orders"]:
+        assert kind == "UnsupportedError" and "in which order backward runs" in text
+    for told in said["other_losses"]:
+        for kind, text in told:
+            assert kind == "UnsupportedError" and "they have other losses" in text
+
+
+def test_what_all_raise_is_taken_for_no_other_error(said: dict[str, list[Any]]) -> None:
+    for kind, text in said["state_on_one"]:
+        assert kind == "UnsupportedError" and "ranks are about to run different things" in text, text
 
 
 def test_recorded_levels_serve_any_length(said: dict[str, list[Any]]) -> None:
@@ -212,8 +226,9 @@ def test_ranks_keep_their_own_part_of_a_state(said: dict[str, list[Any]]) -> Non
 
 
 def test_ranks_load_what_each_has_saved_or_none_does(said: dict[str, list[Any]]) -> None:
-    for captures, notes in said["saved"]:
-        assert captures == [0, 1] and notes[-1] == "rank 1 found none for its part of the program"
+    for captures, notes, others in said["saved"]:
+        assert captures == [0, 1, 1] and notes[-1] == "rank 1 found none for its part of the program"
+        assert others[-1] == "ranks found parts of different programs"
 
 
 def test_gradients_on_some_ranks_only_are_found_before_the_first_level(said: dict[str, list[Any]]) -> None:

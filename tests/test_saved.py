@@ -415,6 +415,31 @@ def test_programs_in_bands_are_programs_of_their_own(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_parts_of_texts_are_kept(tmp_path: Path) -> None:
+    for captures in (1, 0):
+        fast = rmtcompile.optimize(made(Toy), cache=tmp_path)
+        out, state = fast.run(X[:, : 2 * SEGMENT])
+        again, _ = fast.run(X[:, 2 * SEGMENT :], state=state)
+        assert_same(made(Toy)(X), torch.cat([out, again], 1))
+        assert fast.captures == captures
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+@torch.no_grad()
+def test_a_program_without_its_report(is_gone: bool, tmp_path: Path) -> None:
+    """It runs and is kept; reports say what they lack."""
+    rmtcompile.optimize(made(Toy), cache=tmp_path)(X)
+    for path in tmp_path.rglob("*.report.json"):
+        path.unlink() if is_gone else path.write_text("")
+    for fast in (rmtcompile.optimize(made(Toy), cache=tmp_path), rmtcompile.load(tmp_path, made(Toy))):
+        assert_same(made(Toy)(X), fast(X))
+        assert fast.captures == 0
+        with pytest.raises(RMTCompileError, match="what reports need was not saved"):
+            fast.explain()
+        fast.save(tmp_path / "again")
+
+
+@torch.no_grad()
 def test_many_writers(tmp_path: Path) -> None:
     programs = [rmtcompile.optimize(made(Toy)) for _ in range(3)]
     for fast in programs:

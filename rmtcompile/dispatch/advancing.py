@@ -134,7 +134,8 @@ def left(
     """The state after a call."""
     compiled, segmentation = advance.entry.compiled, advance.call.segmentation
     first = advance.call.first
-    if advance.border == first:
+    is_gathered = state is not None and state.part is not None and part is None
+    if advance.border == first and not is_gathered:
         values, part = (state.values, state.part) if state is not None else ({}, None)
     inputs = tensors_of(advance.args, advance.kwargs)
     pending = []

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -59,6 +59,18 @@ def known_of(entry: Entry) -> dict[str, Any]:
     }  # fmt: skip
 
 
+_MEASURED = ("costs", "workspaces")
+
+
+def deciding(known: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a program, but for what was measured, which differs from process to process."""
+    return {
+        name: deciding(value) if name == "rules" else value
+        for name, value in known.items()
+        if name not in _MEASURED
+    }
+
+
 def compiled_forms(entries: Sequence[Entry], known: Container[str]) -> dict[str, bytes]:
     """The compiled forms of entries by key, but for known ones, for processes that do not compile them."""
     forms = {form.key: form for entry in entries for form in entry.executor.forms}
@@ -88,4 +100,4 @@ def text_of(call: Any) -> str:
     return "" if " at 0x" in text else text
 
 
-__all__ = ["Key", "all_of", "compiled_forms", "known_of", "served", "serves", "text_of"]
+__all__ = ["Key", "all_of", "compiled_forms", "deciding", "known_of", "served", "serves", "text_of"]

@@ -20,7 +20,16 @@ from typing import Any
 from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.compiler.stages import Stage
 from rmtcompile.dispatch.entries import Entry, Loaded, Restored, Rules
-from rmtcompile.dispatch.served import Key, all_of, compiled_forms, known_of, served, serves, text_of
+from rmtcompile.dispatch.served import (
+    Key,
+    all_of,
+    compiled_forms,
+    deciding,
+    known_of,
+    served,
+    serves,
+    text_of,
+)
 from rmtcompile.dispatch.size_vectors import Vector
 from rmtcompile.errors import IgnoredWarning, UnsupportedError, warn
 from rmtcompile.ir.segmentation import Segmentation
@@ -147,7 +156,9 @@ class Shelf:
         """Whether all processes that run a program have found the same ones, for their parts of it."""
         if self.options.group is None or self.folder is None:
             return True
-        mine = [digest_of([one.serves, one.body["record"]["division"]]) for one in found]
+        mine = [
+            digest_of([one.serves, one.body["record"]["division"], deciding(one.known)]) for one in found
+        ]
         everyone = words_of(self.options.group).gathered("look for saved programs", mine)
         if all(one == mine for one in everyone):
             return True

@@ -59,7 +59,10 @@ def probe(
                 return _with_partners(Axis(leaf, dim, length), [], run, shapes)
     guess: Segmentation | None = None
     first: Exception | None = None
-    for lead in [(i, min(len(shape) - 1, 1)) for i, shape in enumerate(shapes) if shape][:_LEADS]:
+    leads = [(i, min(len(shape) - 1, 1)) for i, shape in enumerate(shapes) if shape][:_LEADS]
+    if not leads:
+        _, first = run(shapes)
+    for lead in leads:
         found, is_sure, failure = _search(run, shapes, lead)
         if found is not None and is_sure:
             return found

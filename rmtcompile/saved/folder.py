@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,8 @@ import torch
 
 from rmtcompile.errors import UnsupportedError
 from rmtcompile.saved.record import FORMAT, Record
+
+_LOGGER = logging.getLogger("rmtcompile")
 
 COMPILED = "compiled.bin"
 FORM = ".form"
@@ -73,9 +76,13 @@ class Shelved:
         return Record(self.body["record"], _whole(folder / files["source"]).decode(), state, tensors)
 
     def report(self) -> Any:
-        """What only reports need; None where it was not saved."""
+        """What only reports need; None where it was not saved, or is damaged: the program runs without it."""
         name = self.body["files"].get("report")
-        return json.loads(_whole(self.path.parent / name)) if name else None
+        try:
+            return json.loads(_whole(self.path.parent / name)) if name else None
+        except Damaged as error:
+            _LOGGER.warning("rmtcompile: there are no reports of a saved program: %s", error)
+            return None
 
 
 def shelved(folder: Path, digest: str, damaged: list[str]) -> Iterator[Shelved]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rmtcompile.runtime.bands.control import RUN, differ
+from rmtcompile.runtime.bands.control import RUN
 from rmtcompile.runtime.bands.copies import version
 from rmtcompile.runtime.bands.mail import Mail
 from rmtcompile.runtime.crossing import Crossing, Key
@@ -72,7 +72,7 @@ class Agreement:
         for what, value in mine.items():
             said = [one[what] for one in everyone]
             if any(other != value for other in said):
-                differ(what, [f"rank {rank}: {other}" for rank, other in enumerate(said)])
+                self._mail.words.differ(what, [f"rank {rank}: {other}" for rank, other in enumerate(said)])
         return all(one[_RECORDED] for one in everyone)
 
     def _digest(self, held: Mapping[str, torch.Tensor]) -> str:

@@ -33,7 +33,7 @@ from rmtcompile.passes.bands import balanced, even
 from rmtcompile.passes.emit.bodies import is_view, parts_of
 from rmtcompile.passes.emit.regions import Regions
 from rmtcompile.passes.grid.partition import CELL, EPILOGUE, PROLOGUE
-from rmtcompile.runtime.bands.control import differ, words_of
+from rmtcompile.runtime.bands.control import words_of
 from rmtcompile.runtime.contexts import own_modes, plain_tensors, same_numbers
 from rmtcompile.runtime.costs import seconds
 
@@ -238,7 +238,7 @@ def _agreed(work: Work, device: torch.device, group: Any) -> LayerCosts | str:
         if len({digest for digest, *_ in everyone}) > 1:
             told = [f"{digest}, layers of {', '.join(groups)}" for digest, groups, _ in everyone]
             lines = [f"rank {rank}: {text}" for rank, text in enumerate(told)]
-            differ("rmtcompile's program", lines)
+            words.differ("rmtcompile's program", lines)
         found = [costs for *_, costs in everyone]
         measured = [costs for costs in found if isinstance(costs, LayerCosts)]
         words.agreed[work.digest] = (

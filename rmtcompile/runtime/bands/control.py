@@ -51,6 +51,9 @@ class Words:
         agreed: what all ranks have agreed on, by what it is about.
     """
 
+    _raised: Exception | None = None  # in this call, by all ranks
+    _is_calling = False
+
     def __init__(self, group: Any) -> None:
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
         self.calls = 0
@@ -74,6 +77,15 @@ class Words:
             RankError: a rank has failed, or does not answer any more.
             UnsupportedError: ranks are about to do different things.
         """
+        if self._raised is not None:  # what was tried meanwhile has taken it for an error of its own
+            raise self._raised
+        try:
+            return self._gathered(about, mine)
+        except (RankError, UnsupportedError) as error:
+            self._raised = error if self._is_calling else None
+            raise
+
+    def _gathered(self, about: str, mine: Any) -> list[Any]:
         found: list[Any] = [None] * self.count
         with told(f"rank {self.rank}: another rank does not answer any more"):
             dist.all_gather_object(found, (about, self.calls, mine), group=self.group)
@@ -85,32 +97,46 @@ class Words:
             raise RankError("\n".join(failed))
         if not failed and len({what for what, *_ in found}) > 1:
             lines = [f"rank {rank} is about to {what}" for rank, (what, *_) in enumerate(found)]
-            differ("what comes next", lines)
+            raise _different("what comes next", lines)
         if about == RUN and len(set(calls)) > 1:
             lines = [f"rank {rank}: call {n}" for rank, n in enumerate(calls)]
-            differ("one of them has left out a call", lines)
+            raise _different("one of them has left out a call", lines)
         return [said for *_, said in found]
+
+    def differ(self, what: str, evidence: list[str]) -> NoReturn:
+        """Raise on all ranks that they are about to run different things; to be called on all of them."""
+        error = _different(what, evidence)
+        self._raised = error if self._is_calling else None
+        raise error
 
     @contextmanager
     def call(self) -> Iterator[None]:
         """A call of a program. Where it fails on this rank alone, others that wait for it are told."""
         self.calls += 1
+        before, self._is_calling = self._is_calling, True
         try:
             yield
+            if self._raised is not None:
+                raise self._raised
         except RankError:
             raise
         except Exception as error:
+            if self._raised is not None and self._raised is not error:
+                raise self._raised from error
             if not getattr(error, "is_of_all_ranks", False):
-                with suppress(RankError):
-                    self.gathered(_FAILED, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+                with suppress(RankError, UnsupportedError):
+                    self._gathered(_FAILED, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
             raise
+        finally:
+            self._raised, self._is_calling = None, before
 
 
-def differ(what: str, evidence: list[str]) -> NoReturn:
-    """Raise on all ranks that they are about to run different things."""
+def _different(what: str, evidence: list[str]) -> UnsupportedError:
+    """What all ranks raise that are about to run different things."""
     error: Any = UnsupportedError(f"ranks are about to run different things: {what}", evidence, _HELP)
     error.is_of_all_ranks = True
-    raise error
+    found: UnsupportedError = error
+    return found
 
 
 @contextmanager
@@ -136,4 +162,4 @@ def _timeout(group: Any) -> timedelta | None:
     return getattr(options, "_timeout", None)
 
 
-__all__ = ["RUN", "Words", "differ", "sends_from", "told", "words_of"]
+__all__ = ["RUN", "Words", "sends_from", "told", "words_of"]

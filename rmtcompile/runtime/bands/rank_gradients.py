@@ -59,6 +59,7 @@ class _Work:
         self._inner = [x if x.is_leaf else x.detach().requires_grad_() for x in wanted]
         self._forward: Forward | None = forward
         self._trail = Trail(mail)
+        self._call = mail.words.calls
         self._results: list[torch.Tensor] = []
 
     def forward(self) -> tuple[torch.Tensor, ...]:
@@ -72,7 +73,7 @@ class _Work:
     def backward(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         if not self._results:
             raise RuntimeError("backward has gone through this run before: say retain_graph=True then")
-        self._mail.gathered("run backward", None)
+        self._agree(grads)
         keeps = torch._C._autograd._get_current_graph_task_keep_graph()
         pairs = [
             (result, grad)
@@ -88,6 +89,23 @@ class _Work:
         everyone = self._mail.gathered("add up gradients", told)
         raise_any([one["fault"] for one in everyone], fault)
         return self._mail.summed(mine, [one["has"] for one in everyone], self._wanted)
+
+    def _agree(self, grads: Sequence[torch.Tensor | None]) -> None:
+        """Find out whether all ranks are about to go back through the same run, from the same loss.
+
+        Raises:
+            UnsupportedError: they are not.
+        """
+        told = {"call": self._call, "grads": [None if grad is None else _sampled(grad) for grad in grads]}
+        everyone = self._mail.gathered("run backward", told)
+        if len({one["call"] for one in everyone}) > 1:
+            lines = [f"rank {rank}: backward of call {one['call']}" for rank, one in enumerate(everyone)]
+            self._mail.words.differ("in which order backward runs", lines)
+        for values in zip(*(one["grads"] for one in everyone), strict=True):
+            if not all(_are_close(values[0], value) for value in values[1:]):
+                norms = ["none" if x is None else f"of norm {torch.tensor(x).norm():.3g}" for x in values]
+                lines = [f"rank {rank}: gradients {norm}" for rank, norm in enumerate(norms)]
+                self._mail.words.differ("they have other losses", lines)
 
     def _own(
         self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], keeps: bool
@@ -109,6 +127,29 @@ class _Work:
             fault = Fault(f"rank {self._mail.rank}, {self._trail.where()}", error)
             self._trail.abandon()
             return [None] * len(self._wanted), fault
+
+
+_SAMPLES = 64
+_NEAR = 1e-2
+"""Relative difference of gradients that ranks compute of one loss, on devices that may round differently."""
+
+
+def _sampled(grad: torch.Tensor) -> list[float]:
+    """Evenly spaced elements."""
+    parts = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+    flat = parts.detach().reshape(-1)
+    found: list[float] = flat[:: max(1, flat.numel() // _SAMPLES)].double().tolist()
+    return found
+
+
+def _are_close(one: list[float] | None, other: list[float] | None) -> bool:
+    if one is None or other is None or len(one) != len(other):
+        return one is other
+    a, b = torch.tensor(one), torch.tensor(other)
+    if not torch.equal(a.isnan(), b.isnan()):
+        return False
+    a, b = a.nan_to_num(), b.nan_to_num()
+    return bool((a - b).norm() <= _NEAR * max(a.norm(), b.norm()))
 
 
 @contextmanager

@@ -178,6 +178,10 @@ class RankExecutor(BandedExecutor):
     ) -> tuple[tuple[Any, ...], dict[Key, torch.Tensor], Part | None]:
         """See `Executor`; without gradients each rank keeps what its own layers read."""
         is_functional = self._records_gradients([*inputs, *values.values()])
+        if part is not None and any(value.requires_grad for value in values.values()):
+            raise UnsupportedError(
+                "gradients of the values of a state that is in parts", [repr(part)], "pass state.gathered()"
+            )
         if part is not None and is_functional:
             values, part = part.gather(part, values), None
         outputs, after, _ = super().advance(segments, inputs, first, border, values, part)
@@ -266,7 +270,8 @@ class RankExecutor(BandedExecutor):
                 torch.Tensor, torch.Tensor.detach, (dict(inputs), held, run.init)
             )
         outputs = self.outputs_of([run] * self.count, segments, inputs, held, None)
-        return self.replays.own(outputs) if is_recorded else outputs, found
+        in_order = dict(sorted(found.items()))  # the same on all ranks
+        return self.replays.own(outputs) if is_recorded else outputs, in_order
 
     def _begun(
         self,

@@ -15,7 +15,6 @@ import torch
 
 from rmtcompile.ir.bands import Cut
 from rmtcompile.passes.emit.carried import Carried
-from rmtcompile.runtime.bands.control import differ
 from rmtcompile.runtime.bands.copies import Way
 from rmtcompile.runtime.bands.mail import Mail, kinds_of
 from rmtcompile.runtime.crossing import Key
@@ -65,7 +64,7 @@ class Shards:
         everyone = self._mail.gathered("gather a run state", told)
         if len({one["stamp"] for one in everyone}) > 1:
             lines = [f"rank {rank}: that of call {one['stamp']}" for rank, one in enumerate(everyone)]
-            differ("they gather parts of other states", lines)
+            self._mail.words.differ("they gather parts of other states", lines)
         found: dict[Key, torch.Tensor] = {}
         for rank, one in enumerate(everyone):
             kinds = {key: kind for key, kind in one["kinds"].items() if key not in found}
