@@ -15,6 +15,7 @@ from rank_models import (
     features,
     gradients,
     made,
+    of_zoo,
     optimized,
     recording,
     refused,
@@ -146,6 +147,17 @@ def state_on_one(rank: int, group: Any) -> Any:
     return told
 
 
+def failing_with_caches(rank: int, group: Any) -> Any:
+    """What others wait for has no known size, and the one message says what has happened."""
+    model, x = of_zoo("growing_cache", 5)
+    fast = optimized(model, group)
+    fast(x)
+    cells = fast._last[0].executor.members[rank].functions["CELLS"]
+    if rank == 0:
+        cells.update(dict.fromkeys(cells, broken))
+    return refused(lambda: fast(x))
+
+
 def without_gradients_on_one(rank: int, group: Any) -> Any:
     fast = optimized(made(lambda: Toy(4)), group)
     with torch.set_grad_enabled(rank == 0):
@@ -234,5 +246,6 @@ def other_buffers(rank: int, group: Any) -> Any:
 ALL = (
     other_programs, other_weights, other_lengths, recorded_elsewhere, recorded_failing, failing,
     backward_failing, backward_and_call, other_orders, other_losses, state_on_one,
+    failing_with_caches,
     without_gradients_on_one, undoable, late, persisting, setup, profile_and_call, other_buffers, leaving,
 )  # fmt: skip

@@ -26,7 +26,7 @@ def test_levels_have_their_part_of_backward(recompute: str | int) -> None:
     assert len(found.backward_us) == fast.schedule.n_levels
     assert min(found.backward_us) > 0 if recompute != 3 else sum(us > 0 for us in found.backward_us) >= 2
     assert sum(found.backward_us) <= 1.01 * found.backward_total_us
-    several = (found, *(fast.profile(features(6)) for _ in range(2)))  # beside one something else may have run
+    several = (found, *(fast.profile(features(6)) for _ in range(2)))  # others may have run beside one
     assert max(sum(one.backward_us) / one.backward_total_us for one in several) > 0.5
     assert all(parameter.grad is None for parameter in fast.parameters())  # type: ignore[attr-defined]
     assert "backward ms" in str(found) and "backward <b>" in found._repr_html_()

@@ -52,6 +52,7 @@ CASES = (
     "other_weights", "other_lengths", "failing", "training", "steps", "retained", "parts", "sharded", "saved",
     "without_gradients_on_one", "undoable", "added", "ending", "kinds_of_results", "checkpointed",
     "backward_failing", "backward_and_call", "other_orders", "other_losses", "state_on_one",
+    "failing_with_caches",
     "late", "persisting", "hooked", "setup",
     "profile_and_call", "other_buffers",
 )  # fmt: skip
@@ -131,6 +132,11 @@ def test_backward_is_of_one_run_and_one_loss(said: dict[str, list[Any]]) -> None
     for told in said["other_losses"]:
         for kind, text in told:
             assert kind == "UnsupportedError" and "they have other losses" in text
+
+
+def test_a_rank_that_fails_sends_no_caches(said: dict[str, list[Any]]) -> None:
+    for kind, text in said["failing_with_caches"]:
+        assert kind == "RankError" and text == "rank 0, level 0: ZeroDivisionError: of no use"
 
 
 def test_what_all_raise_is_taken_for_no_other_error(said: dict[str, list[Any]]) -> None:

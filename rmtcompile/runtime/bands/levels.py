@@ -112,10 +112,12 @@ class Launched:
         wanted = self._traffic.received(after) if after in self._traffic.grid.levels else []
         self._early = self._received([one for one in wanted if one[0] in self._traffic.from_before])
 
-    def run(self, level: int, messages: Sequence[Message]) -> Made:
+    def run(self, level: int, messages: Sequence[Message]) -> Made | None:
         """See `Levels`."""
         run = self._run
         assert run is not None
+        if any(message.value.take() is None for message in messages if not message.sent.is_tap):
+            return None  # who should have made it has failed, and says so
         for message in messages:
             run.arrive(message)
         try:
