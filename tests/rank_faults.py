@@ -166,7 +166,7 @@ def without_gradients_on_one(rank: int, group: Any) -> Any:
 
 @torch.enable_grad()
 def undoable(rank: int, group: Any) -> Any:
-    """Gradients of a weight that is computed; a transform."""
+    """Gradients of a weight that is computed; a transform; gradients of gradients."""
     model = made(lambda: Toy(4))
     fast = optimized(model, group)
     fast(features(4))
@@ -174,9 +174,11 @@ def undoable(rank: int, group: Any) -> Any:
     weight = layer.mix.weight
     del layer.mix._parameters["weight"]
     layer.mix.weight = weight * 2
+    other, x = optimized(made(lambda: Toy(4)), group), features(4).requires_grad_()
     return [
         refused(lambda: fast(features(4))),
         refused(lambda: torch.func.jvp(fast, (features(4),), (features(4),))),
+        refused(lambda: torch.autograd.grad(other(x).sum(), x, create_graph=True)),
     ]
 
 

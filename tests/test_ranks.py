@@ -247,9 +247,10 @@ def test_data_parallel_around_bands(tmp_path: Path) -> None:
 
 
 def test_what_processes_cannot_do_is_refused(said: dict[str, list[Any]]) -> None:
-    for weight, transform in said["undoable"]:
+    for weight, transform, twice in said["undoable"]:
         assert weight[0] == "UnsupportedError" and "layers.0.mix.weight" in weight[1]
         assert transform[0] == "UnsupportedError" and "torch.func" in transform[1]
+        assert twice[0] == "UnsupportedError" and "gradients of gradients" in twice[1]
 
 
 def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:

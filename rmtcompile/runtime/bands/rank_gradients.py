@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from rmtcompile.errors import IgnoredWarning, RankError, warn
+from rmtcompile.errors import IgnoredWarning, RankError, UnsupportedError, warn
 from rmtcompile.runtime.bands.faults import Fault, raise_any, said
 from rmtcompile.runtime.bands.mail import Mail
 from rmtcompile.runtime.bands.trail import Trail
@@ -175,8 +174,13 @@ class _Run(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise UnsupportedError(
+                "gradients of gradients do not go from process to process",
+                ["backward was called with create_graph=True"],
+                "use several devices from one process",
+            )
         return (None, *ctx.work.backward(grads))
 
 
