@@ -18,7 +18,7 @@ from toys import SEGMENT, WIDTH, Toy, assert_same, features, made
 from zoo.others import ZOO
 
 import rmtcompile
-from rmtcompile.runtime import execute
+from rmtcompile.runtime import costs
 from rmtcompile.runtime.gradients import Rows
 
 HOW: list[str | int] = ["none", "level", 2, 3, 100]
@@ -337,7 +337,7 @@ def test_levels_draw_the_same_numbers_again(recompute: str | int) -> None:
 def test_a_training_step_compiles_nothing_to_choose_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device levels are measured without gradients, in forms of their own."""
     asked = []
-    monkeypatch.setattr(execute, "measured", lambda *_: asked.append(torch.is_grad_enabled()))
+    monkeypatch.setattr(costs, "measured", lambda *_: asked.append(torch.is_grad_enabled()))
     fast, x = rmtcompile.optimize(made(Toy), backend="aot_eager", cuda_graphs=False), features(5)
     fast(x).sum().backward()
     executor = fast._last[0].executor  # type: ignore[index]

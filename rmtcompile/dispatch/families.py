@@ -43,6 +43,7 @@ from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.passes.sizes import Sizes
 from rmtcompile.passes.sizes import at as at_sizes
 from rmtcompile.runtime.costs import Costs
+from rmtcompile.runtime.dry import dry_run
 from rmtcompile.runtime.execute import Executor
 
 
@@ -311,7 +312,7 @@ class Families:
         count, inputs = executor.compiled.rolled.base.count, tensors_in(args, kwargs)
         shapes = executor.segmentation.shapes([x.shape for x in inputs], count)
         try:
-            return executor.dry_run(count, shapes, inputs) == at_sizes(rules.shapes, sizes)
+            return dry_run(executor, count, shapes, inputs) == at_sizes(rules.shapes, sizes)
         except Exception:  # whatever it is, the rules do not hold here
             return False
 

@@ -40,6 +40,7 @@ from rmtcompile.ir.modes import autocast_as
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.options import Options
 from rmtcompile.passes.grid.partition import CELL, INIT, Region
+from rmtcompile.runtime.contexts import plain_tensors
 from rmtcompile.runtime.execute import Executor
 from rmtcompile.runtime.stops import STOPS, is_no_fault
 
@@ -282,7 +283,8 @@ def first_difference(
     with torch.no_grad(), without_draws(compiled, executor):
         observer, stopped = Observer(), ""
         try:
-            executor.observe(count, inputs, observer)
+            with plain_tensors():
+                executor.launch(compiled.steps(count), inputs, on_value=observer)
         except STOPS as error:
             stopped = f"{type(error).__name__}: {first_line(error)}"
         pairs = [(seen, node_at[seen.place]) for seen in observer.seen if seen.place in node_at]

@@ -11,14 +11,18 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rmtcompile.ir.program import Program
 from rmtcompile.ir.streams import capture_stream
 from rmtcompile.runtime.base import Level, OnLevel
+from rmtcompile.runtime.contexts import plain_tensors, same_numbers
 from rmtcompile.schedule import Grid
+
+if TYPE_CHECKING:
+    from rmtcompile.runtime.execute import Executor
 
 LONG = 0.2
 """Seconds after which calls on a CPU are not timed once more."""
@@ -59,6 +63,25 @@ class Costs:
             "diagonal": levels * (self.alone - per_cell) + cells * per_cell,
             "sequential": cells * self.alone,
         }
+
+
+def costs_of(executor: Executor, inputs: list[torch.Tensor]) -> Costs | None:
+    """Costs of an executor's levels; None where it has no choice of plans. A training step does not ask: what
+    it has compiled records gradients, and to compile all else for this took a minute of the first step of the
+    1B shape."""
+    program, rolled, engine = executor.program, executor.compiled.rolled, executor.engine
+    is_plain = rolled.fixed is None and not rolled.grows  # or a level twice grows them twice
+    can_choose = program.alpha > 0 and not engine.is_sequential and is_plain
+    if not can_choose or not engine.is_compiled or executor.records_gradients(inputs):
+        return None
+    enough = program.n_layers + 1
+    with plain_tensors(), same_numbers(executor.device):
+        inputs = executor.resized(enough, inputs)
+        return measured(
+            program,
+            executor.compiled.namespace["level"],
+            lambda on_level: executor.launch(enough, inputs, on_level=on_level),
+        )
 
 
 def measured(

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rmtcompile.runtime.contexts import plain_tensors
+
+if TYPE_CHECKING:
+    from rmtcompile.runtime.execute import Executor
 
 
 def dry(
@@ -24,4 +29,14 @@ def dry(
     return [[tuple(t.shape) for t in x] if isinstance(x, list) else tuple(x.shape) for x in outputs]
 
 
-__all__ = ["dry"]
+def dry_run(
+    executor: Executor, segments: int, shapes: Sequence[Sequence[int]], like: list[torch.Tensor]
+) -> Any:
+    """The shapes of what an executor's program gives for inputs of these shapes, typed like `like`."""
+    with plain_tensors():
+        executor.stacks.current(executor.held())  # weights are stacked for real
+    with executor.uncompiled():
+        return dry(lambda inputs: executor.launch(segments, inputs), shapes, like)
+
+
+__all__ = ["dry", "dry_run"]

@@ -18,9 +18,8 @@ from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.ir.weights import Weight
 from rmtcompile.runtime.base import OnLevel, OnValue
 from rmtcompile.runtime.contexts import own_modes, plain_tensors, same_numbers
-from rmtcompile.runtime.costs import Costs, measured
+from rmtcompile.runtime.costs import Costs, costs_of
 from rmtcompile.runtime.crossing import Crossing, Key
-from rmtcompile.runtime.dry import dry
 from rmtcompile.runtime.engine import Engine, backend_for
 from rmtcompile.runtime.fitting import Keeping, room_on
 from rmtcompile.runtime.forms import Form
@@ -124,8 +123,8 @@ class Executor:
                 self._engine = self.new_engine(self.backend, keeps_buffers)
                 if self._like is not None:
                     self._engine.share(self._like.engine)
-                if self._like is not None and self.replays.are_shared:
-                    self._engine.share_buffers(self._like.engine)
+                    if self.replays.are_shared:
+                        self._engine.share_buffers(self._like.engine)
         return self._engine
 
     @property
@@ -151,7 +150,7 @@ class Executor:
 
     def start(self, segments: int, inputs: list[torch.Tensor]) -> Started | None:
         """Start a recorded run of this length, if there is one and no gradients are wanted; checked later."""
-        if not self._use_graphs or self._records_gradients(inputs):
+        if not self._use_graphs or self.records_gradients(inputs):
             return None
         with plain_tensors():
             return self.replays.start(self.compiled.steps(segments), inputs)
@@ -166,7 +165,7 @@ class Executor:
 
     def record(self, inputs: list[torch.Tensor]) -> None:
         """Record what runs of any length need, once, where runs are recorded by blocks of levels."""
-        if self._use_graphs and self.replays.wants and not self._records_gradients(inputs):
+        if self._use_graphs and self.replays.wants and not self.records_gradients(inputs):
             with plain_tensors(), own_modes(), same_numbers(self.device):
                 self.replays.record(inputs)
 
@@ -232,15 +231,13 @@ class Executor:
             part: which part of it these are, if other processes have the others.
 
         Returns:
-            The captured graph's outputs, with lists over these segments only; what segments before the
-            border leave to later ones; which part of it, if other processes have the others.
+            The graph's outputs, lists over these segments only; what segments before the border leave to
+            later ones, and which part of it, if other processes have the others.
         """
         self.compile_forms(segments - first, inputs)
-        is_functional = self._records_gradients([*inputs, *values.values()])
-        stamp = part.stamp if part is not None else ""
-        given = first, border, values, is_functional
-        crossing = Crossing(self.compiled.emitted.carried, *given, stamp=stamp)
-        held = self.held()
+        is_functional = self.records_gradients([*inputs, *values.values()])
+        given = self.compiled.emitted.carried, first, border, values, is_functional
+        crossing, held = Crossing(*given, stamp=part.stamp if part else ""), self.held()
         with self.replays.alone(), nullcontext() if is_functional else plain_tensors():
             launch = partial(self._run, segments, inputs, held, is_functional, crossing=crossing)
             if is_functional:
@@ -258,7 +255,7 @@ class Executor:
         graphs: bool = False,
         on_level: OnLevel | None = None,
     ) -> tuple[Any, ...]:
-        if self._records_gradients(inputs):
+        if self.records_gradients(inputs):
             if graphs and self._use_graphs and self.is_whole:
                 return self.steps.run(segments, inputs)
             if on_level is None:
@@ -274,22 +271,9 @@ class Executor:
         return Pack(self.program)
 
     def measure(self, inputs: list[torch.Tensor]) -> Costs | None:
-        """Measure what levels cost, once, on CUDA with compiled cells; None elsewhere. A training step does
-        not ask: what it has compiled records gradients, and to compile all else for this took a minute of the
-        first step of the 1B shape."""
-        can_choose = self.program.alpha > 0 and not self.engine.is_sequential
-        can_choose = can_choose and not self._records_gradients(inputs)
-        rolled = self.compiled.rolled  # a level that comes twice would let values grow twice
-        can_choose = can_choose and rolled.fixed is None and not rolled.grows
-        if self.costs is None and self._use_graphs and self.engine.is_compiled and can_choose:
-            enough = self.program.n_layers + 1
-            with plain_tensors(), same_numbers(self.device):
-                inputs = self.resized(enough, inputs)
-                self.costs = measured(
-                    self.program,
-                    self.compiled.namespace["level"],
-                    lambda on_level: self._run(enough, inputs, self.held(), False, on_level),
-                )
+        """What levels cost, measured once, on CUDA with compiled cells; None elsewhere."""
+        if self.costs is None and self._use_graphs:
+            self.costs = costs_of(self, inputs)
         return self.costs
 
     @property
@@ -317,7 +301,7 @@ class Executor:
         """Run a short length whose width has a form of its own now, and record it with that."""
         with self.replays.alone():
             outputs = self._run_once(segments, inputs)
-        if not self._records_gradients(inputs):
+        if not self.records_gradients(inputs):
             with plain_tensors(), own_modes(), same_numbers(self.device):
                 self.replays.record_again(segments)
         return outputs
@@ -332,7 +316,7 @@ class Executor:
         if has_new_form:
             self.engine.fix_width(segments)
         self.has_seen(segments)
-        if not self._seen.prepared and not self._records_gradients(inputs):
+        if not self._seen.prepared and not self.records_gradients(inputs):
             self._seen.prepared = True
             borders = self.compiled.emitted.borders
             enough = self.program.n_layers + 1 + borders.head + borders.tail
@@ -345,18 +329,17 @@ class Executor:
         """Inputs of `wanted` segments, the given ones repeated or cut."""
         return self.segmentation.resized(inputs, wanted)
 
-    def dry_run(self, segments: int, shapes: Sequence[Sequence[int]], like: list[torch.Tensor]) -> Any:
-        """Run on fake tensors of these shapes, typed like `like`; the shapes of the outputs."""
-        with plain_tensors():
-            self.stacks.current(self.held())  # weights are stacked for real
-        with self.uncompiled():
-            return dry(lambda inputs: self._run(segments, inputs, self.held(), False), shapes, like)
-
     def launch(
-        self, segments: int, inputs: list[torch.Tensor], leaves: dict[str, torch.Tensor] | None = None
+        self,
+        segments: int,
+        inputs: list[torch.Tensor],
+        leaves: dict[str, torch.Tensor] | None = None,
+        on_level: OnLevel | None = None,
+        on_value: OnValue | None = None,
     ) -> tuple[Any, ...]:
         """Run without gradients, level by level; the leaves are the model's own where none are given."""
-        return self._run(segments, inputs, self.held() if leaves is None else leaves, False)
+        leaves = self.held() if leaves is None else leaves
+        return self._run(segments, inputs, leaves, False, on_level, on_value)
 
     def launch_with_gradients(
         self,
@@ -389,7 +372,8 @@ class Executor:
         """The model's tensors as they are now, by the name in the program."""
         return {name: leaf.fetch() for name, leaf in self.compiled.leaves.items()}
 
-    def _records_gradients(self, inputs: list[torch.Tensor]) -> bool:
+    def records_gradients(self, inputs: list[torch.Tensor]) -> bool:
+        """Whether a run records what its gradients need."""
         return torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *self.held().values()))
 
     def _run(
@@ -402,10 +386,9 @@ class Executor:
         on_value: OnValue | None = None,
         crossing: Crossing | None = None,
     ) -> tuple[Any, ...]:
-        weights, named = self.stacks.current(leaves), self.named(inputs)
-        looking = on_level, on_value
-        run = Run(self.program, segments, named, leaves, weights, self.engine, functional, *looking, crossing)
-        return self._execute(run)
+        weights, looking = self.stacks.current(leaves), (on_level, on_value)
+        given = self.named(inputs), leaves, weights, self.engine, functional
+        return self._execute(Run(self.program, segments, *given, *looking, crossing))
 
     @property
     def is_replayed(self) -> bool:
@@ -415,9 +398,3 @@ class Executor:
     def _execute(self, run: Any) -> tuple[Any, ...]:
         with own_modes():
             return self.compiled.namespace["forward"](run)
-
-    def observe(self, segments: int, inputs: list[torch.Tensor], on_value: OnValue) -> None:
-        """Run without CUDA graphs and gradients; `on_value` gets what leaves each region."""
-        with plain_tensors():
-            steps = self.compiled.steps(segments)
-            self._run(steps, inputs, self.held(), False, on_value=on_value)

@@ -177,7 +177,7 @@ class RankExecutor(BandedExecutor):
         part: Part | None = None,
     ) -> tuple[tuple[Any, ...], dict[Key, torch.Tensor], Part | None]:
         """See `Executor`; without gradients each rank keeps what its own layers read."""
-        is_functional = self._records_gradients([*inputs, *values.values()])
+        is_functional = self.records_gradients([*inputs, *values.values()])
         if part is not None and any(value.requires_grad for value in values.values()):
             raise UnsupportedError(
                 "gradients of the values of a state that is in parts", [repr(part)], "pass state.gathered()"
