@@ -39,7 +39,9 @@ from rmtcompile import IgnoredWarning, RunState
 
 
 def same(rank: int, group: Any) -> Any:
-    lengths_of = {"skip_connections": (4, 1, 7), "hybrid": (5,), "growing_cache": (4, 1, 6)}
+    lengths_of = {"skip_connections": (4, 1, 7), "hybrid": (5,)}
+    if dist.get_world_size() <= 3:  # it has so many layers
+        lengths_of["growing_cache"] = (4, 1, 6)
     for name, lengths in lengths_of.items():
         model, _ = of_zoo(name, 1)
         fast = optimized(copy.deepcopy(model), group)
@@ -133,7 +135,8 @@ def from_host(rank: int, group: Any) -> Any:
 @torch.enable_grad()
 def training(rank: int, group: Any) -> Any:
     """Forward and gradients of weights and arguments, with levels recomputed and without."""
-    cases = (("skewed", 5, "none"), ("compressed_older", 4, "level"), ("growing_cache", 4, "none"))
+    cases = [("skewed", 5, "none"), ("compressed_older", 4, "level")]
+    cases += [("growing_cache", 4, "none")] if dist.get_world_size() <= 3 else []
     for name, segments, recompute in cases:
         model, x = of_zoo(name, segments)
         other = copy.deepcopy(model)

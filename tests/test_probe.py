@@ -317,6 +317,29 @@ def test_positions_without_a_batch(tokens: int) -> None:
     assert [(axis.leaf, axis.dim, axis.length) for axis in found.axes] == [(0, 1, 6), (1, 0, 6)]
 
 
+class Placed(Numbered):
+    """The positions come first, and are looked up as a whole."""
+
+    def forward(self, positions: Tensor, ids: Tensor) -> Tensor:
+        h = self.emb(ids) + self.pos(positions)
+        return torch.cat([torch.tanh(self.mix(x)) for x in h.split(6, 1)], 1)
+
+
+@pytest.mark.parametrize("tokens", [4, 12, 15, 30])
+def test_positions_in_front_of_the_text(tokens: int) -> None:
+    found = probe(Placed(), (torch.arange(tokens) % 6, torch.randint(20, (2, tokens))), {})
+    assert {(axis.leaf, axis.dim, axis.length) for axis in found.axes} == {(0, 0, 6), (1, 1, 6)}
+
+
+@pytest.mark.parametrize("length", [None, 6])
+def test_as_many_texts_as_memories(length: int | None) -> None:
+    """Memories [L, B, ...] and [B, L, ...] in front of the text, with a batch of L, and the length given."""
+    for dim, batch in ((0, 3), (1, 3), (1, 2)):
+        memory = torch.randn(3, batch, 1, 4) if dim == 0 else torch.randn(batch, 3, 1, 4)
+        args = memory, torch.randn(batch, 24, 4)
+        assert probe(RemembersFirst(dim), args, {}, length).axes == (Axis(1, 1, 6),)
+
+
 class Weighed(Numbered):
     """What has one number a text is no position."""
 

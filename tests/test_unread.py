@@ -131,6 +131,32 @@ def test_parts_of_one_segment() -> None:
         assert (model.layers[0].write.weight.grad is None) == ends
 
 
+class Returning(Walk):
+    """Gives its memories, too, stacked."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        memories = [self.start.expand(x.shape[0], 4) for _ in self.layers]
+        outs = []
+        for h in x.split(4, 1):
+            for i, layer in enumerate(self.layers):
+                h, memories[i] = layer(h, memories[i])
+            outs.append(self.head(h))
+        return torch.cat(outs, 1), torch.stack(memories)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_a_loss_of_some_results(used: int) -> None:
+    model = made(Returning)
+    twin = copy.deepcopy(model)
+    fast = rmtcompile.optimize(twin, backend="aot_eager")
+    for segments in (3, 1, 2, 5):
+        x = torch.randn(2, 4 * segments, 4, dtype=torch.float64)
+        calls = (lambda x: model(x)[used]), (lambda x: fast(x)[used])
+        theirs, mine = (gradients(call, one, x) for call, one in zip(calls, (model, twin), strict=True))
+        assert [k for k, g in theirs.items() if g is None] == [k for k, g in mine.items() if g is None]
+        assert_same(*({k: g for k, g in one.items() if g is not None} for one in (theirs, mine)), 1e-9)
+
+
 def test_an_optimizer_passes_them_over() -> None:
     """Ten steps of texts that grow: the same weights, those that decay included."""
     model = made(Walk)

@@ -50,6 +50,10 @@ def probe(
     shapes = [flat[i].shape for i in positions]
     run = partial(views_of, fn, flat, positions, spec)
     if length is not None:
+        views, _ = run(shapes, None, True)
+        cut = [axis for axis in axes_of(views.taken, shapes) if axis.length == length and axis.dim < 2]
+        if cut:
+            return _with_partners(cut[0], cut, run, shapes)
         for dim in (1, 0, 2):
             leaf = next(
                 (i for i, shape in enumerate(shapes) if len(shape) > dim and shape[dim] >= min(length, 2)),
@@ -108,7 +112,7 @@ def _search(
             found = _followed(axes[0], run, grown) if found == [] else found
             if not found and not beside and (axes[0].leaf, axes[0].dim) != lead:
                 beside, axes = axes, []  # there may be one segment only, or a batch of as many
-            elif found == [] and len(shapes) > 1:  # no other length is cut so: chunks of a memory
+            elif not found and len(shapes) > 1:  # no other length is cut so, or runs: pieces of a memory
                 doubtful = doubtful or _with_partners(axes[0], axes, run, grown)
                 apart |= {(axes[0].leaf, axes[0].dim)}
                 run = partial(run, apart=apart)
@@ -118,7 +122,9 @@ def _search(
         elif axes:
             known = {(axis.leaf, axis.dim) for axis in of_tokens}
             axes = [*of_tokens, *(axis for axis in axes if (axis.leaf, axis.dim) not in known)]
-        if axes and len(shapes) > 1 and not of_tokens and not _is_walked(axes[0], run, grown):
+        if axes and len(shapes) > 1 and not of_tokens and not (walked := _is_walked(axes[0], run, grown)):
+            if walked is None:  # the last such cut is left, should there be no other
+                doubtful = _with_partners(axes[0], axes, run, grown)
             apart |= {(axes[0].leaf, axes[0].dim)}
             run = partial(run, apart=apart)
             continue
@@ -184,9 +190,9 @@ def _is_as_long(shapes: Sequence[Sequence[int]], one: tuple[int, int], other: tu
     """Whether two axes are of equal size, and at the same place, or the only one of their input (positions
     [T] beside tokens [B, T], if there are not as many texts as tokens)."""
     (leaf, dim), (i, d) = one, other
-    shape, size = shapes[leaf], shapes[leaf][dim]
-    is_only = len(shapes[i]) == 1 and list(shape).count(size) == 1
-    return shapes[i][d] == size and (d == dim or is_only)
+    size, mine, theirs = shapes[leaf][dim], list(shapes[leaf]), list(shapes[i])
+    is_only = 1 in (len(mine), len(theirs)) and mine.count(size) == theirs.count(size) == 1
+    return theirs[d] == size and (d == dim or is_only)
 
 
 def _grown(short: Growth, leaf: int, dim: int, shapes: Sequence[Any], longer: Sequence[Any]) -> Growth:
@@ -224,17 +230,19 @@ def _confirmed(axes: list[Axis], run: Run, shapes: list[Any]) -> list[Axis] | No
     return None if failed else []
 
 
-def _is_walked(axis: Axis, run: Run, shapes: list[Any]) -> bool:
-    """Whether the forward does more for more pieces of an axis. A memory that is an argument may be taken
-    apart by layers before the input is by segments. Asked where that may be so: of another input than the
-    first one, and of pieces of one."""
+def _is_walked(axis: Axis, run: Run, shapes: list[Any]) -> bool | None:
+    """Whether the forward does more for more pieces of an axis; None where it does not run on more. A memory
+    that is an argument may be taken apart by layers before the input is by segments. Asked where that may be
+    so: of another input than the first one, and of pieces of one."""
     if axis.leaf == 0 and axis.length > 1:
         return True
     (short, failed), (long, failed_too) = (
         run(_longer(shapes, axis.leaf, axis.dim, factor), None, True) for factor in (1, _PIECES)
     )
     pieces = shapes[axis.leaf][axis.dim] // axis.length * (_PIECES - 1)
-    return bool(failed or failed_too) or long.operations - short.operations > _EACH * pieces
+    if failed_too and not failed:
+        return None
+    return bool(failed) or long.operations - short.operations > _EACH * pieces
 
 
 def _collides(shapes: list[Any], longer: list[Any], axis: Axis) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from rmtcompile.errors import UnsupportedError
 from rmtcompile.ir.layouts import in_layout
 
 Cuts = Mapping[str, tuple[int, int]]
@@ -73,12 +74,25 @@ class Segmentation:
         return whole + (rest > 0), rest
 
     def shapes(self, shapes: list[torch.Size], segments: int) -> list[torch.Size]:
-        """Shapes of inputs with another number of segments, the incomplete one kept."""
+        """Shapes of inputs with another number of segments, the incomplete one kept.
+
+        Raises:
+            UnsupportedError: an input has fewer of them: its axis is another one than at the first call.
+        """
         count, _ = self.count(shapes)
         resized = [list(shape) for shape in shapes]
         for axis in self.axes:
             resized[axis.leaf][axis.dim] += (segments - count) * axis.length
+            if resized[axis.leaf][axis.dim] < 0:
+                raise self._uneven(shapes)
         return [torch.Size(shape) for shape in resized]
+
+    def _uneven(self, shapes: list[torch.Size]) -> UnsupportedError:
+        return UnsupportedError(
+            "the segments of one input are not as many as those of another",
+            [f"input {a.leaf}: {a.length} along dim {a.dim} of {list(shapes[a.leaf])}" for a in self.axes],
+            "give segment_size=, or let the first call have inputs whose sizes all differ",
+        )
 
     def resized(self, tensors: Sequence[torch.Tensor], segments: int) -> list[torch.Tensor]:
         """Inputs with another number of segments: the given ones repeated or cut, or themselves."""

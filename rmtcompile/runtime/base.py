@@ -159,16 +159,22 @@ class BaseRun:
             if found is not None and any(args[lookup.weight].requires_grad for lookup in found.lookups):
                 rows = (self._rows_of(lookup, args) for lookup in found.lookups)
                 function, args = found.rest, (*args, *rows)
-        return self.passing(function, args, lambda given: self.engine.region(function, given))
+        return self.passing(function, args, lambda given: self.engine.region(function, given), True)
 
     def passing(
         self,
         function: Callable[..., Any],
         args: tuple[Any, ...],
         call: Callable[[tuple[Any, ...]], tuple[torch.Tensor, ...]],
+        always: bool = False,
     ) -> tuple[torch.Tensor, ...]:
-        """The results of a cell or a body; in a short run no gradients are passed on of what nobody reads."""
-        if self.is_short and torch.is_grad_enabled() and _any_requires_grad(args) and not is_transformed():
+        """The results of a cell or a body; no gradients are passed on of what nobody reads.
+
+        Args:
+            always: in a run of any length, and not only in a short one.
+        """
+        records = torch.is_grad_enabled() and _any_requires_grad(args) and not is_transformed()
+        if records and (always or self.is_short):
             of = self.engine.dependents(function, args)
             if of is not None:
                 return passing(call, args, of)

@@ -195,7 +195,9 @@ class Engine:
         if not self.is_compiled:
             return None
         if function not in self._dependents:
-            self._dependents[function] = dependents(function, args)
+            found = dependents(function, args)
+            is_needed = found is not None and len(set(found) - {frozenset()}) > 1  # else all or none are read
+            self._dependents[function] = found if is_needed else None
         return self._dependents[function]
 
     def _mode(self, function: Callable[..., Any], target: Target | None) -> int | None:

@@ -1,11 +1,12 @@
-"""Unread: no gradients of what nobody reads, in runs so short that memories are not read.
+"""Unread: no gradients of what nobody reads: of memories, in runs so short that no segment reads them.
 
     one segment     W_write -> memory, for segment 1, which is not there     the model: .grad is None
     compiled cell   gradients of all it gives, zeros for the memory          .grad would be zeros
 
 An optimizer passes over parameters without a gradient; with one of zeros it decays their weights and counts a
 step. So in such runs each cell notes which of its results have got gradients, and passes on those of the
-arguments alone that these depend on.
+arguments alone that these depend on; and so do prologues and epilogues in all runs, where a loss may read one
+result of two.
 """
 
 from __future__ import annotations
