@@ -194,6 +194,7 @@ def views_of(
 
 
 def axes_of(taken: Boxes, shapes: Sequence[Any]) -> list[Axis]:
+    """The axes that are cut into pieces, by leaf and dim."""
     axes = []
     for (leaf, dim), seen in taken.items():
         tiles = _tiles(seen)

@@ -34,9 +34,6 @@ class _Note:
     level: int
     like: torch.Tensor
 
-    def zeros(self, device: torch.device) -> torch.Tensor:
-        return torch.zeros(self.like.shape, dtype=self.like.dtype, device=device)
-
 
 class Trail:
     """The messages of one run.
@@ -82,7 +79,8 @@ class Trail:
     def gradient_of(self, index: int) -> torch.Tensor:
         """The gradient of a message that was sent, which comes back."""
         note = self._at(index)
-        return self._mail.receive_part(note.zeros(self._mail.device), note.peer, note.level)
+        like = torch.empty_like(note.like, device=self._mail.device)
+        return self._mail.receive_part(like, note.peer, note.level)
 
     def send_gradient(self, index: int, grad: torch.Tensor) -> None:
         """Start to send the gradient of a message that was received."""
@@ -96,10 +94,12 @@ class Trail:
 
     def where(self) -> str:
         """Which level backward is at."""
-        done, left = self._notes[self._left :], self._notes[: self._left]
-        if left and (not done or not left[-1].is_sent):
-            return f"backward of level {left[-1].level + (not left[-1].is_sent)}"
-        return f"backward of level {done[0].level}" if done else "backward"
+        coming = self._notes[self._left - 1] if self._left else None
+        last = self._notes[self._left] if self._left < len(self._notes) else None
+        if coming is not None and not coming.is_sent:  # it was made on the level before it was read
+            return f"backward of level {coming.level + 1}"
+        known = last or coming
+        return f"backward of level {known.level}" if known is not None else "backward"
 
     def abandon(self) -> None:
         """Send and receive what other ranks wait for and send, after backward has failed on this one."""
@@ -108,7 +108,7 @@ class Trail:
             if note.is_sent:
                 self.gradient_of(index)
             else:
-                self.send_gradient(index, note.zeros(self._mail.device))
+                self.send_gradient(index, torch.zeros_like(note.like, device=self._mail.device))
 
 
 class _Sent(torch.autograd.Function):
