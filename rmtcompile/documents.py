@@ -169,7 +169,7 @@ class Stream:
         if not self._together or (falls_back and fast._refusals):
             return _Document(index, args, kwargs)
         try:
-            with explained(fast.model, args, kwargs):
+            with fast._in_step(), explained(fast.model, args, kwargs):
                 call = fast._programs.located(args, kwargs)
                 call, entry = fast._programs.entry(call, args, kwargs)
         except UnsupportedError:  # by itself it may have a program of its own
@@ -197,8 +197,6 @@ class Stream:
             return "runs are put together of recordings"
         if entry.is_edited:
             return "its program was edited"
-        if self._fast.options.group is not None:
-            return "its layers are cut into bands of several processes"
         if executor.bands and self._prefixes is not None:
             return "its layers are cut into bands, which share no beginnings"
         if is_loaded(entry.compiled):
@@ -266,11 +264,15 @@ class Stream:
         self.segments += one.call.count
         if after is not None:
             self.shared, self.shared_segments = self.shared + 1, self.shared_segments + after.border
-        with self._fast._lock:
-            inputs = tensors_of(one.args, one.kwargs)
-            member = pack.text(executor, one, one.call.count, inputs, after, snapshots)
-            one.versions[:] = _version(inputs), _version(member.leaves.values())
-            pack.admit(member)
+        try:
+            with self._fast._lock:
+                inputs = tensors_of(one.args, one.kwargs)
+                member = pack.text(executor, one, one.call.count, inputs, after, snapshots)
+                one.versions[:] = _version(inputs), _version(member.leaves.values())
+                pack.admit(member)
+        except Exception as error:
+            yield from self._drained()
+            yield FailedDocument(error, one.index)
 
     # ---- prefixes ------------------------------------------------------------------------------------------
 
@@ -316,6 +318,8 @@ class Stream:
 
     def _drained(self) -> Iterator[Any]:
         """What is on its way, run to its end."""
+        if self._pack is not None and self._pack.members:
+            self._pack.drain()
         while self._pack is not None and self._pack.members:
             yield from self._stepped()
         self._pack = self._lead = None

@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import rank_documents
 import rank_faults
 import torch
 import torch.distributed as dist
@@ -439,7 +440,8 @@ CASES = {
     f.__name__: f
     for f in (
         same, mesh, balanced, recorded, own_weights, from_host, training, steps, retained, parts, replicas,
-        profiled, sharded, saved, added, hooked, ending, kinds_of_results, checkpointed, *rank_faults.ALL,
+        profiled, sharded, saved, added, hooked, ending, kinds_of_results, checkpointed, *rank_documents.ALL,
+        *rank_faults.ALL,
     )
 }  # fmt: skip
 

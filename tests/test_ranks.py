@@ -54,7 +54,7 @@ CASES = (
     "backward_failing", "backward_and_call", "other_orders", "other_losses", "state_on_one",
     "failing_with_caches",
     "late", "persisting", "hooked", "setup",
-    "profile_and_call", "other_buffers",
+    "profile_and_call", "other_buffers", "queued", "queued_failing", "queued_again", "queued_elsewhere",
 )  # fmt: skip
 
 
@@ -240,6 +240,22 @@ def test_ranks_load_what_each_has_saved_or_none_does(said: dict[str, list[Any]])
 def test_gradients_on_some_ranks_only_are_found_before_the_first_level(said: dict[str, list[Any]]) -> None:
     for kind, text in said["without_gradients_on_one"]:
         assert kind == "UnsupportedError" and "what has gradients" in text.splitlines()[0]
+
+
+def test_a_queue_of_texts_is_one_wavefront(said: dict[str, list[Any]]) -> None:
+    assert said["queued"] == said["queued_again"] == ["same"] * 3
+
+
+def test_a_text_that_fails_on_one_rank_stops_no_other(said: dict[str, list[Any]]) -> None:
+    assert said["queued_failing"][0] == said["queued_failing"][1] == said["queued_failing"][2]
+    assert [index for index, _ in said["queued_failing"][0]] == [1]
+    assert "IndexError" in said["queued_failing"][0][0][1]
+
+
+def test_ranks_that_read_other_queues_are_told(said: dict[str, list[Any]]) -> None:
+    for texts, queue in said["queued_elsewhere"]:
+        assert texts[::2] == ["ran", "ran"] and "different things: the arguments' values" in texts[1]
+        assert "different things: what comes next" in queue[1] and "end a queue of texts" in queue[1]
 
 
 def test_data_parallel_around_bands(tmp_path: Path) -> None:

@@ -209,16 +209,28 @@ class Pack:
 
     def admit(self, member: Member) -> None:
         """Put a text behind those that have entered."""
+        member.start = self.place(range(member.grid.first, member.segments))
+        self.members.append(member)
+
+    def place(self, segments: range) -> int:
+        """The level that is level 0 of the next text.
+
+        Args:
+            segments: those of the text that run.
+        """
         skew = self.program.alpha
         self.segments = max(self.segments, -(-self.level // skew))
-        member.start = skew * (self.segments - member.grid.first)
-        self.segments += member.segments - member.grid.first
-        self.members.append(member)
+        start = skew * (self.segments - segments.start)
+        self.segments += len(segments)
+        return start
 
     @property
     def has_room(self) -> bool:
         """Whether the next level has no segment to enter."""
         return self.level >= self.program.alpha * self.segments
+
+    def drain(self) -> None:
+        """No text enters any more."""
 
     def step(self) -> list[Member]:
         """Run one level; gives the texts that have ended with it, or have failed.

@@ -97,10 +97,10 @@ class Words:
             raise RankError("\n".join(failed))
         if not failed and len({what for what, *_ in found}) > 1:
             lines = [f"rank {rank} is about to {what}" for rank, (what, *_) in enumerate(found)]
-            raise _different("what comes next", lines)
+            raise _different("what comes next", lines, is_in_step=False)
         if about == RUN and len(set(calls)) > 1:
             lines = [f"rank {rank}: call {n}" for rank, n in enumerate(calls)]
-            raise _different("one of them has left out a call", lines)
+            raise _different("one of them has left out a call", lines, is_in_step=False)
         return [said for *_, said in found]
 
     def differ(self, what: str, evidence: list[str]) -> NoReturn:
@@ -131,10 +131,14 @@ class Words:
             self._raised, self._is_calling = None, before
 
 
-def _different(what: str, evidence: list[str]) -> UnsupportedError:
-    """What all ranks raise that are about to run different things."""
+def _different(what: str, evidence: list[str], is_in_step: bool = True) -> UnsupportedError:
+    """What all ranks raise that are about to run different things.
+
+    Args:
+        is_in_step: whether these are at least things of one kind.
+    """
     error: Any = UnsupportedError(f"ranks are about to run different things: {what}", evidence, _HELP)
-    error.is_of_all_ranks = True
+    error.is_of_all_ranks, error.is_in_step = True, is_in_step
     found: UnsupportedError = error
     return found
 

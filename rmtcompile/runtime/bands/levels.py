@@ -21,7 +21,7 @@ from rmtcompile.runtime.bands.mail import Mail
 from rmtcompile.runtime.bands.posted import Posts
 from rmtcompile.runtime.bands.recorded import RecordedBand
 from rmtcompile.runtime.bands.run import BandRun, Message
-from rmtcompile.runtime.bands.traffic import received_on, sent_on
+from rmtcompile.runtime.bands.traffic import arriving_on, received_on, sent_on
 from rmtcompile.runtime.bands.trail import Trail
 from rmtcompile.runtime.blocks import Block
 from rmtcompile.schedule import Grid
@@ -36,7 +36,9 @@ class Traffic:
     Attributes:
         grid: of the rank's part of the run.
         received: (what, segment, level) of all that has to be there when a level begins.
+        arriving: (what, segment, level) of all that others send on a level, as far as it is still read.
         sent: (what, segment) of all that others are sent after a level, as far as they still read it.
+        last: the level on which the last rank ends.
         from_before: what earlier ranks send, if they also receive something from later ones.
     """
 
@@ -44,7 +46,11 @@ class Traffic:
         band, self.grid = cut.bands[rank], grids[rank]
         sources = {sent: one.index for one in cut.bands for sent in one.sends}
         self.from_before = {sent for sent, source in sources.items() if cut.goes_down and source < rank}
+        self.last = max(grid.levels[-1] for grid in grids)
         self.received = cache(lambda level: received_on(cut, rank, grids, level))
+        self.arriving = cache(
+            lambda level: arriving_on(cut, rank, grids, level) if level < self.grid.levels[-1] else []
+        )
         self.sent = cache(
             lambda level: [
                 (sent, segment)

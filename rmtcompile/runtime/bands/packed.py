@@ -21,6 +21,7 @@ from rmtcompile.runtime.packed import Member, Pack, Snapshot
 
 if TYPE_CHECKING:
     from rmtcompile.runtime.bands.execute import BandedExecutor
+    from rmtcompile.runtime.bands.execute import Member as BandMember
 
 
 class Part(Member, BandRun):
@@ -40,6 +41,7 @@ class Text:
 
     Attributes:
         name, leaves, snapshots, error, outputs: see `Member`.
+        executor: what runs it.
         parts: a run for each band.
     """
 
@@ -47,13 +49,15 @@ class Text:
 
     def __init__(
         self,
+        executor: BandedExecutor,
         name: Any,
         segments: int,
         inputs: Mapping[str, torch.Tensor],
         leaves: Mapping[str, torch.Tensor],
         parts: Sequence[Part],
     ) -> None:
-        self.name, self.segments, self.inputs, self.leaves = name, segments, inputs, leaves
+        self.executor, self.name, self.segments = executor, name, segments
+        self.inputs, self.leaves = inputs, leaves
         self.parts = parts
         self.error: Exception | None = None
         self.outputs: tuple[Any, ...] = ()
@@ -83,15 +87,11 @@ class BandedPack:
         with plain_tensors():
             leaves, named = executor.held(), executor.named(inputs)
             weights = executor.stacks.current(leaves)
-            parts = []
-            for member, pack in zip(executor.members, self._packs, strict=True):
-                executor.engine_of(member.band).mixes_often = True
-                member.copies.begin()
-                given = executor.given_to(member, named, leaves, weights, False)
-                program, functions = member.band.program, member.functions
-                part = Part(name, program, segments, *given, functions, pack.lanes)
-                parts.append(part.join(member.band, executor.whole))
-        return Text(name, segments, named, leaves, parts)
+            parts = [
+                part_of(executor, member, pack, name, segments, named, leaves, weights)
+                for member, pack in zip(executor.members, self._packs, strict=True)
+            ]
+        return Text(executor, name, segments, named, leaves, parts)
 
     def admit(self, text: Text) -> None:
         """Put a text behind those that have entered."""
@@ -106,6 +106,9 @@ class BandedPack:
     def has_room(self) -> bool:
         """Whether the next level has no segment to enter."""
         return self._packs[0].has_room
+
+    def drain(self) -> None:
+        """See `Pack`."""
 
     def step(self) -> list[Text]:
         """Run one level of all bands; gives the texts that have ended with it, or have failed.
@@ -125,7 +128,7 @@ class BandedPack:
         for text in ended:
             if text.error is None:
                 given = text.parts, text.segments, text.inputs, text.leaves, None
-                text.outputs = executor.outputs_of(*given)
+                text.outputs = text.executor.outputs_of(*given)
         if ended and not executor.has_held():
             ended = list(self.members)  # what all of them have read
             for text in ended:
@@ -140,4 +143,22 @@ class BandedPack:
         self.members = [text for text in self.members if text not in texts]
 
 
-__all__ = ["BandedPack", "Text"]
+def part_of(
+    executor: BandedExecutor,
+    member: BandMember,
+    pack: Pack,
+    name: Any,
+    segments: int,
+    inputs: Mapping[str, torch.Tensor],
+    leaves: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+) -> Part:
+    """A band's part of a text, on the lanes of the band's pack."""
+    executor.engine_of(member.band).mixes_often = True
+    member.copies.begin()
+    given = executor.given_to(member, inputs, leaves, weights, False)
+    part = Part(name, member.band.program, segments, *given, member.functions, pack.lanes)
+    return part.join(member.band, executor.whole)
+
+
+__all__ = ["BandedPack", "Part", "Text", "part_of"]

@@ -10,7 +10,7 @@ sends zeros, until its levels are over: then all ranks say what has happened on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,15 +24,16 @@ from rmtcompile.compiler.pipeline import Compiled
 from rmtcompile.errors import UnsupportedError
 from rmtcompile.ir.segmentation import Segmentation
 from rmtcompile.ir.weights import Weight
-from rmtcompile.passes.emit.readers import CALLER
 from rmtcompile.runtime.bands.agreement import Agreement, anywhere
 from rmtcompile.runtime.bands.control import sends_from
 from rmtcompile.runtime.bands.execute import BandedExecutor
 from rmtcompile.runtime.bands.faults import Fault, raise_any, said
 from rmtcompile.runtime.bands.levels import Launched, Levels, Made, Traffic
-from rmtcompile.runtime.bands.mail import Mail, kinds_of
+from rmtcompile.runtime.bands.mail import Mail
 from rmtcompile.runtime.bands.rank_gradients import with_gradients
+from rmtcompile.runtime.bands.rank_packed import RankPack
 from rmtcompile.runtime.bands.rank_replays import RankReplays
+from rmtcompile.runtime.bands.rank_results import flat_of, shared, unflat
 from rmtcompile.runtime.bands.recorded import KEPT
 from rmtcompile.runtime.bands.run import BandRun
 from rmtcompile.runtime.bands.shards import Shards
@@ -44,8 +45,6 @@ from rmtcompile.runtime.execute import Executor
 from rmtcompile.runtime.gradients import is_transformed
 from rmtcompile.runtime.stacks import together
 from rmtcompile.runtime.state import Part
-
-_TENSOR = object()
 
 
 class RankExecutor(BandedExecutor):
@@ -154,13 +153,17 @@ class RankExecutor(BandedExecutor):
                     state = crossing
                     if crossing is not None:
                         state = crossing.like({key: own(x) for key, x in crossing.values.items()})
-                    return _flat(self._whole_run(segments, given, held, *looking, state, trail), shape)
+                    return flat_of(self._whole_run(segments, given, held, *looking, state, trail), shape)
 
                 flat = with_gradients(self.mail, list(wanted.values()), forward)
-                outputs, found = _unflat(flat, shape)
+                outputs, found = unflat(flat, shape)
         if crossing is not None:
             crossing.take(self.members[self.rank].way.back(found))
         return outputs
+
+    def pack(self) -> Any:
+        """See `Executor`."""
+        return RankPack(self)
 
     @property
     def state_layers(self) -> range:
@@ -246,7 +249,7 @@ class RankExecutor(BandedExecutor):
         first one.
         """
         member, held, functional = self.members[self.rank], dict(leaves), trail is not None
-        traffic = self._traffic_of(segments, crossing.first if crossing is not None else 0)
+        traffic = self.traffic_of(segments, crossing.first if crossing is not None else 0)
         run: BaseRun | None
         levels: Levels
         while True:
@@ -261,7 +264,7 @@ class RankExecutor(BandedExecutor):
             mine = run.crossing if run is not None else None
             found: dict[Key, torch.Tensor] = dict(mine.found) if mine is not None else {}
             stays = set() if functional else {key for key in found if self.shards.stays(key)}
-            if self._share(run, found, stays, stopped, is_off or not member.copies.hold()):
+            if shared(self, run, found, stays, stopped, is_off or not member.copies.hold()):
                 break
             is_recorded = False
         assert run is not None
@@ -297,13 +300,13 @@ class RankExecutor(BandedExecutor):
     ) -> BandRun:
         """This rank's part of a run, after its last level."""
         run, stopped = self._begun(segments, inputs, leaves, False)
-        traffic, step = self._traffic_of(segments, 0), self.members[self.rank].functions["step"]
+        traffic, step = self.traffic_of(segments, 0), self.members[self.rank].functions["step"]
         stopped, _ = self._own_levels(Launched(run, step, traffic, self.mail, None), traffic, stopped)
         raise_any(self.mail.gathered("record levels", said(stopped)), stopped)
         assert run is not None
         return run
 
-    def _traffic_of(self, segments: int, first: int) -> Traffic:
+    def traffic_of(self, segments: int, first: int) -> Traffic:
         """What this rank receives and sends in a run of segments `first` .. `segments` - 1."""
         key = segments, first
         if key not in self._traffic:
@@ -340,61 +343,10 @@ class RankExecutor(BandedExecutor):
             self.mail.wait(grid.levels[-1], all_of_them=True)
         return stopped, is_off
 
-    # ---- after the last level ------------------------------------------------------------------------------
-
-    def _share(
-        self,
-        run: BaseRun | None,
-        found: dict[Key, torch.Tensor],
-        stays: set[Key],
-        stopped: Fault | None,
-        is_off: bool,
-    ) -> bool:
-        """Give every rank what the caller reads, and what segments after the run do; whether all ranks have
-        run it to its end.
-
-        Args:
-            found: what segments after the run read, of this rank; of all ranks afterwards.
-            stays: what of it no other rank gets.
-
-        Raises:
-            RankError: something has gone wrong on one of them, which all of them say.
-        """
-        mine: dict[Any, Any] = {("", key): value for key, value in found.items() if key not in stays}
-        for name in sorted(self.cut.bands[self.rank].makes):
-            if run is not None and CALLER in self.compiled.emitted.readers.get(name, ()):
-                mine |= {(name, segment): value for segment, value in run.taps[name].values.items()}
-        told = {"stopped": said(stopped), "is off": is_off, "kinds": kinds_of(mine), **self.replays.said()}
-        everyone = self.mail.gathered("end a run", told)
-        self.replays.heard(everyone)
-        raise_any([one["stopped"] for one in everyone], stopped)
-        if any(one["is off"] for one in everyone):
-            return False
-        assert run is not None
-        for rank, one in enumerate(everyone):
-            values = self.mail.spread(rank, mine if rank == self.rank else {}, one["kinds"])
-            for (where, key), value in values.items():
-                kept = run.taps[where].values if where else found
-                kept[key] = value
-        return True
-
 
 def _device(group: Any, home: torch.device) -> torch.device:
     """Where this rank runs: with the model, if its group can send what is there, else on its CUDA device."""
     return home if sends_from(group, home) else torch.device("cuda", torch.cuda.current_device())
-
-
-def _flat(found: Any, shape: list[Any]) -> list[torch.Tensor]:
-    """The tensors in what a run gives, for `_unflat`."""
-    leaves, spec = pytree.tree_flatten(found)
-    shape[:] = [spec, [_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]]
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-def _unflat(flat: Sequence[torch.Tensor], shape: list[Any]) -> Any:
-    spec, others = shape
-    values = iter(flat)
-    return pytree.tree_unflatten([next(values) if other is _TENSOR else other for other in others], spec)
 
 
 __all__ = ["RankExecutor"]

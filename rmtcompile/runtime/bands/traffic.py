@@ -49,16 +49,21 @@ def _is_made(program: Program, sent: Sent, segment: int, count: int) -> bool:
 def received_on(cut: Cut, index: int, grids: tuple[Grid, ...], level: int) -> list[tuple[Sent, int, int]]:
     """(what, segment, level) of all that a band finds when it begins a level: what others have sent on the
     level before; on its first level, all that they have sent so far."""
-    first = grids[index].levels.start
-    found = []
-    for band, grid in zip(cut.bands, grids, strict=True):
-        if band.index == index or not any(sent.target == index for sent in band.sends):
-            continue
-        start = grid.levels.start if level == first else level - 1
-        for t in range(start, level):
-            if t in grid.levels:
-                found += [(x, s, t) for x, s in sent_on(band, grid, t) if x.target == index]
-    return sorted(found, key=lambda one: one[2])
+    start = level - 1
+    if level == grids[index].levels.start:
+        start = min(grid.levels.start for grid in grids)
+    return [one for t in range(start, level) for one in arriving_on(cut, index, grids, t)]
 
 
-__all__ = ["received_on", "sent_on"]
+def arriving_on(cut: Cut, index: int, grids: tuple[Grid, ...], level: int) -> list[tuple[Sent, int, int]]:
+    """(what, segment, level) of all that others send a band on a level."""
+    return [
+        (sent, segment, level)
+        for band, grid in zip(cut.bands, grids, strict=True)
+        if band.index != index and level in grid.levels
+        for sent, segment in sent_on(band, grid, level)
+        if sent.target == index
+    ]
+
+
+__all__ = ["arriving_on", "received_on", "sent_on"]
