@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rmtcompile.binding.arguments import tensors_of
+from rmtcompile.binding.arguments import of_document, tensors_of
 from rmtcompile.compiler.results import value_of
 from rmtcompile.dispatch.boundary import explained
 from rmtcompile.dispatch.calls import Call
@@ -28,7 +28,7 @@ from rmtcompile.dispatch.prefixes import Prefixes, chain
 from rmtcompile.errors import RMTCompileError, UnsupportedError
 from rmtcompile.passes.emit.together import apart
 from rmtcompile.runtime.contexts import own_modes, plain_tensors
-from rmtcompile.runtime.packed import Member, Pack, Snapshot, go_together
+from rmtcompile.runtime.packed import Member, Pack, Snapshot, go_together, version, written_over
 
 if TYPE_CHECKING:
     from rmtcompile.optimized import Optimized
@@ -136,7 +136,11 @@ class Stream:
                 document = next(documents)
             except StopIteration:
                 break
-            except Exception:  # what has come until then is finished first
+            except Exception as error:  # what has come until then is finished first
+                try:
+                    self._ends(f"{type(error).__name__}: {error}")
+                except RMTCompileError:  # what other ranks are told
+                    raise error from None
                 yield from self._drained()
                 raise
             if self._prefixes is not None:
@@ -154,7 +158,15 @@ class Stream:
             yield from self._admit(one)
             while self._pack is not None and not self._pack.has_room:
                 yield from self._stepped()
+        self._ends()
         yield from self._drained()
+
+    def _ends(self, why: str | None = None) -> None:
+        """No document comes any more, on any rank; where others go on, all are told."""
+        if (group := self._fast.options.group) is not None:
+            from rmtcompile.runtime.bands.control import words_of
+
+            words_of(group).gathered("end a queue of documents", why)
 
     # ---- documents -----------------------------------------------------------------------------------------
 
@@ -162,7 +174,7 @@ class Stream:
         """A document and what runs it."""
         fast = self._fast
         try:
-            args, kwargs = arguments(document)
+            args, kwargs = of_document(document)
         except TypeError as error:
             return FailedDocument(error, index)
         falls_back = fast.options.fallback is not None
@@ -172,7 +184,8 @@ class Stream:
             with fast._in_step(), explained(fast.model, args, kwargs):
                 call = fast._programs.located(args, kwargs)
                 call, entry = fast._programs.entry(call, args, kwargs)
-        except UnsupportedError:  # by itself it may have a program of its own
+        except UnsupportedError as error:  # by itself it may have a program of its own
+            _failed(error, index)
             return _Document(index, args, kwargs)
         except Exception as error:
             if isinstance(error, RMTCompileError) and falls_back:
@@ -238,7 +251,7 @@ class Stream:
             with torch.no_grad():
                 result = self._fast(*one.args, **one.kwargs)
         except Exception as error:
-            return FailedDocument(error, one.index)
+            return _failed(error, one.index)
         self._left = one.entry
         return result
 
@@ -268,18 +281,19 @@ class Stream:
             with self._fast._lock:
                 inputs = tensors_of(one.args, one.kwargs)
                 member = pack.text(executor, one, one.call.count, inputs, after, snapshots)
-                one.versions[:] = _version(inputs), _version(member.leaves.values())
+                one.versions[:] = version(inputs), version(member.leaves.values())
                 pack.admit(member)
         except Exception as error:
+            failed = _failed(error, one.index)
             yield from self._drained()
-            yield FailedDocument(error, one.index)
+            yield failed
 
     # ---- prefixes ------------------------------------------------------------------------------------------
 
     def _chain(self, document: Any) -> list[bytes]:
         """What tells the beginnings of a document; nothing where it cannot be cut."""
         try:
-            args, kwargs = arguments(document)
+            args, kwargs = of_document(document)
             return chain(self._fast._programs.segmentation(args, kwargs), args, kwargs)
         except Exception:  # which is said when it is its turn
             return []
@@ -343,17 +357,15 @@ class Stream:
         """What a text that has ended gives, and the model left as after its call."""
         one: _Document = member.name
         assert one.call is not None and one.entry is not None
+        if member.final is not None:
+            return FailedDocument(member.final, one.index)
         if member.error is not None:
             self._forget([member])
             return self._by_itself(one)  # which says what it is
         inputs = tensors_of(one.args, one.kwargs)
-        if _version(inputs) != one.versions[0]:
-            error = UnsupportedError(
-                "a document was written over while it was on its way",
-                remedy="pass tensors that stay as they are until the result is there",
-            )
-            return FailedDocument(error, one.index)
-        if _version(member.leaves.values()) != one.versions[1]:  # cells of both have run
+        if version(inputs) != one.versions[0]:
+            return FailedDocument(written_over(), one.index)
+        if version(member.leaves.values()) != one.versions[1]:  # cells of both have run
             return self._by_itself(one)
         with self._fast._lock:
             self._fast._last = one.entry, one.call.count
@@ -362,9 +374,11 @@ class Stream:
             return value_of(one.entry.compiled.result, member.outputs, one.call.count)
 
 
-def _version(tensors: Iterable[torch.Tensor]) -> int:
-    """Another number once one of the tensors was written; those of inference mode do not tell."""
-    return sum(tensor._version for tensor in tensors if not tensor.is_inference())
+def _failed(error: Exception, index: int) -> FailedDocument:
+    """What stands for a document's result; ranks that have lost step raise the error, which ends queues."""
+    if not getattr(error, "is_in_step", True):
+        raise error
+    return FailedDocument(error, index)
 
 
 def _tail(entry: Entry) -> int:
@@ -372,24 +386,4 @@ def _tail(entry: Entry) -> int:
     return max(entry.compiled.emitted.borders.tail, 1)
 
 
-def arguments(document: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the forward that a document stands for.
-
-    Args:
-        document: a tensor, of which one of a single dim is a batch of one; a dict of keyword arguments; or a
-            tuple of arguments.
-
-    Raises:
-        TypeError: it is something else.
-    """
-    if isinstance(document, torch.Tensor):
-        return (document[None] if document.dim() == 1 else document,), {}
-    if isinstance(document, dict):
-        return (), document
-    if isinstance(document, tuple):
-        return document, {}
-    kind = type(document).__name__
-    raise TypeError(f"a document is a tensor, a dict of arguments or a tuple of arguments, not a {kind}")
-
-
-__all__ = ["FailedDocument", "Stream", "arguments"]
+__all__ = ["FailedDocument", "Stream"]

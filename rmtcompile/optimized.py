@@ -209,7 +209,7 @@ class Optimized(Inspected, Opaque):
 
         Args:
             documents: each a tensor (of one dim: a batch of one), a dict of keyword arguments, or a tuple of
-                arguments; of any lengths, read as there is room.
+                arguments; of any lengths, read as there is room; the same on all ranks of a group.
             together: whether documents run in one wavefront where they can. "auto": those that end with a
                 segment, where runs are not put together of CUDA graphs, which documents by themselves are.
             share_prefixes: whether whole segments with which several documents begin run once. All documents

@@ -128,14 +128,51 @@ def queued_elsewhere(rank: int, group: Any) -> Any:
     stream.close()
     assert_same(model(texts[3]), fast(texts[3]))
     told = []
-    for queue in ([texts[0], texts[1] + rank, texts[2]], texts[: 3 - (rank == 1)]):
+
+    def breaking(at: int) -> Any:
+        yield from texts[:at]
+        if rank == 1:
+            raise KeyError("mine")
+        yield from texts[at:]
+
+    queues = [[texts[0], texts[1] + rank, texts[2]], texts[: 3 - (rank == 1)], breaking(2), breaking(0)]
+    for queue in queues:
         results = refused(lambda queue=queue: told.append(fast.map(queue, together=True)), Exception)
         told[:] = told if results == "ran" else [*told, results]
     return [x if isinstance(x[0], str) else [said_of(one) for one in x] for x in told]
+
+
+def queued_written(rank: int, group: Any) -> Any:
+    """What is written while texts are on their way, on one rank or on all: weights (the same values, or new
+    ones that are broadcast), after which all texts run again; or a text, which fails on all ranks."""
+    model = made(lambda: Toy(4))
+    twin = copy.deepcopy(model)
+    fast, weight = optimized(twin, group), next(twin.parameters())
+    told = []
+    for what in ("weights", "broadcast", "text"):
+        texts = [features(count) for count in COUNTS]
+        results = []
+        for result in fast.stream(texts, together=True):
+            results.append(result)
+            if len(results) == 1 and rank == 0 and what == "weights":
+                weight.copy_(weight.clone())
+            if len(results) == 1 and what == "broadcast":
+                for one, other in zip(twin.parameters(), model.parameters(), strict=True):
+                    other.mul_(0.9)
+                    one.mul_(0.9 if rank == 0 else 1)
+                    dist.broadcast(one, 0)
+            if len(results) == 1 and rank == 1 and what == "text":
+                texts[1].mul_(2)
+        told += [said_of(one) for one in results if isinstance(one, FailedDocument)]
+        for text, result in list(zip(texts, results, strict=True))[1:]:
+            if not isinstance(result, FailedDocument):
+                assert_same(model(text), result)
+        assert_same(model(texts[3]), fast(texts[3]))
+    return told
 
 
 def said_of(result: Any) -> str:
     return str(result.error) if isinstance(result, FailedDocument) else "ran"
 
 
-ALL = (queued, queued_failing, queued_again, queued_elsewhere)
+ALL = (queued, queued_failing, queued_again, queued_elsewhere, queued_written)

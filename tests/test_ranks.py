@@ -55,6 +55,7 @@ CASES = (
     "failing_with_caches",
     "late", "persisting", "hooked", "setup",
     "profile_and_call", "other_buffers", "queued", "queued_failing", "queued_again", "queued_elsewhere",
+    "queued_written",
 )  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def test_every_rank_gets_what_the_model_gives(count: int, tmp_path: Path) -> Non
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 CUDA devices")
 def test_over_nccl(tmp_path: Path) -> None:
-    same = ("same", "recorded", "own_weights", "from_host", "training", "steps", "parts", "hooked")
+    same = ("same", "recorded", "own_weights", "from_host", "training", "steps", "parts", "hooked", "queued")
     failing = ("recorded_failing", "other_weights", "failing", "backward_failing")
     cases = (*same, "mesh", "sharded", "saved", *failing)
     one, other = ranks(2, " ".join(cases), tmp_path, "cuda")
@@ -253,9 +254,16 @@ def test_a_text_that_fails_on_one_rank_stops_no_other(said: dict[str, list[Any]]
 
 
 def test_ranks_that_read_other_queues_are_told(said: dict[str, list[Any]]) -> None:
-    for texts, queue in said["queued_elsewhere"]:
+    for rank, (texts, *queues) in enumerate(said["queued_elsewhere"]):
         assert texts[::2] == ["ran", "ran"] and "different things: the arguments' values" in texts[1]
-        assert "different things: what comes next" in queue[1] and "end a queue of texts" in queue[1]
+        for (_, told), why in zip(queues, ("", ": KeyError: 'mine'", ": KeyError: 'mine'"), strict=True):
+            ends = f"rank 1 is about to end a queue of documents{why}\n"
+            assert ends in told if rank != 1 or not why else told == "'mine'"
+
+
+def test_what_is_written_while_texts_are_on_their_way(said: dict[str, list[Any]]) -> None:
+    for one in said["queued_written"]:
+        assert len(one) == 1 and "written over" in one[0] and "rank 1 has written it" in one[0]
 
 
 def test_data_parallel_around_bands(tmp_path: Path) -> None:

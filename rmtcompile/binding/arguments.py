@@ -20,6 +20,26 @@ from rmtcompile.binding.state import Was
 from rmtcompile.errors import CaptureError
 
 
+def of_document(document: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the forward that a document stands for.
+
+    Args:
+        document: a tensor, of which one of a single dim is a batch of one; a dict of keyword arguments; or a
+            tuple of arguments.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(document, torch.Tensor):
+        return (document[None] if document.dim() == 1 else document,), {}
+    if isinstance(document, dict):
+        return (), document
+    if isinstance(document, tuple):
+        return document, {}
+    kind = type(document).__name__
+    raise TypeError(f"a document is a tensor, a dict of arguments or a tuple of arguments, not a {kind}")
+
+
 def by_name(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call as the signature of the callable names them; those of `*args` are a tuple."""
     forward = fn.forward if isinstance(fn, nn.Module) else fn

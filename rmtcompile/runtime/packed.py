@@ -10,12 +10,13 @@ their lanes before they run, or masks what stands there, so a text finds nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rmtcompile.errors import UnsupportedError
 from rmtcompile.ir.program import Program
 from rmtcompile.passes.emit.carried import Carried
 from rmtcompile.runtime.base import Engine, Outputs
@@ -88,6 +89,7 @@ class Member(Run):
         name: what the caller calls it.
         start: the level of the pack that is level 0 of this run.
         error: what it has raised; its cells do not run any more.
+        final: what stands for its result, where it is not to run again by itself.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class Member(Run):
         self.functions = functions
         self.start = 0
         self.error: Exception | None = None
+        self.final: Exception | None = None
         self.outputs: tuple[Any, ...] = ()
         self.is_done = False
 
@@ -308,6 +311,20 @@ def _rows_of(owner: Member, owners: Sequence[Member]) -> range:
     return range(mine[0], mine[-1] + 1)
 
 
+def version(tensors: Iterable[torch.Tensor]) -> int:
+    """Another number once one of the tensors was written; those of inference mode do not tell."""
+    return sum(tensor._version for tensor in tensors if not tensor.is_inference())
+
+
+def written_over(evidence: Sequence[str] = ()) -> UnsupportedError:
+    """What is told of a text whose arguments were written while it was on its way."""
+    return UnsupportedError(
+        "a document was written over while it was on its way",
+        evidence,
+        "pass tensors that stay as they are until the result is there",
+    )
+
+
 def go_together(one: Executor, other: Executor) -> bool:
     """Whether runs of both may stand in one pack: of one code, alike but for their last segments."""
     if one is other:
@@ -315,4 +332,4 @@ def go_together(one: Executor, other: Executor) -> bool:
     return one.stacks is other.stacks and other.replays.are_of(one.compiled.sizes)
 
 
-__all__ = ["Member", "Pack", "Snapshot", "go_together"]
+__all__ = ["Member", "Pack", "Snapshot", "go_together", "version", "written_over"]

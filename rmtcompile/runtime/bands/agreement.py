@@ -19,6 +19,7 @@ from rmtcompile.runtime.crossing import Crossing, Key
 
 _SAMPLES = 64
 _RECORDED = "is recorded"
+_WEIGHTS = "the weights and buffers"
 
 
 class Agreement:
@@ -63,12 +64,17 @@ class Agreement:
             "the number of segments": segments,
             "the arguments' shapes": [(tuple(x.shape), str(x.dtype)) for x in inputs],
             "the arguments' values": _sampled(inputs),
-            "the weights and buffers": self._digest(held),
+            _WEIGHTS: self._digest(held),
             "the state": None if crossing is None else _shown(crossing, state),
             "the state's values": _sampled([value for _, value in sorted(state.items())]),
             "what has gradients": list(wanted),
         }
         everyone = self._mail.gathered(RUN, {**mine, _RECORDED: can_replay})
+        if any(one[_WEIGHTS] != mine[_WEIGHTS] for one in everyone):
+            self._known.clear()  # what comes by a broadcast is no write that torch counts
+            mine[_WEIGHTS] = self._digest(held)
+            digests = self._mail.gathered("compare weights", mine[_WEIGHTS])
+            everyone = [{**one, _WEIGHTS: digest} for one, digest in zip(everyone, digests, strict=True)]
         for what, value in mine.items():
             said = [one[what] for one in everyone]
             if any(other != value for other in said):

@@ -96,7 +96,10 @@ class Words:
         if failed and about != _FAILED:
             raise RankError("\n".join(failed))
         if not failed and len({what for what, *_ in found}) > 1:
-            lines = [f"rank {rank} is about to {what}" for rank, (what, *_) in enumerate(found)]
+            lines = [
+                f"rank {rank} is about to {what}" + (f": {said}" if isinstance(said, str) else "")
+                for rank, (what, _, said) in enumerate(found)
+            ]
             raise _different("what comes next", lines, is_in_step=False)
         if about == RUN and len(set(calls)) > 1:
             lines = [f"rank {rank}: call {n}" for rank, n in enumerate(calls)]

@@ -40,7 +40,7 @@ class Text:
     """One text of a pack in bands.
 
     Attributes:
-        name, leaves, snapshots, error, outputs: see `Member`.
+        name, leaves, snapshots, error, final, outputs: see `Member`.
         executor: what runs it.
         parts: a run for each band.
     """
@@ -60,6 +60,7 @@ class Text:
         self.inputs, self.leaves = inputs, leaves
         self.parts = parts
         self.error: Exception | None = None
+        self.final: Exception | None = None
         self.outputs: tuple[Any, ...] = ()
 
 

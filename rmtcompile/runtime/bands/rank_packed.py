@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rmtcompile.errors import InternalError, RankError, UnsupportedError
+from rmtcompile.errors import InternalError, RankError
 from rmtcompile.ir.bands import Sent
 from rmtcompile.runtime.bands.faults import Fault
 from rmtcompile.runtime.bands.levels import Made, Traffic
@@ -25,7 +25,7 @@ from rmtcompile.runtime.bands.packed import Part, Text, part_of
 from rmtcompile.runtime.bands.rank_results import shared
 from rmtcompile.runtime.bands.run import Message
 from rmtcompile.runtime.contexts import plain_tensors
-from rmtcompile.runtime.packed import Pack, Snapshot
+from rmtcompile.runtime.packed import Pack, Snapshot, version, written_over
 
 if TYPE_CHECKING:
     from rmtcompile.runtime.bands.ranks import RankExecutor
@@ -56,11 +56,20 @@ class RankText(Text):
         super().__init__(executor, name, segments, inputs, leaves, parts)
         self.stopped = part if isinstance(part, Fault) else None
         self.traffic: Traffic = executor.traffic_of(segments, 0)
+        self._versions = self._written()
 
     @property
     def part(self) -> Part | None:
         """This rank's part, if it has begun."""
         return self.parts[0] if self.parts else None
+
+    def _written(self) -> tuple[int, int]:
+        return version(self.inputs.values()), version(self.leaves.values())
+
+    def were_written(self) -> tuple[bool, bool]:
+        """Whether arguments, and what is read of the model, were written here since the text entered."""
+        inputs, leaves = self._written()
+        return inputs != self._versions[0], leaves != self._versions[1]
 
     def made(self, level: int) -> Made:
         """What a level has made for other ranks; what has gone wrong on it is noted."""
@@ -82,7 +91,6 @@ class RankPack:
         self._member = executor.members[executor.rank]
         self._pack = Pack(self._member.band.program)
         self._is_off = False  # cells have failed here
-        self._lost: Exception | None = None  # ranks are no more about to do the same
         self.members: list[RankText] = []
 
     def text(
@@ -105,11 +113,7 @@ class RankPack:
         with executor.mail.words.call(), plain_tensors():
             executor.compile_forms(segments, inputs)
             held = executor.held()
-            try:
-                executor.agreement.reached(segments, inputs, held, None, [], can_replay=False)
-            except UnsupportedError as error:
-                self._lost = None if getattr(error, "is_in_step", True) else error
-                raise
+            executor.agreement.reached(segments, inputs, held, None, [], can_replay=False)
             named, part = executor.named(inputs), self._begun(executor, name, segments, inputs, held)
             return RankText(executor, name, segments, named, held, part)
 
@@ -145,11 +149,9 @@ class RankPack:
         """No text enters any more; to be called before the levels that are left.
 
         Raises:
-            UnsupportedError: other ranks are about to do something else, or were before.
+            UnsupportedError: other ranks are about to do something else.
         """
-        if self._lost is not None:
-            raise self._lost
-        self._executor.mail.gathered("end a queue of texts", None)
+        self._executor.mail.gathered("run the texts that are on their way to their end", None)
 
     def step(self) -> list[RankText]:
         """Run one level; gives the texts that have ended with it, or have failed.
@@ -198,9 +200,13 @@ class RankPack:
         """Give every rank the result of a text, or what has gone wrong with it."""
         ranks, part = text.executor, text.part
         self._executor.mail.wait(self._pack.level, all_of_them=True)
-        has_held = self._member.copies.hold()
+        everyone = ranks.mail.gathered("end a text of a queue", text.were_written())
+        if writers := [f"rank {rank} has written it" for rank, (inputs, _) in enumerate(everyone) if inputs]:
+            text.final = written_over(writers)
+            return
+        is_off = self._is_off or any(leaves for _, leaves in everyone) or not self._member.copies.hold()
         try:
-            is_whole = shared(ranks, part, {}, set(), text.stopped, self._is_off or not has_held)
+            is_whole = shared(ranks, part, {}, set(), text.stopped, is_off)
         except RankError as error:
             text.error = error
             return
