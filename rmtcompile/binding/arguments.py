@@ -1,4 +1,5 @@
-"""Arguments: tensors among them, their names, and what a forward does to containers and objects among them.
+"""Arguments: those of a document, tensors among them, their names, and what a forward does to containers and
+objects among them.
 
     def forward(self, ids, cache):      {"ids": ids, "cache": cache}
         cache.append(h)                 refused: no program would put it there

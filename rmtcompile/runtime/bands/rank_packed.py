@@ -114,7 +114,8 @@ class RankPack:
             executor.compile_forms(segments, inputs)
             held = executor.held()
             executor.agreement.reached(segments, inputs, held, None, [], can_replay=False)
-            named, part = executor.named(inputs), self._begun(executor, name, segments, inputs, held)
+            named = executor.named(inputs)
+            part = self._begun(executor, name, segments, named, held)
             return RankText(executor, name, segments, named, held, part)
 
     def _begun(
@@ -122,12 +123,12 @@ class RankPack:
         executor: RankExecutor,
         name: Any,
         segments: int,
-        inputs: list[torch.Tensor],
+        inputs: Mapping[str, torch.Tensor],
         leaves: Mapping[str, torch.Tensor],
     ) -> Part | Fault:
-        member, weights = executor.members[executor.rank], executor.stacks.current
+        member = executor.members[executor.rank]
         try:
-            given = executor.named(inputs), leaves, weights(dict(leaves))
+            given = inputs, leaves, executor.stacks.current(leaves)
             return part_of(executor, member, self._pack, name, segments, *given)
         except Exception as error:
             return Fault(f"rank {executor.rank}, before its first level", error)
@@ -166,7 +167,7 @@ class RankPack:
             try:
                 if not self._is_off:
                     pack.step()
-            except Exception:
+            except Exception:  # the texts on their way run again by themselves, which says what it is
                 self._is_off = True
             pack.level = level + 1
             self._exchange(level)
